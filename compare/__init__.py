@@ -1,0 +1,1 @@
+"""The proof: run folders in, floor, ceiling, curves and a report out."""

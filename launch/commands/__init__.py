@@ -1,0 +1,1 @@
+"""One module a verb: arguments first, heavy imports only once the verb runs."""
