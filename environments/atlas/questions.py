@@ -1,0 +1,125 @@
+"""Questions over the atlas, by what they need: look, image, text, two (picture then fact), three (picture, neighbour, fact)."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from environments.atlas.entities import HEADLINE_RELATIONS, SPLITS, Entity, load_entities, load_flag
+from environments.atlas.passages import passage_id
+from environments.atlas.photos import render_photo
+from environments.errors import EnvironmentSetupError
+
+KINDS = ("look", "image", "text", "two", "three")
+
+IMAGE_WORDINGS = ("Which place is this?", "What is the name of this place?")
+LOOK_WORDING = "What is the main colour of the flag?"
+TWO_WORDING = "What is the {relation} of this place?"
+TEXT_WORDINGS = ("{name}. What is the {relation} of this place?", "What is the {relation} of {name}?")
+THREE_WORDING = "What is the {relation} of the longest border neighbour of this place?"
+
+COLOURS = {
+    "red": (200, 30, 45), "blue": (20, 60, 150), "green": (0, 130, 60), "yellow": (250, 210, 30),
+    "white": (255, 255, 255), "black": (10, 10, 10), "orange": (240, 130, 30), "light blue": (110, 180, 230),
+}  # fmt: skip
+
+
+def main_colour(flag: np.ndarray, least_share: float = 0.5) -> str | None:
+    """The named colour that covers at least `least_share` of a flag [height, width, 3], or None if there is none."""
+    palette = np.array(list(COLOURS.values()), dtype=np.float32)
+    distance = ((flag.reshape(-1, 1, 3).astype(np.float32) - palette) ** 2).sum(-1)
+    counts = np.bincount(distance.argmin(1), minlength=len(palette)) / len(distance)
+    return list(COLOURS)[int(counts.argmax())] if counts.max() >= least_share else None
+
+
+def list_questions(split: str, kind: str, relations: Sequence[str] = HEADLINE_RELATIONS) -> Iterator[dict[str, Any]]:
+    """Every question of a kind in a split, without its photo, in a fixed order."""
+    entities = load_entities()
+    for entity in entities.values():
+        if entity.split != split:
+            continue
+        if kind == "look":
+            colour = main_colour(load_flag(entity.iso))
+            if colour is not None:
+                yield _question(entity, kind, None, LOOK_WORDING, [colour], [])
+        elif kind == "image":
+            wording = IMAGE_WORDINGS[_stable_hash(entity.iso) % len(IMAGE_WORDINGS)]
+            yield _question(entity, kind, None, wording, entity.names, [])
+        elif kind in ("text", "two"):
+            for relation in relations:
+                if relation in entity.relations:
+                    wording = TWO_WORDING
+                    if kind == "text":
+                        wording = TEXT_WORDINGS[_stable_hash(entity.iso + relation) % len(TEXT_WORDINGS)]
+                    text = wording.format(name=entity.name, relation=relation)
+                    yield _question(entity, kind, relation, text, list(entity.relations[relation]), [passage_id(entity.iso, relation)])
+        elif kind == "three" and entity.neighbour in entities:
+            neighbour = entities[entity.neighbour]
+            for relation in relations:
+                if relation in neighbour.relations and relation != "longest border":
+                    gold = [passage_id(neighbour.iso, relation)]
+                    yield _question(entity, kind, relation, THREE_WORDING.format(relation=relation), list(neighbour.relations[relation]), gold)
+
+
+def load_questions(
+    split: str,
+    kinds: Sequence[str],
+    n: int | None = None,
+    seed: int = 0,
+    strength: float = 0.5,
+    relations: Sequence[str] | None = None,
+) -> list[dict[str, Any]]:
+    """Questions with their photos, shuffled by `seed`; more than exist are made by taking new photos of the same flags.
+
+    Args:
+        split: train, dev or test.
+        kinds: any of KINDS.
+        n: how many; None gives each question once.
+        seed: of order and photos.
+        strength: of the photos' warp.
+        relations: which facts are asked for; None gives the headline six.
+
+    Raises:
+        EnvironmentSetupError: unknown split or kind, or nothing to ask.
+    """
+    if split not in SPLITS:
+        raise EnvironmentSetupError(f"environment split {split!r} is unknown; choose one of {', '.join(SPLITS)}")
+    for kind in kinds:
+        if kind not in KINDS:
+            raise EnvironmentSetupError(f"environment kind {kind!r} is unknown; choose among {', '.join(KINDS)}")
+    pool = [question for kind in kinds for question in list_questions(split, kind, relations or HEADLINE_RELATIONS)]
+    if not pool:
+        raise EnvironmentSetupError(f"no question of kinds {list(kinds)} in split {split!r}; widen `relations` or `kinds`")
+    rng = random.Random(seed)
+    questions: list[dict[str, Any]] = []
+    round_ = 0
+    while len(questions) < (n if n is not None else len(pool)):
+        order = rng.sample(pool, len(pool))
+        questions += [_with_photo(question, seed, round_, strength) for question in order[: (n or len(pool)) - len(questions)]]
+        round_ += 1
+    return questions
+
+
+def _question(entity: Entity, kind: str, relation: str | None, text: str, answers: list[str], gold: list[str]) -> dict[str, Any]:
+    identity = f"{kind}/{entity.iso}/{relation or '-'}"
+    hops = {"look": 0, "image": 1, "text": 1, "two": 2, "three": 3}[kind]
+    return {
+        "id": identity, "kind": kind, "split": entity.split, "entity": entity.iso, "entity_names": entity.names,
+        "relation": relation, "question": text, "answers": answers, "gold_passages": gold, "seen": entity.seen, "hops": hops,
+    }  # fmt: skip
+
+
+def _with_photo(question: dict[str, Any], seed: int, round_: int, strength: float) -> dict[str, Any]:
+    image = None
+    if question["kind"] != "text":
+        photo_seed = _stable_hash(f"{seed}/{round_}/{question['id']}")
+        image = render_photo(load_flag(question["entity"]), photo_seed, strength)
+    return {**question, "id": f"{question['id']}/{round_}", "image": image}
+
+
+def _stable_hash(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")

@@ -1,0 +1,135 @@
+"""Retrieval back ends behind the search tools: BM25 over passages, nearest pictures by plain colour features."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Sequence
+
+import bm25s
+import numpy as np
+from PIL import Image
+
+from environments.tools import Hit
+
+TITLE_WEIGHT = 3  # the title is indexed this many times: it lifts "REL of NAME" above passages that only mention NAME
+SNIPPET_WORDS = 40
+STOP_WORDS = frozenset("a an and are as at by for from in is it its of on or that the this to was what which with".split())
+
+
+class BM25TextIndex:
+    """BM25 (bm25s, Lucene variant) over titled passages; the title counts TITLE_WEIGHT times.
+
+    Args:
+        ids, titles, texts: one entry a passage, same order.
+    """
+
+    def __init__(self, ids: Sequence[str], titles: Sequence[str], texts: Sequence[str]):
+        self.ids, self.titles, self.texts = list(ids), list(titles), list(texts)
+        corpus = [split_words(" ".join([title] * TITLE_WEIGHT + [text])) for title, text in zip(titles, texts, strict=True)]
+        self._vocabulary: dict[str, int] = {}
+        token_ids = [[self._vocabulary.setdefault(word, len(self._vocabulary)) for word in words] for words in corpus]
+        self._bm25 = bm25s.BM25()
+        self._bm25.index((token_ids, self._vocabulary), show_progress=False)
+
+    def search(self, queries: list[str], k: int) -> list[list[Hit]]:
+        """The k best passages for each query, best first; passages that share no word with it are left out."""
+        return [list(self._search_one(query, k)) for query in queries]
+
+    @functools.lru_cache(maxsize=65536)  # noqa: B019 - an index lives as long as its process
+    def _search_one(self, query: str, k: int) -> tuple[Hit, ...]:
+        known = [self._vocabulary[word] for word in split_words(query) if word in self._vocabulary]
+        if not known:
+            return ()
+        scores = self._bm25.get_scores_from_ids(known)
+        best = np.argsort(-scores, kind="stable")[:k]  # stable: ties go to the earlier passage, on every machine
+        return tuple(
+            Hit(id=self.ids[i], title=self.titles[i], text=cut_snippet(self.texts[i], query), score=float(scores[i]))
+            for i in best
+            if scores[i] > 0
+        )
+
+
+class ColourImageIndex:
+    """Nearest pictures by 110 plain numbers: a 10x10 thumbnail with global and 3x3 colour histograms.
+
+    Several views may stand for one entry (multi-view); an entry scores as its best view.
+
+    Args:
+        ids, titles: one a view; views of one entry share their id.
+        images: the views.
+        thumbnails: entry id -> small picture shown with a hit, or None.
+    """
+
+    def __init__(self, ids: Sequence[str], titles: Sequence[str], images: Sequence[Image.Image], thumbnails: dict[str, Image.Image] | None = None):
+        entries = list(dict.fromkeys(ids))
+        position = {entry: i for i, entry in enumerate(entries)}
+        self.ids = entries
+        self.titles = [dict(zip(ids, titles, strict=True))[entry] for entry in entries]
+        self.thumbnails = thumbnails or {}
+        self._entry_of_view = np.array([position[i] for i in ids])
+        self._views = np.stack([colour_features(image) for image in images])
+
+    def search(self, images: list[Image.Image], k: int) -> list[list[Hit]]:
+        """The k most similar entries for each picture, best first; score is 1 / (1 + distance)."""
+        return [self._search_one(image, k) for image in images]
+
+    def _search_one(self, image: Image.Image, k: int) -> list[Hit]:
+        distance = np.abs(self._views - colour_features(image)).sum(1)
+        of_entry = np.full(len(self.ids), np.inf)
+        np.minimum.at(of_entry, self._entry_of_view, distance)
+        best = np.argsort(of_entry, kind="stable")[:k]
+        return [
+            Hit(id=self.ids[i], title=self.titles[i], text="", score=float(1 / (1 + of_entry[i])), image=self.thumbnails.get(self.ids[i]))
+            for i in best
+        ]
+
+
+def split_words(text: str) -> list[str]:
+    """Lower-case words and numbers without the commonest function words."""
+    return [word for word in re.findall(r"\w+", text.lower()) if word not in STOP_WORDS]
+
+
+def cut_snippet(text: str, query: str, n_words: int = SNIPPET_WORDS) -> str:
+    """The sentences of a passage that share most words with the query, in the passage's order, at most n_words long."""
+    wanted = set(split_words(query))
+    sentences = re.split(r"(?<=[.!?]) ", text)
+    ranked = sorted(range(len(sentences)), key=lambda i: (-len(wanted & set(split_words(sentences[i]))), i))
+    kept: list[int] = []
+    room = n_words
+    for i in ranked:
+        length = len(sentences[i].split())
+        if length <= room or not kept:
+            kept.append(i)
+            room -= length
+    return " ".join(" ".join(sentences[i].split()[:n_words]) for i in sorted(kept))
+
+
+def colour_features(image: Image.Image) -> np.ndarray:
+    """Features of a picture, float32: normalised 10x10 RGB thumbnail, global and 3x3 soft colour histograms.
+
+    Every part is scaled by its length, so that the L1 distance weighs thumbnail and histograms alike.
+    """
+    rgb = np.asarray(image.convert("RGB").resize((30, 30), Image.Resampling.BOX), dtype=np.float32) / 255
+    thumbnail = rgb.reshape(10, 3, 10, 3, 3).mean((1, 3))
+    chroma = _opponent_colours(thumbnail)
+    bins = _soft_histogram(_opponent_colours(rgb))
+    cells = bins.reshape(3, 10, 3, 10, -1).mean((1, 3))
+    return np.concatenate([chroma.ravel() / chroma.size * 4, bins.mean((0, 1)), cells.ravel() / 9]).astype(np.float32)
+
+
+def _opponent_colours(rgb: np.ndarray) -> np.ndarray:
+    """Lightness and two opponent axes after a grey-world balance of the light, [..., 3]."""
+    balanced = rgb / (rgb.max() + 1e-6)
+    light = balanced.mean(-1)
+    return np.stack([light * 0.7, balanced[..., 0] - balanced[..., 1], (balanced[..., 0] + balanced[..., 1]) / 2 - balanced[..., 2]], axis=-1)
+
+
+_PALETTE = np.array([[0.1, 0, 0], [0.35, 0, 0], [0.65, 0, 0], [0.35, 0.7, 0.3], [0.3, -0.3, 0.1], [0.3, 0, -0.4], [0.5, 0.1, 0.7], [0.4, 0.4, 0.6]])
+
+
+def _soft_histogram(opponent: np.ndarray) -> np.ndarray:
+    """Share of each pixel in eight colour bins, [..., 8]."""
+    distance = ((opponent[..., None, :] - _PALETTE) ** 2).sum(-1)
+    weight = np.exp(-distance / 0.02)
+    return weight / (weight.sum(-1, keepdims=True) + 1e-9)
