@@ -1,0 +1,1 @@
+"""Typed settings of one experiment, one YAML file each; see `configs.schema`."""

@@ -1,0 +1,283 @@
+"""Loads, checks, dumps and documents the settings of an experiment.
+
+Precedence: dataclass default < inherited file < file < override on the command line.
+
+    config = load_config("configs/demo.yaml", ["grpo.learning_rate=2e-6", "seed=1"])
+"""
+
+import ast
+import inspect
+import re
+import types
+from collections.abc import Iterator, Sequence
+from dataclasses import MISSING, asdict, fields, is_dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints, is_typeddict
+
+from configs import sections
+from configs.checks import build, nearest, range_words
+from configs.errors import ConfigError
+from configs.reader import parse_yaml, read_yaml, write_yaml
+from configs.sections import (
+    Calibration,
+    Compare,
+    Config,
+    Environment,
+    Merge,
+    Models,
+    Rewards,
+    Scope,
+    Tracking,
+    Weights,
+)
+
+__all__ = [
+    "Calibration",
+    "Compare",
+    "Config",
+    "ConfigError",
+    "Environment",
+    "Merge",
+    "Models",
+    "Rewards",
+    "Scope",
+    "Tracking",
+    "Weights",
+    "describe",
+    "dump_config",
+    "load_config",
+    "resolve_model",
+    "shipped_config",
+]
+
+COMMAND_LINE = "command line"
+ATLAS_PREFIX = "atlas://"
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Reads one experiment.
+
+    Args:
+        path: YAML file; its `inherits: other.yaml` is relative to the file itself.
+        overrides: `dotted.key=value`, the value parsed as YAML.
+
+    Raises:
+        ConfigError: unreadable file, unknown key, wrong type, value out of range or bad choice.
+    """
+    origins: dict[str, str] = {}
+    raw = _read_chain(Path(path), origins, ())
+    for override in overrides:
+        _apply_override(raw, override, origins)
+
+    def where(key: str) -> str:
+        """The file that set this key, or the nearest section above it."""
+        while key and key not in origins:
+            key = key.rpartition(".")[0] if "[" not in key else key.partition("[")[0]
+        return origins.get(key, str(path))
+
+    config = build(raw, Config, "", where)
+    if config.deepspeed == "none":
+        config.deepspeed = None
+    if config.deepspeed and not re.search(r"\.json$|^zero[23]$", config.deepspeed):
+        raise ConfigError(
+            f"{where('deepspeed')}:deepspeed: '{config.deepspeed}' is not known; "
+            "use zero2, zero3, none or the path of a .json file"
+        )
+    return config
+
+
+def _read_chain(path: Path, origins: dict[str, str], children: tuple[Path, ...]) -> dict[str, Any]:
+    """Reads a file on top of what it inherits; notes in `origins` which file set which key."""
+    if path.resolve() in children:
+        raise ConfigError(f"{path}:inherits: the files inherit in a circle; remove one 'inherits'")
+    raw = read_yaml(path)
+    parent = raw.pop("inherits", None)
+    if parent is None:
+        merged: dict[str, Any] = {}
+    elif isinstance(parent, str):
+        merged = _read_chain(path.parent / parent, origins, (*children, path.resolve()))
+    else:
+        raise ConfigError(f"{path}:inherits: expected a file name, got {parent!r}; name one file")
+    _lay_over(merged, raw, str(path), "", origins)
+    return merged
+
+
+def _lay_over(
+    below: dict[str, Any], above: dict[str, Any], origin: str, key: str, origins: dict[str, str]
+) -> None:
+    """Deep update of `below` in place; lists and scalars replace, mappings merge."""
+    for name, value in above.items():
+        dotted = f"{key}.{name}" if key else str(name)
+        origins[dotted] = origin
+        if isinstance(value, dict) and isinstance(below.get(name), dict):
+            _lay_over(below[name], value, origin, dotted, origins)
+        elif isinstance(value, dict):
+            below[name] = {}
+            _lay_over(below[name], value, origin, dotted, origins)
+        elif value is None and isinstance(below.get(name), dict):
+            continue  # an empty section in a child keeps what its parent says
+        else:
+            below[name] = value
+
+
+def _apply_override(raw: dict[str, Any], override: str, origins: dict[str, str]) -> None:
+    dotted, equals, text = override.partition("=")
+    if not equals or not all(dotted.split(".")):
+        raise ConfigError(f"{COMMAND_LINE}:{override}: not an override; write key=value, "
+                          "for example seed=1 or grpo.max_steps=2")
+    *parents, name = dotted.split(".")
+    value = parse_yaml(text, f"{COMMAND_LINE}:{dotted}")
+    section, key = raw, ""
+    for parent in parents:
+        if not isinstance(section.get(parent), dict):
+            section[parent] = {}
+        section = section[parent]
+        key = f"{key}.{parent}" if key else parent
+    if value is None:  # unlike an empty section in a file, `models.init=` sets the key to nothing
+        section[name] = None
+        origins[dotted] = COMMAND_LINE
+    else:
+        _lay_over(section, {name: value}, COMMAND_LINE, key, origins)
+
+
+def dump_config(config: Config) -> str:
+    """YAML text with every key; loads back equal."""
+    return write_yaml(asdict(config))
+
+
+def shipped_config(name: str) -> Path:
+    """Path of a YAML file that ships with the package, by `demo` or `demo.yaml`.
+
+    Raises:
+        ConfigError: no such file; names the nearest one.
+    """
+    folder = Path(str(resources.files("configs")))
+    stem = name.removesuffix(".yaml")
+    path = folder / f"{stem}.yaml"
+    if not path.is_file():
+        names = sorted(item.stem for item in folder.glob("*.yaml"))
+        raise ConfigError(f"no shipped configuration '{stem}'; {nearest(stem, names)}")
+    return path
+
+
+def resolve_model(ref: str) -> str:
+    """Turns a model reference into what `from_pretrained` takes.
+
+    Args:
+        ref: `atlas://name` (a checkpoint that ships with the package), a folder (relative to the
+            current directory), or a hub id `owner/name`.
+
+    Returns:
+        An absolute folder, or the hub id unchanged.
+
+    Raises:
+        ConfigError: the shipped checkpoint or the folder does not exist.
+    """
+    if ref.startswith(ATLAS_PREFIX):
+        name = ref.removeprefix(ATLAS_PREFIX).strip("/")
+        folder = Path(str(resources.files("environments.atlas"))) / "checkpoints"
+        names = sorted(item.name for item in folder.glob("*") if item.is_dir())
+        if name not in names:
+            raise ConfigError(f"no shipped checkpoint '{ref}'; {nearest(name, names)}"
+                              if names else f"no shipped checkpoint '{ref}' in {folder}; "
+                              "make the checkpoints with 'obm atlas build'")
+        return str(folder / name)
+    path = Path(ref).expanduser()
+    if path.is_dir():
+        return str(path.resolve())
+    owner = ref.partition("/")[0]
+    # a typing error in a local path must not become a download attempt
+    is_hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", ref) is not None
+    if is_hub_id and owner != "runs" and not Path(owner).is_dir():
+        return ref
+    raise ConfigError(f"no checkpoint folder '{ref}' (looked in {Path.cwd()}); check the path, "
+                      "or name a hub id as owner/name")
+
+
+def describe() -> str:
+    """docs/configuration.md: every key with type, default and meaning."""
+    lines = [
+        "# Configuration",
+        "",
+        "One YAML file describes one experiment. Precedence: default < inherited file < file <",
+        "override on the command line (`key.sub=value`). An unknown key, a wrong type or a value",
+        "out of range is an error that names the file, the key and the fix. `inherits: other.yaml`",
+        "(relative to the file) takes over another file's keys.",
+        "",
+        "This page is made by `configs.schema.describe()`.",
+    ]
+    for title, note, rows in _pages():
+        lines += ["", f"## {title}", "", note, "", "| key | type | default | meaning |",
+                  "| --- | --- | --- | --- |"]
+        lines += [f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def _pages() -> Iterator[tuple[str, str, list[tuple[str, str, str, str]]]]:
+    """Title, note and table rows of the top level and of each section."""
+    hints = get_type_hints(Config, include_extras=True)
+    top = [row for row in _rows(Config, "") if not is_dataclass(hints[row[0].strip("`")])]
+    yield "Top level", "Keys that every experiment has.", top
+    for name, hint in hints.items():
+        if is_dataclass(hint):
+            note = inspect.cleandoc(hint.__doc__ or "")
+            yield f"`{name}`", note, list(_rows(hint, f"{name}."))
+
+
+def _rows(section: Any, prefix: str, defaults: Any = None) -> Iterator[tuple[str, str, str, str]]:
+    hints = get_type_hints(section, include_extras=True)
+    notes = _field_notes(section.__name__)
+    if defaults is None:
+        defaults = {item.name: _default(item) for item in fields(section)}
+    for name, hint in hints.items():
+        if is_typeddict(hint):
+            yield from _rows(hint, f"{prefix}{name}.", defaults[name])
+            continue
+        default = defaults[name]
+        if default is MISSING:
+            shown = "required"
+        elif is_dataclass(default):
+            shown = ""
+        else:
+            shown = f"`{write_yaml(default).removesuffix('...' + chr(10)).strip()}`" \
+                if not isinstance(default, list | dict) else f"`{_flow(default)}`"
+        yield f"`{prefix}{name}`", _type_words(hint), shown, notes[name]
+
+
+def _flow(value: Any) -> str:
+    if isinstance(value, list):
+        return f"[{', '.join(map(str, value))}]"
+    return "{}" if not value else str(value)
+
+
+def _default(item: Any) -> Any:
+    return item.default_factory() if item.default_factory is not MISSING else item.default
+
+
+def _type_words(hint: Any) -> str:
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        return f"{_type_words(arguments[0])} {range_words(arguments[1])}"
+    if origin in (Union, types.UnionType):
+        return f"{_type_words(arguments[0])} or null"
+    if origin is Literal:
+        return ", ".join(f"`{choice}`" for choice in arguments)
+    if origin is list:
+        return f"list of {_type_words(arguments[0])}"
+    if origin is dict:
+        return "section"
+    names = {str: "text", int: "whole number", float: "number", bool: "true or false"}
+    return names.get(hint, "section")
+
+
+def _field_notes(class_name: str) -> dict[str, str]:
+    """The string under each field; Python drops them, so they are read from the source."""
+    tree = ast.parse(inspect.getsource(sections))
+    body = next(n.body for n in tree.body if isinstance(n, ast.ClassDef) and n.name == class_name)
+    notes = {}
+    for statement, after in zip(body, body[1:], strict=False):
+        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+            if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
+                notes[statement.target.id] = " ".join(str(after.value.value).split())
+    return notes

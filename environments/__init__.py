@@ -1,0 +1,1 @@
+"""Search environments: dialects, tools, episodes, and the embedded world `atlas`."""
