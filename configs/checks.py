@@ -99,14 +99,21 @@ def _mapping(value: Any, key: str, where: Where) -> Mapping[str, Any]:
     if value is None:
         return {}
     if not isinstance(value, Mapping):
-        fail(where, key, f"expected a section of keys, got {_name(value)}", "indent its keys below it")
+        fail(
+            where,
+            key,
+            f"expected a section of keys, got {_name(value)}",
+            "indent its keys below it",
+        )
     for name in value:
         if not isinstance(name, str):
             fail(where, f"{key}.{name}", "a key must be text", "put it in quotes")
     return value
 
 
-def _typed_dict(value: Any, annotation: Any, key: str, where: Where, default: Any) -> dict[str, Any]:
+def _typed_dict(
+    value: Any, annotation: Any, key: str, where: Where, default: Any
+) -> dict[str, Any]:
     mapping = _mapping(value, key, where)
     hints = get_type_hints(annotation, include_extras=True)
     result = {} if default is MISSING else dict(default)

@@ -76,8 +76,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if value is None:
         return {}
     if not isinstance(value, dict):
-        raise ConfigError(f"{path}: expected keys and values, got {type(value).__name__}; "
-                          "write 'key: value' lines")
+        raise ConfigError(
+            f"{path}: expected keys and values, got {type(value).__name__}; "
+            "write 'key: value' lines"
+        )
     return value
 
 

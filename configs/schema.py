@@ -13,7 +13,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, asdict, fields, is_dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints, is_typeddict
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+    is_typeddict,
+)
 
 from configs import sections
 from configs.checks import build, nearest, range_words
@@ -124,8 +133,10 @@ def _lay_over(
 def _apply_override(raw: dict[str, Any], override: str, origins: dict[str, str]) -> None:
     dotted, equals, text = override.partition("=")
     if not equals or not all(dotted.split(".")):
-        raise ConfigError(f"{COMMAND_LINE}:{override}: not an override; write key=value, "
-                          "for example seed=1 or grpo.max_steps=2")
+        raise ConfigError(
+            f"{COMMAND_LINE}:{override}: not an override; write key=value, "
+            "for example seed=1 or grpo.max_steps=2"
+        )
     *parents, name = dotted.split(".")
     value = parse_yaml(text, f"{COMMAND_LINE}:{dotted}")
     section, key = raw, ""
@@ -179,9 +190,12 @@ def resolve_model(ref: str) -> str:
         folder = Path(str(resources.files("environments.atlas"))) / "checkpoints"
         names = sorted(item.name for item in folder.glob("*") if item.is_dir())
         if name not in names:
-            raise ConfigError(f"no shipped checkpoint '{ref}'; {nearest(name, names)}"
-                              if names else f"no shipped checkpoint '{ref}' in {folder}; "
-                              "make the checkpoints with 'obm atlas build'")
+            raise ConfigError(
+                f"no shipped checkpoint '{ref}'; {nearest(name, names)}"
+                if names
+                else f"no shipped checkpoint '{ref}' in {folder}; "
+                "make the checkpoints with 'obm atlas build'"
+            )
         return str(folder / name)
     path = Path(ref).expanduser()
     if path.is_dir():
@@ -191,8 +205,10 @@ def resolve_model(ref: str) -> str:
     is_hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", ref) is not None
     if is_hub_id and owner != "runs" and not Path(owner).is_dir():
         return ref
-    raise ConfigError(f"no checkpoint folder '{ref}' (looked in {Path.cwd()}); check the path, "
-                      "or name a hub id as owner/name")
+    raise ConfigError(
+        f"no checkpoint folder '{ref}' (looked in {Path.cwd()}); check the path, "
+        "or name a hub id as owner/name"
+    )
 
 
 def describe() -> str:
@@ -208,8 +224,15 @@ def describe() -> str:
         "This page is made by `configs.schema.describe()`.",
     ]
     for title, note, rows in _pages():
-        lines += ["", f"## {title}", "", note, "", "| key | type | default | meaning |",
-                  "| --- | --- | --- | --- |"]
+        lines += [
+            "",
+            f"## {title}",
+            "",
+            note,
+            "",
+            "| key | type | default | meaning |",
+            "| --- | --- | --- | --- |",
+        ]
         lines += [f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in rows]
     return "\n".join(lines) + "\n"
 
@@ -240,8 +263,11 @@ def _rows(section: Any, prefix: str, defaults: Any = None) -> Iterator[tuple[str
         elif is_dataclass(default):
             shown = ""
         else:
-            shown = f"`{write_yaml(default).removesuffix('...' + chr(10)).strip()}`" \
-                if not isinstance(default, list | dict) else f"`{_flow(default)}`"
+            shown = (
+                f"`{write_yaml(default).removesuffix('...' + chr(10)).strip()}`"
+                if not isinstance(default, list | dict)
+                else f"`{_flow(default)}`"
+            )
         yield f"`{prefix}{name}`", _type_words(hint), shown, notes[name]
 
 

@@ -91,7 +91,11 @@ class Merge:
     combine: Literal["sum", "mean"] = "sum"
     """entries that agree in sign are summed, or averaged over the parents that kept them"""
     scope: Scope = field(
-        default_factory=lambda: {"linear": "method", "norm_bias": "task_arithmetic", "embedding": "vlm"}
+        default_factory=lambda: {
+            "linear": "method",
+            "norm_bias": "task_arithmetic",
+            "embedding": "vlm",
+        }
     )
     """rule per group of tensors"""
     seed: int = 0

@@ -1,0 +1,31 @@
+"""Reads trajectories, given as dicts (from trajectories.jsonl) or as objects with the same names."""
+
+from collections.abc import Sequence
+from typing import Any
+
+
+def get(record: Any, name: str, default: Any = None) -> Any:
+    """A field of a dict or an attribute of an object."""
+    if isinstance(record, dict):
+        return record.get(name, default)
+    return getattr(record, name, default)
+
+
+def turns_of(trajectory: Any) -> Sequence[Any]:
+    """The turns, first to last."""
+    return get(trajectory, "turns") or ()
+
+
+def turn_texts(trajectory: Any) -> list[str]:
+    """What the policy itself wrote, turn by turn; observations are not in it."""
+    return [get(turn, "text") or "" for turn in turns_of(trajectory)]
+
+
+def action_types(trajectory: Any) -> list[str]:
+    """`search`, `image_search`, `answer` or `invalid`, turn by turn."""
+    return [(get(turn, "action") or {}).get("type", "invalid") for turn in turns_of(trajectory)]
+
+
+def has_infrastructure_fault(trajectory: Any) -> bool:
+    """Whether a tool failed through no fault of the policy."""
+    return any(get(turn, "fault") == "infrastructure" for turn in turns_of(trajectory))
