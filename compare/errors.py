@@ -1,0 +1,8 @@
+"""The mistakes a user can make when comparing runs."""
+
+
+class CompareError(ValueError):
+    """Runs that cannot be read or must not be compared; the message says in what and how to mend
+    it."""
+
+    exit_code = 2

@@ -1,0 +1,297 @@
+"""The report of a comparison: one summary, written as json, csv, md, png and svg.
+
+    obm compare runs/demo/runs/* --output runs/demo/report
+
+The summary's numbers are means over seeds; `intervals` holds their 95 % limits and `per_seed` what
+they were made from. docs/metrics.md defines each.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from compare.curves import BOOTSTRAP_MIN_SEEDS
+from compare.errors import CompareError
+from compare.provenance import code_commit, hardware
+from compare.runs import Run, check_comparable, cut_to_common_steps, group_runs
+from compare.summary import summarise
+
+SUFFIXES = ("json", "csv", "md", "png", "svg")
+
+
+def write_report(
+    runs: Sequence[Run],
+    output: str | Path,
+    *,
+    command: str,
+    name: str = "compare",
+    title: str = "Comparison",
+    target_arm: str = "vlm",
+    smoothing: int = 3,
+    bootstrap: int = 2000,
+    partial: bool = False,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Check the runs, summarise them, and write `<name>.json .csv .md .png .svg` into a folder.
+
+    Args:
+        runs: training runs and zero-shot evaluations.
+        output: folder, made where missing.
+        command: the command line that makes this report; printed in it.
+        name: file name without suffix.
+        title: heading of the md file.
+        target_arm: see `summarise`.
+        smoothing: see `summarise`.
+        bootstrap: see `summarise`.
+        partial: cut the runs to the evaluations they share.
+        overwrite: replace a report of that name.
+
+    Returns:
+        The summary as written to the json file.
+
+    Raises:
+        CompareError: nothing to compare, runs that differ in more than their start, or a report is
+            there already.
+    """
+    from compare.figure import draw
+
+    if not runs:
+        raise CompareError("nothing to compare; name at least one run folder")
+    output = Path(output)
+    paths = {suffix: output / f"{name}.{suffix}" for suffix in SUFFIXES}
+    present = [path for path in paths.values() if path.exists()]
+    if present and not overwrite:
+        raise CompareError(
+            f"{present[0]} exists; pass --overwrite, another --output or another --name"
+        )
+    arms = group_runs(runs)
+    kept = [run for members in arms.values() for run in members]
+    if partial:
+        cut_to_common_steps(kept)
+    check_comparable(kept)
+
+    summary = summarise(arms, target_arm=target_arm, smoothing=smoothing, bootstrap=bootstrap)
+    summary |= _provenance(arms, command=command, smoothing=smoothing)
+    caption = _caption(summary)
+    output.mkdir(parents=True, exist_ok=True)
+    temporary = {suffix: output / f".{name}.tmp.{suffix}" for suffix in SUFFIXES}
+    try:
+        temporary["json"].write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        temporary["csv"].write_text(_csv(arms), encoding="utf-8")
+        temporary["md"].write_text(_markdown(summary, title, name, caption), encoding="utf-8")
+        draw(
+            arms, summary, [temporary["png"], temporary["svg"]],
+            smoothing=smoothing, bootstrap=bootstrap, caption=caption,
+        )  # fmt: skip
+        for suffix in SUFFIXES:
+            os.replace(temporary[suffix], paths[suffix])
+    finally:
+        for path in temporary.values():
+            path.unlink(missing_ok=True)
+    return summary
+
+
+def text_table(summary: dict[str, Any]) -> str:
+    """The summary as aligned columns for a terminal."""
+    rows = _table_rows(summary)
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join(lines)
+
+
+def _provenance(arms: dict[str, list[Run]], *, command: str, smoothing: int) -> dict[str, Any]:
+    runs = [run for members in arms.values() for run in members]
+    machines = _distinct(_describe(run.provenance.get("hardware")) for run in runs)
+    n_seeds = max(len(members) for members in arms.values())
+    settings = runs[0].config.get("environment") or {}
+    return {
+        "command": command,
+        "commit": code_commit(),
+        "run_commits": _distinct(_describe(run.provenance.get("commit")) for run in runs),
+        "hardware": "; ".join(machines) or hardware(),
+        "smoothing": smoothing,
+        "interval": _interval_name(n_seeds),
+        "evaluation": {
+            key: settings.get(key)
+            for key in ("name", "eval_split", "eval_size", "eval_kinds", "strength")
+        },
+    }
+
+
+def _interval_name(n_seeds: int) -> str:
+    if n_seeds == 1:
+        return "none: one seed"
+    kind = "percentile bootstrap" if n_seeds >= BOOTSTRAP_MIN_SEEDS else "Student's t"
+    return f"95 %, {kind} over {n_seeds} seeds"
+
+
+def _describe(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {item}" for key, item in value.items())
+    return str(value)
+
+
+def _distinct(values: Any) -> list[str]:
+    return list(dict.fromkeys(value for value in values if value))
+
+
+def _caption(summary: dict[str, Any]) -> str:
+    seeds = max(len(result["seeds"]) for result in summary["arms"].values())
+    evaluation = summary["evaluation"]
+    return (
+        f"{evaluation['eval_size']} {evaluation['eval_split']} questions "
+        f"(kinds: {', '.join(evaluation['eval_kinds'] or [])}), greedy. "
+        f"Up to {seeds} seed{'s' if seeds > 1 else ''} an arm. "
+        f"Bold: mean over seeds of the last {summary['smoothing']} evaluations; "
+        f"faint points: raw. Band and whiskers: {summary['interval']}. "
+        f"Hardware: {summary['hardware']}."
+    )
+
+
+def _csv(arms: dict[str, list[Run]]) -> str:
+    """One row an evaluation: arm, seed, step, time, tokens, then every metric that any run has."""
+    runs = [run for members in arms.values() for run in members]
+    head = ["arm", "seed", "step", "time_s", "tokens"]
+    names = sorted({key for run in runs for line in run.evaluations for key in line} - set(head))
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, [*head, *names], restval="", lineterminator="\n")
+    writer.writeheader()
+    for run in runs:
+        for line in run.evaluations:
+            writer.writerow({**line, "arm": run.arm, "seed": run.seed})
+    return buffer.getvalue()
+
+
+def _markdown(summary: dict[str, Any], title: str, name: str, caption: str) -> str:
+    target = summary["target"]
+    if target["value"] is None:
+        target_words = f"`{target['arm']}`, which has no training run here"
+    else:
+        target_words = f"`{target['arm']}` ({target['value']:.3f})"
+    run_commits = ", ".join(summary["run_commits"]) or "not recorded"
+    lines = [
+        f"# {title}",
+        "",
+        f"![floor, accuracy and search rates]({name}.png)",
+        "",
+        caption,
+        "",
+        *_markdown_table(_table_rows(summary)),
+        "",
+        "Floor: step 0, before any update; `searched` any search, `entity` the right entity in a "
+        "text query, `passage` a gold passage retrieved, `floor` the answer right. "
+        "Ceiling: the best smoothed accuracy; the search rates beside it are taken there (for an "
+        "arm without training: at step 0). Area: mean height of the accuracy curve. "
+        f"Steps: to reach the ceiling of {target_words}. "
+        "Square brackets: the 95 % interval over seeds.",
+        "",
+        "## Accuracy by group",
+        "",
+        *_markdown_table(_group_rows(summary)),
+        "",
+        "`kind/...` by question kind; `seen` and `unseen`: whether the VLM knew the pictured "
+        "entity before. The floor, then the value at the ceiling.",
+        "",
+        "## How it was made",
+        "",
+        "```",
+        summary["command"],
+        "```",
+        "",
+        f"* commit of the report: {summary['commit']}; of the runs: {run_commits}",
+        f"* hardware: {summary['hardware']}",
+        f"* interval: {summary['interval']}; smoothing over {summary['smoothing']} evaluations",
+        f"* every evaluation of every seed: [{name}.csv]({name}.csv); numbers: "
+        f"[{name}.json]({name}.json)",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _table_rows(summary: dict[str, Any]) -> list[list[str]]:
+    target = summary["target"]["arm"]
+    rows = [
+        ["arm", "seeds", "searched", "entity", "passage", "floor", "ceiling", "area",
+         f"steps to {target}'s ceiling", "text search", "image search"]
+    ]  # fmt: skip
+    for arm, result in summary["arms"].items():
+        limits = result["intervals"]
+        floor = result["floor"]
+        rows.append([
+            arm,
+            str(len(result["seeds"])),
+            _cell(floor["searched"], limits.get("floor.searched")),
+            _cell(floor["entity"], limits.get("floor.entity")),
+            _cell(floor["passage"], limits.get("floor.passage")),
+            _cell(floor["accuracy"], limits.get("floor.accuracy")),
+            _cell(result["ceiling"], limits.get("ceiling")),
+            _cell(result["auc"], limits.get("auc")),
+            _steps_cell(result, summary["target"]["value"]),
+            _cell(result["search_rate_text"], limits.get("search_rate_text")),
+            _cell(result["search_rate_image"], limits.get("search_rate_image")),
+        ])  # fmt: skip
+    return rows
+
+
+def _group_rows(summary: dict[str, Any]) -> list[list[str]]:
+    groups = sorted({group for result in summary["arms"].values() for group in result["by_group"]})
+    rows = [["arm", *groups]]
+    for arm, result in summary["arms"].items():
+        cells = []
+        for group in groups:
+            values = result["by_group"].get(group)
+            if values is None:
+                cells.append("")
+            elif values["ceiling"] is None:
+                cells.append(f"{values['floor']:.2f}")
+            else:
+                cells.append(f"{values['floor']:.2f} → {values['ceiling']:.2f}")
+        rows.append([arm, *cells])
+    return rows
+
+
+def _cell(value: float | None, limits: list[float] | None) -> str:
+    if value is None:
+        return "-"
+    if not limits or limits[0] == limits[1]:
+        return f"{value:.2f}"
+    return f"{value:.2f} [{limits[0]:.2f}, {limits[1]:.2f}]"
+
+
+def _steps_cell(result: dict[str, Any], target: float | None) -> str:
+    values = result["per_seed"].get("steps_to_target")
+    if values is None or target is None:
+        return "-"
+    reached = sum(value is not None for value in values)
+    if reached == 0:
+        return f"not in {result['last_step']}"
+    if reached < len(values):
+        return f"{reached} of {len(values)} seeds"
+    limits = result["intervals"].get("steps_to_target")
+    mean = f"{result['steps_to_target']:.0f}"
+    return (
+        mean
+        if not limits or limits[0] == limits[1]
+        else f"{mean} [{limits[0]:.0f}, {limits[1]:.0f}]"
+    )
+
+
+def _markdown_table(rows: list[list[str]]) -> list[str]:
+    head, *body = rows
+    align = ["---"] + ["---:"] * (len(head) - 1)
+    return ["| " + " | ".join(row) + " |" for row in (head, align, *body)]
