@@ -1,0 +1,178 @@
+"""Trajectories: one search episode as the policy lived it, and the JSON line that keeps it.
+
+A trajectory is the single record that rollout, reward, trainer, evaluation, W&B table and viewer
+share. Token ids are those the policy sampled and those the environment appended; nothing is ever
+tokenised a second time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+SCHEMA_VERSION = 1
+
+
+@dataclass
+class Turn:
+    """One turn of the policy and what the environment answered."""
+
+    text: str
+    """the policy's text, special tokens removed"""
+    token_ids: list[int]
+    """tokens sampled by the policy, an end-of-turn token included if it was sampled"""
+    logprobs: list[float]
+    """log-probability of each sampled token under softmax(logits / temperature), full vocabulary"""
+    action: dict[str, Any]
+    """{"type": "search", "query"} | {"type": "image_search", "region"} | {"type": "answer", "text"}
+    | {"type": "invalid", "reason"}"""
+    observation: str | None = None
+    """what the environment wrote after the turn; None after the last one"""
+    observation_ids: list[int] = field(default_factory=list)
+    """its tokens, image placeholders expanded; empty if it no longer fitted the budget"""
+    images: list[Any] = field(default_factory=list)
+    """returned PIL images, in the order of their placeholders"""
+    hits: list[str] = field(default_factory=list)
+    """ids of retrieved passages or entities"""
+    is_error: bool = False
+    """the tool call failed"""
+    fault: str | None = None
+    """"model" for a bad call, "infrastructure" for a failed service"""
+    seconds: float = 0.0
+    """time the tool took"""
+
+
+@dataclass
+class Trajectory:
+    """One episode: prompt, turns, why it ended, and its reward parts."""
+
+    question_id: str
+    kind: str
+    seen: bool
+    prompt: str
+    """the question as shown to the policy, before the chat template"""
+    prompt_ids: list[int]
+    """prompt tokens with expanded image placeholders"""
+    images: list[Any]
+    """images of the prompt"""
+    turns: list[Turn] = field(default_factory=list)
+    stop_reason: str = ""
+    answer: str | None = None
+    rewards: dict[str, float | None] = field(default_factory=dict)
+
+    @property
+    def completion_ids(self) -> list[int]:
+        """Everything after the prompt: turn, observation, turn, ... as token ids."""
+        return [i for turn in self.turns for i in (*turn.token_ids, *turn.observation_ids)]
+
+    @property
+    def completion_mask(self) -> list[int]:
+        """1 for tokens of the policy, 0 for tokens of observations; as long as completion_ids."""
+        return [
+            m
+            for turn in self.turns
+            for m in ([1] * len(turn.token_ids) + [0] * len(turn.observation_ids))
+        ]
+
+    @property
+    def completion_logprobs(self) -> list[float]:
+        """Sampling log-probs, 0.0 at observation tokens; as long as completion_ids."""
+        return [
+            p for turn in self.turns for p in (*turn.logprobs, *([0.0] * len(turn.observation_ids)))
+        ]
+
+    @property
+    def all_images(self) -> list[Any]:
+        """Prompt images, then returned images whose tokens are in the context, in order."""
+        shown = [image for turn in self.turns if turn.observation_ids for image in turn.images]
+        return [*self.images, *shown]
+
+    @property
+    def text(self) -> str:
+        """Turns and observations as one text."""
+        return "".join(turn.text + (turn.observation or "") for turn in self.turns)
+
+    @property
+    def n_policy_tokens(self) -> int:
+        """Tokens the policy sampled."""
+        return sum(len(turn.token_ids) for turn in self.turns)
+
+    def count(self, action_type: str) -> int:
+        """Number of turns whose action has this type."""
+        return sum(turn.action["type"] == action_type for turn in self.turns)
+
+    def to_dict(self, step: int, arm: str = "", seed: int = 0, phase: str = "train") -> dict:
+        """Plain data for one JSON line; images become the SHA-256 of their pixels."""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "step": step,
+            "phase": phase,
+            "arm": arm,
+            "seed": seed,
+            "question_id": self.question_id,
+            "kind": self.kind,
+            "seen": self.seen,
+            "prompt": self.prompt,
+            "n_prompt_tokens": len(self.prompt_ids),
+            "images": [image_hash(image) for image in self.images],
+            "turns": [
+                {
+                    "text": turn.text,
+                    "n_tokens": len(turn.token_ids),
+                    "logprob": round(sum(turn.logprobs), 4),
+                    "action": turn.action,
+                    "observation": turn.observation,
+                    "n_observation_tokens": len(turn.observation_ids),
+                    "images": [image_hash(image) for image in turn.images],
+                    "hits": turn.hits,
+                    "is_error": turn.is_error,
+                    "fault": turn.fault,
+                    "seconds": round(turn.seconds, 4),
+                }
+                for turn in self.turns
+            ],
+            "stop_reason": self.stop_reason,
+            "answer": self.answer,
+            "rewards": self.rewards,
+        }
+
+
+def image_hash(image: Any) -> str:
+    """SHA-256 of mode, size and pixels of a PIL image: equal pictures have equal hashes."""
+    header = f"{image.mode} {image.size[0]}x{image.size[1]} ".encode()
+    return hashlib.sha256(header + image.tobytes()).hexdigest()
+
+
+def append_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Appends one JSON object a line; a crash can cut the last line, never an earlier one."""
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(text)
+
+
+def truncate_jsonl(path: Path, last_step: int) -> list[dict[str, Any]]:
+    """Drops lines of steps after `last_step`, and a line that a crash cut short.
+
+    Returns:
+        The lines that stay, in order.
+    """
+    if not path.exists():
+        return []
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            break
+        if row["step"] <= last_step:
+            kept.append(row)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.unlink(missing_ok=True)
+    temporary.touch()
+    append_jsonl(temporary, kept)
+    temporary.replace(path)
+    return kept
