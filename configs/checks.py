@@ -1,7 +1,7 @@
 """Checks one plain value, as read from YAML, against a field's annotation.
 
-`convert` returns the typed value or raises ConfigError through the `Problem` it is given, so that
-every message names the file that set the key.
+`convert` returns the typed value or raises ConfigError; `where` tells it which file set a key, so
+that every message can name that file.
 """
 
 import difflib
@@ -102,7 +102,7 @@ def _mapping(value: Any, key: str, where: Where) -> Mapping[str, Any]:
         fail(
             where,
             key,
-            f"expected a section of keys, got {_name(value)}",
+            f"expected a section, got {_name(value)}",
             "indent its keys below it",
         )
     for name in value:
@@ -114,6 +114,7 @@ def _mapping(value: Any, key: str, where: Where) -> Mapping[str, Any]:
 def _typed_dict(
     value: Any, annotation: Any, key: str, where: Where, default: Any
 ) -> dict[str, Any]:
+    """Lays the given keys over the default's, so that a file may name only what differs."""
     mapping = _mapping(value, key, where)
     hints = get_type_hints(annotation, include_extras=True)
     result = {} if default is MISSING else dict(default)

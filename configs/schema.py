@@ -5,27 +5,15 @@ Precedence: dataclass default < inherited file < file < override on the command 
     config = load_config("configs/demo.yaml", ["grpo.learning_rate=2e-6", "seed=1"])
 """
 
-import ast
-import inspect
 import re
-import types
-from collections.abc import Iterator, Sequence
-from dataclasses import MISSING, asdict, fields, is_dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
-from typing import (
-    Annotated,
-    Any,
-    Literal,
-    Union,
-    get_args,
-    get_origin,
-    get_type_hints,
-    is_typeddict,
-)
+from typing import Any
 
-from configs import sections
-from configs.checks import build, nearest, range_words
+from configs.checks import build, nearest
+from configs.documentation import describe
 from configs.errors import ConfigError
 from configs.reader import parse_yaml, read_yaml, write_yaml
 from configs.sections import (
@@ -209,101 +197,3 @@ def resolve_model(ref: str) -> str:
         f"no checkpoint folder '{ref}' (looked in {Path.cwd()}); check the path, "
         "or name a hub id as owner/name"
     )
-
-
-def describe() -> str:
-    """docs/configuration.md: every key with type, default and meaning."""
-    lines = [
-        "# Configuration",
-        "",
-        "One YAML file describes one experiment. Precedence: default < inherited file < file <",
-        "override on the command line (`key.sub=value`). An unknown key, a wrong type or a value",
-        "out of range is an error that names the file, the key and the fix. `inherits: other.yaml`",
-        "(relative to the file) takes over another file's keys.",
-        "",
-        "This page is made by `configs.schema.describe()`.",
-    ]
-    for title, note, rows in _pages():
-        lines += [
-            "",
-            f"## {title}",
-            "",
-            note,
-            "",
-            "| key | type | default | meaning |",
-            "| --- | --- | --- | --- |",
-        ]
-        lines += [f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in rows]
-    return "\n".join(lines) + "\n"
-
-
-def _pages() -> Iterator[tuple[str, str, list[tuple[str, str, str, str]]]]:
-    """Title, note and table rows of the top level and of each section."""
-    hints = get_type_hints(Config, include_extras=True)
-    top = [row for row in _rows(Config, "") if not is_dataclass(hints[row[0].strip("`")])]
-    yield "Top level", "Keys that every experiment has.", top
-    for name, hint in hints.items():
-        if is_dataclass(hint):
-            note = inspect.cleandoc(hint.__doc__ or "")
-            yield f"`{name}`", note, list(_rows(hint, f"{name}."))
-
-
-def _rows(section: Any, prefix: str, defaults: Any = None) -> Iterator[tuple[str, str, str, str]]:
-    hints = get_type_hints(section, include_extras=True)
-    notes = _field_notes(section.__name__)
-    if defaults is None:
-        defaults = {item.name: _default(item) for item in fields(section)}
-    for name, hint in hints.items():
-        if is_typeddict(hint):
-            yield from _rows(hint, f"{prefix}{name}.", defaults[name])
-            continue
-        default = defaults[name]
-        if default is MISSING:
-            shown = "required"
-        elif is_dataclass(default):
-            shown = ""
-        else:
-            shown = (
-                f"`{write_yaml(default).removesuffix('...' + chr(10)).strip()}`"
-                if not isinstance(default, list | dict)
-                else f"`{_flow(default)}`"
-            )
-        yield f"`{prefix}{name}`", _type_words(hint), shown, notes[name]
-
-
-def _flow(value: Any) -> str:
-    if isinstance(value, list):
-        return f"[{', '.join(map(str, value))}]"
-    return "{}" if not value else str(value)
-
-
-def _default(item: Any) -> Any:
-    return item.default_factory() if item.default_factory is not MISSING else item.default
-
-
-def _type_words(hint: Any) -> str:
-    origin, arguments = get_origin(hint), get_args(hint)
-    if origin is Annotated:
-        return f"{_type_words(arguments[0])} {range_words(arguments[1])}"
-    if origin in (Union, types.UnionType):
-        return f"{_type_words(arguments[0])} or null"
-    if origin is Literal:
-        return ", ".join(f"`{choice}`" for choice in arguments)
-    if origin is list:
-        return f"list of {_type_words(arguments[0])}"
-    if origin is dict:
-        return "section"
-    names = {str: "text", int: "whole number", float: "number", bool: "true or false"}
-    return names.get(hint, "section")
-
-
-def _field_notes(class_name: str) -> dict[str, str]:
-    """The string under each field; Python drops them, so they are read from the source."""
-    tree = ast.parse(inspect.getsource(sections))
-    body = next(n.body for n in tree.body if isinstance(n, ast.ClassDef) and n.name == class_name)
-    notes = {}
-    for statement, after in zip(body, body[1:], strict=False):
-        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
-            if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
-                notes[statement.target.id] = " ".join(str(after.value.value).split())
-    return notes

@@ -68,9 +68,9 @@ class Scope(TypedDict):
 
     linear: Literal["method", "obm", "task_arithmetic", "ties", "dare", "vlm", "base"]
     """linear projections; `method` = whatever merge.method says"""
-    norm_bias: Literal["task_arithmetic", "vlm", "base"]
+    norm_bias: Literal["task_arithmetic", "ties", "dare", "vlm", "base"]
     """norms and biases"""
-    embedding: Literal["task_arithmetic", "vlm", "base"]
+    embedding: Literal["task_arithmetic", "ties", "dare", "vlm", "base"]
     """token embeddings and output head"""
 
 
@@ -82,7 +82,7 @@ class Merge:
     """rule for the linear projections"""
     density: Annotated[float, Between(0, 1)] = 0.5
     """share p of entries of each task vector that is kept (by saliency for obm)"""
-    weights: Weights = field(default_factory=lambda: {"vlm": 1.0, "agent": 1.0})
+    weights: Weights = field(default_factory=lambda: Weights(vlm=1.0, agent=1.0))
     """scales lambda_k of the task vectors"""
     saliency: Literal["diagonal"] = "diagonal"
     """estimate of the second-order loss change of dropping an entry"""
@@ -91,11 +91,7 @@ class Merge:
     combine: Literal["sum", "mean"] = "sum"
     """entries that agree in sign are summed, or averaged over the parents that kept them"""
     scope: Scope = field(
-        default_factory=lambda: {
-            "linear": "method",
-            "norm_bias": "task_arithmetic",
-            "embedding": "vlm",
-        }
+        default_factory=lambda: Scope(linear="method", norm_bias="task_arithmetic", embedding="vlm")
     )
     """rule per group of tensors"""
     seed: int = 0
@@ -140,6 +136,23 @@ class Environment:
     """seed of the choice of questions and of the photos; the same for both arms of a comparison"""
     timeout_s: Annotated[float, Between(0, above=True)] = 10.0
     """seconds after which a tool call counts as failed (infrastructure)"""
+    invalid_ends: bool = True
+    """a turn without call or answer ends the episode; false = the policy gets a hint and goes on"""
+
+    def episode_settings(self) -> dict[str, Any]:
+        """The part that a running episode needs: keyword arguments of SearchEnvironment."""
+        names = (
+            "dialect",
+            "image_searches",
+            "text_searches",
+            "max_turns",
+            "top_k_text",
+            "top_k_image",
+            "thumbnails",
+            "timeout_s",
+            "invalid_ends",
+        )
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclass

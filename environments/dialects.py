@@ -78,7 +78,17 @@ def action_dict(action: Action) -> dict[str, str]:
 
 _LOOKALIKES = str.maketrans(
     # NFKC, which some tokenizers apply, turns the wide and small forms into real brackets
-    {"<": "‹", "＜": "‹", "﹤": "‹", ">": "›", "＞": "›", "﹥": "›", "\u2028": "\n", "\u2029": "\n"}
+    {
+        "<": "‹",
+        "＜": "‹",
+        "﹤": "‹",
+        ">": "›",
+        "＞": "›",
+        "﹥": "›",
+        "\u2028": "\n",
+        "\u2029": "\n",
+        IMAGE_MARK: None,
+    }
 )
 _JOINERS = "\u200c\u200d"  # part of Persian and Indic spelling and of emoji
 
@@ -91,12 +101,12 @@ def sanitize(text: str) -> str:
     idempotent; text without such characters comes back unchanged.
     """
     text = text.replace("\r\n", "\n").replace("\r", "\n").translate(_LOOKALIKES)
+    if text.isprintable():  # the common case, a hundred times faster
+        return text
     return "".join(ch for ch in text if ch in "\n\t" or _is_harmless(ch))
 
 
 def _is_harmless(ch: str) -> bool:
-    if ch == IMAGE_MARK:
-        return False
     return ch in _JOINERS or unicodedata.category(ch) not in ("Cc", "Cf", "Cs")
 
 
@@ -161,10 +171,9 @@ class Dialect:
             return Invalid(f"{closing} without {opening}")
         content = turn[start + len(opening) : -len(closing)].strip()
         if tag != "answer" and content.startswith(_IMAGE):
-            region = content.removeprefix(_IMAGE).strip()
-            content = region
-            if not _ANY_TAG.search(region):
-                return ImageSearch(region or "full")
+            content = content.removeprefix(_IMAGE).strip() or "full"
+            if not _ANY_TAG.search(content):
+                return ImageSearch(content)
         if _ANY_TAG.search(content):
             return Invalid(f"a tag stands inside {opening}{closing}")
         if not content:
@@ -183,9 +192,8 @@ class Dialect:
             text = self.hits(pairs, result.tool)
         else:
             text = result.text
-        return self.frame(
-            _clean_with_marks(text, len(result.images)), one_line(question), result.tool
-        )
+        text = _clean_with_marks(text, len(result.images))
+        return self.frame(text, one_line(question), result.tool)
 
     def check_format(self, turns: Sequence[str]) -> bool:
         """Whether the policy's turns are a legal episode: `think call` ..., `think answer`.
@@ -238,28 +246,29 @@ def _hit_text(hit: "Hit") -> str:
 
 
 def _clean_with_marks(text: str, n_images: int) -> str:
-    """Sanitises all but the first `n_images` marks; missing marks are added at the end."""
-    # only a tool that returns images may place marks: the placeholder count must equal the images'
-    pieces = text[: 4 * MAX_OBSERVATION_CHARS].split(IMAGE_MARK)
-    clean = [" ".join(sanitize(piece).split()) for piece in pieces]
-    budget, kept = MAX_OBSERVATION_CHARS, []
-    for piece in clean:
-        kept.append(piece[: max(budget, 0)].rstrip())
-        budget -= len(piece)
-    words = [kept[0]]
-    for i, piece in enumerate(kept[1:]):
-        words += [IMAGE_MARK, piece] if i < n_images else [piece]
-    words += [IMAGE_MARK] * (n_images - len(pieces) + 1)
-    return " ".join(word for word in words if word)
+    """Sanitised text of at most MAX_OBSERVATION_CHARS with exactly `n_images` marks.
+
+    The policy expands each mark to image tokens, and their number must equal the number of images:
+    superfluous marks are dropped, missing ones added at the end.
+    """
+    room = MAX_OBSERVATION_CHARS
+    parts: list[str] = []
+    for i, piece in enumerate(text[: 4 * room].split(IMAGE_MARK)):
+        if 0 < i <= n_images:
+            parts.append(IMAGE_MARK)
+        clean = sanitize(piece)[:room]
+        room -= len(clean)
+        parts.append(clean)
+    missing = n_images - parts.count(IMAGE_MARK)
+    return "".join(parts).strip() + f" {IMAGE_MARK}" * missing
 
 
 # ---------------------------------------------------------------- Search-R1
 
 
 def _search_r1_hits(pairs: Sequence[tuple[str, str]], tool: str) -> str:
-    return " ".join(
-        f"Doc {i}(Title: {title}) {text}".rstrip() for i, (title, text) in enumerate(pairs, 1)
-    )
+    numbered = enumerate(pairs, 1)
+    return " ".join(f"Doc {i}(Title: {title}) {text}".rstrip() for i, (title, text) in numbered)
 
 
 def _search_r1_frame(text: str, question: str, tool: str) -> str:
@@ -289,12 +298,12 @@ _MM_AGENT = (
     "identify any recognizable entities. Determine whether you have sufficient knowledge to "
     "confidently recognize the main visual element and answer the user's question. If so, first "
     "explain your reasoning, then provide a clear and direct answer.\n"
-    "If you are unable to confidently identify the visual element, stop and invoke the image search "
-    "tool by appending the string <search><img></search> at the end of your response.\n"
-    "Once you have sufficient visual understanding, combine it with the user's question and assess "
-    "whether you can confidently answer. If not, invoke the text search tool by generating a concise "
-    "and specific query, and output it in the format <text_search>your query here</text_search> at "
-    "the end of your response.\n"
+    "If you are unable to confidently identify the visual element, stop and invoke the image "
+    "search tool by appending the string <search><img></search> at the end of your response.\n"
+    "Once you have sufficient visual understanding, combine it with the user's question and "
+    "assess whether you can confidently answer. If not, invoke the text search tool by generating "
+    "a concise and specific query, and output it in the format <text_search>your query "
+    "here</text_search> at the end of your response.\n"
     "You must include your reasoning inside <reason>...</reason> before taking any action. All "
     "search results will be placed inside <information> and </information> and returned to you. "
     "When you are ready to answer the question, wrap your final answer between <answer> and "
@@ -303,24 +312,24 @@ _MM_AGENT = (
 )
 _MM_DIRECT = (
     "Answer the user's question based on the provided image. Wrap your final answer between "
-    "<answer> and </answer>, without detailed illustrations. For example: <answer>Titanic</answer>.\n"
-    "{question}"
+    "<answer> and </answer>, without detailed illustrations. For example: "
+    "<answer>Titanic</answer>.\n{question}"
 )
 _MM_AFTER = {
     "image": "Please extract the visual element relevant to the user's question from the search "
-    "results. Then decide inside <reason> and </reason> whether a text search is needed. If it is, "
-    "output <text_search>your query here</text_search> at the end. Otherwise give the final answer, "
-    "for example: <answer>Titanic</answer>.",
-    "text": "Please analyze the search results and the user's question and continue reasoning inside "
-    "<reason> and </reason>. If no further external information is needed, provide the final answer "
-    "between <answer> and </answer>, concise and to the point.",
+    "results. Then decide inside <reason> and </reason> whether a text search is needed. If it "
+    "is, output <text_search>your query here</text_search> at the end. Otherwise give the final "
+    "answer, for example: <answer>Titanic</answer>.",
+    "text": "Please analyze the search results and the user's question and continue reasoning "
+    "inside <reason> and </reason>. If no further external information is needed, provide the "
+    "final answer between <answer> and </answer>, concise and to the point.",
 }
 _MM_HEADINGS = {
-    "image": "[Image Search Results] The result of the image search consists of web page information "
-    "related to the image from the user's original question, ranked in descending order of search "
-    "relevance:",
-    "text": "[Text Search Results] Below are the text summaries of the most relevant webpages related "
-    "to your query, ranked in descending order of relevance:",
+    "image": "[Image Search Results] The result of the image search consists of web page "
+    "information related to the image from the user's original question, ranked in descending "
+    "order of search relevance:",
+    "text": "[Text Search Results] Below are the text summaries of the most relevant webpages "
+    "related to your query, ranked in descending order of relevance:",
 }
 
 
@@ -328,11 +337,11 @@ def _mmsearch_r1_hits(pairs: Sequence[tuple[str, str]], tool: str) -> str:
     lines = [_MM_HEADINGS.get(tool, "[Search Results]")]
     for i, (title, text) in enumerate(pairs, 1):
         if tool == "image":
-            picture = f"image: {text} " if text else ""
+            picture = f"image: {text}\n" if text else ""
             lines.append(f"{i}. {picture}title: {title}")
         else:
             lines.append(f"{i}. ({title}) {text}")
-    return " ".join(lines)
+    return "\n".join(lines)
 
 
 def _mmsearch_r1_frame(text: str, question: str, tool: str) -> str:
@@ -365,7 +374,6 @@ def get_dialect(name: str) -> Dialect:
         EnvironmentSetupError: no such dialect.
     """
     if name not in DIALECTS:
-        raise EnvironmentSetupError(
-            f"unknown dialect '{name}'; choose one of {', '.join(DIALECTS)}"
-        )
+        names = ", ".join(DIALECTS)
+        raise EnvironmentSetupError(f"unknown dialect '{name}'; choose one of {names}")
     return DIALECTS[name]

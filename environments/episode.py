@@ -190,8 +190,11 @@ class Episode:
         if self._was_refused:
             return self._end(action, "budget")
         self._was_refused = True
-        kind = "text" if isinstance(action, Search) else "image"
-        return self._observe(action, model_fault(f"No {kind} searches left. Go on without.", kind))
+        if isinstance(action, Search):
+            result = model_fault("No searches left for text. Give the answer.", "text")
+        else:
+            result = model_fault("No searches left for the image. Search text or answer.", "image")
+        return self._observe(action, result)
 
     def _call(self, action: Action) -> ToolResult:
         if isinstance(action, Search):

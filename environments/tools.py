@@ -94,17 +94,19 @@ def text_search(episode: "Episode", query: str) -> ToolResult:
     Returns the titles and snippets of the best matches. Name the entity and the wanted fact in the
     query, then read the answer out of the snippets.
     """
-    if episode.text_index is None:
+    index = episode.text_index
+    if index is None:
         return model_fault("There is no text search here.", "text")
     query = query.strip()
     if not query:
         return model_fault("The query is empty. Write what to search for.", "text")
 
     def search() -> ToolResult:
-        hits = episode.text_index.search([query], episode.top_k_text)[0]
-        return _result([_cut(hit) for hit in hits], "text")
+        hits = index.search([query], episode.top_k_text)[0]
+        # text hits carry no pictures: only image_search may place image marks
+        return _result([_checked(hit, SNIPPET_WORDS, with_image=False) for hit in hits], "text")
 
-    return guard(search, "text", episode.timeout_s, episode.text_index)
+    return guard(search, "text", episode.timeout_s, index)
 
 
 def image_search(episode: "Episode", region: str = "full") -> ToolResult:
@@ -113,21 +115,22 @@ def image_search(episode: "Episode", region: str = "full") -> ToolResult:
     Returns the names of what looks most alike, best first, and no facts. Use a half when the
     picture shows two things. Then search the text for the wanted fact.
     """
-    picture = episode.question.get("image")
-    if episode.image_index is None:
+    picture, index = episode.question.get("image"), episode.image_index
+    if index is None:
         return model_fault("There is no image search here.", "image")
     if picture is None:
         return model_fault("The question has no image. Use a text search.", "image")
+    region = region.strip().lower()
     if region not in REGIONS:
         shown = one_line(region, ECHO_CHARS)
         return model_fault(f"Unknown region '{shown}'. Use full, left or right.", "image")
 
     def search() -> ToolResult:
-        hits = episode.image_index.search([crop(picture, region)], episode.top_k_image)[0]
-        shown = [hit if episode.thumbnails else _without_image(hit) for hit in hits]
-        return _result(shown, "image")
+        hits = index.search([crop(picture, region)], episode.top_k_image)[0]
+        # names only: a fact beside a name would make the text search needless
+        return _result([_checked(hit, 0, with_image=episode.thumbnails) for hit in hits], "image")
 
-    return guard(search, "image", episode.timeout_s, episode.image_index)
+    return guard(search, "image", episode.timeout_s, index)
 
 
 def crop(picture: "Image", region: str) -> "Image":
@@ -176,7 +179,7 @@ def infrastructure_fault(reason: str, tool: str = "") -> ToolResult:
 def _caught(search: Callable[[], ToolResult], tool: str) -> ToolResult:
     try:
         return search()
-    except Exception as error:  # noqa: BLE001 - any failure of a service is a result here
+    except Exception as error:  # whatever a service does wrong is a result here
         logger.warning("%s search failed: %r", tool, error)
         return infrastructure_fault(type(error).__name__, tool)
 
@@ -193,14 +196,14 @@ def _with_limit(search: Callable[[], ToolResult], tool: str, timeout_s: float) -
     return box[0]
 
 
-def _cut(hit: Hit) -> Hit:
-    words = hit.text.split(maxsplit=SNIPPET_WORDS)
-    text = hit.text if len(words) <= SNIPPET_WORDS else " ".join(words[:SNIPPET_WORDS])
-    return Hit(hit.id, hit.title, text, hit.score)  # text hits carry no pictures
-
-
-def _without_image(hit: Hit) -> Hit:
-    return Hit(hit.id, hit.title, hit.text, hit.score)
+def _checked(hit: Hit, n_words: int, with_image: bool) -> Hit:
+    """A hit of the promised form, whatever the back end sent."""
+    text = str(hit.text or "")
+    words = text.split(maxsplit=n_words)
+    if len(words) > n_words:
+        text = " ".join(words[:n_words])
+    image = hit.image if with_image else None
+    return Hit(str(hit.id), str(hit.title or ""), text, float(hit.score), image)
 
 
 def _result(hits: list[Hit], tool: str) -> ToolResult:

@@ -10,22 +10,25 @@ from rewards.trajectory import turn_texts
 MAX_ANSWER_CHARS = 200
 """Longer answers count as wrong: they only win by flooding the normalisation."""
 
-_CLOSING = "</answer>"
-_OPENING = "<answer>"
+TAG = re.compile(r"</?(?:think|reason|search|text_search|answer|information|img)>")
+"""Any tag of the dialects; none may stand inside an answer."""
+
+_OPENING, _CLOSING = "<answer>", "</answer>"
 _END_OF_TURN = re.compile(r"(?:\s|<\|im_end\|>|<\|endoftext\|>)+\Z")
 
 
 def extract_answer(turn: str) -> str | None:
     """The well-formed `<answer> ... </answer>` at the end of a turn, or None.
 
-    The last pair counts; text or a call after it means that the turn was no answer.
+    The last pair counts; text or a call after it means that the turn was no answer. An empty pair
+    is none either.
     """
     turn = _END_OF_TURN.sub("", turn)
     start = turn.rfind(_OPENING)
     if not turn.endswith(_CLOSING) or start < 0:
         return None
-    content = turn[start + len(_OPENING) : -len(_CLOSING)]
-    return None if _CLOSING in content else content.strip()
+    content = turn[start + len(_OPENING) : -len(_CLOSING)].strip()
+    return None if not content or TAG.search(content) else content
 
 
 def final_answer(trajectory: Any) -> str | None:

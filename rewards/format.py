@@ -13,21 +13,24 @@ from rewards.trajectory import turn_texts
 
 FormatCheck = Callable[[list[str]], bool]
 
-_BLOCK = r"(?:(?!</?(?:think|reason|search|text_search|answer|information)>).)*?"
-_THOUGHT = rf"<(?P<think>think|reason)>(?=\s*[^\s<]){_BLOCK}</(?P=think)>"
-_CALL = rf"<(?P<call>search|text_search)>(?=\s*(?:[^\s<]|<img>)){_BLOCK}</(?P=call)>"
-_ANSWER = rf"<answer>(?=\s*[^\s<]){_BLOCK}</answer>"
-_END = r"(?:\s|<\|im_end\|>|<\|endoftext\|>)*"
-_CALL_TURN = re.compile(rf"\s*{_THOUGHT}\s*{_CALL}{_END}", re.DOTALL)
-_ANSWER_TURN = re.compile(rf"\s*{_THOUGHT}\s*{_ANSWER}{_END}", re.DOTALL)
+_BLOCK = r"(?P<{}>(?:(?!</?(?:think|reason|search|text_search|answer|information)>).)*)"
+_TURN = re.compile(
+    rf"\s*<(?P<think>think|reason)>{_BLOCK.format('thought')}</(?P=think)>"
+    rf"\s*<(?P<call>search|text_search|answer)>{_BLOCK.format('content')}</(?P=call)>"
+    r"(?:\s|<\|im_end\|>|<\|endoftext\|>)*",
+    re.DOTALL,
+)
 
 
 def is_well_formed(turns: list[str]) -> bool:
     """The shared rule, on the policy's own turns."""
-    if not turns:
-        return False
-    *calls, last = turns
-    return all(map(_CALL_TURN.fullmatch, calls)) and _ANSWER_TURN.fullmatch(last) is not None
+    matches = [_TURN.fullmatch(turn) for turn in turns]
+    return bool(turns) and all(
+        match is not None
+        and bool(match["thought"].strip() and match["content"].strip())
+        and (match["call"] == "answer") == (i == len(turns) - 1)
+        for i, match in enumerate(matches)
+    )
 
 
 def format_score(trajectory: Any, check_format: FormatCheck | None = None) -> float:

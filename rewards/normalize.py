@@ -27,6 +27,7 @@ _PLAIN_LETTERS = str.maketrans(
 )
 _MINUS = str.maketrans({"\u2212": "-"})
 _DROPPED_SYMBOLS = set("$^`|~=<>´¨")
+_BARE_DECIMAL = re.compile(r"(?<![\w.])\.(?=\d)")
 _ARTICLE_BEFORE_WORD = re.compile(r"\b(?:a|an|the)\s+(?=\S)")
 
 
@@ -80,6 +81,7 @@ def _without_accents(text: str) -> str:
 
 def _without_punctuation(text: str) -> str:
     """Removes punctuation; what joins words becomes a space, what belongs to a number stays."""
+    text = _BARE_DECIMAL.sub("0.", text)  # .5 must not become 5
     kept: list[str] = []
     for i, ch in enumerate(text):
         before = text[i - 1] if i else " "
@@ -89,10 +91,15 @@ def _without_punctuation(text: str) -> str:
             kept.append(" and ")
         elif ch == "." and before.isdigit() and after.isdigit():
             kept.append(ch)
-        elif ch == "-" and before.isspace() and after.isdigit():
-            kept.append(ch)  # a minus sign
+        elif ch == "-" and after.isdigit() and not _joins(before):
+            kept.append(" -")  # a minus sign
         elif category in ("Pd", "Pc") or ch in "/\\":
             kept.append(" ")
         elif not category.startswith("P") and ch not in _DROPPED_SYMBOLS:
             kept.append(ch)
     return "".join(kept)
+
+
+def _joins(before: str) -> bool:
+    """Whether a hyphen after this character joins words or numbers instead of negating one."""
+    return before.isalnum() or unicodedata.category(before) == "Pd"

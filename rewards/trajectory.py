@@ -1,4 +1,4 @@
-"""Reads trajectories, given as dicts (from trajectories.jsonl) or as objects with the same names."""
+"""Reads trajectories, given as dicts (from trajectories.jsonl) or as objects of the same names."""
 
 from collections.abc import Sequence
 from typing import Any
