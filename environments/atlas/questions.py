@@ -59,6 +59,8 @@ def list_questions(split: str, kind: str, relations: Sequence[str] = HEADLINE_RE
                     yield _question(entity, kind, relation, text, list(entity.relations[relation]), [passage_id(entity.iso, relation)])
         elif kind == "three" and entity.neighbour in entities:
             neighbour = entities[entity.neighbour]
+            if neighbour.split != split:
+                continue  # a chain that leaves its split would show facts of held-out places in training
             for relation in relations:
                 if relation in neighbour.relations and relation != "longest border":
                     gold = [passage_id(neighbour.iso, relation)]

@@ -1,0 +1,133 @@
+"""The atlas: splits, photos, passages, questions, and the recall that both indexes must reach."""
+
+import numpy as np
+import pytest
+
+from environments.atlas.entities import HEADLINE_RELATIONS, SPLITS, TOPICS, load_entities, load_flag
+from environments.atlas.passages import load_passages, passage_id
+from environments.atlas.photos import render_photo, render_two_flags, render_unfamiliar_flag
+from environments.atlas.questions import KINDS, list_questions, load_questions, main_colour
+from environments.atlas.world import load_image_index, load_text_index, measure_retrieval
+from environments.errors import EnvironmentSetupError
+from environments.retrieval import BM25TextIndex, cut_snippet
+
+
+def test_chains_never_cross_a_split():
+    entities = load_entities()
+    for question in (q for split in SPLITS for q in list_questions(split, "three")):
+        gold_iso = question["gold_passages"][0].split("/")[0]
+        assert entities[gold_iso].split == question["split"]
+
+
+def test_two_thirds_of_every_split_are_seen():
+    entities = load_entities().values()
+    for split in SPLITS:
+        members = [e for e in entities if e.split == split]
+        assert sum(e.seen for e in members) == round(2 / 3 * len(members))
+
+
+def test_every_fact_stands_in_its_gold_passage_and_overviews_state_none():
+    passages = {passage.id: passage for passage in load_passages()}
+    for entity in load_entities().values():
+        for relation, answers in entity.relations.items():
+            assert f"{relation} {answers[0]}" in passages[passage_id(entity.iso, relation)].text
+        assert passages[f"{entity.iso}/overview"].facts == ()
+    assert {r for relations in TOPICS.values() for r in relations} >= set(HEADLINE_RELATIONS)
+
+
+def test_photos_are_deterministic_by_seed_and_differ_between_seeds():
+    flag = load_flag("fr")
+    first, again, other = (np.asarray(render_photo(flag, seed, 0.5)) for seed in (3, 3, 4))
+    assert first.shape == (56, 56, 3)
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first, other)
+
+
+def test_strength_moves_a_photo_away_from_the_flat_flag():
+    flat = np.asarray(render_photo(load_flag("jp"), 1, 0.0), dtype=float)
+    gentle, hard = (np.abs(np.asarray(render_photo(load_flag("jp"), 1, s), dtype=float) - flat).mean() for s in (0.3, 1.0))
+    assert 0 < gentle < hard
+
+
+def test_a_scene_of_two_flags_holds_both_side_by_side():
+    scene = render_two_flags(load_flag("fr"), load_flag("jp"), seed=5)
+    left = load_image_index().search([scene.crop((0, 0, 56, 56))], 1)[0][0].id
+    right = load_image_index().search([scene.crop((56, 0, 112, 56))], 1)[0][0].id
+    assert (left, right) == ("fr", "jp")
+
+
+def test_made_up_flags_are_deterministic_and_not_constant():
+    assert np.array_equal(render_unfamiliar_flag(9), render_unfamiliar_flag(9))
+    assert not np.array_equal(render_unfamiliar_flag(9), render_unfamiliar_flag(10))
+
+
+@pytest.mark.parametrize(("iso", "colour"), [("cn", "red"), ("sa", "green")])
+def test_main_colour_reads_the_pixels(iso, colour):
+    assert main_colour(load_flag(iso)) == colour
+
+
+def test_main_colour_of_an_even_mixture_is_none():
+    thirds = np.zeros((30, 30, 3), dtype=np.uint8)
+    thirds[:10], thirds[10:20], thirds[20:] = (200, 30, 45), (20, 60, 150), (255, 255, 255)
+    assert main_colour(thirds) is None
+
+
+def test_recall_reaches_the_stated_floor():
+    rows = {row["query"]: row for row in measure_retrieval(strengths=(0.5,))}
+    assert rows["text: REL of NAME"]["recall@3"] >= 0.95
+    assert rows["image: photo at strength 0.5"]["recall@1"] >= 0.93
+    assert rows["text: NAME alone"]["recall@1"] < 0.1  # a bare name must not answer for the agent
+    assert rows["text: question without the entity"]["recall@3"] < 0.05
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_questions_have_every_column_and_an_answer(kind):
+    question = load_questions("dev", [kind], n=3, seed=1)[0]
+    columns = "id kind split entity entity_names relation question answers gold_passages seen hops image"
+    assert set(question) == set(columns.split())
+    assert question["answers"] and all(question["answers"])
+    assert (question["image"] is None) == (kind == "text")
+
+
+def test_picture_questions_do_not_name_the_place():
+    for split in SPLITS:
+        for kind in ("look", "image", "two", "three"):
+            for question in list_questions(split, kind):
+                assert question["entity_names"][0] not in question["question"]
+
+
+def test_the_same_seed_asks_the_same_questions_with_the_same_photos():
+    first, again = (load_questions("train", ["two"], n=5, seed=2) for _ in range(2))
+    assert [q["id"] for q in first] == [q["id"] for q in again]
+    assert all(a["image"].tobytes() == b["image"].tobytes() for a, b in zip(first, again, strict=True))
+    assert [q["id"] for q in load_questions("train", ["two"], n=5, seed=3)] != [q["id"] for q in first]
+
+
+def test_more_questions_than_exist_come_with_new_photos():
+    n = len(list(list_questions("dev", "image")))
+    questions = load_questions("dev", ["image"], n=2 * n, seed=0)
+    assert len({q["id"] for q in questions}) == 2 * n
+    one, other = (next(q for q in part if q["entity"] == "lt") for part in (questions[:n], questions[n:]))
+    assert one["image"].tobytes() != other["image"].tobytes()
+
+
+@pytest.mark.parametrize(("split", "kinds"), [("holdout", ["two"]), ("dev", ["four"])])
+def test_an_unknown_split_or_kind_is_named(split, kinds):
+    with pytest.raises(EnvironmentSetupError, match="holdout|four"):
+        load_questions(split, kinds)
+
+
+def test_the_title_lifts_a_passage_over_one_that_only_mentions_the_name():
+    index = BM25TextIndex(["a", "b"], ["Spain", "France"], ["The neighbour France has a capital city.", "The capital Paris."])
+    assert [hit.id for hit in index.search(["capital of France"], 2)[0]] == ["b", "a"]
+    assert index.search(["zebra"], 2) == [[]]
+
+
+def test_a_snippet_keeps_the_sentences_that_match_the_query():
+    text = "One two three. The capital Paris. Four five six."
+    assert cut_snippet(text, "capital", n_words=3) == "The capital Paris."
+    assert cut_snippet(text, "zebra", n_words=100) == text
+
+
+def test_text_hits_are_cut_to_forty_words():
+    assert all(len(hit.text.split()) <= 40 for hit in load_text_index().search(["capital of Guyana"], 5)[0])

@@ -1,0 +1,123 @@
+"""Supervised fine-tuning on token sequences, with or without pictures: cold starts and the embedded tiny checkpoints.
+
+Built on transformers' Trainer. Data come from a function that draws one example from a random generator, so that a stage is
+a few numbers (steps, batch size, learning rate, seed) and the same numbers give the same model.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch.utils.data import IterableDataset
+from transformers import Trainer, TrainingArguments
+
+IGNORE = -100
+
+
+@dataclass
+class SFTExample:
+    """One sequence: `labels[t]` is `input_ids[t]` where the loss counts and IGNORE elsewhere; `images` in reading order."""
+
+    input_ids: list[int]
+    labels: list[int]
+    images: list[Image.Image] = field(default_factory=list)
+
+
+@dataclass
+class SFTStage:
+    """One training stage; `trainable` decides by parameter name what moves."""
+
+    name: str
+    draw: Callable[[random.Random], SFTExample]
+    steps: int
+    batch_size: int = 32
+    learning_rate: float = 1e-3
+    warmup_steps: int = 50
+    weight_decay: float = 0.0
+    schedule: str = "constant_with_warmup"
+    trainable: Callable[[str], bool] = lambda name: True
+    seed: int = 0
+
+
+class _DrawnDataset(IterableDataset):
+    def __init__(self, draw: Callable[[random.Random], SFTExample], seed: int):
+        self.draw, self.seed = draw, seed
+
+    def __iter__(self) -> Iterator[SFTExample]:
+        rng = random.Random(self.seed)
+        while True:
+            yield self.draw(rng)
+
+
+class SFTCollator:
+    """Pads examples on the right and adds what a VLM's forward needs for pictures.
+
+    Returns a dict of input_ids, attention_mask, labels, each [batch, length] of int64; for a VLM also mm_token_type_ids
+    [batch, length] and, where the batch has pictures, pixel_values [patches, channels] of float32 and image_grid_thw
+    [pictures, 3].
+    """
+
+    def __init__(self, processor: Any):
+        self.image_processor = getattr(processor, "image_processor", None)
+        self.tokenizer = getattr(processor, "tokenizer", processor)
+        self.image_token_id = getattr(processor, "image_token_id", None)
+
+    def __call__(self, examples: list[SFTExample]) -> dict[str, torch.Tensor]:
+        length = max(len(example.input_ids) for example in examples)
+        input_ids = torch.full((len(examples), length), self.tokenizer.pad_token_id)
+        labels = torch.full_like(input_ids, IGNORE)
+        attention_mask = torch.zeros_like(input_ids)
+        for row, example in enumerate(examples):
+            n_tokens = len(example.input_ids)
+            input_ids[row, :n_tokens] = torch.tensor(example.input_ids)
+            labels[row, :n_tokens] = torch.tensor(example.labels)
+            attention_mask[row, :n_tokens] = 1
+        batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+        if self.image_processor is None:
+            return batch
+        batch["mm_token_type_ids"] = (input_ids == self.image_token_id).int()
+        images = [image for example in examples for image in example.images]
+        if images:
+            features = self.image_processor(images, return_tensors="pt")
+            batch["pixel_values"] = features["pixel_values"]
+            batch["image_grid_thw"] = features["image_grid_thw"]
+        return batch
+
+
+def run_stage(model: Any, processor: Any, stage: SFTStage, work_dir: str | Path, log_every: int = 100) -> float:
+    """Train `model` in place for one stage.
+
+    Args:
+        model: any transformers model with a language-modelling loss.
+        processor: tokenizer, or processor of a VLM.
+        stage: data and hyper-parameters.
+        work_dir: the Trainer's scratch folder; nothing is saved there.
+        log_every: steps between two log lines.
+
+    Returns:
+        Mean training loss over the last logged interval.
+    """
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(stage.trainable(name))
+    arguments = TrainingArguments(
+        output_dir=str(work_dir), max_steps=stage.steps, per_device_train_batch_size=stage.batch_size,
+        learning_rate=stage.learning_rate, warmup_steps=stage.warmup_steps, weight_decay=stage.weight_decay, adam_beta2=0.98,
+        lr_scheduler_type=stage.schedule, seed=stage.seed, data_seed=stage.seed, save_strategy="no", report_to="none",
+        logging_steps=log_every, logging_strategy="steps", disable_tqdm=True, remove_unused_columns=False,
+        dataloader_num_workers=0, use_cpu=not torch.cuda.is_available(), bf16=True,
+    )  # fmt: skip
+    trainer = Trainer(
+        model=model, args=arguments, train_dataset=_DrawnDataset(stage.draw, stage.seed), data_collator=SFTCollator(processor)
+    )
+    logging.getLogger("transformers.trainer").setLevel(logging.WARNING)
+    trainer.train()
+    model.requires_grad_(True)
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return losses[-1] if losses else float("nan")
