@@ -129,10 +129,10 @@ def _apply_override(raw: dict[str, Any], override: str, origins: dict[str, str])
     value = parse_yaml(text, f"{COMMAND_LINE}:{dotted}")
     section, key = raw, ""
     for parent in parents:
-        if not isinstance(section.get(parent), dict):
-            section[parent] = {}
-        section = section[parent]
         key = f"{key}.{parent}" if key else parent
+        if not isinstance(section.get(parent), dict):
+            section[parent], origins[key] = {}, COMMAND_LINE
+        section = section[parent]
     if value is None:  # unlike an empty section in a file, `models.init=` sets the key to nothing
         section[name] = None
         origins[dotted] = COMMAND_LINE

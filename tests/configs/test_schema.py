@@ -1,0 +1,380 @@
+"""Settings: what loads, what is refused, and what the messages say."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from configs.reader import parse_yaml, write_yaml
+from configs.schema import (
+    Config,
+    ConfigError,
+    Environment,
+    Merge,
+    Models,
+    describe,
+    dump_config,
+    load_config,
+    resolve_model,
+    shipped_config,
+)
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Writes a settings file and returns its path."""
+
+    def _write(text: str, name: str = "run.yaml") -> Path:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        return path
+
+    return _write
+
+
+def message(path: Path, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, overrides)
+    return str(caught.value)
+
+
+# ---------------------------------------------------------------- what loads
+
+
+def test_a_file_with_only_output_gives_the_defaults(write):
+    config = load_config(write("output: runs/x"))
+    assert config == Config(output="runs/x")
+    assert (config.merge.method, config.merge.density) == ("obm", 0.5)
+    assert (config.rewards.accuracy, config.rewards.search_penalty) == (1.0, 0.1)
+
+
+def test_precedence_is_default_parent_file_command_line(write):
+    write("output: runs/parent\nseed: 1\nmerge: {density: 0.3, seed: 5}", "parent.yaml")
+    child = write("inherits: parent.yaml\nseed: 2\nmerge: {density: 0.4}")
+    config = load_config(child, ["seed=3"])
+    assert config.output == "runs/parent"  # from the parent
+    assert config.merge.seed == 5  # the parent's, beside the child's density
+    assert config.merge.density == 0.4  # from the child
+    assert config.seed == 3  # from the command line
+    assert config.merge.combine == "sum"  # default
+
+
+def test_inherits_is_relative_to_the_file_and_chains(write, monkeypatch, tmp_path):
+    write("output: a\nseed: 7", "base/root.yaml")
+    write("inherits: ../base/root.yaml\noutput: b", "mid/mid.yaml")
+    leaf = write("inherits: mid/mid.yaml", "leaf.yaml")
+    monkeypatch.chdir("/")
+    config = load_config(leaf)
+    assert (config.output, config.seed) == ("b", 7)
+
+
+def test_partial_weights_and_scope_keep_the_other_defaults(write):
+    config = load_config(write("output: x\nmerge: {weights: {agent: 2}, scope: {embedding: base}}"))
+    assert config.merge.weights == {"vlm": 1.0, "agent": 2.0}
+    assert config.merge.scope == {
+        "linear": "method",
+        "norm_bias": "task_arithmetic",
+        "embedding": "base",
+    }
+
+
+def test_defaults_are_not_shared_between_configs(write):
+    path = write("output: x")
+    first = load_config(path)
+    first.merge.weights["agent"] = 9.0
+    first.environment.kinds.append("look")
+    first.grpo["x"] = 1
+    assert load_config(path) == Config(output="x")
+
+
+def test_lists_of_a_child_replace_those_of_the_parent(write):
+    write("output: x\nenvironment: {kinds: [look, image]}", "parent.yaml")
+    child = write("inherits: parent.yaml\nenvironment: {kinds: [two]}")
+    assert load_config(child).environment.kinds == ["two"]
+
+
+def test_grpo_merges_deeply_and_is_otherwise_untouched(write):
+    write("output: x\ngrpo: {beta: 0.1, model_init_kwargs: {a: 1}}", "parent.yaml")
+    child = write("inherits: parent.yaml\ngrpo: {learning_rate: 2e-6, model_init_kwargs: {b: 2}}")
+    assert load_config(child, ["grpo.anything.new=[1, 2]"]).grpo == {
+        "beta": 0.1,
+        "learning_rate": 2e-6,
+        "model_init_kwargs": {"a": 1, "b": 2},
+        "anything": {"new": [1, 2]},
+    }
+
+
+def test_an_empty_section_means_its_defaults(write):
+    write("output: x\nmerge: {density: 0.2}", "parent.yaml")
+    assert load_config(write("output: x\nmerge:\n")).merge == Merge()
+    assert load_config(write("inherits: parent.yaml\nmerge:\n")).merge.density == 0.2
+
+
+def test_an_override_can_set_a_key_to_nothing(write):
+    path = write("output: x\ntracking: {group: night}\nmodels: {init: atlas://vlm}")
+    assert load_config(path, ["tracking.group=null"]).tracking.group is None
+    assert load_config(path, ["models.init="]).models == Models()
+
+
+def test_an_override_may_hold_equals_signs_and_lists(write):
+    config = load_config(
+        write("output: x"), ["tracking.group='a=b'", "environment.kinds=[two, three]"]
+    )
+    assert config.tracking.group == "a=b"
+    assert config.environment.kinds == ["two", "three"]
+
+
+def test_whole_numbers_pass_for_numbers(write):
+    config = load_config(write("output: x\nmerge: {density: 1}\nenvironment: {timeout_s: 3}"))
+    assert isinstance(config.merge.density, float)
+    assert isinstance(config.environment.timeout_s, float)
+
+
+def test_the_deepspeed_key_takes_presets_files_and_none(write):
+    path = write("output: x")
+    assert load_config(path, ["deepspeed=none"]).deepspeed is None
+    assert load_config(path, ["deepspeed=zero3"]).deepspeed == "zero3"
+    assert load_config(path, ["deepspeed=my/ds.json"]).deepspeed == "my/ds.json"
+    assert "zero2, zero3, none" in message(path, "deepspeed=zero4")
+
+
+def test_the_arm_is_named_after_the_starting_point():
+    assert Config(output="x", models=Models(init="runs/demo/obm/")).arm_name == "obm"
+    assert Config(output="x", models=Models(init="atlas://vlm")).arm_name == "vlm"
+    named = Config(output="x", models=Models(init="atlas://vlm"))
+    named.tracking.arm = "plain"
+    assert named.arm_name == "plain"
+
+
+def test_episode_settings_are_what_the_environment_takes():
+    from environments.episode import SearchEnvironment
+
+    settings = Environment(max_turns=2, invalid_ends=False).episode_settings()
+    environment = SearchEnvironment(None, None, **settings)
+    episode = environment.start({"question": "q"})
+    assert episode.max_turns == 2
+    assert episode.invalid_ends is False
+    assert episode.timeout_s == 10.0
+
+
+# ---------------------------------------------------------------- dump
+
+
+def test_a_dump_loads_back_equal(write):
+    path = write(
+        "output: runs/x\ngrpo: {learning_rate: 2e-6, name: '2e-6', on: 'yes', n: '010', d: '~'}\n"
+        "merge: {weights: {agent: 1.5}}\nmodels: {init: 'no'}\ntracking: {group: 'é: #1'}"
+    )
+    config = load_config(path)
+    assert load_config(write(dump_config(config), "again.yaml")) == config
+
+
+def test_a_dump_means_the_same_to_a_plain_yaml_reader(write):
+    config = load_config(write("output: x\ngrpo: {learning_rate: 2e-6, name: 'on', t: '1:30'}"))
+    assert yaml.safe_load(dump_config(config))["grpo"] == config.grpo
+
+
+@pytest.mark.parametrize("value", ["2e-6", "yes", "null", "010", "1:30", "", " a ", "2024-01-01"])
+def test_text_stays_text_through_dump_and_load(value):
+    assert parse_yaml(write_yaml({"key": value}), "test") == {"key": value}
+
+
+# ---------------------------------------------------------------- YAML traps
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("2e-6", 2e-6),  # text to YAML 1.1
+        ("1E5", 1e5),
+        (".5", 0.5),
+        ("no", "no"),  # false to YAML 1.1
+        ("off", "off"),
+        ("1:30", "1:30"),  # 90 to YAML 1.1
+        ("010", 10),  # 8 to YAML 1.1
+        ("0x10", 16),
+        ("-3", -3),
+        ("true", True),
+        ("~", None),
+        ("2024-01-01", "2024-01-01"),
+        ("1.2.3", "1.2.3"),
+        ("1_000", "1_000"),
+    ],
+)
+def test_scalars_follow_yaml_1_2(text, value):
+    parsed = parse_yaml(text, "test")
+    assert parsed == value
+    assert type(parsed) is type(value)
+
+
+def test_a_repeated_key_is_an_error(write):
+    path = write("output: x\nseed: 1\nseed: 2")
+    assert message(path).startswith(f"{path}: key 'seed' appears twice (line 3)")
+
+
+def test_broken_yaml_names_file_and_line(write):
+    path = write("output: x\nmerge: {density: 0.5\n")
+    assert str(path) in message(path)
+    assert "line" in message(path)
+
+
+def test_a_file_without_keys_is_an_error(write):
+    assert "expected keys and values" in message(write("- a\n- b"))
+
+
+def test_objects_cannot_be_built_from_yaml(write):
+    assert "could not determine a constructor" in message(
+        write("output: !!python/object/apply:os.getcwd []")
+    )
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("sed=1", "sed: unknown key; did you mean 'seed'?"),
+        ("merge.densty=1", "merge.densty: unknown key; did you mean 'density'?"),
+        ("merge.weights.agnt=1", "merge.weights.agnt: unknown key; did you mean 'agent'?"),
+        ("merge.scope.linaer=obm", "did you mean 'linear'?"),
+        ("merge.method=obn", "did you mean 'obm'?"),
+        ("merge.scope.embedding=obm", "'obm' is not one of task_arithmetic"),
+        ("merge.density=1.5", "out of range; use a number from 0 to 1"),
+        ("merge.weights.vlm=-1", "out of range; use a number of 0 or more"),
+        ("environment.timeout_s=0", "use a number above 0"),
+        ("environment.max_turns=0", "use a number of 1 or more"),
+        ("environment.kinds=[]", "the list is empty"),
+        ("environment.kinds=two", "expected a list, got str 'two'; write [two]"),
+        ("environment.kinds=[two, tree]", "environment.kinds[1]: 'tree' is not one of"),
+        ("environment.relations=[1]", "environment.relations[0]: expected text"),
+        ("seed=1.5", "expected a whole number"),
+        ("seed=true", "expected a whole number, got bool True"),
+        ("seed=null", "expected a whole number, got nothing"),
+        ("merge.density=.nan", "not a finite number"),
+        ("merge.density=true", "expected a number"),
+        ("environment.thumbnails=1", "write true or false"),
+        ("tracking.group=7", 'write "7" in quotes'),
+        ("merge=3", "merge: expected a section, got int 3"),
+        ("seed.x=1", "seed: expected a whole number"),
+        ("grpo=3", "grpo: expected a section"),
+        ("seed", "not an override; write key=value"),
+        ("=1", "not an override; write key=value"),
+        ("a..b=1", "not an override; write key=value"),
+        ("seed=[1", "command line:seed"),
+    ],
+)
+def test_a_bad_override_names_place_reason_and_fix(write, override, expected):
+    text = message(write("output: x"), override)
+    assert text.startswith("command line:")
+    assert expected in text
+
+
+def test_the_message_names_the_file_that_set_the_key(write):
+    parent = write("output: x\nmerge: {densty: 1}\nenvironment: {kinds: [tow]}", "parent.yaml")
+    child = write("inherits: parent.yaml\nmerge: {density: 3}")
+    assert message(child).startswith(f"{parent}:merge.densty")
+    assert message(parent, "merge.density=3").startswith(f"{parent}:merge.densty")
+    write("output: x", "parent.yaml")
+    assert message(child).startswith(f"{child}:merge.density")
+    write("output: x\nenvironment: {kinds: [tow]}", "parent.yaml")
+    assert message(write("inherits: parent.yaml")).startswith(f"{parent}:environment.kinds[0]")
+
+
+def test_output_is_required(write):
+    path = write("seed: 1")
+    assert message(path) == f"{path}:output: missing; add 'output: ...'"
+
+
+def test_inheriting_in_a_circle_is_an_error(write):
+    write("inherits: run.yaml", "other.yaml")
+    assert "circle" in message(write("inherits: other.yaml"))
+
+
+def test_a_missing_file_or_parent_is_named(write, tmp_path):
+    assert "nowhere.yaml" in message(tmp_path / "nowhere.yaml")
+    assert "gone.yaml" in message(write("inherits: gone.yaml"))
+    assert "inherits: expected a file name" in message(write("inherits: [a, b]"))
+    assert "cannot read" in message(tmp_path)
+
+
+def test_errors_ask_for_exit_code_2():
+    assert ConfigError.exit_code == 2
+
+
+# ---------------------------------------------------------------- models and shipped files
+
+
+def test_a_folder_resolves_against_the_current_directory(tmp_path, monkeypatch):
+    (tmp_path / "runs" / "obm").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert resolve_model("runs/obm") == str(tmp_path / "runs" / "obm")
+    assert resolve_model("./runs/obm") == str(tmp_path / "runs" / "obm")
+
+
+def test_a_hub_id_passes_unchanged(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert resolve_model("Qwen/Qwen2.5-VL-7B-Instruct") == "Qwen/Qwen2.5-VL-7B-Instruct"
+
+
+@pytest.mark.parametrize("ref", ["runs/obn", "./x", "/no/where", "a/b/c", "merged", "here/x"])
+def test_a_missing_folder_is_no_hub_id(ref, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    with pytest.raises(ConfigError, match="no checkpoint folder"):
+        resolve_model(ref)
+
+
+def test_an_unknown_shipped_checkpoint_is_an_error():
+    with pytest.raises(ConfigError, match="no shipped checkpoint 'atlas://vln'"):
+        resolve_model("atlas://vln")
+
+
+def test_every_shipped_file_loads_and_dumps(tmp_path):
+    for path in sorted((ROOT / "configs").glob("*.yaml")):
+        config = load_config(path)
+        again = tmp_path / path.name
+        again.write_text(dump_config(config))
+        assert load_config(again) == config, path
+        assert shipped_config(path.stem) == shipped_config(path.name) == path
+
+
+def test_an_unknown_shipped_file_is_an_error():
+    with pytest.raises(ConfigError, match="no shipped configuration 'nope'"):
+        shipped_config("nope")
+
+
+def test_settings_do_not_import_torch():
+    code = "import sys, configs.schema; sys.exit(bool({'torch', 'transformers'} & {*sys.modules}))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+# ---------------------------------------------------------------- documentation
+
+
+def test_the_committed_page_is_up_to_date():
+    assert (ROOT / "docs" / "configuration.md").read_text() == describe()
+
+
+def test_every_key_is_documented_with_its_default():
+    page = describe()
+    rows = {line.split(" | ")[0]: line for line in page.splitlines() if line.startswith("| `")}
+    plain = yaml.safe_load(dump_config(Config(output="x")))
+
+    def leaves(value, key=""):
+        for name, inner in value.items():
+            dotted = f"{key}.{name}" if key else name
+            if isinstance(inner, dict) and inner:
+                yield from leaves(inner, dotted)
+            else:
+                yield dotted
+
+    assert {f"| `{key}`" for key in leaves(plain)} == set(rows)
+    assert "| `0.5` |" in rows["| `merge.density`"]
+    assert "number from 0 to 1" in rows["| `merge.density`"]
+    assert all(len(line.split(" | ")) == 4 for line in rows.values())

@@ -1,0 +1,206 @@
+"""Tools: results, bad calls, and services that fail or hang."""
+
+import threading
+import time
+
+import pytest
+from PIL import Image
+
+from environments.episode import SearchEnvironment
+from environments.tools import Hit, crop, guard, image_search, text_search
+
+
+class TextTable:
+    """A text back end that returns what it is told to."""
+
+    in_memory = True
+
+    def __init__(self, *hits, error=None):
+        self.hits, self.error, self.calls = list(hits), error, []
+
+    def search(self, queries, k):
+        self.calls.append((queries, k))
+        if self.error:
+            raise self.error
+        return [self.hits[:k] for _ in queries]
+
+
+class ImageTable(TextTable):
+    """The same for pictures; remembers the pictures."""
+
+
+def episode(text=None, image=None, picture=None, **budgets):
+    question = {"question": "q", "image": picture}
+    return SearchEnvironment(text, image, **budgets).start(question)
+
+
+def two_colours(width=5):
+    """A picture whose left part is red and whose right half is blue."""
+    picture = Image.new("RGB", (width, 2), "red")
+    picture.paste("blue", ((width + 1) // 2, 0, width, 2))
+    return picture
+
+
+def test_a_text_search_returns_titles_snippets_and_ids():
+    index = TextTable(
+        Hit("p1", "France", "Paris .", 2.0), Hit("p2", "Mali", "Bamako ."), Hit("p3", "x")
+    )
+    result = text_search(episode(index), "  capital of France ")
+    assert index.calls == [(["capital of France"], 2)]
+    assert result.hits == ["p1", "p2"]
+    assert [(hit.title, hit.text) for hit in result.documents] == [
+        ("France", "Paris ."),
+        ("Mali", "Bamako ."),
+    ]
+    assert (result.is_error, result.fault, result.tool) == (False, None, "text")
+    assert result.text == "France: Paris .\nMali: Bamako ."
+    assert result.seconds > 0
+
+
+def test_snippets_are_cut_to_forty_words_and_shorter_ones_left_alone():
+    spaced = "two  spaces"
+    index = TextTable(Hit("a", "t", "w " * 41), Hit("b", "t", spaced))
+    first, second = text_search(episode(index), "q").documents
+    assert first.text.split() == ["w"] * 40
+    assert second.text == spaced
+
+
+def test_an_image_search_returns_names_only():
+    index = ImageTable(Hit("fr", "France", "Capital Paris", 0.9, Image.new("RGB", (3, 3))))
+    result = image_search(episode(image=index, picture=two_colours()))
+    assert result.hits == ["fr"]
+    assert (result.text, result.images) == ("France", [])
+    assert result.documents == [Hit("fr", "France", "", 0.9, None)]
+
+
+def test_thumbnails_come_when_asked_for_and_never_from_a_text_search():
+    picture = Image.new("RGB", (3, 3))
+    index = ImageTable(Hit("fr", "France", "", 0.9, picture), Hit("it", "Italy"))
+    result = image_search(episode(image=index, picture=two_colours(), thumbnails=True))
+    assert result.images == [picture]
+    assert text_search(episode(index, thumbnails=True), "q").images == []
+
+
+@pytest.mark.parametrize(
+    ("region", "size", "colours"),
+    [
+        ("full", (5, 2), {"red", "blue"}),
+        ("left", (3, 2), {"red"}),
+        ("right", (3, 2), {"red", "blue"}),
+        ("LEFT ", (3, 2), {"red"}),
+    ],
+)
+def test_a_region_is_the_left_or_the_right_half(region, size, colours):
+    index = ImageTable(Hit("a", "A"))
+    image_search(episode(image=index, picture=two_colours()), region)
+    ((pictures, k),) = index.calls
+    named = {(255, 0, 0): "red", (0, 0, 255): "blue"}
+    assert pictures[0].size == size
+    assert {named[colour] for _, colour in pictures[0].getcolors()} == colours
+    assert k == 3
+
+
+def test_halves_of_an_even_width_do_not_overlap():
+    picture = two_colours(4)
+    assert crop(picture, "left").getcolors() == [(4, (255, 0, 0))]
+    assert crop(picture, "right").getcolors() == [(4, (0, 0, 255))]
+    assert crop(Image.new("RGB", (1, 1)), "left").size == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda: text_search(episode(TextTable()), "  "), "query is empty"),
+        (lambda: text_search(episode(None), "q"), "no text search"),
+        (lambda: image_search(episode(image=None, picture=two_colours())), "no image search"),
+        (lambda: image_search(episode(image=TextTable())), "no image"),
+        (
+            lambda: image_search(episode(image=TextTable(), picture=two_colours()), "<top>"),
+            "Unknown region '‹top›'. Use full, left or right.",
+        ),
+    ],
+)
+def test_a_bad_call_is_the_models_fault_and_says_what_to_do(call, says):
+    result = call()
+    assert says in result.text
+    assert (result.is_error, result.fault, result.hits) == (True, "model", [])
+
+
+def test_an_empty_result_is_nobodys_fault():
+    result = text_search(episode(TextTable()), "q")
+    assert (result.text, result.is_error, result.fault) == ("Nothing found.", False, None)
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+@pytest.mark.parametrize("error", [RuntimeError("down"), KeyError("x"), MemoryError()])
+def test_a_failing_service_becomes_a_result(error, in_memory):
+    index = TextTable(error=error)
+    index.in_memory = in_memory
+    result = text_search(episode(index), "q")
+    assert (result.is_error, result.fault) == (True, "infrastructure")
+    assert type(error).__name__ in result.text
+    assert "down" not in result.text  # a service's message is no text for the policy
+
+
+@pytest.mark.parametrize("sent", [[], None, [[None]], [["text"]]])
+def test_a_service_that_breaks_its_contract_becomes_a_result(sent):
+    class Broken:
+        def search(self, queries, k):
+            return sent
+
+    result = text_search(episode(Broken()), "q")
+    assert (result.is_error, result.fault) == (True, "infrastructure")
+
+
+def test_odd_fields_of_a_hit_do_not_reach_the_dialect():
+    index = TextTable(Hit(7, None, None))
+    current = episode(index)
+    result = text_search(current, "q")
+    assert result.hits == ["7"]
+    assert current.dialect.render_observation(result, "q").startswith("\n\n<information> Doc 1")
+
+
+def test_a_broken_picture_becomes_a_result():
+    result = image_search(episode(image=ImageTable(), picture=object()), "left")
+    assert (result.is_error, result.fault) == (True, "infrastructure")
+
+
+def test_a_hanging_service_is_given_up_after_the_limit():
+    release = threading.Event()
+
+    class Hanging:
+        def search(self, queries, k):
+            release.wait(30)
+            return [[Hit("late", "late")]]
+
+    start = time.perf_counter()
+    result = text_search(episode(Hanging(), timeout_s=0.05), "q")
+    elapsed = time.perf_counter() - start
+    release.set()
+    assert (result.is_error, result.fault, result.hits) == (True, "infrastructure", [])
+    assert "no result within 0.05 s" in result.text
+    assert 0.05 <= result.seconds <= elapsed < 5
+
+
+def test_only_back_ends_that_are_not_in_memory_get_a_thread():
+    seen = []
+
+    class Index:
+        def search(self, queries, k):
+            seen.append(threading.current_thread() is threading.main_thread())
+            return [[Hit("a", "A")]]
+
+    remote, local = Index(), Index()
+    local.in_memory = True
+    text_search(episode(remote), "q")
+    text_search(episode(local), "q")
+    text_search(episode(remote, timeout_s=None), "q")
+    assert seen == [False, True, True]
+
+
+def test_an_interrupt_is_no_tool_failure():
+    def interrupt():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        guard(interrupt, "text", None)
