@@ -218,6 +218,11 @@ class RolloutEngine:
         framed = text.replace(IMAGE_MARK, f"<|vision_start|>{IMAGE_MARK}<|vision_end|>")
         return self._tokens_with_pictures(framed, IMAGE_MARK, pictures), pictures
 
+    def release_images(self) -> None:
+        """Forgets the pictures of past rollouts."""
+        if self.images is not None:
+            self.images.clear()
+
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
         """Adds the block's seconds to `timings[stage]`."""

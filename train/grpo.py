@@ -1,0 +1,412 @@
+"""GRPO on search episodes: TRL's trainer with our rollout, our reward parts and our forward.
+
+Read top to bottom: one training step is `_generate_and_score_completions` (roll out, score, group
+advantages) and `compute_loss`. TRL keeps advantages, loss variants, optimisation and checkpoints.
+
+Differs from TRL 1.16 in what it would get wrong or slow here:
+* the rollout keeps its cache over turns (`train.rollout`) and stops at a call's closing tag;
+* TRL never sees the pictures: they travel beside the batch and are encoded once each, so a
+  placeholder can not lose its picture and no process waits for another's images;
+* log-probs are computed at the policy's own tokens only (`train.scoring`);
+* a resumed run continues the same random numbers and the same generation buffer.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from PIL import Image
+from trl import GRPOConfig, GRPOTrainer
+from trl.models import unwrap_model_for_generation
+
+from environments.episode import STOP_REASONS
+from rewards.compose import score
+from train import scoring
+from train.rollout import RolloutEngine, Script
+from train.trajectories import Trajectory
+from train.vision import EncodedImage
+
+REWARD_PARTS = ("total", "accuracy", "format", "search_penalty")
+REWARD_WEIGHTS = [1.0, 0.0, 0.0, 0.0]
+"""Only the total is optimised; the parts are there to be logged."""
+
+ROLLOUT_STATE = "rollout_state.pt"
+
+
+class SearchGRPOTrainer(GRPOTrainer):
+    """Trains a policy on search episodes.
+
+    Args:
+        model: the policy; with `beta` > 0 its `name_or_path` must be its folder (the reference).
+        args: TRL's settings. `max_completion_length` is the budget of an episode with its
+            observations, `generation_kwargs["max_new_tokens"]` that of one turn.
+        questions: training questions, in the columns that `environments` describes.
+        environment: has `start(question) -> Episode` and `dialect`.
+        rewards: the section `rewards` of the settings.
+        processing_class: processor of the policy.
+        callbacks: transformers callbacks.
+        tool_workers: threads for tool calls, 0 = in line.
+        script: makes the policy say given turns (tests).
+        peft_config: adapter to train instead of the whole model.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        args: GRPOConfig,
+        questions: Sequence[dict[str, Any]],
+        environment: Any,
+        rewards: Any,
+        processing_class: Any,
+        callbacks: list[Any] | None = None,
+        tool_workers: int = 0,
+        script: Script | None = None,
+        peft_config: Any = None,
+    ) -> None:
+        self.questions = list(questions)
+        self.reward_settings = rewards
+        args.reward_weights = list(REWARD_WEIGHTS)
+        # TRL recognises a truncated episode by its last token; here the stop reason says it
+        self._mask_truncated = args.mask_truncated_completions
+        args.mask_truncated_completions = False
+        generation = dict(args.generation_kwargs or {})
+        n_per_turn = generation.pop("max_new_tokens", args.max_completion_length)
+        _refuse_unused_sampling(args, generation)
+        args.generation_kwargs = None
+        super().__init__(
+            model=model,
+            reward_funcs=[_read_part(part) for part in REWARD_PARTS],
+            args=args,
+            train_dataset=Dataset.from_dict(
+                {
+                    "prompt": [question["question"] for question in self.questions],
+                    "row": list(range(len(self.questions))),
+                }
+            ),
+            processing_class=processing_class,
+            callbacks=callbacks,
+            peft_config=peft_config,
+        )
+        self.engine = RolloutEngine(
+            self.accelerator.unwrap_model(self.model),
+            processing_class,
+            environment,
+            max_new_tokens_per_turn=n_per_turn,
+            max_completion_tokens=args.max_completion_length,
+            temperature=args.temperature,
+            top_p=args.top_p,
+            seed=args.seed,
+            tool_workers=tool_workers,
+            script=script,
+        )
+        self._install_scoring()
+        self.evaluate_policy: Callable[[], dict[str, float]] | None = None
+        """set by the evaluation callback; runs when transformers asks for an evaluation"""
+        self.last_trajectories: list[Trajectory] = []
+        """this process' episodes of the latest rollout"""
+        self.n_policy_tokens = 0
+        """tokens sampled in training so far, all processes"""
+        self._batch_questions: list[dict[str, Any]] = []
+        self._batch_pictures: list[list[EncodedImage]] = []
+        self._batch_policy_mask: torch.Tensor | None = None
+        self._loss_inputs: dict[str, Any] | None = None
+        self._seconds: dict[str, float] = defaultdict(float)
+        self._last_logged_step = 0
+
+    def _install_scoring(self) -> None:
+        images = self.engine.images
+        blank = images.encode(Image.new("RGB", (56, 56))) if images and self._is_vlm else None
+        for model in (self.model, self.ref_model):
+            if model is None:
+                continue
+            core = self.accelerator.unwrap_model(model)
+            core = core.get_base_model() if hasattr(core, "get_base_model") else core
+            scoring.install(
+                core,
+                temperature=self.temperature,
+                merge_size=images.merge_size if images else 2,
+                blank=blank,
+            )
+
+    # ---------------------------------------------------------------- one step: episodes
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        """Rolls out, scores and gives TRL the padded batch; pictures ride along."""
+        self._batch_questions = [self.questions[example["row"]] for example in inputs]
+        with self._timed("generate"):
+            batch = super()._generate_and_score_completions(inputs)
+        batch["pictures"] = self._batch_pictures
+        self._batch_policy_mask = None
+        return batch
+
+    def _generate(self, prompts: list[Any]) -> tuple[Any, ...]:
+        """One episode per prompt.
+
+        Returns:
+            TRL's 8-tuple: prompt ids, completion ids, tool mask (1 = the policy's token),
+            completions as text, sampling log-probs, fields for the rewards, images, tool images.
+            The last two stay empty: the pictures are ours.
+        """
+        with self.policy_for_generation(), self._timed("rollout"):
+            trajectories = self.engine.rollout_rows(
+                self._batch_questions, first_row=self.accelerator.process_index * len(prompts)
+            )
+        for stage, seconds in self.engine.timings.items():
+            self._seconds[stage] += seconds
+        with self._timed("reward"):
+            check_format = self.engine.environment.dialect.check_format
+            for trajectory, question in zip(trajectories, self._batch_questions, strict=True):
+                trajectory.rewards = score(
+                    trajectory, question, self.reward_settings, check_format
+                )
+        masks = [trajectory.completion_mask for trajectory in trajectories]
+        if self._mask_truncated:
+            masks = [
+                [0] * len(mask) if trajectory.stop_reason == "length" else mask
+                for mask, trajectory in zip(masks, trajectories, strict=True)
+            ]
+        completion_ids = [trajectory.completion_ids for trajectory in trajectories]
+        self.last_trajectories = trajectories
+        self._batch_pictures = [
+            [self.engine.images.encode(image) for image in trajectory.all_images]
+            for trajectory in trajectories
+        ]
+        self.engine.release_images()
+        self._batch_policy_mask = _pad_right(masks)
+        self._log_episodes(trajectories)
+        return (
+            [trajectory.prompt_ids for trajectory in trajectories],
+            completion_ids,
+            masks,
+            [trajectory.text for trajectory in trajectories],
+            [trajectory.completion_logprobs for trajectory in trajectories],
+            {"trajectories": trajectories},
+            None,
+            [],
+        )
+
+    @contextmanager
+    def policy_for_generation(self) -> Iterator[Any]:
+        """The bare policy with whole parameters.
+
+        Under ZeRO-3 they are gathered once for the whole block, so processes may take different
+        numbers of turns inside it.
+        """
+        with unwrap_model_for_generation(
+            self.model_wrapped,
+            self.accelerator,
+            gather_deepspeed3_params=self.args.ds3_gather_for_generation,
+        ) as model:
+            yield model
+
+    def _log_episodes(self, trajectories: list[Trajectory]) -> None:
+        """Metrics of the rollout over all processes, under TRL's names where it has them."""
+        lengths = [t.n_policy_tokens for t in trajectories]
+        totals = {
+            "tokens": sum(lengths),
+            "prompt_tokens": sum(len(t.prompt_ids) for t in trajectories),
+            "search/rate_image": sum(t.count("image_search") > 0 for t in trajectories),
+            "search/rate_text": sum(t.count("search") > 0 for t in trajectories),
+            "search/calls_per_episode": sum(
+                t.count("search") + t.count("image_search") for t in trajectories
+            ),
+            "search/failure_rate": sum(any(u.is_error for u in t.turns) for t in trajectories),
+            "turns_per_episode": sum(len(t.turns) for t in trajectories),
+            "completions/mean_length": sum(lengths),
+            "completions/clipped_ratio": sum(t.stop_reason == "length" for t in trajectories),
+            **{
+                f"stop/{reason}": sum(t.stop_reason == reason for t in trajectories)
+                for reason in STOP_REASONS
+            },
+        }
+        device = self.accelerator.device
+        local = torch.tensor([*totals.values(), len(trajectories)], dtype=torch.float64)
+        if device.type == "mps":  # no float64 there
+            local = local.float()
+        summed = self.accelerator.reduce(local.to(device), reduction="sum").tolist()
+        n_episodes = summed.pop()
+        extremes = self.accelerator.gather(
+            torch.tensor([min(lengths), max(lengths)], device=device)
+        )
+        sums = dict(zip(totals, summed, strict=True))
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        n_tokens, n_prompt_tokens = sums.pop("tokens"), sums.pop("prompt_tokens")
+        self.n_policy_tokens += int(n_tokens)
+        self.state.num_input_tokens_seen += int(n_tokens + n_prompt_tokens)
+        metrics["num_tokens"] = [self.state.num_input_tokens_seen]
+        for name, value in sums.items():
+            metrics[name].append(value / n_episodes)
+        metrics["completions/min_length"].append(extremes.min().item())
+        metrics["completions/max_length"].append(extremes.max().item())
+
+    # ---------------------------------------------------------------- one step: the loss
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
+        """TRL's step, timed: what is not generation is forward and backward."""
+        start, generated = time.perf_counter(), self._seconds["generate"]
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        generation = self._seconds["generate"] - generated
+        self._seconds["loss"] += time.perf_counter() - start - generation
+        return loss
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """TRL's loss; remembers the batch for the forward, which TRL passes only in part."""
+        self._loss_inputs = inputs
+        try:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        finally:
+            self._loss_inputs = None
+
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: Any,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        logits_to_keep: int,
+        batch_size: int | None = None,
+        compute_entropy: bool = False,
+        compute_aux_loss: bool = False,
+        **multimodal: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, None]:
+        """Log-probs [B, C] of the policy's tokens, 0 at observations and padding.
+
+        Called by TRL for the loss (with gradients) and, when asked for, for the old and the
+        reference log-probs of a whole generation batch.
+        """
+        inputs = self._loss_inputs
+        if inputs is not None:
+            policy_mask, pictures = inputs["completion_mask"] * inputs["tool_mask"], inputs["pictures"]
+        else:
+            assert self._batch_policy_mask is not None
+            policy_mask, pictures = self._batch_policy_mask, self._batch_pictures
+            missing = logits_to_keep - policy_mask.shape[1]  # pad_to_multiple_of
+            policy_mask = torch.nn.functional.pad(policy_mask, (0, missing))
+        batch_size = batch_size or len(input_ids)
+        parts = []
+        for start in range(0, len(input_ids), batch_size):
+            part = slice(start, start + batch_size)
+            rows = scoring.rows_from_padded(
+                input_ids[part], attention_mask[part], policy_mask[part], pictures[part]
+            )
+            with self.accelerator.autocast():
+                parts.append(model(scored_rows=rows))
+        logps = torch.cat([part[0] for part in parts])
+        entropies = torch.cat([part[1] for part in parts]) if compute_entropy else None
+        if inputs is not None:
+            self._log_mismatch(logps.detach(), inputs["sampling_per_token_logps"], policy_mask)
+        return logps, entropies, None
+
+    def _log_mismatch(
+        self, training: torch.Tensor, sampling: torch.Tensor, policy_mask: torch.Tensor
+    ) -> None:
+        """How far the log-probs of sampling are from those of training; off-policy steps count."""
+        difference = ((training - sampling).abs() * policy_mask).max()
+        largest = self.accelerator.gather(difference.reshape(1)).max().item()
+        self._metrics["train"]["sampling/logp_difference_max"].append(largest)
+
+    # ---------------------------------------------------------------- log, evaluate, resume
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds seconds per stage and step (of this process) before TRL adds its metrics."""
+        n_steps = self.state.global_step - self._last_logged_step
+        if "loss" in logs and n_steps > 0:
+            for stage, seconds in self._seconds.items():
+                logs[f"time/{stage}_s"] = round(seconds / n_steps, 4)
+            self._seconds.clear()
+            self._last_logged_step = self.state.global_step
+        super().log(logs, start_time)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Held-out evaluation by episodes, not TRL's loss on an evaluation set."""
+        return self.evaluate_policy() if self.evaluate_policy is not None else {}
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """No card per checkpoint: the run folder itself says how it was made."""
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        every = self.args.steps_per_generation * self.num_iterations
+        state = {
+            "n_rollouts": self.engine.n_rollouts,
+            "n_policy_tokens": self.n_policy_tokens,
+            # inside a buffer the rest of its episodes is still to be trained on
+            "buffer": self._buffered_inputs if self._step % every else None,
+        }
+        torch.save(state, folder / self._state_name())
+        self.accelerator.wait_for_everyone()
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        path = Path(checkpoint) / self._state_name()
+        # the buffer holds our own classes; the file is from this run's own folder
+        state = torch.load(path, weights_only=False)
+        self.engine.n_rollouts = state["n_rollouts"]
+        self.n_policy_tokens = state["n_policy_tokens"]
+        self._buffered_inputs = state["buffer"]
+        self._step = self.state.global_step * self.args.gradient_accumulation_steps
+        self._last_logged_step = self.state.global_step
+
+    def _state_name(self) -> str:
+        path = Path(ROLLOUT_STATE)
+        return f"{path.stem}_{self.accelerator.process_index}{path.suffix}"
+
+    @contextmanager
+    def _timed(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._seconds[stage] += time.perf_counter() - start
+
+
+def _read_part(part: str) -> Callable[..., list[float | None]]:
+    """TRL reward function that hands on one part of the score."""
+
+    def reward(trajectories: list[Trajectory], **_: Any) -> list[float | None]:
+        # an episode that cannot be scored has no part at all: TRL would count the rest as 0
+        return [
+            None if t.rewards["total"] is None else t.rewards[part] for t in trajectories
+        ]
+
+    reward.__name__ = part
+    return reward
+
+
+def _pad_right(masks: list[list[int]]) -> torch.Tensor:
+    """int64 [B, C], zeros behind each row."""
+    padded = np.zeros((len(masks), max(map(len, masks))), dtype=np.int64)
+    for row, mask in zip(padded, masks, strict=True):
+        row[: len(mask)] = mask
+    return torch.from_numpy(padded)
+
+
+def _refuse_unused_sampling(args: GRPOConfig, generation: dict[str, Any]) -> None:
+    """Settings that the rollout does not read must not be set in silence."""
+    unused = [f"generation_kwargs.{name}" for name in generation]
+    unused += [name for name in ("min_p",) if getattr(args, name) is not None]
+    unused += ["top_k"] if args.top_k else []
+    unused += ["repetition_penalty"] if args.repetition_penalty != 1.0 else []
+    unused += ["use_vllm"] if args.use_vllm else []
+    if unused:
+        raise ValueError(
+            f"grpo: {', '.join(unused)} is not supported by the search rollout; it samples with "
+            "temperature, top_p and generation_kwargs.max_new_tokens (per turn)"
+        )
