@@ -300,7 +300,8 @@ def _merge_tensor(
     moments: Mapping[str, SecondMoments],
     settings: MethodSettings,
 ) -> tuple[Tensor, Statistics]:
-    assert tensor.base_name is not None and tensor.agent_name is not None
+    assert tensor.base_name is not None
+    assert tensor.agent_name is not None
     stored = {"base": tensor.base_name, "vlm": tensor.name, "agent": tensor.agent_name}
     values = {role: parents[role].read(name).float() for role, name in stored.items()}
     for role, value in values.items():
