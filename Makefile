@@ -1,0 +1,60 @@
+# make demo   the whole story on two cores: calibrate, merge, evaluate, train, compare
+# make test   every test
+# A virtual environment in .venv is made when it is missing; nothing outside the checkout is touched.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+CPU_TORCH := torch==2.13.0
+# Arguments for the verb behind a target: make demo ARGS="--output runs/other"
+ARGS ?=
+
+export PYTHONSAFEPATH := 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: help install demo test bench lint atlas study-convergence results clean
+
+help:
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1: /p' Makefile
+
+install: $(STAMP) ## virtual environment with everything that the targets below need
+
+# Without a GPU torch comes first, in the version that the CPU results were made with. The environment
+# says where from: PIP_INDEX_URL, PIP_EXTRA_INDEX_URL and PIP_FIND_LINKS work as everywhere.
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: $(PYTHON) is older than 3.11; set PYTHON=python3.11 or newer"; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	command -v nvidia-smi >/dev/null || $(BIN)/python -m pip install --quiet "$(CPU_TORCH)"
+	$(BIN)/python -m pip install --quiet -e ".[dev]"
+	touch $@
+
+demo: $(STAMP) ## calibrate, merge with every method, evaluate, train two arms, compare (12 minutes)
+	$(BIN)/obm demo $(ARGS)
+
+test: $(STAMP) ## every test, two-process launch included (15 minutes at most)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(ARGS)
+
+bench: $(STAMP) ## measure what the results state: start-up of the console script, retrieval
+	OMP_NUM_THREADS=1 $(BIN)/obm bench $(ARGS)
+
+lint: $(STAMP) ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+atlas: $(STAMP) ## train the tiny base, VLM and agent again (an hour)
+	$(BIN)/obm atlas build $(ARGS)
+
+study-convergence: $(STAMP) ## three seeds of every start, then docs/results/convergence.* (hours)
+	$(BIN)/obm study convergence $(ARGS)
+
+results: $(STAMP) ## the small tables of docs/results again: retrieval
+	$(BIN)/obm atlas table $(ARGS)
+
+clean: ## the environment and caches; runs/ stays
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,75 @@
+"""Arguments that several verbs share, and how they become settings."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from launch.errors import LaunchError
+
+if TYPE_CHECKING:
+    from configs.schema import Config
+
+DEFAULT_CONFIG = "demo"
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """`--config FILE` and any number of `key=value`."""
+    parser.add_argument(
+        "--config", metavar="FILE", default=DEFAULT_CONFIG,
+        help="YAML file, or the name of a shipped one (default: demo)",
+    )  # fmt: skip
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value",
+        help="settings laid over the file, e.g. merge.density=0.3 seed=1",
+    )  # fmt: skip
+
+
+def read_config(options: argparse.Namespace, *extra: str) -> Config:
+    """The settings: file, then the command line's overrides, then `extra`.
+
+    Raises:
+        ConfigError: see `configs.schema.load_config`.
+        LaunchError: an argument that is no `key=value`.
+    """
+    from configs.schema import load_config
+
+    check_overrides(options.overrides)
+    return load_config(config_path(options.config), [*options.overrides, *extra])
+
+
+def check_overrides(overrides: Sequence[str]) -> None:
+    """Refuse arguments that are no `key=value`.
+
+    Raises:
+        LaunchError: names the argument.
+    """
+    for override in overrides:
+        if "=" not in override:
+            raise LaunchError(
+                f"argument {override!r} is neither an option nor key=value; "
+                "settings are written like merge.density=0.3, a file comes after --config"
+            )
+
+
+def config_path(name: str) -> Path:
+    """A file's path as it is; a shipped file's for a bare name such as `demo`.
+
+    Raises:
+        ConfigError: a bare name that no shipped file has.
+    """
+    from configs.schema import shipped_config
+
+    path = Path(name)
+    if path.is_file() or path.suffix or len(path.parts) > 1:
+        return path
+    return shipped_config(name)
+
+
+def command_line() -> str:
+    """The command that is running, as it can be typed again."""
+    return shlex.join(["obm", *sys.argv[1:]])

@@ -1,0 +1,144 @@
+"""The embedded world: build its tiny checkpoints, or measure what its search finds.
+
+build   trains base, agent and VLM from seeds (about an hour on two cores);
+table   recall@1 and @3 of the text and the image index, as printed and as docs/results/retrieval.*
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from launch.errors import LaunchError
+
+EXAMPLES = (
+    "obm atlas build --output runs/trio --tool-use none --only vlm",
+    "obm atlas table --output runs/retrieval",
+)
+TRIO = ("base", "agent", "vlm")
+TOOL_USE = ("none", "format", "1", "2", "5")
+# What the two indexes must find; the tools' ceiling is the agent's ceiling.
+RETRIEVAL_TARGETS = (
+    ("text: REL of NAME", "recall@3", 0.95),
+    ("image: photo at strength 0.5", "recall@1", 0.93),
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What to do and where to write."""
+    parser.add_argument("action", choices=("build", "table"))
+    parser.add_argument(
+        "--output", metavar="DIR",
+        help="default: runs/trio for build, docs/results for table",
+    )  # fmt: skip
+    parser.add_argument(
+        "--only", metavar="NAMES", default=",".join(TRIO),
+        help="build: some of base,agent,vlm; the parents need a base in the output folder",
+    )  # fmt: skip
+    parser.add_argument(
+        "--tool-use", choices=TOOL_USE, default="format",
+        help="build: what the VLM's data shows of tools: nothing, the format of a call, or 1, 2, 5 "
+        "per cent whole trajectories (default: format)",
+    )  # fmt: skip
+    parser.add_argument("--seed", type=int, default=0, help="build: of data and weights")
+    parser.add_argument("--overwrite", action="store_true", help="replace what is there")
+    parser.add_argument("--dry-run", action="store_true", help="build: say what would be trained")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Build or measure."""
+    if options.action == "build":
+        return _build(options)
+    return _table(options)
+
+
+def _build(options: argparse.Namespace) -> int:
+    output = Path(options.output or "runs/trio")
+    only = [name for name in options.only.split(",") if name]
+    unknown = sorted(set(only) - set(TRIO))
+    if unknown or not only:
+        raise LaunchError(f"--only {options.only!r}: choose among {', '.join(TRIO)}")
+    if "base" not in only and not (output / "base" / "config.json").is_file():
+        raise LaunchError(f"{output}/base is missing; build it too, or copy a base there")
+    present = [name for name in only if (output / name).exists()]
+    if present and not options.overwrite:
+        raise LaunchError(f"{output / present[0]} exists; pass --overwrite or another --output")
+    if options.dry_run:
+        print(f"would train {', '.join(only)} into {output} (VLM's tool use: {options.tool_use})")
+        return 0
+
+    from train.trio import TrioSettings, build_trio
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    settings = TrioSettings(seed=options.seed)
+    settings.mix.tool_use = options.tool_use
+    for name, folder in build_trio(output, settings, only).items():
+        print(f"{name}: {folder}")
+    return 0
+
+
+def _table(options: argparse.Namespace) -> int:
+    from compare.provenance import code_commit, hardware
+    from environments.atlas.world import measure_retrieval
+    from launch.arguments import command_line
+
+    rows = measure_retrieval()
+    by_query = {row["query"]: row for row in rows}
+    targets = []
+    for query, metric, target in RETRIEVAL_TARGETS:
+        value = by_query[query][metric]
+        name = f"{query}, {metric}"
+        targets.append({"name": name, "value": value, "target": target, "met": value >= target})
+    record = {
+        "command": command_line(),
+        "commit": code_commit(),
+        "hardware": hardware(),
+        "targets": targets,
+        "rows": rows,
+    }
+    output = Path(options.output or "docs/results")
+    _write(output / "retrieval.json", json.dumps(record, indent=2) + "\n")
+    _write(output / "retrieval.md", _markdown(record))
+    print("\n".join(_table_lines(rows)))
+    return 0 if all(target["met"] for target in targets) else 1
+
+
+def _table_lines(rows: list[dict[str, Any]]) -> list[str]:
+    lines = ["| query | n | recall@1 | recall@3 |", "| --- | ---: | ---: | ---: |"]
+    for row in rows:
+        lines.append(
+            f"| {row['query']} | {row['n']} | {row['recall@1']:.3f} | {row['recall@3']:.3f} |"
+        )
+    return lines
+
+
+def _markdown(record: dict[str, Any]) -> str:
+    lines = [
+        "# What the atlas's search finds",
+        "",
+        "Share of queries whose gold passage (text) or place (image) is among the first hits, over "
+        "all entities and the six headline relations.",
+        "",
+        *_table_lines(record["rows"]),
+        "",
+        *(
+            f"* {target['name']}: {target['value']:.3f}, target {target['target']} "
+            f"({'met' if target['met'] else 'missed'})"
+            for target in record["targets"]
+        ),
+        "",
+        f"Made by `{record['command']}` at commit {record['commit']} on {record['hardware']}.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)

@@ -1,0 +1,57 @@
+"""Compare finished runs: floor, ceiling, steps to target, area, search rates, with intervals.
+
+Reads run folders (and folders that `obm eval` wrote: arms with a floor only) and writes
+compare.json, .csv, .md, .png and .svg. Runs that differ in data, evaluation, rewards or budget are
+refused, with the setting in which they differ.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+EXAMPLES = (
+    "obm compare runs/demo/runs/* --output runs/demo/report",
+    "obm compare runs/a-s0 runs/b-s0 runs/b-s1 --output runs/ab --target-arm a --smoothing 1",
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Runs, where to, and how to summarise."""
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders")
+    parser.add_argument(
+        "--output", metavar="DIR", default="runs/report", help="default: runs/report"
+    )
+    parser.add_argument("--name", default="compare", help="file name (default: compare)")
+    parser.add_argument("--title", default="Comparison", help="heading of the md file")
+    parser.add_argument("--target-arm", help="arm whose ceiling the others must reach")
+    parser.add_argument("--smoothing", type=int, metavar="N", help="evaluations in a mean")
+    parser.add_argument("--bootstrap", type=int, metavar="N", help="resamples (five seeds and up)")
+    parser.add_argument("--partial", action="store_true", help="take unfinished runs as they are")
+    parser.add_argument("--overwrite", action="store_true", help="replace a report of that name")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Read, compare, write, print the table."""
+    from compare.report import text_table, write_report
+    from compare.runs import read_run
+    from launch.arguments import command_line
+
+    runs = [read_run(folder, partial=options.partial) for folder in options.runs]
+    # What the command line leaves open, the runs' own settings say.
+    settings = runs[0].config.get("compare") or {}
+    summary = write_report(
+        runs,
+        options.output,
+        command=command_line(),
+        name=options.name,
+        title=options.title,
+        target_arm=options.target_arm or settings.get("target_arm", "vlm"),
+        smoothing=options.smoothing or settings.get("smoothing", 3),
+        bootstrap=options.bootstrap or settings.get("bootstrap", 2000),
+        partial=options.partial,
+        overwrite=options.overwrite,
+    )
+    print(text_table(summary))
+    print(f"\npicture: {Path(options.output) / options.name}.png")
+    return 0

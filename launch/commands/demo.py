@@ -1,0 +1,51 @@
+"""The whole story on the embedded world, on two cores, without a download or an account.
+
+calibrate both parents, merge with every method, evaluate every merge and the plain VLM as they are,
+train the OBM start and the plain VLM by GRPO from the same data order, compare. A second run reuses
+what is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+EXAMPLES = (
+    "obm demo",
+    "obm demo --output runs/short grpo.max_steps=10 environment.eval_size=32",
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Where to, and settings to change."""
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="settings laid over every stage"
+    )
+    parser.add_argument("--output", metavar="DIR", help="default: runs/demo")
+    parser.add_argument(
+        "--parallel", type=int, metavar="N", help="trainings at a time (default: GPUs, else cores)"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="check and list, run nothing")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run the shipped study `demo`."""
+    from launch.arguments import check_overrides, command_line
+    from launch.study import describe_study, load_study, run_study
+
+    check_overrides(options.overrides)
+    study = load_study("demo")
+    if options.output:
+        study.output = Path(options.output)
+    if options.dry_run:
+        print(describe_study(study, options.overrides))
+        return 0
+    # The demo's folder is the demo's own: changed settings make its stages again.
+    run_study(
+        study,
+        command=command_line(),
+        overrides=options.overrides,
+        parallel=options.parallel,
+        redo=True,
+    )
+    return 0

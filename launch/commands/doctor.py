@@ -1,0 +1,153 @@
+"""What this machine has: versions, cores, memory, devices, disk, logins, and what is missing.
+
+The output is meant to be pasted into an issue. Exit code 1 if something needed is missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import shutil
+import sys
+from importlib import metadata
+from pathlib import Path
+
+EXAMPLES = ("obm doctor", "obm doctor --output runs/demo")
+
+# Free space that the demo needs: six merged checkpoints, two runs, the environment's caches.
+DEMO_DISK_GB = 2.0
+DEMO_MEMORY_GB = 4.0
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Where runs will be written."""
+    parser.add_argument(
+        "--output", metavar="DIR", default="runs", help="where runs go (default: runs)"
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print the report."""
+    missing: list[str] = []
+    rows = [
+        ("obm-warmstart", metadata.version("obm-warmstart")),
+        ("python", f"{platform.python_version()} ({sys.executable})"),
+        ("system", f"{platform.system()} {platform.release()}, {platform.machine()}"),
+        *_packages(missing),
+        ("cores", str(len(os.sched_getaffinity(0)))),
+        ("memory", _memory(missing)),
+        ("disk", _disk(Path(options.output), missing)),
+        ("devices", _devices(missing)),
+        ("deepspeed launcher", _launcher(missing)),
+        ("W&B", _wandb_login()),
+        ("Hugging Face", _hub_login()),
+        ("atlas checkpoints", _atlas(missing)),
+    ]
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        print(f"{name.ljust(width)}  {value}")
+    print("\nmissing: " + ("; ".join(missing) if missing else "nothing"))
+    return 1 if missing else 0
+
+
+def _packages(missing: list[str]) -> list[tuple[str, str]]:
+    """Installed version of every dependency, with a note where it is not the one asked for."""
+    from packaging.requirements import Requirement
+
+    rows = []
+    for line in metadata.requires("obm-warmstart") or []:
+        requirement = Requirement(line)
+        if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        try:
+            version = metadata.version(requirement.name)
+        except metadata.PackageNotFoundError:
+            rows.append((requirement.name, "not installed"))
+            missing.append(f"{line} (pip install '{line}')")
+            continue
+        if requirement.specifier.contains(version, prereleases=True):
+            rows.append((requirement.name, version))
+        else:
+            rows.append((requirement.name, f"{version}, asked for {requirement.specifier}"))
+            missing.append(f"{line} (pip install '{line}')")
+    return rows
+
+
+def _memory(missing: list[str]) -> str:
+    try:
+        import psutil
+    except ImportError:
+        return "unknown (psutil is not installed)"
+    memory = psutil.virtual_memory()
+    if memory.total < DEMO_MEMORY_GB * 1e9:
+        missing.append(f"memory: the demo needs {DEMO_MEMORY_GB:.0f} GB")
+    return f"{memory.total / 1e9:.1f} GB, {memory.available / 1e9:.1f} GB available"
+
+
+def _disk(output: Path, missing: list[str]) -> str:
+    folder = output.resolve()
+    while not folder.exists():
+        folder = folder.parent
+    free_gb = shutil.disk_usage(folder).free / 1e9
+    if free_gb < DEMO_DISK_GB:
+        missing.append(f"disk: {folder} has {free_gb:.1f} GB, the demo needs {DEMO_DISK_GB:.0f}")
+    if not os.access(folder, os.W_OK):
+        missing.append(f"write access to {folder}")
+    return f"{free_gb:.1f} GB free in {folder}"
+
+
+def _devices(missing: list[str]) -> str:
+    try:
+        import torch
+    except Exception as error:  # a broken install must not end the report that shows it
+        missing.append("a torch that imports (see devices)")
+        return f"torch cannot be imported: {error}"
+    if not torch.cuda.is_available():
+        return "no GPU; the processor is used"
+    names = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    return ", ".join(f"{device.name} {device.total_memory / 1e9:.0f} GB" for device in names)
+
+
+def _launcher(missing: list[str]) -> str:
+    from launch.jobs import deepspeed_launcher
+
+    try:
+        return str(deepspeed_launcher())
+    except ValueError as error:
+        missing.append(str(error))
+        return "not found"
+
+
+def _wandb_login() -> str:
+    mode = os.environ.get("WANDB_MODE")
+    if mode:
+        return f"WANDB_MODE={mode}"
+    try:
+        import wandb
+
+        logged_in = bool(wandb.api.api_key)
+    except Exception as error:  # any failure means the same here: no login can be used
+        return f"not usable ({type(error).__name__}); runs are kept offline"
+    return "logged in" if logged_in else "no login; runs are kept offline (wandb login)"
+
+
+def _hub_login() -> str:
+    try:
+        from huggingface_hub import get_token
+    except ImportError:
+        return "huggingface_hub is not installed"
+    return "logged in" if get_token() else "no login (only private models need one)"
+
+
+def _atlas(missing: list[str]) -> str:
+    from configs.schema import resolve_model
+
+    found = []
+    for name in ("base", "vlm", "agent"):
+        try:
+            resolve_model(f"atlas://{name}")
+            found.append(name)
+        except ValueError:
+            missing.append(f"atlas://{name} (obm atlas build)")
+    return ", ".join(found) or "none"

@@ -1,0 +1,60 @@
+"""Copy a shipped configuration, with what it inherits from, to a file of your own.
+
+Without a name, the shipped ones are listed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+from pathlib import Path
+
+from launch.errors import LaunchError
+
+EXAMPLES = ("obm init", "obm init demo --output my.yaml")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which one and where to."""
+    parser.add_argument("name", nargs="?", help="a shipped configuration")
+    parser.add_argument("--output", metavar="FILE", help="default: NAME.yaml in this folder")
+    parser.add_argument("--overwrite", action="store_true", help="replace the file")
+
+
+def run(options: argparse.Namespace) -> int:
+    """List or copy."""
+    from configs.schema import shipped_config
+
+    if options.name is None:
+        folder = shipped_config("demo").parent
+        for path in sorted(folder.glob("*.yaml")):
+            print(f"{path.stem.ljust(18)} {_purpose(path)}")
+        return 0
+    source = shipped_config(options.name)
+    target = Path(options.output or source.name)
+    for path, text in _files(source, target).items():
+        if path.exists() and not options.overwrite:
+            raise LaunchError(f"{path} exists; pass --overwrite or another --output")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.tmp")
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+        print(f"wrote {path}")
+    return 0
+
+
+def _purpose(path: Path) -> str:
+    first = path.read_text(encoding="utf-8").splitlines()[0]
+    return first.removeprefix("#").strip()
+
+
+def _files(source: Path, target: Path) -> dict[Path, str]:
+    """The file and those it inherits from, each beside the target under its own name."""
+    text = source.read_text(encoding="utf-8")
+    files = {target: text}
+    inherited = re.search(r"^inherits:\s*(\S+)", text, flags=re.MULTILINE)
+    if inherited:
+        parent = source.parent / inherited.group(1)
+        files |= _files(parent, target.parent / parent.name)
+    return files

@@ -1,0 +1,57 @@
+"""Several starts times several seeds, then the comparison.
+
+A study file names the training settings, the arms (each a checkpoint or a merge recipe) and the
+seeds. What is finished is reused, a broken training goes on from its last checkpoint; settings that
+have changed since are refused unless --redo is given.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+EXAMPLES = (
+    "obm study convergence --dry-run",
+    "obm study my_study.yaml --parallel 2 grpo.max_steps=50",
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The study, and how to run it."""
+    parser.add_argument("study", help="YAML file, or the name of a shipped study")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="settings laid over every run"
+    )
+    parser.add_argument("--output", metavar="DIR", help="default: as the file says")
+    parser.add_argument(
+        "--report", metavar="DIR", help="where the report goes (default: as the file says)"
+    )
+    parser.add_argument(
+        "--parallel", type=int, metavar="N", help="trainings at a time (default: GPUs, else cores)"
+    )
+    parser.add_argument("--redo", action="store_true", help="make changed stages again")
+    parser.add_argument("--dry-run", action="store_true", help="check and list, run nothing")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run what is missing, write the report."""
+    from launch.arguments import check_overrides, command_line
+    from launch.study import describe_study, load_study, run_study
+
+    check_overrides(options.overrides)
+    study = load_study(options.study)
+    if options.output:
+        study.output = Path(options.output)
+    if options.report:
+        study.report = Path(options.report)
+    if options.dry_run:
+        print(describe_study(study, options.overrides))
+        return 0
+    run_study(
+        study,
+        command=command_line(),
+        overrides=options.overrides,
+        parallel=options.parallel,
+        redo=options.redo,
+    )
+    return 0

@@ -1,0 +1,216 @@
+"""Trainings as child processes: how one is started, and how several run side by side.
+
+Each is one `deepspeed launch/train.sh ...` with its own port and log file. Progress is read from
+the runs' `metrics.jsonl`, so what is shown is what was written.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from launch.errors import JobFailedError, LaunchError
+
+POLL_S = 0.5
+LOG_TAIL_LINES = 25
+
+
+@dataclass
+class Job:
+    """One training.
+
+    Attributes:
+        name: for messages, e.g. `obm-s0`.
+        arguments: of train.sh: `--config`, `--resume`, `key=value`.
+        output: the run folder.
+        log: file that takes what the processes print.
+        n_processes: ranks.
+    """
+
+    name: str
+    arguments: list[str]
+    output: Path
+    log: Path
+    n_processes: int = 1
+
+
+def deepspeed_launcher() -> Path:
+    """The `deepspeed` script that belongs to this Python.
+
+    Raises:
+        LaunchError: it is not installed.
+    """
+    beside = Path(sys.executable).with_name("deepspeed")
+    found = str(beside) if beside.is_file() else shutil.which("deepspeed")
+    if not found:
+        raise LaunchError("the `deepspeed` launcher is not installed; pip install deepspeed")
+    return Path(found)
+
+
+def training_command(
+    arguments: Sequence[str], *, n_processes: int = 1, device: int | None = None
+) -> list[str]:
+    """The command line of one training.
+
+    Args:
+        arguments: of train.sh.
+        n_processes: ranks on this machine.
+        device: a GPU's index, to keep parallel trainings apart; None lets DeepSpeed choose.
+    """
+    script = str(Path(str(resources.files("launch"))) / "train.sh")
+    where = ["--num_gpus", str(n_processes)]
+    if device is not None:
+        where = ["--include", f"localhost:{device}"]
+    return [
+        str(deepspeed_launcher()), *where, "--master_port", str(_free_port()), script, *arguments
+    ]  # fmt: skip
+
+
+def training_environment(*, parallel: int = 1) -> dict[str, str]:
+    """Environment variables of a training's processes.
+
+    Args:
+        parallel: trainings at a time; they share the cores.
+    """
+    environment = dict(os.environ)
+    environment["PYTHONSAFEPATH"] = "1"
+    environment.setdefault("TOKENIZERS_PARALLELISM", "false")
+    threads = max(1, len(os.sched_getaffinity(0)) // max(1, parallel))
+    environment.setdefault("OMP_NUM_THREADS", str(threads))
+    # The launcher starts `python` by this name; another one on the path would lack our packages.
+    bin_folder = str(Path(sys.executable).parent)
+    environment["PATH"] = os.pathsep.join([bin_folder, environment.get("PATH", "")])
+    return environment
+
+
+def run_jobs(
+    jobs: Sequence[Job],
+    *,
+    parallel: int = 1,
+    on_line: Callable[[Job, dict[str, Any]], None] | None = None,
+    on_done: Callable[[Job], None] | None = None,
+    devices: Sequence[int] = (),
+) -> None:
+    """Run trainings, at most `parallel` at a time.
+
+    Args:
+        jobs: in the order to start.
+        parallel: how many at once; on GPUs one a device.
+        on_line: called with every new line of a job's metrics.jsonl.
+        on_done: called when a job has ended well.
+        devices: GPU indexes to spread the jobs over; empty for the processor.
+
+    Raises:
+        LaunchError: a job ended with a user's mistake; the message is the job's own.
+        JobFailedError: a job failed otherwise; says which, and shows the end of its log.
+            The other jobs run to their end first.
+    """
+    waiting = list(jobs)
+    running: dict[str, tuple[Job, subprocess.Popen[bytes], int | None, _Follower]] = {}
+    failed: list[tuple[Job, int]] = []
+    free = list(devices)
+    environment = training_environment(parallel=parallel)
+    try:
+        while waiting or running:
+            while waiting and len(running) < parallel and (free or not devices):
+                job = waiting.pop(0)
+                device = free.pop(0) if devices else None
+                running[job.name] = (job, _start(job, environment, device), device, _Follower(job))
+            for name, (job, process, device, follower) in list(running.items()):
+                code = process.poll()
+                for line in follower.new_lines():
+                    if on_line:
+                        on_line(job, line)
+                if code is None:
+                    continue
+                del running[name]
+                if device is not None:
+                    free.append(device)
+                if code == 0:
+                    if on_done:
+                        on_done(job)
+                else:
+                    failed.append((job, code))
+            if running:
+                time.sleep(POLL_S)
+    finally:
+        for _, process, _, _ in running.values():
+            _stop(process)
+    if failed:
+        _raise_failure(*failed[0])
+
+
+class _Follower:
+    """Reads the lines that a run appends to its metrics.jsonl, from where the file stands now."""
+
+    def __init__(self, job: Job) -> None:
+        self._path = job.output / "metrics.jsonl"
+        self._offset = self._size()
+
+    def new_lines(self) -> list[dict[str, Any]]:
+        """Complete lines since the last call."""
+        if self._size() < self._offset:
+            # Resuming cuts the file back to its checkpoint, overwriting starts it anew.
+            self._offset = 0
+        if self._size() == self._offset:
+            return []
+        with self._path.open("rb") as file:
+            file.seek(self._offset)
+            complete, newline, _ = file.read().rpartition(b"\n")
+        self._offset += len(complete) + len(newline)
+        return [json.loads(line) for line in complete.splitlines() if line.strip()]
+
+    def _size(self) -> int:
+        return self._path.stat().st_size if self._path.is_file() else 0
+
+
+def _start(job: Job, environment: dict[str, str], device: int | None) -> subprocess.Popen[bytes]:
+    job.log.parent.mkdir(parents=True, exist_ok=True)
+    command = training_command(job.arguments, n_processes=job.n_processes, device=device)
+    with job.log.open("ab") as log:
+        log.write(f"$ {' '.join(command)}\n".encode())
+        log.flush()
+        # A session of its own, so that stopping it takes the ranks along.
+        return subprocess.Popen(
+            command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+            env=environment, start_new_session=True,
+        )  # fmt: skip
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
+    try:
+        process.wait(timeout=10)
+    except subprocess.TimeoutExpired:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def _raise_failure(job: Job, code: int) -> None:
+    lines = job.log.read_text(encoding="utf-8", errors="replace").splitlines()
+    mistakes = [line for line in lines if line.startswith("error: ")]
+    if mistakes:
+        raise LaunchError(f"{job.name}: {mistakes[-1].removeprefix('error: ')}")
+    for line in lines[-LOG_TAIL_LINES:]:
+        print(f"  | {line}", file=sys.stderr)
+    raise JobFailedError(f"{job.name} ended with code {code}; its log is {job.log}")
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

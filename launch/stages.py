@@ -1,0 +1,150 @@
+"""Work that is done once: a stage keeps a marker with the hash of what it was made from.
+
+A second run with the same settings and inputs finds the marker and does nothing. With other
+settings the stage is made again, or refused, as the caller chooses.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from launch.errors import LaunchError
+
+
+class Stages:
+    """The stages of one study folder; markers lie in its `stages/`.
+
+    Args:
+        folder: of the study; stages may remove nothing outside of it.
+        redo: make stages again whose settings have changed, instead of refusing.
+    """
+
+    def __init__(self, folder: Path, *, redo: bool) -> None:
+        self._folder = folder.resolve()
+        self._redo = redo
+        self._keys: dict[str, str] = {}
+
+    def key(self, name: str) -> str:
+        """Hash of a stage seen in this run; what is made from it takes it as an input."""
+        return self._keys[name]
+
+    def is_done(self, name: str, inputs: dict[str, Any], target: Path) -> bool:
+        """Whether the stage was made from these inputs and is complete.
+
+        Where it was made from others, its target is removed (`redo`) or refused.
+
+        Raises:
+            LaunchError: made from other settings, and `redo` is off.
+        """
+        key = hash_inputs(inputs)
+        self._keys[name] = key
+        marker = self._read(name)
+        if marker is None and target.exists() and not self._redo:
+            raise LaunchError(f"{target} exists but was not made here; choose another --output")
+        if marker is not None and marker["key"] != key and not self._redo:
+            changed = _first_difference(marker["inputs"], json.loads(_canonical(inputs)))
+            raise LaunchError(
+                f"{target} was made with other settings ({changed}); "
+                "pass --redo to make it again, or choose another --output"
+            )
+        if marker is None or marker["key"] != key:
+            self._remove(name, target)
+            return False
+        return bool(marker["done"]) and target.exists()
+
+    def start(self, name: str, inputs: dict[str, Any]) -> None:
+        """Note that the stage is under way, so that a broken one can be told from a foreign one."""
+        self._write(name, {"key": hash_inputs(inputs), "inputs": inputs, "done": False})
+
+    def finish(self, name: str, inputs: dict[str, Any], seconds: float) -> None:
+        """Note that the stage is complete."""
+        marker = {"key": hash_inputs(inputs), "inputs": inputs, "done": True}
+        self._write(name, {**marker, "seconds": round(seconds, 1)})
+
+    def run(
+        self, name: str, inputs: dict[str, Any], target: Path, make: Callable[[], object]
+    ) -> bool:
+        """Make the stage unless it is there.
+
+        Args:
+            name: of the stage.
+            inputs: plain data that decides its result.
+            target: file or folder that it makes.
+            make: makes it.
+
+        Returns:
+            True if it was made, False if it was there.
+        """
+        if self.is_done(name, inputs, target):
+            return False
+        self._remove(name, target)
+        self.start(name, inputs)
+        started = time.monotonic()
+        make()
+        self.finish(name, inputs, time.monotonic() - started)
+        return True
+
+    def _marker(self, name: str) -> Path:
+        return self._folder / "stages" / f"{name}.json"
+
+    def _read(self, name: str) -> dict[str, Any] | None:
+        try:
+            marker = json.loads(self._marker(name).read_text(encoding="utf-8"))
+        except (OSError, json.JSONDecodeError):
+            return None
+        return marker if isinstance(marker, dict) and "key" in marker else None
+
+    def _write(self, name: str, marker: dict[str, Any]) -> None:
+        path = self._marker(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.tmp")
+        temporary.write_text(json.dumps(marker, indent=2, default=str) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+
+    def _remove(self, name: str, target: Path) -> None:
+        target = target.resolve()
+        if self._folder not in target.parents:
+            raise LaunchError(f"{target} lies outside of {self._folder}; it is not removed")
+        self._marker(name).unlink(missing_ok=True)
+        if target.is_dir():
+            shutil.rmtree(target)
+        else:
+            target.unlink(missing_ok=True)
+
+
+def hash_inputs(inputs: dict[str, Any]) -> str:
+    """SHA-256 of plain data, whatever the order of its keys."""
+    return hashlib.sha256(_canonical(inputs).encode()).hexdigest()
+
+
+def fingerprint(checkpoint: str) -> list[list[Any]] | str:
+    """What tells a checkpoint folder from a changed one: its files' names, sizes and times.
+
+    A hub id stands for itself.
+    """
+    folder = Path(checkpoint)
+    if not folder.is_dir():
+        return checkpoint
+    files = sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors"))
+    return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+
+
+def _canonical(inputs: dict[str, Any]) -> str:
+    return json.dumps(inputs, sort_keys=True, default=str)
+
+
+def _first_difference(old: Any, new: Any, path: str = "") -> str:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted(old.keys() | new.keys()):
+            if old.get(key) != new.get(key):
+                return _first_difference(old.get(key), new.get(key), f"{path}.{key}".lstrip("."))
+    if isinstance(old, list) and isinstance(new, list):
+        return f"{path} has changed"
+    return f"{path} was {old!r}, is {new!r}"

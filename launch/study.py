@@ -1,0 +1,434 @@
+"""A study: several starts, evaluated, trained over several seeds, and compared.
+
+    calibrate -> merge every recipe -> evaluate zero-shot -> train arms x seeds -> compare
+
+`obm demo` is the study configs/studies/demo.yaml. Every stage is made once (launch/stages.py), a
+broken training goes on from its last checkpoint. Folders of a study:
+
+    calibration/  merged/ARM/  zero-shot/ARM/  runs/ARM-sSEED/  logs/  configs/  stages/  report/
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from launch.errors import LaunchError
+from launch.jobs import Job, run_jobs
+from launch.stages import Stages, fingerprint
+
+if TYPE_CHECKING:
+    from configs.schema import Config
+
+ROLES = ("vlm", "agent")
+
+
+@dataclass
+class Arm:
+    """One start of the comparison: a checkpoint as it is, or a merge."""
+
+    name: str
+    init: str | None = None
+    merge: dict[str, Any] | None = None
+    train: bool = True
+
+
+@dataclass
+class Study:
+    """What a study file says; see configs/studies/demo.yaml for an example."""
+
+    name: str
+    config: Path
+    output: Path
+    arms: list[Arm]
+    seeds: list[int]
+    title: str
+    zero_shot: bool = False
+    overrides: dict[str, Any] = field(default_factory=dict)
+    report: Path | None = None
+    report_name: str = "compare"
+
+
+def load_study(path: str | Path) -> Study:
+    """Read and check a study file.
+
+    Args:
+        path: a YAML file, or the bare name of a shipped one.
+
+    Raises:
+        ConfigError: the file cannot be read.
+        LaunchError: an unknown key, an arm without a start, a recipe that is not there.
+    """
+    from configs.reader import read_yaml
+
+    path = _study_path(str(path))
+    raw = read_yaml(path)
+    _check_keys(raw, {"config", "output", "arms", "seeds", "title"}, {
+        "zero_shot", "overrides", "report", "report_name", "recipes"
+    }, str(path))  # fmt: skip
+    recipes = read_yaml(path.parent / raw["recipes"]) if "recipes" in raw else {}
+    arms = [_load_arm(entry, recipes, f"{path}:arms[{i}]") for i, entry in enumerate(raw["arms"])]
+    names = [arm.name for arm in arms]
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise LaunchError(f"{path}:arms: {repeated[0]!r} appears twice; give each a name")
+    seeds = raw["seeds"]
+    if not isinstance(seeds, list) or not seeds or len(set(seeds)) < len(seeds):
+        raise LaunchError(f"{path}:seeds: {seeds!r}; list at least one seed, each once")
+    return Study(
+        name=path.stem,
+        config=(path.parent / raw["config"]).resolve(),
+        output=Path(raw["output"]),
+        arms=arms,
+        seeds=[int(seed) for seed in seeds],
+        title=str(raw["title"]),
+        zero_shot=bool(raw.get("zero_shot", False)),
+        overrides=dict(raw.get("overrides") or {}),
+        report=Path(raw["report"]) if raw.get("report") else None,
+        report_name=str(raw.get("report_name", "compare")),
+    )
+
+
+def run_study(
+    study: Study,
+    *,
+    command: str,
+    overrides: Sequence[str] = (),
+    parallel: int | None = None,
+    redo: bool = False,
+) -> dict[str, Any]:
+    """Run what is missing of a study and write its report.
+
+    Args:
+        study: what to run.
+        command: kept in the report.
+        overrides: `key=value`, laid over the study's own.
+        parallel: trainings at a time; default: one a GPU, or one a core.
+        redo: make stages again whose settings have changed.
+
+    Returns:
+        The report's summary.
+    """
+    plan = _Plan(study, list(overrides))
+    stages = Stages(study.output, redo=redo)
+    started = time.monotonic()
+    _calibrate(plan, stages)
+    _merge(plan, stages)
+    if study.zero_shot:
+        _evaluate(plan, stages, command)
+    _train(plan, stages, parallel)
+    summary = _compare(plan, command)
+    _say(f"finished in {(time.monotonic() - started) / 60:.1f} minutes")
+    return summary
+
+
+def describe_study(study: Study, overrides: Sequence[str] = ()) -> str:
+    """What a study would run, without running it; every setting is checked on the way."""
+    plan = _Plan(study, list(overrides))
+    lines = [f"study {study.name}: {study.title}", f"output {study.output}"]
+    for arm in study.arms:
+        start = arm.init or f"merge {json.dumps(arm.merge)}"
+        runs = f"seeds {', '.join(map(str, study.seeds))}" if arm.train else "zero-shot only"
+        lines.append(f"  {arm.name}: {start}; {runs}")
+    config = plan.config(study.arms[0])
+    n_runs = sum(arm.train for arm in study.arms) * len(study.seeds)
+    lines.append(f"{n_runs} trainings of {config.grpo.get('max_steps')} steps")
+    return "\n".join(lines)
+
+
+class _Plan:
+    """Settings of every arm, all loaded and checked before anything runs."""
+
+    def __init__(self, study: Study, overrides: list[str]) -> None:
+        self.study = study
+        self._overrides = [*_flatten(study.overrides), *overrides]
+        self._configs = {arm.name: self._load(arm) for arm in study.arms}
+
+    def config(self, arm: Arm, seed: int | None = None) -> Config:
+        """Settings of an arm, or of its training with a seed."""
+        if seed is None:
+            return self._configs[arm.name]
+        return self._load(arm, seed)
+
+    def start(self, arm: Arm) -> Path | str:
+        """The checkpoint that the arm starts from."""
+        from configs.schema import resolve_model
+
+        return (
+            self.study.output / "merged" / arm.name if arm.merge else resolve_model(arm.init or "")
+        )
+
+    def run_folder(self, arm: Arm, seed: int) -> Path:
+        return self.study.output / "runs" / f"{arm.name}-s{seed}"
+
+    def _load(self, arm: Arm, seed: int | None = None) -> Config:
+        from configs.schema import load_config
+
+        output = self.study.output if seed is None else self.run_folder(arm, seed)
+        own: dict[str, Any] = {
+            "output": str(output),
+            "models.init": arm.init or str((self.study.output / "merged" / arm.name).resolve()),
+            "calibration.output": str(self.study.output / "calibration"),
+            "tracking.arm": arm.name,
+            "tracking.group": self.study.name,
+        }
+        if seed is not None:
+            own["seed"] = seed
+        merge = {"merge": arm.merge} if arm.merge else {}
+        return load_config(self.study.config, [*self._overrides, *_flatten(merge), *_flatten(own)])
+
+
+def _calibrate(plan: _Plan, stages: Stages) -> None:
+    from launch.commands.calibrate import calibrate_parent, parent_folder, stats_path
+
+    arms = [arm for arm in plan.study.arms if arm.merge and _needs_stats(plan.config(arm))]
+    if not arms:
+        return
+    config = plan.config(arms[0])
+    for role in ROLES:
+        folder = parent_folder(config, role)
+        inputs = {
+            "checkpoint": fingerprint(folder),
+            "calibration": asdict(config.calibration),
+            "environment": asdict(config.environment),
+        }
+        target = stats_path(config, role).parent
+        make = partial(calibrate_parent, config, role)
+        made = stages.run(f"calibrate-{role}", inputs, target, make)
+        _say(f"calibrate  {role}: {config.calibration.samples} samples{_reused(made)}")
+
+
+def _merge(plan: _Plan, stages: Stages) -> None:
+    from launch.commands.calibrate import parent_folder
+    from launch.commands.merge import merge_checkpoints
+
+    for arm in plan.study.arms:
+        if not arm.merge:
+            continue
+        config = plan.config(arm)
+        inputs: dict[str, Any] = {
+            "merge": asdict(config.merge),
+            "parents": {
+                role: fingerprint(parent_folder(config, role)) for role in ("base", *ROLES)
+            },
+        }
+        if _needs_stats(config):
+            inputs["stats"] = [stages.key(f"calibrate-{role}") for role in ROLES]
+        target = plan.study.output / "merged" / arm.name
+        make = partial(merge_checkpoints, config, target)
+        made = stages.run(f"merge-{arm.name}", inputs, target, make)
+        _say(f"merge      {arm.name}: {_recipe(config)}{_reused(made)}")
+
+
+def _evaluate(plan: _Plan, stages: Stages, command: str) -> None:
+    from launch.commands.eval import describe, evaluate_checkpoint
+
+    for arm in plan.study.arms:
+        config = plan.config(arm)
+        target = plan.study.output / "zero-shot" / arm.name
+        inputs = {
+            "start": _start_key(plan, stages, arm),
+            "environment": asdict(config.environment),
+            "grpo": config.grpo,
+        }
+        make = partial(
+            evaluate_checkpoint, config, str(plan.start(arm)), target, arm=arm.name, command=command
+        )
+        made = stages.run(f"evaluate-{arm.name}", inputs, target, make)
+        record = json.loads((target / "eval.json").read_text(encoding="utf-8"))
+        _say(f"evaluate   {describe(record)}{_reused(made)}")
+
+
+def _train(plan: _Plan, stages: Stages, parallel: int | None) -> None:
+    from tqdm import tqdm
+
+    from configs.schema import dump_config
+
+    jobs: list[Job] = []
+    inputs_of: dict[str, dict[str, Any]] = {}
+    n_steps = 0
+    # Seeds outside, arms inside: a study that is stopped early has whole seeds to compare.
+    for seed in plan.study.seeds:
+        for arm in plan.study.arms:
+            if not arm.train:
+                continue
+            config, name = plan.config(arm, seed), f"{arm.name}-s{seed}"
+            settings = asdict(config)
+            inputs = {
+                "start": _start_key(plan, stages, arm),
+                **{key: settings[key] for key in ("seed", "environment", "rewards", "grpo")},
+                "eval_every": config.compare.eval_every,
+                "deepspeed": config.deepspeed,
+            }
+            output = plan.run_folder(arm, seed)
+            if stages.is_done(f"train-{name}", inputs, output):
+                _say(f"train      {name}{_reused(False)}")
+                continue
+            stages.start(f"train-{name}", inputs)
+            file = _write(plan.study.output / "configs" / f"{name}.yaml", dump_config(config))
+            resume = ["--resume"] if _has_checkpoint(output) else []
+            if not resume and output.exists():
+                resume = ["--overwrite"]
+            log = plan.study.output / "logs" / f"{name}.log"
+            jobs.append(Job(name, ["--config", str(file), *resume], output, log))
+            inputs_of[name] = inputs
+            n_steps += int(config.grpo.get("max_steps") or 0)
+    if not jobs:
+        return
+    devices = _devices()
+    parallel = parallel or len(devices) or len(os.sched_getaffinity(0))
+    started = {job.name: time.monotonic() for job in jobs}
+    with tqdm(total=n_steps, desc="train", unit="step", disable=None) as bar:
+        seen: dict[str, int] = {}
+
+        def on_line(job: Job, line: dict[str, Any]) -> None:
+            step = int(line.get("step", 0))
+            bar.update(max(0, step - seen.get(job.name, 0)))
+            seen[job.name] = max(step, seen.get(job.name, 0))
+            if line.get("phase") == "eval":
+                _say(f"train      {job.name} step {step}: {_floor_words(line)}")
+
+        def on_done(job: Job) -> None:
+            seconds = time.monotonic() - started[job.name]
+            stages.finish(f"train-{job.name}", inputs_of[job.name], seconds)
+
+        run_jobs(jobs, parallel=parallel, on_line=on_line, on_done=on_done, devices=devices)
+
+
+def _compare(plan: _Plan, command: str) -> dict[str, Any]:
+    from compare.report import text_table, write_report
+    from compare.runs import read_run
+
+    study = plan.study
+    folders = []
+    for arm in study.arms:
+        if arm.train:
+            folders += [plan.run_folder(arm, seed) for seed in study.seeds]
+        elif study.zero_shot:
+            folders.append(study.output / "zero-shot" / arm.name)
+    config = plan.config(study.arms[0])
+    output = study.report or study.output / "report"
+    summary = write_report(
+        [read_run(folder) for folder in folders],
+        output,
+        command=command,
+        name=study.report_name,
+        title=study.title,
+        target_arm=config.compare.target_arm,
+        smoothing=config.compare.smoothing,
+        bootstrap=config.compare.bootstrap,
+        overwrite=True,
+    )
+    print(f"\n{text_table(summary)}\n")
+    _say(f"picture: {output / study.report_name}.png")
+    _say(f"tables:  {output / study.report_name}.md")
+    return summary
+
+
+def _study_path(name: str) -> Path:
+    from importlib import resources
+
+    path = Path(name)
+    if path.is_file() or path.suffix or len(path.parts) > 1:
+        return path
+    folder = Path(str(resources.files("configs"))) / "studies"
+    shipped = folder / f"{name}.yaml"
+    if not shipped.is_file():
+        names = sorted(p.stem for p in folder.glob("*.yaml") if p.stem != "recipes")
+        raise LaunchError(f"no shipped study {name!r}; choose one of {', '.join(names)}, or a file")
+    return shipped
+
+
+def _load_arm(entry: Any, recipes: dict[str, Any], where: str) -> Arm:
+    if not isinstance(entry, dict):
+        raise LaunchError(f"{where}: expected name and init or merge, got {entry!r}")
+    _check_keys(entry, {"name"}, {"init", "merge", "train"}, where)
+    merge = entry.get("merge")
+    if isinstance(merge, str):
+        if merge not in recipes:
+            known = ", ".join(recipes) or "none; name the file under `recipes:`"
+            raise LaunchError(f"{where}.merge: no recipe {merge!r}; there are {known}")
+        merge = recipes[merge]
+    if (merge is None) == (entry.get("init") is None):
+        raise LaunchError(f"{where}: give either init (a checkpoint) or merge (a recipe)")
+    return Arm(str(entry["name"]), entry.get("init"), merge, bool(entry.get("train", True)))
+
+
+def _check_keys(raw: dict[str, Any], needed: set[str], optional: set[str], where: str) -> None:
+    from configs.checks import nearest
+
+    for key in raw:
+        if key not in needed | optional:
+            hint = nearest(key, sorted(needed | optional))
+            raise LaunchError(f"{where}: unknown key {key!r}; {hint}")
+    missing = sorted(needed - raw.keys())
+    if missing:
+        raise LaunchError(f"{where}: {missing[0]!r} is missing; add it")
+
+
+def _flatten(mapping: dict[str, Any], prefix: str = "") -> list[str]:
+    """Nested settings as `a.b=value` overrides."""
+    overrides = []
+    for key, value in mapping.items():
+        if isinstance(value, dict):
+            overrides += _flatten(value, f"{prefix}{key}.")
+        else:
+            overrides.append(f"{prefix}{key}={json.dumps(value, ensure_ascii=False)}")
+    return overrides
+
+
+def _needs_stats(config: Config) -> bool:
+    return config.merge.method == "obm" or config.merge.scope["linear"] == "obm"
+
+
+def _start_key(plan: _Plan, stages: Stages, arm: Arm) -> Any:
+    return stages.key(f"merge-{arm.name}") if arm.merge else fingerprint(str(plan.start(arm)))
+
+
+def _recipe(config: Config) -> str:
+    weights = config.merge.weights
+    return (
+        f"density {config.merge.density:g}, weights vlm {weights['vlm']:g} agent "
+        f"{weights['agent']:g}"
+    )
+
+
+def _has_checkpoint(output: Path) -> bool:
+    return any((output / "checkpoints").glob("checkpoint-*"))
+
+
+def _floor_words(line: dict[str, Any]) -> str:
+    parts = ("searched", "entity", "passage", "accuracy")
+    return ", ".join(
+        f"{part} {line[f'eval/{part}']:.2f}" for part in parts if f"eval/{part}" in line
+    )
+
+
+def _devices() -> list[int]:
+    import torch
+
+    return list(range(torch.cuda.device_count()))
+
+
+def _reused(made: bool) -> str:
+    return "" if made else " (there already)"
+
+
+def _say(message: str) -> None:
+    from tqdm import tqdm
+
+    tqdm.write(message)
+
+
+def _write(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+    return path
