@@ -333,7 +333,12 @@ class SearchGRPOTrainer(GRPOTrainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Held-out evaluation by episodes, not TRL's loss on an evaluation set."""
-        return self.evaluate_policy() if self.evaluate_policy is not None else {}
+        metrics = self.evaluate_policy() if self.evaluate_policy is not None else {}
+        # this also takes back the request; transformers would repeat it at the end of the epoch
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        return metrics
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """No card per checkpoint: the run folder itself says how it was made."""

@@ -1,0 +1,294 @@
+"""What a run writes while it goes: metrics.jsonl, trajectories.jsonl, W&B, and one line a step.
+
+`metrics.jsonl` is the record; W&B and the console show the same numbers. Evaluation runs where
+transformers would run its own: after a step's log, before its checkpoint, so that a checkpoint of
+step k always has the evaluation of step k in the files.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from accelerate.utils import gather_object
+from tqdm import tqdm
+from transformers import TrainerCallback
+
+from train.evaluation import FOUR_PARTS, summarize
+from train.trajectories import Trajectory, append_jsonl, truncate_jsonl
+
+if TYPE_CHECKING:
+    from configs.schema import Config
+    from train.grpo import SearchGRPOTrainer
+
+logger = logging.getLogger(__name__)
+
+NOT_METRICS = ("epoch", "total_flos")
+SHOWN = {  # console label -> metric
+    "reward": "reward",
+    "right": "rewards/accuracy/mean",
+    "image": "search/rate_image",
+    "text": "search/rate_text",
+    "step_s": "step_time",
+}
+
+
+class Recorder:
+    """Writes a run's files and its W&B run; does nothing on other processes than the first.
+
+    Args:
+        folder: the run folder.
+        config: the experiment.
+        is_main: whether this process writes.
+        resume_step: step of the checkpoint that the run goes on from; later lines are dropped.
+    """
+
+    def __init__(
+        self, folder: Path, config: Config, is_main: bool, resume_step: int | None = None
+    ) -> None:
+        self.folder, self.config, self.is_main = folder, config, is_main
+        self._metrics = folder / "metrics.jsonl"
+        self._trajectories = folder / "trajectories.jsonl"
+        self._start = time.perf_counter()
+        self._wandb: Any = None
+        if not is_main:
+            return
+        if resume_step is not None:
+            kept = truncate_jsonl(self._metrics, resume_step)
+            truncate_jsonl(self._trajectories, resume_step)
+            self._start -= kept[-1]["time_s"] if kept else 0.0
+        self._wandb = start_wandb(folder, config)
+
+    @property
+    def time_s(self) -> float:
+        """Seconds of running, interruptions left out."""
+        return round(time.perf_counter() - self._start, 3)
+
+    def metrics(self, step: int, phase: str, n_tokens: int, values: dict[str, Any]) -> None:
+        """One line of metrics.jsonl, and the same in W&B.
+
+        Args:
+            step: optimizer steps done.
+            phase: "train" or "eval".
+            n_tokens: policy tokens sampled in training so far.
+            values: TRL's names; evaluation metrics get the prefix `eval/`.
+        """
+        if not self.is_main:
+            return
+        prefix = "eval/" if phase == "eval" else ""
+        clean = {prefix + name: _finite(value) for name, value in values.items()}
+        line = {"step": step, "phase": phase, "time_s": self.time_s, "tokens": n_tokens, **clean}
+        append_jsonl(self._metrics, [line])
+        if self._wandb is not None:
+            shown = clean if phase == "eval" else {f"train/{k}": v for k, v in clean.items()}
+            extra = {"train/global_step": step, "tokens": n_tokens}
+            self._wandb.log({k: v for k, v in shown.items() if v is not None} | extra, step=step)
+
+    def trajectories(self, step: int, phase: str, episodes: Sequence[Trajectory]) -> None:
+        """Lines of trajectories.jsonl: all of an evaluation, `log_trajectories` of a step."""
+        if not self.is_main:
+            return
+        config, n_shown = self.config, self.config.tracking.log_trajectories
+        few = _spread(episodes, n_shown)
+        kept = episodes if phase == "eval" else few
+        rows = [episode.to_dict(step, config.arm_name, config.seed, phase) for episode in kept]
+        append_jsonl(self._trajectories, rows)
+        if self._wandb is not None and few and phase == "eval":
+            self._wandb.log({"trajectories": trajectory_table(few, step)}, step=step)
+
+    def close(self) -> None:
+        """Ends the W&B run."""
+        if self._wandb is not None:
+            self._wandb.finish(quiet=True)
+
+
+class RunCallback(TrainerCallback):
+    """Feeds the recorder from the trainer's log, and shows progress.
+
+    Args:
+        trainer: gives episodes and token count.
+        recorder: writes.
+    """
+
+    def __init__(self, trainer: SearchGRPOTrainer, recorder: Recorder) -> None:
+        self.trainer, self.recorder = trainer, recorder
+        self._bar: tqdm[Any] | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Opens the bar on a terminal."""
+        if self.recorder.is_main and sys.stderr.isatty():
+            self._bar = tqdm(
+                total=state.max_steps, initial=state.global_step, desc="train", unit="step"
+            )
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any
+    ) -> None:
+        """One training line; transformers' closing summary is left out."""
+        if "loss" not in logs:
+            return
+        values = {k: v for k, v in logs.items() if k not in NOT_METRICS}
+        step = state.global_step
+        self.recorder.metrics(step, "train", self.trainer.n_policy_tokens, values)
+        self.recorder.trajectories(step, "train", self.trainer.last_trajectories)
+        if not self.recorder.is_main:
+            return
+        shown = {k: f"{values[name]:.3g}" for k, name in SHOWN.items() if _is_number(values, name)}
+        if self._bar is not None:
+            self._bar.update(step - self._bar.n)
+            self._bar.set_postfix(shown)
+        else:
+            text = "  ".join(f"{name} {value}" for name, value in shown.items())
+            logger.info("step %d/%d  %s", step, state.max_steps, text)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Closes the bar."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+class EvaluationCallback(TrainerCallback):
+    """Greedy episodes on held-out questions at step 0, every few steps and at the end.
+
+    The questions are shared out over the processes; under ZeRO-3 all of them must take part.
+
+    Args:
+        trainer: gives engine and policy.
+        recorder: writes.
+        questions: the fixed evaluation set.
+        every: optimizer steps between evaluations.
+    """
+
+    def __init__(
+        self,
+        trainer: SearchGRPOTrainer,
+        recorder: Recorder,
+        questions: Sequence[dict[str, Any]],
+        every: int,
+    ) -> None:
+        self.trainer, self.recorder = trainer, recorder
+        self.questions, self.every = list(questions), every
+        trainer.evaluate_policy = self.evaluate
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The floor: before any update."""
+        if state.global_step == 0:
+            self.evaluate()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Asks for an evaluation after this step's log."""
+        if state.global_step % self.every == 0 or state.global_step >= state.max_steps:
+            control.should_evaluate = True
+
+    def evaluate(self) -> dict[str, float]:
+        """Runs and records one evaluation; every process must call it."""
+        trainer, accelerator = self.trainer, self.trainer.accelerator
+        start = time.perf_counter()
+        rank, world = accelerator.process_index, accelerator.num_processes
+        mine = self.questions[rank::world]
+        with trainer.policy_for_generation():
+            episodes = trainer.engine.rollout_rows(mine, greedy=True, number=0)
+        trainer.engine.release_images()
+        numbered = [(rank + i * world, episode) for i, episode in enumerate(episodes)]
+        gathered = gather_object(numbered) if world > 1 else numbered
+        ordered = [episode for _, episode in sorted(gathered, key=lambda pair: pair[0])]
+        metrics = summarize(ordered, self.questions)
+        metrics["time_s"] = round(time.perf_counter() - start, 3)
+        step = trainer.state.global_step
+        self.recorder.metrics(step, "eval", trainer.n_policy_tokens, metrics)
+        self.recorder.trajectories(step, "eval", ordered)
+        if self.recorder.is_main:
+            parts = "  ".join(f"{part} {metrics[part]:.3f}" for part in FOUR_PARTS)
+            tqdm.write(f"evaluation at step {step}  {parts}", file=sys.stderr)
+        return {f"eval_{name}": value for name, value in metrics.items()}
+
+
+# ---------------------------------------------------------------- W&B
+
+
+def start_wandb(folder: Path, config: Config) -> Any:
+    """The run in Weights & Biases, offline where there is no login; None if it is disabled.
+
+    The run id lies in `<folder>/wandb_id`, so that a resumed training goes on in the same run.
+    """
+    mode = config.tracking.wandb
+    if mode == "auto":
+        mode = "online" if _has_wandb_login() else "offline"
+    mode = os.environ.get("WANDB_MODE", mode)
+    if mode == "disabled":
+        return None
+    import wandb
+
+    id_file = folder / "wandb_id"
+    run_id = id_file.read_text().strip() if id_file.exists() else wandb.util.generate_id()
+    id_file.write_text(run_id + "\n")
+    return wandb.init(
+        project=config.tracking.project,
+        group=config.tracking.group,
+        job_type="train",
+        name=f"{config.arm_name}-s{config.seed}",
+        id=run_id,
+        resume="allow",
+        mode=mode,
+        dir=str(folder),
+        config={**asdict(config), "arm": config.arm_name},
+        settings=wandb.Settings(silent=True, console="off"),
+    )
+
+
+def trajectory_table(episodes: Sequence[Trajectory], step: int) -> Any:
+    """A few episodes as a W&B table: the conversation, each reward part, why it ended."""
+    import wandb
+
+    parts = ("total", "accuracy", "format", "search_penalty")
+    table = wandb.Table(
+        columns=["step", "question_id", "prompt", "episode", "answer", "stop_reason", *parts]
+    )
+    for episode in episodes:
+        scores = [episode.rewards.get(part) for part in parts]
+        table.add_data(
+            step,
+            episode.question_id,
+            episode.prompt,
+            episode.text,
+            episode.answer,
+            episode.stop_reason,
+            *scores,
+        )
+    return table
+
+
+def _has_wandb_login() -> bool:
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    import netrc
+
+    try:
+        return netrc.netrc().authenticators("api.wandb.ai") is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+# ---------------------------------------------------------------- helpers
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN: a mean over nothing is null."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _is_number(values: dict[str, Any], name: str) -> bool:
+    return isinstance(values.get(name), int | float)
+
+
+def _spread(episodes: Sequence[Trajectory], n: int) -> list[Trajectory]:
+    """n episodes from all over the batch, so that they are not all of one group."""
+    n = min(n, len(episodes))
+    return [episodes[i * len(episodes) // n] for i in range(n)]

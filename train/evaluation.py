@@ -1,0 +1,103 @@
+"""What a batch of episodes shows: the four parts of the floor, by question kind and by seen entity.
+
+    searched   the episode made any search
+    entity     a text query names the entity it must name (whole words, after normalisation)
+    passage    a passage that states the asked fact was among the text hits
+    accuracy   the final answer is right
+
+Each part needs the one before, so they say where a policy's skill ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from environments.episode import STOP_REASONS
+from rewards.answer import exact_match, final_answer
+from rewards.normalize import contains_phrase
+from train.rollout import RolloutEngine
+from train.trajectories import Trajectory
+
+FOUR_PARTS = ("searched", "entity", "passage", "accuracy")
+
+
+def outcome(trajectory: Trajectory, question: dict[str, Any]) -> dict[str, bool]:
+    """The four parts for one episode."""
+    queries = [t.action["query"] for t in trajectory.turns if t.action["type"] == "search"]
+    names = question.get("entity_names") or []
+    gold = set(question.get("gold_passages") or [])
+    found = {
+        hit for t in trajectory.turns if t.action["type"] == "search" for hit in t.hits
+    }
+    return {
+        "searched": bool(queries) or trajectory.count("image_search") > 0,
+        "entity": any(contains_phrase(query, name) for query in queries for name in names),
+        "passage": bool(found & gold),
+        "accuracy": exact_match(final_answer(trajectory), question["answers"]),
+    }
+
+
+def summarize(
+    trajectories: Sequence[Trajectory], questions: Sequence[dict[str, Any]]
+) -> dict[str, float]:
+    """Means over episodes, in all and by group.
+
+    Args:
+        trajectories: one per question.
+        questions: in the same order.
+
+    Returns:
+        The four parts, `n`, `search_rate_text`, `search_rate_image`, `calls_per_episode`,
+        `tokens_per_episode`, `stop/<reason>`; the four parts and `n` again under `kind/<kind>/`,
+        `seen/` and `unseen/` (entities whose picture the VLM was trained on, or not).
+    """
+    if not trajectories:
+        raise ValueError("there is no episode to summarise")
+    outcomes = [outcome(t, q) for t, q in zip(trajectories, questions, strict=True)]
+    n = len(trajectories)
+    metrics = _means(outcomes)
+    metrics |= {
+        "search_rate_text": sum(t.count("search") > 0 for t in trajectories) / n,
+        "search_rate_image": sum(t.count("image_search") > 0 for t in trajectories) / n,
+        "calls_per_episode": sum(
+            t.count("search") + t.count("image_search") for t in trajectories
+        )
+        / n,
+        "tokens_per_episode": sum(t.n_policy_tokens for t in trajectories) / n,
+    }
+    for reason in STOP_REASONS:
+        metrics[f"stop/{reason}"] = sum(t.stop_reason == reason for t in trajectories) / n
+    groups = {f"kind/{kind}/": [q["kind"] == kind for q in questions] for kind in _kinds(questions)}
+    groups["seen/"] = [bool(q.get("seen")) for q in questions]
+    groups["unseen/"] = [not q.get("seen") for q in questions]
+    for prefix, members in groups.items():
+        chosen = [o for o, is_member in zip(outcomes, members, strict=True) if is_member]
+        if chosen:
+            metrics |= {prefix + name: value for name, value in _means(chosen).items()}
+    return metrics
+
+
+def evaluate(
+    engine: RolloutEngine, questions: Sequence[dict[str, Any]]
+) -> tuple[dict[str, float], list[Trajectory]]:
+    """One greedy episode per question.
+
+    Args:
+        engine: holds policy and environment.
+        questions: held-out questions.
+
+    Returns:
+        `summarize`'s metrics and the episodes.
+    """
+    trajectories = engine.rollout_rows(list(questions), greedy=True, number=0)
+    return summarize(trajectories, questions), trajectories
+
+
+def _means(outcomes: Sequence[dict[str, bool]]) -> dict[str, float]:
+    n = len(outcomes)
+    return {**{part: sum(o[part] for o in outcomes) / n for part in FOUR_PARTS}, "n": float(n)}
+
+
+def _kinds(questions: Sequence[dict[str, Any]]) -> list[str]:
+    return sorted({question["kind"] for question in questions})

@@ -1,0 +1,318 @@
+"""Train a policy from a settings file: `deepspeed launch/train.sh --config configs/demo.yaml`.
+
+A run folder stands alone: config.yaml, environment.json, metrics.jsonl, trajectories.jsonl,
+checkpoints/, wandb_id, merge.json (of a merged start) and, at the end, done.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from configs.errors import ConfigError
+from configs.schema import Config, dump_config, load_config, resolve_model, shipped_config
+from train.settings import build_grpo_config, describe_step
+
+logger = logging.getLogger(__name__)
+
+PACKAGES = ("torch", "transformers", "trl", "deepspeed", "accelerate", "peft", "wandb")
+
+MAY_CHANGE = ("output", "tracking.", "compare.", "deepspeed", "grpo.max_steps", "grpo.save_")
+"""Settings that may differ between a run and its continuation."""
+
+
+def train(argv: Sequence[str] | None = None) -> int:
+    """Command line of launch/train.sh.
+
+    Returns:
+        Exit code: 0, or 2 for a user's mistake.
+    """
+    options = _parse(argv)
+    is_main = int(os.environ.get("RANK", "0")) == 0
+    level = logging.INFO if is_main else logging.ERROR
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("train").setLevel(level)
+    _quiet_libraries()
+    try:
+        path = Path(options.config) if options.config else shipped_config("demo")
+        config = load_config(path, options.overrides)
+        if options.dry_run:
+            if is_main:
+                print(describe_run(config))
+            return 0
+        run_training(config, resume=options.resume, overwrite=options.overwrite)
+    except Exception as error:
+        if options.debug or getattr(error, "exit_code", None) != 2:
+            raise
+        if is_main:
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def describe_run(config: Config) -> str:
+    """What a run would do: resolved settings and the arithmetic of a step."""
+    n_processes = int(os.environ.get("WORLD_SIZE", "1"))
+    rows = describe_step(config, n_processes)
+    width = max(len(name) for name, _ in rows)
+    return "\n".join([dump_config(config), *(f"{n:<{width}}  {v}" for n, v in rows)])
+
+
+def run_training(config: Config, resume: bool = False, overwrite: bool = False) -> Path:
+    """Trains `config.models.init` and returns the run folder.
+
+    Args:
+        config: the experiment.
+        resume: go on from the newest complete checkpoint, to the same numbers.
+        overwrite: delete what lies in the run folder.
+
+    Raises:
+        ConfigError: the folder is in use, the settings contradict themselves or the run that
+            shall go on.
+    """
+    folder = Path(config.output)
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if not config.models.init:
+        raise ConfigError("models.init: missing; name a merged folder, a VLM folder or a hub id")
+    init = resolve_model(config.models.init)
+    describe_step(config, world)
+    if rank == 0:
+        prepare_folder(folder, config, init, resume, overwrite)
+    _share_cores(world)
+
+    # torch.distributed starts here, if a launcher asked for it
+    args = build_grpo_config(config, folder / "checkpoints")
+    checkpoint = newest_checkpoint(folder, world) if resume else None
+    resume_step = int(checkpoint.name.split("-")[-1]) if checkpoint else 0
+
+    from train.callbacks import EvaluationCallback, Recorder, RunCallback
+    from train.grpo import SearchGRPOTrainer
+    from train.policy import load_policy
+    from train.worlds import load_environment, load_eval_questions, load_train_questions
+
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    recorder = Recorder(folder, config, rank == 0, resume_step if resume else None)
+    if checkpoint is not None:
+        logger.info("resuming at step %d of %s", resume_step, folder)
+    model, processor = load_policy(init)
+    trainer = SearchGRPOTrainer(
+        model,
+        args=args,
+        questions=load_train_questions(config),
+        environment=load_environment(config),
+        rewards=config.rewards,
+        processing_class=processor,
+    )
+    _keep_only_ours(trainer)
+    trainer.add_callback(RunCallback(trainer, recorder))
+    trainer.add_callback(
+        EvaluationCallback(
+            trainer, recorder, load_eval_questions(config), config.compare.eval_every
+        )
+    )
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    final = _last_policy(trainer, folder)
+    if rank == 0:
+        summary = {
+            "step": trainer.state.global_step,
+            "time_s": recorder.time_s,
+            "tokens": trainer.n_policy_tokens,
+            "policy": str(final.relative_to(folder)),
+        }
+        write_json(folder / "done.json", summary)
+    recorder.close()
+    return folder
+
+
+# ---------------------------------------------------------------- the run folder
+
+
+def prepare_folder(
+    folder: Path, config: Config, init: str, resume: bool, overwrite: bool
+) -> None:
+    """Creates the run folder, or checks the one that shall go on.
+
+    Raises:
+        ConfigError: it is in use, or holds a run with other settings.
+    """
+    if folder.exists() and any(folder.iterdir()):
+        if resume:
+            _refuse_other_run(folder, config)
+        elif overwrite:
+            if not (folder / "config.yaml").exists():
+                raise ConfigError(
+                    f"output: {folder} is not a run folder (no config.yaml), so it is not "
+                    "overwritten; choose another output"
+                )
+            shutil.rmtree(folder)
+        else:
+            raise ConfigError(
+                f"output: {folder} exists already; go on with --resume, choose another name with "
+                "output=..., or delete it with --overwrite"
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "done.json").unlink(missing_ok=True)
+    write_text(folder / "config.yaml", dump_config(config))
+    write_json(folder / "environment.json", describe_machine(config))
+    recipe = Path(init) / "merge.json"
+    if recipe.is_file():
+        shutil.copyfile(recipe, folder / "merge.json")
+
+
+def newest_checkpoint(folder: Path, n_processes: int = 1) -> Path | None:
+    """The newest checkpoint that was written to its end by all processes."""
+    found = []
+    for path in (folder / "checkpoints").glob("checkpoint-*"):
+        states = [path / f"rollout_state_{rank}.pt" for rank in range(n_processes)]
+        if (path / "trainer_state.json").is_file() and all(s.is_file() for s in states):
+            found.append(path)
+    return max(found, key=lambda path: int(path.name.split("-")[-1]), default=None)
+
+
+def describe_machine(config: Config) -> dict[str, Any]:
+    """Versions, commit, hardware and command of this run."""
+    import torch
+
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = None
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "command": " ".join(sys.argv),
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "versions": versions,
+        "hardware": ", ".join(gpus) or _processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "world_size": int(os.environ.get("WORLD_SIZE", "1")),
+        "deepspeed": config.deepspeed,
+    }
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a JSON file whole or not at all."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def _refuse_other_run(folder: Path, config: Config) -> None:
+    """A continuation with other data, rewards or hyperparameters would be neither run."""
+    path = folder / "config.yaml"
+    if not path.exists():
+        raise ConfigError(f"output: {folder} holds no config.yaml, so there is nothing to resume")
+    before, now = _flat(asdict(load_config(path))), _flat(asdict(config))
+    changed = [
+        f"{key} ({before.get(key)!r} before, {now.get(key)!r} now)"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key) and not key.startswith(MAY_CHANGE)
+    ]
+    if changed:
+        raise ConfigError(
+            f"output: {folder} was started with other settings: {', '.join(changed)}; "
+            "resume it with its own, or choose another output"
+        )
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict) or not value:
+        return {prefix.rstrip("."): value}
+    return {k: v for key in value for k, v in _flat(value[key], f"{prefix}{key}.").items()}
+
+
+def _last_policy(trainer: Any, folder: Path) -> Path:
+    """Folder of the trained policy: the last checkpoint, or one saved now if there is none."""
+    last = folder / "checkpoints" / f"checkpoint-{trainer.state.global_step}"
+    if not last.is_dir():
+        last = folder / "checkpoints" / "final"
+        trainer.save_model(str(last))
+    return last
+
+
+def _keep_only_ours(trainer: Any) -> None:
+    """transformers' console printing would repeat every number."""
+    from transformers import PrinterCallback, ProgressCallback
+
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+
+
+def _quiet_libraries() -> None:
+    """Notes that a user can do nothing about: deprecations between the libraries we pin."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|torch)\b")
+    for name in ("bm25s", "deepspeed", "DeepSpeed"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+def _share_cores(n_processes: int) -> None:
+    """Without OMP_NUM_THREADS every process would start as many threads as there are cores."""
+    if "OMP_NUM_THREADS" in os.environ:
+        return
+    import torch
+
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", n_processes))
+    n_threads = max(1, len(os.sched_getaffinity(0)) // local)
+    torch.set_num_threads(n_threads)
+    os.environ["OMP_NUM_THREADS"] = str(n_threads)  # read by accelerate
+
+
+def _commit() -> str | None:
+    root = Path(__file__).resolve().parent.parent
+    result = subprocess.run(
+        ["git", "-C", str(root), "rev-parse", "--short=12", "HEAD"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return result.stdout.strip() or None
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="launch/train.sh",
+        description="Train a search policy by GRPO.",
+        epilog="example: deepspeed --num_gpus 2 launch/train.sh --config configs/demo.yaml "
+        "output=runs/x seed=1 grpo.max_steps=2",
+    )
+    parser.add_argument("--config", help="settings file; default: the shipped demo")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
+    parser.add_argument("--overwrite", action="store_true", help="delete an existing run folder")
+    parser.add_argument("--dry-run", action="store_true", help="print the settings and stop")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks of mistakes")
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
+    return parser.parse_intermixed_args(argv)

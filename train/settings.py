@@ -1,0 +1,195 @@
+"""From the settings file to TRL's GRPOConfig: the defaults, and what a file must not set.
+
+Everything under `grpo:` goes to GRPOConfig as it stands; the defaults below fill the gaps. No torch
+at import, so a dry run is quick.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from configs.errors import ConfigError
+
+if TYPE_CHECKING:
+    from trl import GRPOConfig
+
+    from configs.schema import Config
+
+GRPO_DEFAULTS: dict[str, Any] = {
+    "learning_rate": 1e-4,
+    "lr_scheduler_type": "constant",
+    "max_steps": 40,
+    "num_generations": 16,
+    "per_device_train_batch_size": 128,
+    "gradient_accumulation_steps": 1,
+    "max_completion_length": 384,
+    "generation_kwargs": {"max_new_tokens": 64},  # of one turn
+    "temperature": 1.0,
+    "beta": 0.0,
+    "loss_type": "dapo",
+    "max_grad_norm": 1.0,
+    "optim": "adamw_torch",
+    "activation_checkpointing": False,  # the scoring forward is short; turn on for large models
+    "logging_steps": 1,
+    "save_strategy": "steps",
+    "save_steps": 20,
+    "save_total_limit": 2,
+    "dataloader_num_workers": 0,
+    "report_to": "none",  # W&B is fed by train.callbacks, which also keeps the run id
+    "log_completions": False,
+    "log_multimodal": False,
+    "disable_tqdm": True,
+}
+
+RESERVED = {
+    "output_dir": "set `output`",
+    "seed": "set the top-level `seed`",
+    "data_seed": "set the top-level `seed` (order) or `environment.data_seed` (questions)",
+    "deepspeed": "set the top-level `deepspeed`",
+    "run_name": "set `tracking.arm`",
+    "reward_weights": "set the section `rewards`",
+    "use_vllm": "remove it; episodes are rolled out in process",
+    "eval_strategy": "set `compare.eval_every`",
+    "eval_steps": "set `compare.eval_every`",
+}
+
+SHIPPED_DEEPSPEED = ("zero2", "zero3")
+
+
+def resolved_grpo(config: Config) -> dict[str, Any]:
+    """The `grpo:` section over the defaults.
+
+    Raises:
+        ConfigError: an unknown key, or one that another section decides.
+    """
+    known = _grpo_names()
+    for name in config.grpo:
+        if name in RESERVED:
+            raise ConfigError(f"grpo.{name}: decided elsewhere; {RESERVED[name]}")
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            fix = f"did you mean '{near[0]}'?" if near else "see TRL's GRPOConfig for the names"
+            raise ConfigError(f"grpo.{name}: unknown key; {fix}")
+    settings = {**GRPO_DEFAULTS, **config.grpo}
+    if "gradient_checkpointing" in config.grpo:  # the older name of the same switch
+        settings.pop("activation_checkpointing")
+    if settings["loss_type"] == "cispo" and settings.get("epsilon_high") is None:
+        raise ConfigError(
+            "grpo.epsilon_high: missing; loss_type cispo clips at epsilon_high alone and TRL would "
+            "take 0.2, which stops learning; set it, 5.0 for instance"
+        )
+    return settings
+
+
+def deepspeed_json(config: Config) -> str | None:
+    """Path of the DeepSpeed settings, or None for plain torch.
+
+    Raises:
+        ConfigError: neither a shipped name nor a file.
+    """
+    name = config.deepspeed
+    if name is None or name == "none":
+        return None
+    if name in SHIPPED_DEEPSPEED:
+        return str(Path(__file__).resolve().parent.parent / "configs" / "deepspeed" / f"{name}.json")
+    if not Path(name).is_file():
+        raise ConfigError(
+            f"deepspeed: no file '{name}'; write zero2, zero3, none, or the path of a JSON file"
+        )
+    return name
+
+
+def describe_step(config: Config, n_processes: int) -> list[tuple[str, str]]:
+    """The arithmetic of one optimizer step, as (name, value) pairs for a dry run.
+
+    Raises:
+        ConfigError: the completions of a step cannot be cut into whole groups.
+    """
+    grpo = resolved_grpo(config)
+    per_device, group = grpo["per_device_train_batch_size"], grpo["num_generations"]
+    accumulated = grpo.get("steps_per_generation") or grpo["gradient_accumulation_steps"]
+    completions = grpo.get("generation_batch_size") or per_device * n_processes * accumulated
+    if completions % group:
+        raise ConfigError(
+            f"grpo.num_generations: {completions} completions ({n_processes} processes x {per_device}"
+            f" x {accumulated}) cannot be cut into groups of {group}; change one of the numbers"
+        )
+    per_step = per_device * n_processes * grpo["gradient_accumulation_steps"]
+    return [
+        ("optimizer steps", str(grpo["max_steps"])),
+        ("completions per step", f"{per_step} ({n_processes} processes x {per_device} x "
+         f"{grpo['gradient_accumulation_steps']})"),
+        ("questions per rollout", f"{completions // group} x {group} completions"),
+        ("tokens per episode", f"at most {grpo['max_completion_length']}, observations included"),
+        ("evaluations", f"every {config.compare.eval_every} steps, "
+         f"{config.environment.eval_size} questions of {config.environment.eval_split}"),
+        ("deepspeed", config.deepspeed or "none"),
+        ("output", config.output),
+        ("W&B", f"{config.tracking.project} / {config.tracking.group or '-'} / "
+         f"{config.arm_name}-s{config.seed}"),
+    ]  # fmt: skip
+
+
+def build_grpo_config(config: Config, checkpoints: Path) -> GRPOConfig:
+    """TRL's settings of a run.
+
+    Creating them starts torch.distributed when a launcher asked for it.
+
+    Args:
+        config: the experiment.
+        checkpoints: folder for transformers' checkpoints.
+
+    Raises:
+        ConfigError: a value that TRL refuses; the message is TRL's.
+    """
+    import torch
+    from trl import GRPOConfig
+
+    has_gpu = torch.cuda.is_available()
+    settings = {
+        "use_cpu": not has_gpu,
+        "bf16": has_gpu and torch.cuda.is_bf16_supported(),
+        **resolved_grpo(config),
+    }
+    path = deepspeed_json(config)
+    if path is not None:
+        prepare_deepspeed(has_gpu)
+        settings["deepspeed"] = path
+    try:
+        return GRPOConfig(output_dir=str(checkpoints), seed=config.seed, **settings)
+    except ValueError as error:
+        raise ConfigError(f"grpo: {error}") from error
+
+
+def prepare_deepspeed(has_gpu: bool) -> None:
+    """Makes DeepSpeed start on any machine: without a compiler and without its launcher."""
+    if not has_gpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
+        os.environ.setdefault(name, value)
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", str(_free_port()))
+    import deepspeed
+
+    if not has_gpu:
+        # an optional shared-memory collective that DeepSpeed would compile with g++ at start;
+        # gloo does the same work
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def _free_port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _grpo_names() -> set[str]:
+    from trl import GRPOConfig
+
+    return {item.name for item in fields(GRPOConfig) if item.init}

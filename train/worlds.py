@@ -1,0 +1,101 @@
+"""The world that a settings file describes: environment, questions and a rollout engine in it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from configs.errors import ConfigError
+from train.settings import resolved_grpo
+
+if TYPE_CHECKING:
+    from configs.schema import Config
+    from train.rollout import RolloutEngine
+
+_BUDGETS = (
+    "dialect",
+    "image_searches",
+    "text_searches",
+    "max_turns",
+    "top_k_text",
+    "top_k_image",
+    "thumbnails",
+    "timeout_s",
+)
+
+
+def load_environment(config: Config) -> Any:
+    """The search environment of `config.environment`."""
+    section = config.environment
+    if section.name != "atlas":
+        raise ConfigError(f"environment.name: no world '{section.name}'; write atlas")
+    from environments.atlas.world import load_environment as load_atlas
+
+    return load_atlas(**{name: getattr(section, name) for name in _BUDGETS})
+
+
+def load_questions(
+    config: Config,
+    split: str,
+    kinds: Sequence[str],
+    n: int,
+    seed: int | None = None,
+) -> list[dict[str, Any]]:
+    """Questions of a split, with photos; the same for every arm that has the same data seed.
+
+    Args:
+        config: gives strength, relations and, without `seed`, the data seed.
+        split: train, dev or test.
+        kinds: question kinds.
+        n: how many.
+        seed: of choice and photos.
+    """
+    from environments.atlas.questions import load_questions as load_atlas_questions
+
+    section = config.environment
+    return load_atlas_questions(
+        split,
+        list(kinds),
+        n,
+        seed=section.data_seed if seed is None else seed,
+        strength=section.strength,
+        relations=section.relations,
+    )
+
+
+def load_train_questions(config: Config) -> list[dict[str, Any]]:
+    """What training asks."""
+    section = config.environment
+    return load_questions(config, "train", section.kinds, section.train_size)
+
+
+def load_eval_questions(config: Config) -> list[dict[str, Any]]:
+    """What the held-out evaluation asks."""
+    section = config.environment
+    return load_questions(config, section.eval_split, section.eval_kinds, section.eval_size)
+
+
+def build_engine(config: Config, model: Any, processor: Any, **settings: Any) -> RolloutEngine:
+    """A rollout engine with the limits that training would use.
+
+    Args:
+        config: environment and `grpo:` section.
+        model: policy.
+        processor: its processor or tokenizer.
+        settings: laid over, e.g. `environment` or `script`.
+    """
+    from train.rollout import RolloutEngine
+
+    grpo = resolved_grpo(config)
+    budget = grpo["max_completion_length"]
+    per_turn = (grpo["generation_kwargs"] or {}).get("max_new_tokens", budget)
+    options: dict[str, Any] = {
+        "max_new_tokens_per_turn": per_turn,
+        "max_completion_tokens": budget,
+        "temperature": grpo["temperature"],
+        "top_p": grpo.get("top_p", 1.0),
+        "seed": config.seed,
+        **settings,
+    }
+    environment = options.pop("environment", None) or load_environment(config)
+    return RolloutEngine(model, processor, environment, **options)
