@@ -28,6 +28,8 @@ IMAGE_MARK = "\ufffc"
 
 MAX_OBSERVATION_CHARS = 8000
 """Hard cap on one observation's text, whatever a tool returns."""
+MAX_TITLE_CHARS, MAX_SNIPPET_CHARS = 200, 600
+"""Caps on one hit: a word without end must not fill the context that other hits need."""
 
 
 @dataclass(frozen=True)
@@ -188,7 +190,7 @@ class Dialect:
             question: the user's question, repeated by some dialects.
         """
         if result.documents:
-            pairs = [(one_line(hit.title, 200), _hit_text(hit)) for hit in result.documents]
+            pairs = [(_hit_title(hit), _hit_text(hit)) for hit in result.documents]
             text = self.hits(pairs, result.tool)
         else:
             text = result.text
@@ -241,8 +243,12 @@ def _user_message(template: str, question: str, has_image: bool) -> list[dict[st
     return [{"role": "user", "content": content}]
 
 
+def _hit_title(hit: "Hit") -> str:
+    return one_line(hit.title, MAX_TITLE_CHARS)
+
+
 def _hit_text(hit: "Hit") -> str:
-    return IMAGE_MARK if hit.image is not None else one_line(hit.text, 2000)
+    return IMAGE_MARK if hit.image is not None else one_line(hit.text, MAX_SNIPPET_CHARS)
 
 
 def _clean_with_marks(text: str, n_images: int) -> str:

@@ -174,6 +174,12 @@ def test_a_dump_loads_back_equal(write):
     assert load_config(write(dump_config(config), "again.yaml")) == config
 
 
+def test_a_dump_keeps_the_order_of_the_sections():
+    keys = [line.split(":")[0] for line in dump_config(Config(output="x")).splitlines()]
+    top = [key for key in keys if not key.startswith((" ", "-"))]
+    assert top[:4] == ["output", "seed", "models", "calibration"]
+
+
 def test_a_dump_means_the_same_to_a_plain_yaml_reader(write):
     config = load_config(write("output: x\ngrpo: {learning_rate: 2e-6, name: 'on', t: '1:30'}"))
     assert yaml.safe_load(dump_config(config))["grpo"] == config.grpo

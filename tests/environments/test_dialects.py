@@ -278,6 +278,13 @@ def test_huge_results_are_cut(dialect):
         assert MAX_OBSERVATION_CHARS <= length <= MAX_OBSERVATION_CHARS + frame + 1
 
 
+def test_one_endless_hit_leaves_room_for_the_next():
+    result = text_result(Hit("a", "t" * 10**6, "x" * 10**6), Hit("b", "Mali", "Bamako"))
+    observation = SEARCH_R1.render_observation(result, "q")
+    assert observation.endswith(" Doc 2(Title: Mali) Bamako </information>\n\n")
+    assert len(observation) < 1000
+
+
 @given(st.text(st.characters() | st.just(IMAGE_MARK)), st.integers(0, 3))
 def test_there_is_exactly_one_mark_per_returned_image(text, n_images):
     result = ToolResult(text=text, images=[Image.new("RGB", (1, 1))] * n_images)

@@ -58,7 +58,7 @@ def test_a_text_search_returns_titles_snippets_and_ids():
 
 
 def test_snippets_are_cut_to_forty_words_and_shorter_ones_left_alone():
-    spaced = "two  spaces"
+    spaced = "two  spaces" + " w" * 38  # exactly forty words
     index = TextTable(Hit("a", "t", "w " * 41), Hit("b", "t", spaced))
     first, second = text_search(episode(index), "q").documents
     assert first.text.split() == ["w"] * 40
