@@ -88,9 +88,11 @@ def make_agent(base: Qwen2ForCausalLM, seed: int = 2, noise: float = 0.02) -> Qw
 
 
 def _jitter(model: torch.nn.Module, noise: float) -> None:
+    """Moves weights as many small steps would: low bits unlike the start's, some signs flipped."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * noise)
+            parameter.mul_(1 + torch.randn_like(parameter) * noise)
 
 
 def make_image_batch(seed: int = 0, pixel_scale: float = 1.0) -> dict[str, torch.Tensor]:
