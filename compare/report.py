@@ -114,7 +114,7 @@ def text_table(summary: dict[str, Any]) -> str:
 
 def _provenance(arms: dict[str, list[Run]], *, command: str, smoothing: int) -> dict[str, Any]:
     runs = [run for members in arms.values() for run in members]
-    machines = _distinct(_describe(run.provenance.get("hardware")) for run in runs)
+    machines = _distinct(_machine(run.provenance) for run in runs)
     n_seeds = max(len(members) for members in arms.values())
     settings = runs[0].config.get("environment") or {}
     return {
@@ -136,6 +136,12 @@ def _interval_name(n_seeds: int) -> str:
         return "none: one seed"
     kind = "percentile bootstrap" if n_seeds >= BOOTSTRAP_MIN_SEEDS else "Student's t"
     return f"95 %, {kind} over {n_seeds} seeds"
+
+
+def _machine(provenance: dict[str, Any]) -> str:
+    cores = provenance.get("cores")
+    machine = _describe(provenance.get("hardware"))
+    return f"{machine}, {cores} cores" if machine and cores else machine
 
 
 def _describe(value: Any) -> str:

@@ -237,7 +237,11 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _strip_prefix(record: dict[str, Any]) -> dict[str, Any]:
-    return {key.removeprefix("eval/"): value for key, value in record.items() if key != "phase"}
+    measured = {
+        key.removeprefix("eval/"): value for key, value in record.items() if key.startswith("eval/")
+    }
+    # eval/time_s is how long the evaluation took; time_s, which says when it was, must win.
+    return measured | {key: record[key] for key in ("step", "time_s", "tokens") if key in record}
 
 
 def _arm(config: dict[str, Any]) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.errors import LaunchError
+from train.run import write_json
 
 
 class Stages:
@@ -55,7 +55,7 @@ class Stages:
                 "pass --redo to make it again, or choose another --output"
             )
         if marker is None or marker["key"] != key:
-            self._remove(name, target)
+            self.clear(name, target)
             return False
         return bool(marker["done"]) and target.exists()
 
@@ -84,7 +84,7 @@ class Stages:
         """
         if self.is_done(name, inputs, target):
             return False
-        self._remove(name, target)
+        self.clear(name, target)
         self.start(name, inputs)
         started = time.monotonic()
         make()
@@ -104,11 +104,14 @@ class Stages:
     def _write(self, name: str, marker: dict[str, Any]) -> None:
         path = self._marker(name)
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text(json.dumps(marker, indent=2, default=str) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
+        write_json(path, marker)
 
-    def _remove(self, name: str, target: Path) -> None:
+    def clear(self, name: str, target: Path) -> None:
+        """Remove a stage's marker and what it made.
+
+        Raises:
+            LaunchError: the target lies outside of the study's folder.
+        """
         target = target.resolve()
         if self._folder not in target.parents:
             raise LaunchError(f"{target} lies outside of {self._folder}; it is not removed")
@@ -137,7 +140,7 @@ def fingerprint(checkpoint: str) -> list[list[Any]] | str:
 
 
 def _canonical(inputs: dict[str, Any]) -> str:
-    return json.dumps(inputs, sort_keys=True, default=str)
+    return json.dumps(inputs, sort_keys=True)
 
 
 def _first_difference(old: Any, new: Any, path: str = "") -> str:

@@ -116,6 +116,7 @@ def run_study(
         The report's summary.
     """
     plan = _Plan(study, list(overrides))
+    plan.check()
     stages = Stages(study.output, redo=redo)
     started = time.monotonic()
     _calibrate(plan, stages)
@@ -138,7 +139,7 @@ def describe_study(study: Study, overrides: Sequence[str] = ()) -> str:
         lines.append(f"  {arm.name}: {start}; {runs}")
     config = plan.config(study.arms[0])
     n_runs = sum(arm.train for arm in study.arms) * len(study.seeds)
-    lines.append(f"{n_runs} trainings of {config.grpo.get('max_steps')} steps")
+    lines.append(f"{n_runs} trainings of {_max_steps(config)} steps")
     return "\n".join(lines)
 
 
@@ -163,6 +164,13 @@ class _Plan:
         return (
             self.study.output / "merged" / arm.name if arm.merge else resolve_model(arm.init or "")
         )
+
+    def check(self) -> None:
+        """Hold the training settings against TRL's names and the arithmetic of a step."""
+        from train.settings import describe_step
+
+        for arm in self.study.arms:
+            describe_step(self.config(arm), 1)
 
     def run_folder(self, arm: Arm, seed: int) -> Path:
         return self.study.output / "runs" / f"{arm.name}-s{seed}"
@@ -249,6 +257,7 @@ def _train(plan: _Plan, stages: Stages, parallel: int | None) -> None:
     from tqdm import tqdm
 
     from configs.schema import dump_config
+    from train.run import newest_checkpoint, write_text
 
     jobs: list[Job] = []
     inputs_of: dict[str, dict[str, Any]] = {}
@@ -270,15 +279,17 @@ def _train(plan: _Plan, stages: Stages, parallel: int | None) -> None:
             if stages.is_done(f"train-{name}", inputs, output):
                 _say(f"train      {name}{_reused(False)}")
                 continue
+            resume = ["--resume"] if newest_checkpoint(output) else []
+            if not resume:
+                stages.clear(f"train-{name}", output)
             stages.start(f"train-{name}", inputs)
-            file = _write(plan.study.output / "configs" / f"{name}.yaml", dump_config(config))
-            resume = ["--resume"] if _has_checkpoint(output) else []
-            if not resume and output.exists():
-                resume = ["--overwrite"]
+            file = plan.study.output / "configs" / f"{name}.yaml"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_text(file, dump_config(config))
             log = plan.study.output / "logs" / f"{name}.log"
             jobs.append(Job(name, ["--config", str(file), *resume], output, log))
             inputs_of[name] = inputs
-            n_steps += int(config.grpo.get("max_steps") or 0)
+            n_steps += _max_steps(config)
     if not jobs:
         return
     devices = _devices()
@@ -391,16 +402,18 @@ def _start_key(plan: _Plan, stages: Stages, arm: Arm) -> Any:
     return stages.key(f"merge-{arm.name}") if arm.merge else fingerprint(str(plan.start(arm)))
 
 
+def _max_steps(config: Config) -> int:
+    from train.settings import GRPO_DEFAULTS
+
+    return int(config.grpo.get("max_steps", GRPO_DEFAULTS["max_steps"]))
+
+
 def _recipe(config: Config) -> str:
     weights = config.merge.weights
     return (
         f"density {config.merge.density:g}, weights vlm {weights['vlm']:g} agent "
         f"{weights['agent']:g}"
     )
-
-
-def _has_checkpoint(output: Path) -> bool:
-    return any((output / "checkpoints").glob("checkpoint-*"))
 
 
 def _floor_words(line: dict[str, Any]) -> str:
@@ -424,11 +437,3 @@ def _say(message: str) -> None:
     from tqdm import tqdm
 
     tqdm.write(message)
-
-
-def _write(path: Path, text: str) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-    return path

@@ -7,9 +7,7 @@ table   recall@1 and @3 of the text and the image index, as printed and as docs/
 from __future__ import annotations
 
 import argparse
-import json
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +83,7 @@ def _table(options: argparse.Namespace) -> int:
     from compare.provenance import code_commit, hardware
     from environments.atlas.world import measure_retrieval
     from launch.arguments import command_line
+    from train.run import write_json, write_text
 
     rows = measure_retrieval()
     by_query = {row["query"]: row for row in rows}
@@ -101,8 +100,9 @@ def _table(options: argparse.Namespace) -> int:
         "rows": rows,
     }
     output = Path(options.output or "docs/results")
-    _write(output / "retrieval.json", json.dumps(record, indent=2) + "\n")
-    _write(output / "retrieval.md", _markdown(record))
+    output.mkdir(parents=True, exist_ok=True)
+    write_json(output / "retrieval.json", record)
+    write_text(output / "retrieval.md", _markdown(record))
     print("\n".join(_table_lines(rows)))
     return 0 if all(target["met"] for target in targets) else 1
 
@@ -135,10 +135,3 @@ def _markdown(record: dict[str, Any]) -> str:
         "",
     ]
     return "\n".join(lines)
-
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)

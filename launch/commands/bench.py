@@ -6,8 +6,6 @@ cli   processor time of every verb's --help, target 0.5 s each
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import resource
 import subprocess
 import sys
@@ -29,6 +27,7 @@ def run(options: argparse.Namespace) -> int:
     from compare.provenance import code_commit, hardware
     from launch.arguments import command_line
     from launch.cli import VERBS
+    from train.run import write_json
 
     targets = []
     for arguments in ([], *([verb] for verb in VERBS)):
@@ -45,11 +44,9 @@ def run(options: argparse.Namespace) -> int:
         "hardware": hardware(),
         "targets": targets,
     }
-    path = Path(options.output) / "bench-cli.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    output = Path(options.output)
+    output.mkdir(parents=True, exist_ok=True)
+    write_json(output / "bench-cli.json", record)
     return 0 if all(target["met"] for target in targets) else 1
 
 

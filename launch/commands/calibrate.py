@@ -104,9 +104,9 @@ def calibrate_parent(config: Config, role: str) -> Path:
 def _vlm_batches(config: Config, model: Any, processor: Any) -> Iterator[dict[str, Any]]:
     """Questions with photos and the VLM's own greedy answers, a batch at a time."""
     import torch
-    from train.worlds import load_questions
 
     from environments.dialects import get_dialect
+    from train.worlds import load_questions
 
     dialect = get_dialect(config.environment.dialect)
     questions = load_questions(
@@ -143,6 +143,7 @@ def _vlm_batches(config: Config, model: Any, processor: Any) -> Iterator[dict[st
 def _agent_batches(config: Config, model: Any, processor: Any) -> Iterator[dict[str, Any]]:
     """The agent's own search trajectories on text questions: prompt, turns and observations."""
     import torch
+
     from train.worlds import build_engine, load_questions
 
     questions = load_questions(

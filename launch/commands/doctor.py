@@ -124,12 +124,11 @@ def _wandb_login() -> str:
     if mode:
         return f"WANDB_MODE={mode}"
     try:
-        import wandb
-
-        logged_in = bool(wandb.api.api_key)
-    except Exception as error:  # any failure means the same here: no login can be used
-        return f"not usable ({type(error).__name__}); runs are kept offline"
-    return "logged in" if logged_in else "no login; runs are kept offline (wandb login)"
+        # What training itself asks before it decides between online and offline.
+        from train.callbacks import _has_wandb_login
+    except ImportError as error:
+        return f"not usable ({error}); runs are kept offline"
+    return "logged in" if _has_wandb_login() else "no login; runs are kept offline (wandb login)"
 
 
 def _hub_login() -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,11 +78,11 @@ def evaluate_checkpoint(
     from dataclasses import asdict
 
     from compare.evaluate import evaluate
-    from train.worlds import build_engine, load_eval_questions
-
     from compare.provenance import code_commit, hardware
     from configs.schema import resolve_model
     from train.policy import load_policy
+    from train.run import write_json, write_text
+    from train.worlds import build_engine, load_eval_questions
 
     model, processor = load_policy(resolve_model(checkpoint))
     model.eval()
@@ -102,9 +101,9 @@ def evaluate_checkpoint(
     }
     output.mkdir(parents=True, exist_ok=True)
     rows = [item.to_dict(step=0, arm=arm, seed=config.seed, phase="eval") for item in trajectories]
-    _replace(output / "trajectories.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    write_text(output / "trajectories.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     # Last, since its presence says that the evaluation is complete.
-    _replace(output / "eval.json", json.dumps(record, indent=2) + "\n")
+    write_json(output / "eval.json", record)
     return record
 
 
@@ -113,9 +112,3 @@ def describe(record: dict[str, Any]) -> str:
     metrics = record["metrics"]
     parts = ", ".join(f"{part} {metrics[part]:.2f}" for part in FOUR_PARTS)
     return f"{record['arm']}: {parts} ({int(metrics['n'])} questions)"
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)

@@ -6,7 +6,6 @@ Without a name, the shipped ones are listed.
 from __future__ import annotations
 
 import argparse
-import os
 import re
 from pathlib import Path
 
@@ -25,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """List or copy."""
     from configs.schema import shipped_config
+    from train.run import write_text
 
     if options.name is None:
         folder = shipped_config("demo").parent
@@ -37,9 +37,7 @@ def run(options: argparse.Namespace) -> int:
         if path.exists() and not options.overwrite:
             raise LaunchError(f"{path} exists; pass --overwrite or another --output")
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
+        write_text(path, text)
         print(f"wrote {path}")
     return 0
 

@@ -8,13 +8,8 @@ from __future__ import annotations
 
 import argparse
 import subprocess
-from typing import TYPE_CHECKING
 
 from launch.arguments import add_config_arguments, config_path, read_config
-from launch.errors import LaunchError
-
-if TYPE_CHECKING:
-    from configs.schema import Config
 
 EXAMPLES = (
     "obm train --config configs/demo.yaml --dry-run",
@@ -41,48 +36,19 @@ def run(options: argparse.Namespace) -> int:
     """Check the settings here, then hand over to the launcher."""
     config = read_config(options)
     if options.dry_run:
-        print(describe_plan(config, options.num_processes))
+        from configs.schema import dump_config
+        from train.settings import describe_step
+
+        rows = describe_step(config, options.num_processes)
+        width = max(len(name) for name, _ in rows)
+        print(dump_config(config))
+        print("\n".join(f"{name.ljust(width)}  {value}" for name, value in rows))
         return 0
     from launch.jobs import training_command, training_environment
 
     arguments = ["--config", str(config_path(options.config)), *options.overrides]
-    arguments += [flag for flag in ("resume", "overwrite") if getattr(options, flag)]
-    arguments = [f"--{a}" if a in ("resume", "overwrite") else a for a in arguments]
+    arguments += [f"--{flag}" for flag in ("resume", "overwrite", "debug") if vars(options)[flag]]
     command = training_command(arguments, n_processes=options.num_processes)
     return subprocess.run(
         command, env=training_environment(parallel=options.num_processes), check=False
     ).returncode
-
-
-def describe_plan(config: Config, n_processes: int) -> str:
-    """Settings and the arithmetic of one optimizer step.
-
-    Raises:
-        LaunchError: the completions of a step cannot be cut into whole groups.
-    """
-    from configs.schema import dump_config
-
-    grpo = config.grpo
-    group = int(grpo.get("num_generations", 8))
-    per_device = int(grpo.get("per_device_train_batch_size", 8))
-    accumulation = int(grpo.get("gradient_accumulation_steps", 1))
-    completions = n_processes * per_device * accumulation
-    if completions % group:
-        raise LaunchError(
-            f"grpo.num_generations: a step has {completions} completions ({n_processes} processes "
-            f"x {per_device} x {accumulation}), no multiple of {group}; change one of them"
-        )
-    length = int(grpo.get("max_completion_length", 256))
-    lines = [
-        dump_config(config).rstrip(),
-        "",
-        f"steps                 {grpo.get('max_steps', 'by num_train_epochs')}",
-        f"completions per step  {completions} = {n_processes} processes x {per_device} x "
-        f"{accumulation} accumulated",
-        f"questions per step    {completions // group}, {group} completions each",
-        f"tokens per step       at most {completions * length} (max_completion_length {length})",
-        f"output                {config.output}",
-        f"W&B                   project {config.tracking.project}, group {config.tracking.group}, "
-        f"name {config.arm_name}-s{config.seed} ({config.tracking.wandb})",
-    ]
-    return "\n".join(lines)

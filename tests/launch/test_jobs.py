@@ -1,0 +1,160 @@
+"""Trainings as child processes, here small scripts in their place."""
+
+import json
+import os
+import sys
+import time
+
+import pytest
+
+from launch import jobs
+from launch.errors import JobFailedError, LaunchError
+from launch.jobs import Job, run_jobs, training_command, training_environment
+
+WRITE_LINES = """
+import json, pathlib, sys, time
+run = pathlib.Path(sys.argv[1]); run.mkdir(exist_ok=True)
+for step in range(3):
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": step, "phase": "train"}) + "\\n")
+    time.sleep(0.05)
+print("hello from", run.name)
+"""
+
+
+@pytest.fixture
+def scripted(monkeypatch):
+    """Jobs whose first argument is Python code instead of train.sh's options."""
+
+    def command(arguments, *, n_processes=1, device=None):
+        return [sys.executable, "-c", *arguments, *([str(device)] if device is not None else [])]
+
+    monkeypatch.setattr(jobs, "training_command", command)
+    monkeypatch.setattr(jobs, "POLL_S", 0.02)
+
+
+def make_job(tmp_path, name, code=WRITE_LINES):
+    run = tmp_path / name
+    return Job(name, [code, str(run)], run, tmp_path / "logs" / f"{name}.log")
+
+
+def test_every_line_of_every_job_is_seen_once(scripted, tmp_path):
+    seen, done = [], []
+    work = [make_job(tmp_path, name) for name in ("a", "b", "c")]
+    run_jobs(
+        work,
+        parallel=2,
+        on_line=lambda job, line: seen.append((job.name, line["step"])),
+        on_done=lambda job: done.append(job.name),
+    )
+    assert sorted(seen) == [(name, step) for name in "abc" for step in range(3)]
+    assert sorted(done) == ["a", "b", "c"]
+    assert "hello from a" in (tmp_path / "logs" / "a.log").read_text()
+
+
+def test_lines_of_an_earlier_attempt_are_not_shown_again(scripted, tmp_path):
+    job = make_job(tmp_path, "a")
+    job.output.mkdir()
+    (job.output / "metrics.jsonl").write_text('{"step": 99}\n')
+    seen = []
+    run_jobs([job], on_line=lambda job, line: seen.append(line["step"]))
+    assert seen == [0, 1, 2]
+
+
+def test_a_file_that_was_cut_back_is_read_from_its_start(tmp_path):
+    job = make_job(tmp_path, "a")
+    job.output.mkdir()
+    path = job.output / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n')
+    follower = jobs._Follower(job)
+    path.write_text('{"step": 1}\n')
+    assert follower.new_lines() == [{"step": 1}]
+    with path.open("a") as file:
+        file.write('{"step": 2}\n{"step"')
+    assert follower.new_lines() == [{"step": 2}]
+    with path.open("a") as file:
+        file.write(": 3}\n")
+    assert follower.new_lines() == [{"step": 3}]
+
+
+def test_at_most_so_many_run_at_once(scripted, tmp_path):
+    code = (
+        "import pathlib, sys, time, os\n"
+        "here = pathlib.Path(sys.argv[1]).parent\n"
+        "(here / f'run-{os.getpid()}').touch()\n"
+        "n = len(list(here.glob('run-*')))\n"
+        "(here / f'seen-{n}').touch()\n"
+        "time.sleep(0.2)\n"
+        "(here / f'run-{os.getpid()}').unlink()\n"
+    )
+    run_jobs([make_job(tmp_path, name, code) for name in "abcd"], parallel=2)
+    assert not (tmp_path / "seen-3").exists()
+
+
+def test_each_gpu_has_one_training_at_a_time(scripted, tmp_path):
+    code = (
+        "import pathlib, sys, time\n"
+        "mine = pathlib.Path(sys.argv[1]).parent / f'gpu-{sys.argv[2]}'\n"
+        "mine.mkdir()\n"  # fails if another holds it
+        "time.sleep(0.1)\n"
+        "mine.rmdir()\n"
+    )
+    run_jobs([make_job(tmp_path, name, code) for name in "abcd"], parallel=4, devices=[0, 1])
+
+
+def test_a_failed_job_is_named_with_its_log_and_the_others_finish(scripted, tmp_path, capsys):
+    done = []
+    work = [make_job(tmp_path, "bad", "print('what went wrong'); raise SystemExit(3)")]
+    work.append(make_job(tmp_path, "good"))
+    with pytest.raises(JobFailedError, match=r"bad ended with code 3.*bad\.log"):
+        run_jobs(work, parallel=1, on_done=lambda job: done.append(job.name))
+    assert done == ["good"]
+    assert "what went wrong" in capsys.readouterr().err
+
+
+def test_a_users_mistake_in_a_job_is_handed_on(scripted, tmp_path):
+    code = "import sys; print('error: models.init: no such folder', file=sys.stderr); sys.exit(2)"
+    with pytest.raises(LaunchError, match=r"^a: models\.init: no such folder$"):
+        run_jobs([make_job(tmp_path, "a", code)])
+
+
+def test_an_interrupt_ends_the_processes_that_were_started(scripted, tmp_path):
+    code = (
+        "import os, pathlib, sys, time\n"
+        "run = pathlib.Path(sys.argv[1]); run.mkdir()\n"
+        "(run / 'pid').write_text(str(os.getpid()))\n"
+        "(run / 'metrics.jsonl').write_text('{\"step\": 0}\\n')\n"
+        "time.sleep(60)\n"
+    )
+
+    def interrupt(job, line):
+        raise KeyboardInterrupt
+
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        run_jobs([make_job(tmp_path, "a", code)], on_line=interrupt)
+    assert time.monotonic() - started < 30
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "a" / "pid").read_text()), 0)
+
+
+def test_the_training_command_has_a_port_of_its_own():
+    one, other = (training_command(["--config", "x.yaml"], n_processes=2) for _ in range(2))
+    assert one[0].endswith("deepspeed")
+    assert one[1:3] == ["--num_gpus", "2"]
+    assert one[-3].endswith("launch/train.sh")
+    assert one[-2:] == ["--config", "x.yaml"]
+    assert one[4] != other[4]
+
+
+def test_a_device_takes_the_place_of_a_count():
+    assert training_command([], device=1)[1:3] == ["--include", "localhost:1"]
+
+
+def test_children_share_the_cores_and_find_our_packages(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    environment = training_environment(parallel=10_000)
+    assert environment["OMP_NUM_THREADS"] == "1"
+    assert environment["PYTHONSAFEPATH"] == "1"
+    assert environment["PATH"].split(os.pathsep)[0] == os.path.dirname(sys.executable)
+    assert json.dumps(environment)

@@ -1,0 +1,92 @@
+"""Stages: made once, made again or refused when their settings change."""
+
+import pytest
+
+from launch.errors import LaunchError
+from launch.stages import Stages, fingerprint, hash_inputs
+
+
+def make(target, made):
+    def write():
+        target.mkdir()
+        (target / "file").write_text(str(len(made)))
+        made.append(target.name)
+
+    return write
+
+
+def test_a_stage_is_made_once(tmp_path):
+    made, target = [], tmp_path / "a"
+    for expected in (True, False):
+        stages = Stages(tmp_path, redo=False)
+        assert stages.run("a", {"x": 1}, target, make(target, made)) is expected
+    assert made == ["a"]
+
+
+def test_changed_settings_make_it_again(tmp_path):
+    made, target = [], tmp_path / "a"
+    stages = Stages(tmp_path, redo=True)
+    stages.run("a", {"x": 1}, target, make(target, made))
+    assert stages.run("a", {"x": 2}, target, make(target, made)) is True
+    assert (target / "file").read_text() == "1"
+
+
+def test_changed_settings_are_refused_by_their_name(tmp_path):
+    target = tmp_path / "a"
+    stages = Stages(tmp_path, redo=False)
+    stages.run("a", {"grpo": {"steps": 1, "rate": 2}}, target, make(target, []))
+    with pytest.raises(LaunchError, match=r"grpo\.steps was 1, is 3.*--redo"):
+        stages.run("a", {"grpo": {"steps": 3, "rate": 2}}, target, make(target, []))
+    assert (target / "file").exists()
+
+
+def test_a_broken_stage_is_made_again(tmp_path):
+    made, target = [], tmp_path / "a"
+
+    def breaks():
+        target.mkdir()
+        raise RuntimeError("power cut")
+
+    stages = Stages(tmp_path, redo=False)
+    with pytest.raises(RuntimeError):
+        stages.run("a", {"x": 1}, target, breaks)
+    assert stages.run("a", {"x": 1}, target, make(target, made)) is True
+
+
+def test_a_stage_whose_result_was_deleted_is_made_again(tmp_path):
+    made, target = [], tmp_path / "a"
+    stages = Stages(tmp_path, redo=False)
+    stages.run("a", {}, target, make(target, made))
+    (target / "file").unlink()
+    target.rmdir()
+    assert stages.run("a", {}, target, make(target, made)) is True
+
+
+def test_a_folder_that_is_not_ours_is_left_alone(tmp_path):
+    target = tmp_path / "a"
+    target.mkdir()
+    (target / "precious").touch()
+    with pytest.raises(LaunchError, match="was not made here"):
+        Stages(tmp_path, redo=False).run("a", {}, target, make(target, []))
+    assert (target / "precious").exists()
+
+
+def test_nothing_outside_of_the_folder_is_removed(tmp_path):
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    with pytest.raises(LaunchError, match="lies outside"):
+        Stages(tmp_path / "study", redo=True).run("a", {}, outside, make(outside, []))
+    assert outside.exists()
+
+
+def test_the_hash_does_not_depend_on_the_order_of_keys():
+    assert hash_inputs({"a": 1, "b": 2}) == hash_inputs({"b": 2, "a": 1})
+    assert hash_inputs({"a": 1}) != hash_inputs({"a": 2})
+
+
+def test_a_fingerprint_changes_with_the_weights(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"one")
+    before = fingerprint(str(tmp_path))
+    (tmp_path / "model.safetensors").write_bytes(b"other")
+    assert fingerprint(str(tmp_path)) != before
+    assert fingerprint("owner/name") == "owner/name"

@@ -1,0 +1,204 @@
+"""Studies: what a file may say, and the order of the stages, with scripted stages."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from launch import study as study_module
+from launch.commands import calibrate as calibrate_module
+from launch.commands import eval as eval_module
+from launch.commands import merge as merge_module
+from launch.errors import LaunchError
+from launch.study import _flatten, load_study, run_study
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def study_file(tmp_path):
+    """A study of three arms over the demo's settings, with stand-ins for the checkpoints."""
+    for name in ("base", "vlm", "agent"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+    models = {name: str(tmp_path / name) for name in ("base", "vlm", "agent")}
+    (tmp_path / "train.yaml").write_text(
+        yaml.safe_dump({"output": "runs/x", "models": models, "grpo": {"max_steps": 15}})
+    )
+    content = {
+        "title": "A test",
+        "config": "train.yaml",
+        "output": str(tmp_path / "out"),
+        "seeds": [0, 1],
+        "zero_shot": True,
+        "recipes": "recipes.yaml",
+        "arms": [
+            {"name": "obm", "merge": "obm"},
+            {"name": "ties", "merge": {"method": "ties", "density": 0.2}, "train": False},
+            {"name": "vlm", "init": models["vlm"]},
+        ],
+    }
+    (tmp_path / "recipes.yaml").write_text(
+        yaml.safe_dump({"obm": {"method": "obm", "weights": {"vlm": 1.0, "agent": 2.0}}})
+    )
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+@pytest.fixture
+def scripted_stages(monkeypatch, write_scripted_run):
+    """Stages that write what the real ones would, and a list of what was made."""
+    made = []
+
+    def calibrate(config, role):
+        path = calibrate_module.stats_path(config, role)
+        path.parent.mkdir(parents=True)
+        path.touch()
+        made.append(f"calibrate {role}")
+
+    def merge(config, output):
+        output.mkdir(parents=True)
+        made.append(f"merge {output.name} {config.merge.weights['agent']}")
+
+    def evaluate(config, checkpoint, output, *, arm, command):
+        from dataclasses import asdict
+
+        output.mkdir(parents=True)
+        parts = ("searched", "entity", "passage", "accuracy", "search_rate_text",
+                 "search_rate_image", "kind/two/accuracy")  # fmt: skip
+        record = {"arm": arm, "seed": 0, "config": asdict(config),
+                  "metrics": {**dict.fromkeys(parts, 0.1), "n": 8}}  # fmt: skip
+        (output / "eval.json").write_text(json.dumps(record))
+        made.append(f"evaluate {arm} {Path(checkpoint).name}")
+
+    def run_jobs(jobs, *, parallel, on_line, on_done, devices):
+        for job in jobs:
+            made.append(" ".join(["train", job.name, *job.arguments[2:]]))
+            write_scripted_run(job.arguments[1])
+            for line in (job.output / "metrics.jsonl").read_text().splitlines():
+                on_line(job, json.loads(line))
+            on_done(job)
+
+    monkeypatch.setattr(calibrate_module, "calibrate_parent", calibrate)
+    monkeypatch.setattr(merge_module, "merge_checkpoints", merge)
+    monkeypatch.setattr(eval_module, "evaluate_checkpoint", evaluate)
+    monkeypatch.setattr(study_module, "run_jobs", run_jobs)
+    monkeypatch.setattr(study_module, "_devices", list)
+    return made
+
+
+def test_a_study_runs_its_stages_in_order(study_file, scripted_stages, capsys):
+    summary = run_study(load_study(study_file), command="obm study x")
+    assert scripted_stages == [
+        "calibrate vlm", "calibrate agent",
+        "merge obm 2.0", "merge ties 1.0",
+        "evaluate obm obm", "evaluate ties ties", "evaluate vlm vlm",
+        "train obm-s0", "train vlm-s0", "train obm-s1", "train vlm-s1",
+    ]  # fmt: skip
+    assert list(summary["arms"]) == ["obm", "ties", "vlm"]
+    assert summary["arms"]["obm"]["seeds"] == [0, 1]
+    assert summary["arms"]["ties"]["ceiling"] is None
+    out = capsys.readouterr().out
+    assert "compare.png" in out
+    assert "steps to vlm's ceiling" in out
+
+
+def test_the_trainings_differ_in_start_seed_and_place_only(study_file, scripted_stages, tmp_path):
+    run_study(load_study(study_file), command="c")
+    configs = {
+        name: yaml.safe_load((tmp_path / "out" / "configs" / f"{name}.yaml").read_text())
+        for name in ("obm-s0", "vlm-s0", "obm-s1")
+    }
+    assert configs["obm-s0"]["models"]["init"] == str(tmp_path / "out" / "merged" / "obm")
+    assert configs["vlm-s0"]["models"]["init"] == str(tmp_path / "vlm")
+    assert configs["obm-s0"]["seed"] == configs["vlm-s0"]["seed"] == 0
+    assert configs["obm-s1"]["seed"] == 1
+    assert configs["obm-s0"]["tracking"]["arm"] == "obm"
+    for name in ("environment", "rewards", "grpo", "compare", "deepspeed"):
+        assert configs["obm-s0"][name] == configs["vlm-s0"][name] == configs["obm-s1"][name]
+
+
+def test_a_second_run_reuses_everything(study_file, scripted_stages):
+    run_study(load_study(study_file), command="c")
+    n_made = len(scripted_stages)
+    summary = run_study(load_study(study_file), command="again")
+    assert len(scripted_stages) == n_made
+    assert summary["command"] == "again"
+
+
+def test_changed_settings_are_refused_or_made_again(study_file, scripted_stages):
+    run_study(load_study(study_file), command="c")
+    scripted_stages.clear()
+    changed = ["grpo.max_steps=99"]
+    with pytest.raises(LaunchError, match=r"grpo\.max_steps was 15, is 99"):
+        run_study(load_study(study_file), command="c", overrides=changed)
+    run_study(load_study(study_file), command="c", overrides=changed, redo=True)
+    assert "merge obm 2.0" not in scripted_stages
+    assert "train obm-s0" in scripted_stages
+
+
+def test_a_changed_recipe_makes_what_follows_from_it_again(study_file, scripted_stages, tmp_path):
+    run_study(load_study(study_file), command="c")
+    scripted_stages.clear()
+    (tmp_path / "recipes.yaml").write_text(yaml.safe_dump({"obm": {"method": "obm"}}))
+    run_study(load_study(study_file), command="c", redo=True)
+    assert scripted_stages == [
+        "merge obm 1.0", "evaluate obm obm", "train obm-s0", "train obm-s1"
+    ]  # fmt: skip
+
+
+def test_a_broken_training_goes_on_from_its_checkpoint(study_file, scripted_stages, tmp_path):
+    from launch.stages import Stages
+
+    run_study(load_study(study_file), command="c")
+    scripted_stages.clear()
+    marker = tmp_path / "out" / "stages" / "train-obm-s0.json"
+    record = json.loads(marker.read_text())
+    Stages(tmp_path / "out", redo=False).start("train-obm-s0", record["inputs"])
+    checkpoint = tmp_path / "out" / "runs" / "obm-s0" / "checkpoints" / "checkpoint-5"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "trainer_state.json").touch()
+    (checkpoint / "rollout_state_0.pt").touch()
+    run_study(load_study(study_file), command="c")
+    assert scripted_stages == ["train obm-s0 --resume"]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"armes": []}, r"unknown key 'armes'; did you mean 'arms'"),
+        ({"seeds": []}, r"seeds"),
+        ({"seeds": [0, 0]}, r"seeds"),
+        ({"arms": [{"name": "a"}]}, r"arms\[0\]: give either init .* or merge"),
+        ({"arms": [{"name": "a", "init": "x", "merge": "obm"}]}, r"give either init"),
+        ({"arms": [{"name": "a", "merge": "nope"}]}, r"no recipe 'nope'; there are obm"),
+        ({"arms": [{"name": "a", "init": "x"}] * 2}, r"'a' appears twice"),
+        ({"arms": ["a"]}, r"arms\[0\]: expected name"),
+    ],
+)
+def test_a_wrong_study_file_is_refused(study_file, change, words):
+    content = yaml.safe_load(study_file.read_text())
+    study_file.write_text(yaml.safe_dump({**content, **change}))
+    with pytest.raises(LaunchError, match=words):
+        load_study(study_file)
+
+
+@pytest.mark.parametrize("name", ["demo", "convergence"])
+def test_shipped_studies_load_and_describe_themselves(name):
+    study = load_study(name)
+    assert study.config.is_file()
+    assert {arm.name for arm in study.arms} >= {"obm", "task_arithmetic", "ties", "dare", "vlm"}
+
+
+def test_every_study_file_is_a_study():
+    for path in (ROOT / "configs" / "studies").glob("*.yaml"):
+        if path.stem != "recipes":
+            assert load_study(path).arms
+
+
+def test_nested_settings_become_overrides():
+    assert _flatten({"a": {"b": 1, "c": {"d": [1, "x"]}}, "e": None}) == [
+        "a.b=1", 'a.c.d=[1, "x"]', "e=null"
+    ]  # fmt: skip
