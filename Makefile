@@ -53,8 +53,9 @@ atlas: $(STAMP) ## train the tiny base, VLM and agent again (an hour)
 study-convergence: $(STAMP) ## three seeds of every start, then docs/results/convergence.* (hours)
 	$(BIN)/obm study convergence $(ARGS)
 
-results: $(STAMP) ## the small tables of docs/results again: retrieval
-	$(BIN)/obm atlas table $(ARGS)
+results: $(STAMP) ## the small tables of docs/results again: trio, retrieval
+	$(BIN)/obm atlas report
+	$(BIN)/obm atlas table
 
 clean: ## the environment and caches; runs/ stays
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

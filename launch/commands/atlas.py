@@ -1,7 +1,8 @@
-"""The embedded world: build its tiny checkpoints, or measure what its search finds.
+"""The embedded world: build its tiny checkpoints, or measure checkpoints and search.
 
 build   trains base, agent and VLM from seeds (about an hour on two cores);
-table   recall@1 and @3 of the text and the image index, as printed and as docs/results/retrieval.*
+report  what each checkpoint can do: recognition, reading, closed-book answers, search;
+table   recall@1 and @3 of the text and the image index.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from launch.errors import LaunchError
 
 EXAMPLES = (
     "obm atlas build --output runs/trio --tool-use none --only vlm",
+    "obm atlas report --checkpoints runs/trio --output runs/trio/report",
     "obm atlas table --output runs/retrieval",
 )
 TRIO = ("base", "agent", "vlm")
@@ -28,11 +30,18 @@ RETRIEVAL_TARGETS = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What to do and where to write."""
-    parser.add_argument("action", choices=("build", "table"))
+    parser.add_argument("action", choices=("build", "report", "table"))
     parser.add_argument(
-        "--output", metavar="DIR",
-        help="default: runs/trio for build, docs/results for table",
-    )  # fmt: skip
+        "--output",
+        metavar="PATH",
+        help="build: a folder (default: runs/trio); report, table: a file name without suffix "
+        "(default: docs/results/trio, docs/results/retrieval)",
+    )
+    parser.add_argument(
+        "--checkpoints",
+        metavar="DIR",
+        help="report: folder with base, vlm and agent (default: the shipped ones)",
+    )
     parser.add_argument(
         "--only", metavar="NAMES", default=",".join(TRIO),
         help="build: some of base,agent,vlm; the parents need a base in the output folder",
@@ -49,9 +58,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Build or measure."""
-    if options.action == "build":
-        return _build(options)
-    return _table(options)
+    actions = {"build": _build, "report": _report, "table": _table}
+    return actions[options.action](options)
 
 
 def _build(options: argparse.Namespace) -> int:
@@ -79,6 +87,33 @@ def _build(options: argparse.Namespace) -> int:
     return 0
 
 
+def _report(options: argparse.Namespace) -> int:
+    from compare.provenance import code_commit, hardware
+    from compare.trio import measure_trio, write_table
+    from configs.schema import resolve_model
+    from launch.arguments import command_line
+    from train.run import write_json
+
+    where = options.checkpoints
+    folders = {
+        name: resolve_model(f"{where}/{name}" if where else f"atlas://{name}") for name in TRIO
+    }
+    rows = measure_trio(folders)
+    output = Path(options.output or "docs/results/trio")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    record = {
+        "command": command_line(),
+        "commit": code_commit(),
+        "hardware": hardware(),
+        "rows": rows,
+    }
+    write_json(output.with_suffix(".json"), record)
+    write_table(rows, output.with_suffix(".md"), "What the embedded trio can do", command_line())
+    for row in rows:
+        print(f"{row['checkpoint'].ljust(6)} {row['share']:.3f}  {row['skill']} (n = {row['n']})")
+    return 0
+
+
 def _table(options: argparse.Namespace) -> int:
     from compare.provenance import code_commit, hardware
     from environments.atlas.world import measure_retrieval
@@ -99,10 +134,10 @@ def _table(options: argparse.Namespace) -> int:
         "targets": targets,
         "rows": rows,
     }
-    output = Path(options.output or "docs/results")
-    output.mkdir(parents=True, exist_ok=True)
-    write_json(output / "retrieval.json", record)
-    write_text(output / "retrieval.md", _markdown(record))
+    output = Path(options.output or "docs/results/retrieval")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_json(output.with_suffix(".json"), record)
+    write_text(output.with_suffix(".md"), _markdown(record))
     print("\n".join(_table_lines(rows)))
     return 0 if all(target["met"] for target in targets) else 1
 
