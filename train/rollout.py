@@ -332,8 +332,10 @@ class _Wave:
                     ended = self._sample()
                 with engine.timed("tools"):
                     ready, done = self._end_turns(ended, pool)
-                if ready or done or self.n_active < len(self.rows):
+                if ready or done or (pool is not None and self._has_waiting()):
                     ready = self._arrange(ready, done, pool)
+                    while self.rows and not self.n_active:
+                        ready = self._arrange([], [], pool)
                 if not self.rows:
                     break
                 with engine.timed("decode"):
@@ -587,6 +589,9 @@ class _Wave:
         self.rows = [self.rows[i] for i in order]
         self.n_active = len(active)
         return [i for i in range(self.n_active) if self.rows[i].number in ready_rows]
+
+    def _has_waiting(self) -> bool:
+        return any(row.future is not None for row in self.rows)
 
     def _collect(self, ready: list[int], done: list[int]) -> tuple[list[int], list[int]]:
         """Takes over the answers of tools that have finished; waits if nothing else can be done."""

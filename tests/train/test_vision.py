@@ -1,0 +1,78 @@
+"""Pictures: encoded once, and every token at the position the model itself would give it."""
+
+import numpy as np
+import pytest
+import torch
+
+from train.vision import ImageStore, encode_pictures, mrope_positions, suppressed_token_ids
+
+GRIDS = [(1, 4, 4), (1, 2, 8)]
+
+
+def sequence(image_token_id, grids, gaps):
+    ids = []
+    for gap, (t, h, w) in zip(gaps, grids, strict=False):
+        ids += [5] * gap + [image_token_id] * (t * h * w // 4)
+    return ids + [6] * gaps[-1]
+
+
+def test_positions_of_a_whole_sequence_equal_get_rope_index(policy):
+    model, _ = policy
+    ids = sequence(model.config.image_token_id, GRIDS, gaps=[3, 2, 4])
+    tokens = torch.tensor([ids])
+    expected, _ = model.model.get_rope_index(
+        tokens,
+        mm_token_type_ids=(tokens == model.config.image_token_id).int(),
+        image_grid_thw=torch.tensor(GRIDS),
+    )
+    positions, after = mrope_positions(ids, GRIDS, model.config.image_token_id)
+    assert (torch.from_numpy(positions) == expected[:, 0]).all()
+    # 3 + max(2, 2) + 2 + max(1, 4) + 4: text counts its tokens, a picture its longer side
+    assert after == 15
+
+
+def test_positions_can_be_computed_piece_by_piece(policy):
+    model, _ = policy
+    image_token_id = model.config.image_token_id
+    first, second = sequence(image_token_id, GRIDS[:1], [3, 2]), sequence(
+        image_token_id, GRIDS[1:], [1, 4]
+    )
+    whole, end = mrope_positions(first + second, GRIDS, image_token_id)
+    a, middle = mrope_positions(first, GRIDS[:1], image_token_id)
+    b, after = mrope_positions(second, GRIDS[1:], image_token_id, start=middle)
+    assert (np.concatenate([a, b], axis=1) == whole).all()
+    assert after == end
+
+
+@pytest.mark.parametrize("n_placeholders", [3, 5])
+def test_placeholders_that_do_not_match_the_picture_are_an_error(n_placeholders):
+    with pytest.raises(ValueError, match=f"{n_placeholders} image placeholders"):
+        mrope_positions([1, *[9] * n_placeholders], GRIDS[:1], image_token_id=9)
+
+
+def test_a_placeholder_without_any_picture_is_an_error():
+    with pytest.raises(ValueError, match="no image for it"):
+        mrope_positions([1, 9], [], image_token_id=9)
+
+
+def test_equal_pictures_are_encoded_once(policy):
+    from PIL import Image
+
+    model, processor = policy
+    store = ImageStore(processor.image_processor)
+    red = [store.encode(Image.new("RGB", (56, 56), "red")) for _ in range(2)]
+    blue = store.encode(Image.new("RGB", (56, 56), "blue"))
+    assert red[0] is red[1]
+    assert blue.key != red[0].key
+    with torch.no_grad():
+        features = encode_pictures(model.model, [red[0], blue, red[1]])
+    assert list(features) == [red[0].key, blue.key]
+    assert features[blue.key].shape == (blue.n_tokens, model.config.text_config.hidden_size)
+
+
+def test_every_vision_token_is_suppressed(policy):
+    model, processor = policy
+    ids = suppressed_token_ids(processor.tokenizer)
+    assert model.config.image_token_id in ids
+    assert model.config.video_token_id in ids
+    assert len(ids) == 5
