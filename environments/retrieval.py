@@ -14,7 +14,9 @@ from environments.tools import Hit
 
 TITLE_WEIGHT = 3  # the title is indexed this many times: it lifts "REL of NAME" above passages that only mention NAME
 SNIPPET_WORDS = 40
-STOP_WORDS = frozenset("a an and are as at by for from in is it its of on or that the this to was what which with".split())
+STOP_WORDS = frozenset(
+    "a an and are as at by for from in is it its of on or that the this to was what which with".split()
+)
 
 
 class BM25TextIndex:
@@ -24,11 +26,19 @@ class BM25TextIndex:
         ids, titles, texts: one entry a passage, same order.
     """
 
+    in_memory = True  # answers at once: no watchdog thread is needed
+
     def __init__(self, ids: Sequence[str], titles: Sequence[str], texts: Sequence[str]):
         self.ids, self.titles, self.texts = list(ids), list(titles), list(texts)
-        corpus = [split_words(" ".join([title] * TITLE_WEIGHT + [text])) for title, text in zip(titles, texts, strict=True)]
+        corpus = [
+            split_words(" ".join([title] * TITLE_WEIGHT + [text]))
+            for title, text in zip(titles, texts, strict=True)
+        ]
         self._vocabulary: dict[str, int] = {}
-        token_ids = [[self._vocabulary.setdefault(word, len(self._vocabulary)) for word in words] for words in corpus]
+        token_ids = [
+            [self._vocabulary.setdefault(word, len(self._vocabulary)) for word in words]
+            for words in corpus
+        ]
         self._bm25 = bm25s.BM25()
         self._bm25.index((token_ids, self._vocabulary), show_progress=False)
 
@@ -42,9 +52,16 @@ class BM25TextIndex:
         if not known:
             return ()
         scores = self._bm25.get_scores_from_ids(known)
-        best = np.argsort(-scores, kind="stable")[:k]  # stable: ties go to the earlier passage, on every machine
+        best = np.argsort(-scores, kind="stable")[
+            :k
+        ]  # stable: ties go to the earlier passage, on every machine
         return tuple(
-            Hit(id=self.ids[i], title=self.titles[i], text=cut_snippet(self.texts[i], query), score=float(scores[i]))
+            Hit(
+                id=self.ids[i],
+                title=self.titles[i],
+                text=cut_snippet(self.texts[i], query),
+                score=float(scores[i]),
+            )
             for i in best
             if scores[i] > 0
         )
@@ -61,7 +78,15 @@ class ColourImageIndex:
         thumbnails: entry id -> small picture shown with a hit, or None.
     """
 
-    def __init__(self, ids: Sequence[str], titles: Sequence[str], images: Sequence[Image.Image], thumbnails: dict[str, Image.Image] | None = None):
+    in_memory = True
+
+    def __init__(
+        self,
+        ids: Sequence[str],
+        titles: Sequence[str],
+        images: Sequence[Image.Image],
+        thumbnails: dict[str, Image.Image] | None = None,
+    ):
         entries = list(dict.fromkeys(ids))
         position = {entry: i for i, entry in enumerate(entries)}
         self.ids = entries
@@ -80,7 +105,13 @@ class ColourImageIndex:
         np.minimum.at(of_entry, self._entry_of_view, distance)
         best = np.argsort(of_entry, kind="stable")[:k]
         return [
-            Hit(id=self.ids[i], title=self.titles[i], text="", score=float(1 / (1 + of_entry[i])), image=self.thumbnails.get(self.ids[i]))
+            Hit(
+                id=self.ids[i],
+                title=self.titles[i],
+                text="",
+                score=float(1 / (1 + of_entry[i])),
+                image=self.thumbnails.get(self.ids[i]),
+            )
             for i in best
         ]
 
@@ -94,7 +125,9 @@ def cut_snippet(text: str, query: str, n_words: int = SNIPPET_WORDS) -> str:
     """The sentences of a passage that share most words with the query, in the passage's order, at most n_words long."""
     wanted = set(split_words(query))
     sentences = re.split(r"(?<=[.!?]) ", text)
-    ranked = sorted(range(len(sentences)), key=lambda i: (-len(wanted & set(split_words(sentences[i]))), i))
+    ranked = sorted(
+        range(len(sentences)), key=lambda i: (-len(wanted & set(split_words(sentences[i]))), i)
+    )
     kept: list[int] = []
     room = n_words
     for i in ranked:
@@ -110,22 +143,45 @@ def colour_features(image: Image.Image) -> np.ndarray:
 
     Every part is scaled by its length, so that the L1 distance weighs thumbnail and histograms alike.
     """
-    rgb = np.asarray(image.convert("RGB").resize((30, 30), Image.Resampling.BOX), dtype=np.float32) / 255
+    rgb = (
+        np.asarray(image.convert("RGB").resize((30, 30), Image.Resampling.BOX), dtype=np.float32)
+        / 255
+    )
     thumbnail = rgb.reshape(10, 3, 10, 3, 3).mean((1, 3))
     chroma = _opponent_colours(thumbnail)
     bins = _soft_histogram(_opponent_colours(rgb))
     cells = bins.reshape(3, 10, 3, 10, -1).mean((1, 3))
-    return np.concatenate([chroma.ravel() / chroma.size * 4, bins.mean((0, 1)), cells.ravel() / 9]).astype(np.float32)
+    return np.concatenate(
+        [chroma.ravel() / chroma.size * 4, bins.mean((0, 1)), cells.ravel() / 9]
+    ).astype(np.float32)
 
 
 def _opponent_colours(rgb: np.ndarray) -> np.ndarray:
     """Lightness and two opponent axes after a grey-world balance of the light, [..., 3]."""
     balanced = rgb / (rgb.max() + 1e-6)
     light = balanced.mean(-1)
-    return np.stack([light * 0.7, balanced[..., 0] - balanced[..., 1], (balanced[..., 0] + balanced[..., 1]) / 2 - balanced[..., 2]], axis=-1)
+    return np.stack(
+        [
+            light * 0.7,
+            balanced[..., 0] - balanced[..., 1],
+            (balanced[..., 0] + balanced[..., 1]) / 2 - balanced[..., 2],
+        ],
+        axis=-1,
+    )
 
 
-_PALETTE = np.array([[0.1, 0, 0], [0.35, 0, 0], [0.65, 0, 0], [0.35, 0.7, 0.3], [0.3, -0.3, 0.1], [0.3, 0, -0.4], [0.5, 0.1, 0.7], [0.4, 0.4, 0.6]])
+_PALETTE = np.array(
+    [
+        [0.1, 0, 0],
+        [0.35, 0, 0],
+        [0.65, 0, 0],
+        [0.35, 0.7, 0.3],
+        [0.3, -0.3, 0.1],
+        [0.3, 0, -0.4],
+        [0.5, 0.1, 0.7],
+        [0.4, 0.4, 0.6],
+    ]
+)
 
 
 def _soft_histogram(opponent: np.ndarray) -> np.ndarray:

@@ -91,7 +91,27 @@ class SFTCollator:
         return batch
 
 
-def run_stage(model: Any, processor: Any, stage: SFTStage, work_dir: str | Path, log_every: int = 100) -> float:
+class _SFTTrainer(Trainer):
+    """A Trainer that asks the LM head for the learned positions only; the rest of the logits would be thrown away."""
+
+    def compute_loss(
+        self, model: Any, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        labels = inputs.pop("labels")[:, 1:]
+        unwrapped = self.accelerator.unwrap_model(model)
+        is_learned = labels != IGNORE
+        with (
+            self.accelerator.autocast()
+        ):  # accelerate wraps the outer forward only, which is not called here
+            hidden = unwrapped.model(**inputs, use_cache=False).last_hidden_state[:, :-1]
+            logits = unwrapped.lm_head(hidden[is_learned]).float()
+        loss = torch.nn.functional.cross_entropy(logits, labels[is_learned])
+        return (loss, {"logits": logits}) if return_outputs else loss
+
+
+def run_stage(
+    model: Any, processor: Any, stage: SFTStage, work_dir: str | Path, log_every: int = 100
+) -> float:
     """Train `model` in place for one stage.
 
     Args:
@@ -113,11 +133,19 @@ def run_stage(model: Any, processor: Any, stage: SFTStage, work_dir: str | Path,
         logging_steps=log_every, logging_strategy="steps", disable_tqdm=True, remove_unused_columns=False,
         dataloader_num_workers=0, use_cpu=not torch.cuda.is_available(), bf16=True,
     )  # fmt: skip
-    trainer = Trainer(
-        model=model, args=arguments, train_dataset=_DrawnDataset(stage.draw, stage.seed), data_collator=SFTCollator(processor)
+    attention = model.config._attn_implementation
+    model.set_attn_implementation(
+        "eager"
+    )  # short rows: plain attention is 1.5x faster than SDPA's CPU backward in bf16
+    trainer = _SFTTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=_DrawnDataset(stage.draw, stage.seed),
+        data_collator=SFTCollator(processor),
     )
     logging.getLogger("transformers.trainer").setLevel(logging.WARNING)
     trainer.train()
+    model.set_attn_implementation(attention)
     model.requires_grad_(True)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return losses[-1] if losses else float("nan")

@@ -11,7 +11,13 @@ from typing import Any
 
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from train.policy import ImageOnlyProcessor
@@ -25,9 +31,7 @@ SPECIAL_TOKENS = (
 )  # fmt: skip
 
 # The family splits text before BPE: contractions, words with one leading mark, single digits, punctuation, white space.
-_PRETOKEN_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+_PRETOKEN_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 # The family's chat format: one block a message, pictures as vision placeholders.
 CHAT_TEMPLATE = """\
@@ -74,11 +78,15 @@ def train_tokenizer(corpus: list[str], vocab_size: int = 2048) -> PreTrainedToke
 def make_processor(tokenizer: PreTrainedTokenizerFast) -> ImageOnlyProcessor:
     """The VLM's processor: 56-pixel photos, the tokenizer's chat template."""
     n_pixels = PHOTO_SIZE * PHOTO_SIZE
-    image_processor = Qwen2VLImageProcessorPil(min_pixels=n_pixels, max_pixels=n_pixels, patch_size=PATCH_SIZE)
+    image_processor = Qwen2VLImageProcessorPil(
+        min_pixels=n_pixels, max_pixels=n_pixels, patch_size=PATCH_SIZE
+    )
     return ImageOnlyProcessor(image_processor, tokenizer, chat_template=tokenizer.chat_template)
 
 
-def _text_settings(tokenizer: PreTrainedTokenizerFast, hidden: int, layers: int, intermediate: int, head_dim: int) -> dict[str, Any]:
+def _text_settings(
+    tokenizer: PreTrainedTokenizerFast, hidden: int, layers: int, intermediate: int, head_dim: int
+) -> dict[str, Any]:
     heads = hidden // head_dim
     return {
         "vocab_size": len(tokenizer), "hidden_size": hidden, "num_hidden_layers": layers, "intermediate_size": intermediate,
@@ -89,7 +97,13 @@ def _text_settings(tokenizer: PreTrainedTokenizerFast, hidden: int, layers: int,
     }  # fmt: skip
 
 
-def text_config(tokenizer: PreTrainedTokenizerFast, hidden: int = 256, layers: int = 2, intermediate: int = 512, head_dim: int = 64) -> Qwen2Config:
+def text_config(
+    tokenizer: PreTrainedTokenizerFast,
+    hidden: int = 256,
+    layers: int = 2,
+    intermediate: int = 512,
+    head_dim: int = 64,
+) -> Qwen2Config:
     """Config of the base LLM and of the text agent."""
     settings = _text_settings(tokenizer, hidden, layers, intermediate, head_dim)
     return Qwen2Config(**settings, rope_parameters={"rope_type": "default", "rope_theta": 10000.0})
@@ -104,7 +118,11 @@ def vlm_config(
     # M-RoPE gives the half-dimension's frequencies to time, height and width as 2 : 3 : 3, the family's ratio.
     spatial = head_dim // 2 * 3 // 8
     mrope_section = [head_dim // 2 - 2 * spatial, spatial, spatial]
-    text["rope_parameters"] = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": mrope_section}
+    text["rope_parameters"] = {
+        "rope_type": "default",
+        "rope_theta": 10000.0,
+        "mrope_section": mrope_section,
+    }
     vision = {
         "depth": vision_depth, "hidden_size": vision_hidden, "intermediate_size": 2 * vision_hidden, "num_heads": 4,
         "patch_size": PATCH_SIZE, "out_hidden_size": hidden, "fullatt_block_indexes": list(range(vision_depth)),
@@ -118,13 +136,49 @@ def vlm_config(
     )  # fmt: skip
 
 
+@torch.no_grad()
+def point_heads_backwards(
+    model: Qwen2ForCausalLM,
+    offsets: tuple[int, ...] = (1, 2),
+    n_frequencies: int = 8,
+    scale: float = 4.0,
+) -> None:
+    """Initialise one head of the first layer per offset to attend that many tokens back, in place.
+
+    A small transformer spends most of its training on a plateau until some head attends to the previous token, the first
+    half of an induction head (arXiv 2209.11895). Query and key biases alone can say so: with the key bias b and the query bias
+    R(-offset) b on the fastest rotary frequencies, the score q.R(m - n)k peaks at m = n - offset for every content.
+
+    Args:
+        model: fresh model with q and k biases, as the family has.
+        offsets: distance back of heads 0, 1, ...
+        n_frequencies: fastest rotary pairs that carry the bias.
+        scale: bias magnitude; the peak stands out by about scale^2 / sqrt(head_dim).
+    """
+    attention = model.model.layers[0].self_attn
+    head_dim = model.config.hidden_size // model.config.num_attention_heads
+    frequency = model.config.rope_parameters["rope_theta"] ** (
+        -torch.arange(head_dim // 2) * 2.0 / head_dim
+    )
+    for head, offset in enumerate(offsets):
+        first = (
+            torch.arange(n_frequencies) + head * head_dim
+        )  # rotary pairs are (i, i + head_dim / 2)
+        angle = offset * frequency[:n_frequencies]
+        attention.k_proj.bias[first] = scale
+        attention.q_proj.bias[first] = scale * torch.cos(angle)
+        attention.q_proj.bias[first + head_dim // 2] = -scale * torch.sin(angle)
+
+
 def graft_language_module(vlm: Qwen2_5_VLForConditionalGeneration, base: Qwen2ForCausalLM) -> None:
     """Put the base LLM's weights into the VLM's language module, in place: how every VLM of this family began."""
     vlm.model.language_model.load_state_dict(base.model.state_dict())
     vlm.tie_weights()
 
 
-def make_tiny_checkpoints(folder: str | Path, seed: int = 0, hidden: int = 64, layers: int = 2, head_dim: int = 32) -> dict[str, str]:
+def make_tiny_checkpoints(
+    folder: str | Path, seed: int = 0, hidden: int = 64, layers: int = 2, head_dim: int = 32
+) -> dict[str, str]:
     """A random, untrained trio on disk for tests: base, vlm and agent share shapes and tokenizer, not weights' noise.
 
     Args:
@@ -134,17 +188,28 @@ def make_tiny_checkpoints(folder: str | Path, seed: int = 0, hidden: int = 64, l
     Returns:
         {"base": path, "vlm": path, "agent": path}
     """
-    corpus = ["<think> France </think> <search> capital of France </search> <information> Doc 1(Title: France) </information> <answer> Paris </answer>"]
-    corpus += ["Think, then search with <search> query </search> or <search> <img> </search> if you need, then <answer>.\nQuestion: What?"]
+    corpus = [
+        "<think> France </think> <search> capital of France </search> <information> Doc 1(Title: France) </information> <answer> Paris </answer>"
+    ]
+    corpus += [
+        "Think, then search with <search> query </search> or <search> <img> </search> if you need, then <answer>.\nQuestion: What?"
+    ]
     tokenizer = train_tokenizer(corpus * 4, vocab_size=420)
     torch.manual_seed(seed)
     base = Qwen2ForCausalLM(text_config(tokenizer, hidden, layers, 2 * hidden, head_dim))
-    vlm = Qwen2_5_VLForConditionalGeneration(vlm_config(tokenizer, hidden, layers, 2 * hidden, head_dim, vision_hidden=64, vision_depth=2))
+    vlm = Qwen2_5_VLForConditionalGeneration(
+        vlm_config(
+            tokenizer, hidden, layers, 2 * hidden, head_dim, vision_hidden=64, vision_depth=2
+        )
+    )
     graft_language_module(vlm, base)
     agent = Qwen2ForCausalLM(base.config)
     agent.load_state_dict(base.state_dict())
     with torch.no_grad():
-        for parameter in [*vlm.model.language_model.layers.parameters(), *agent.model.layers.parameters()]:
+        for parameter in [
+            *vlm.model.language_model.layers.parameters(),
+            *agent.model.layers.parameters(),
+        ]:
             parameter.add_(torch.randn_like(parameter) * 0.01)
     paths = {name: str(Path(folder) / name) for name in ("base", "vlm", "agent")}
     for name, model in (("base", base), ("vlm", vlm), ("agent", agent)):

@@ -32,7 +32,14 @@ from environments.dialects import get_dialect
 from train import trio_data
 from train.policy import load_policy
 from train.sft import SFTStage, run_stage
-from train.tiny import graft_language_module, make_processor, text_config, train_tokenizer, vlm_config
+from train.tiny import (
+    graft_language_module,
+    make_processor,
+    point_heads_backwards,
+    text_config,
+    train_tokenizer,
+    vlm_config,
+)
 from train.trio_data import UNKNOWN, VLMMix, Writer
 
 logger = logging.getLogger(__name__)
@@ -50,7 +57,7 @@ class TrioSettings:
     head_dim: int = 64
     vision_hidden: int = 128
     vision_depth: int = 4
-    base_steps: tuple[int, int, int, int] = (400, 800, 300, 700)
+    base_steps: tuple[int, int, int] = (300, 200, 500)
     base_lr: float = 2e-3
     agent_steps: int = 250
     agent_lr: float = 5e-4
@@ -64,7 +71,9 @@ class TrioSettings:
     seed: int = 0
 
 
-def build_trio(output: str | Path, settings: TrioSettings, only: Sequence[str] = ("base", "agent", "vlm")) -> dict[str, Path]:
+def build_trio(
+    output: str | Path, settings: TrioSettings, only: Sequence[str] = ("base", "agent", "vlm")
+) -> dict[str, Path]:
     """Train and save the checkpoints named in `only`; the parents need `base` in `output` or in `only`.
 
     Returns:
@@ -81,23 +90,34 @@ def build_trio(output: str | Path, settings: TrioSettings, only: Sequence[str] =
 
 
 def build_base(output: Path, settings: TrioSettings) -> None:
-    """The base LLM, from nothing: copy with 200 words, copy with all, restate facts, read."""
+    """The base LLM, from nothing: copy, restate facts, read."""
     torch.manual_seed(settings.seed)
     tokenizer = train_tokenizer(trio_data.tokenizer_corpus())
-    model = Qwen2ForCausalLM(text_config(tokenizer, settings.hidden, settings.layers, settings.intermediate, settings.head_dim))
+    model = Qwen2ForCausalLM(
+        text_config(
+            tokenizer, settings.hidden, settings.layers, settings.intermediate, settings.head_dim
+        )
+    )
     writer, names = Writer(tokenizer), _all_names()
-    copy_few, copy_all = trio_data.base_copy(writer, 200), trio_data.base_copy(writer)
+    point_heads_backwards(model)
+    copying = trio_data.base_copy(writer)
     restate, read = trio_data.base_restate(writer, names), trio_data.base_read(writer, names)
     naming = trio_data.base_name(writer, names)
     draws = (
-        ("copy 200 words", copy_few),
-        ("copy all words", copy_all),
-        ("restate facts", trio_data.mixture([(0.3, copy_all), (0.7, restate)])),
-        ("read", trio_data.mixture([(0.15, copy_all), (0.25, restate), (0.45, read), (0.15, naming)])),
+        ("copy", copying),
+        ("restate facts", trio_data.mixture([(0.3, copying), (0.7, restate)])),
+        ("read", trio_data.mixture([(0.1, copying), (0.2, restate), (0.55, read), (0.15, naming)])),
     )
     for i, ((name, draw), steps) in enumerate(zip(draws, settings.base_steps, strict=True)):
         schedule = "cosine" if i == len(draws) - 1 else "constant_with_warmup"
-        stage = SFTStage(name, draw, steps, learning_rate=settings.base_lr, schedule=schedule, seed=settings.seed + i)
+        stage = SFTStage(
+            name,
+            draw,
+            steps,
+            learning_rate=settings.base_lr,
+            schedule=schedule,
+            seed=settings.seed + i,
+        )
         _run(model, tokenizer, stage, output)
     _save(model, tokenizer, output / "base")
 
@@ -108,7 +128,13 @@ def build_agent(output: Path, settings: TrioSettings) -> None:
     names = [entity.name for entity in load_entities().values() if entity.split == "train"]
     draw = trio_data.agent_search(Writer(tokenizer), names, get_dialect("search_r1"))
     stage = SFTStage(
-        "search", draw, settings.agent_steps, learning_rate=settings.agent_lr, schedule="cosine", seed=settings.seed, trainable=_is_not_embedding
+        "search",
+        draw,
+        settings.agent_steps,
+        learning_rate=settings.agent_lr,
+        schedule="cosine",
+        seed=settings.seed,
+        trainable=_is_not_embedding,
     )
     _run(model, tokenizer, stage, output)
     _save(model, tokenizer, output / "agent")
@@ -119,20 +145,42 @@ def build_vlm(output: Path, settings: TrioSettings) -> None:
     torch.manual_seed(settings.seed)
     base, tokenizer = load_policy(output / "base")
     model = Qwen2_5_VLForConditionalGeneration(
-        vlm_config(tokenizer, settings.hidden, settings.layers, settings.intermediate, settings.head_dim, settings.vision_hidden, settings.vision_depth)
+        vlm_config(
+            tokenizer,
+            settings.hidden,
+            settings.layers,
+            settings.intermediate,
+            settings.head_dim,
+            settings.vision_hidden,
+            settings.vision_depth,
+        )
     )
     graft_language_module(model, base)
     processor = make_processor(tokenizer)
     pretrain_vision(model, processor, settings)
-    draw = trio_data.vlm_instructions(Writer(tokenizer), _all_names(), get_dialect("search_r1"), settings.mix, settings.strength)
+    draw = trio_data.vlm_instructions(
+        Writer(tokenizer), _all_names(), get_dialect("search_r1"), settings.mix, settings.strength
+    )
     stage = SFTStage(
-        "instructions", draw, settings.vlm_steps, learning_rate=settings.vlm_lr, schedule="cosine", seed=settings.seed, trainable=_is_not_embedding
+        "instructions",
+        draw,
+        settings.vlm_steps,
+        learning_rate=settings.vlm_lr,
+        schedule="cosine",
+        seed=settings.seed,
+        trainable=_is_not_embedding,
     )
     _run(model, processor, stage, output)
     _save(model, processor, output / "vlm")
 
 
-def pretrain_vision(model: Any, processor: Any, settings: TrioSettings, batch_size: int = 64, photos_per_flag: int = 48) -> None:
+def pretrain_vision(
+    model: Any,
+    processor: Any,
+    settings: TrioSettings,
+    batch_size: int = 64,
+    photos_per_flag: int = 48,
+) -> None:
     """Teach the tower and merger to say a flag's name in the language module's own embeddings, in place.
 
     The i-th picture token is scored against every row of the (frozen) embedding matrix, and the loss is the cross entropy
@@ -155,12 +203,16 @@ def pretrain_vision(model: Any, processor: Any, settings: TrioSettings, batch_si
     embeddings = model.get_input_embeddings().weight.detach()
     tower = model.model.visual
     optimizer = torch.optim.AdamW(tower.parameters(), lr=settings.vision_lr, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, settings.vision_lr, total_steps=settings.vision_steps, pct_start=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, settings.vision_lr, total_steps=settings.vision_steps, pct_start=0.1
+    )
     generator = torch.Generator().manual_seed(settings.seed)
     for step in range(settings.vision_steps):
         rows = torch.randint(len(photos), (batch_size,), generator=generator)
         with torch.autocast("cpu", torch.bfloat16):
-            tokens = tower(pixels[rows].flatten(0, 1).float(), grid.expand(batch_size, 3)).pooler_output
+            tokens = tower(
+                pixels[rows].flatten(0, 1).float(), grid.expand(batch_size, 3)
+            ).pooler_output
             logits = tokens @ embeddings.T
         loss = F.cross_entropy(logits.float(), targets[rows].flatten())
         loss.backward()
@@ -169,13 +221,23 @@ def pretrain_vision(model: Any, processor: Any, settings: TrioSettings, batch_si
         schedule.step()
         if step % 250 == 249:
             right = (logits.argmax(-1) == targets[rows].flatten()).float().mean()
-            logger.info("vision step %d: loss %.3f, name tokens right %.2f", step + 1, loss.item(), right.item())
+            logger.info(
+                "vision step %d: loss %.3f, name tokens right %.2f",
+                step + 1,
+                loss.item(),
+                right.item(),
+            )
 
 
 def _name_tokens(tokenizer: Any, names: Sequence[str], n_tokens: int = 4) -> torch.Tensor:
     """First tokens of each name after a space, [names, n_tokens], filled up with full stops."""
     stop = tokenizer(".", add_special_tokens=False)["input_ids"]
-    of_name = {name: (tokenizer(f" {name}", add_special_tokens=False)["input_ids"] + stop * n_tokens)[:n_tokens] for name in set(names)}
+    of_name = {
+        name: (tokenizer(f" {name}", add_special_tokens=False)["input_ids"] + stop * n_tokens)[
+            :n_tokens
+        ]
+        for name in set(names)
+    }
     return torch.tensor([of_name[name] for name in names])
 
 

@@ -17,12 +17,23 @@ from PIL import Image
 from environments.atlas.entities import HEADLINE_RELATIONS, TOPICS, load_entities, load_flag
 from environments.atlas.passages import NEWS_WORDINGS, OVERVIEW_WORDINGS, load_passages, state_facts
 from environments.atlas.photos import render_photo, render_unfamiliar_flag
-from environments.atlas.questions import IMAGE_WORDINGS, KINDS, LOOK_WORDING, TEXT_WORDINGS, THREE_WORDING, TWO_WORDING, list_questions, main_colour
+from environments.atlas.questions import (
+    IMAGE_WORDINGS,
+    KINDS,
+    LOOK_WORDING,
+    TEXT_WORDINGS,
+    THREE_WORDING,
+    TWO_WORDING,
+    list_questions,
+    main_colour,
+)
 from environments.dialects import Dialect, get_dialect
 from train.sft import IGNORE, SFTExample
 from train.tiny import SPECIAL_TOKENS
 
-RELATIONS = tuple(dict.fromkeys([*HEADLINE_RELATIONS, *(r for relations in TOPICS.values() for r in relations)]))
+RELATIONS = tuple(
+    dict.fromkeys([*HEADLINE_RELATIONS, *(r for relations in TOPICS.values() for r in relations)])
+)
 UNKNOWN = "unknown"
 TOOL_USE_LEVELS = ("none", "format", "1", "2", "5")
 
@@ -38,7 +49,9 @@ class Writer:
     def picture(self) -> str:
         return "<|vision_start|>" + "<|image_pad|>" * self.n_image_tokens + "<|vision_end|>"
 
-    def write(self, segments: Sequence[tuple[str, bool]], images: Sequence[Image.Image] = ()) -> SFTExample:
+    def write(
+        self, segments: Sequence[tuple[str, bool]], images: Sequence[Image.Image] = ()
+    ) -> SFTExample:
         """segments: (text, learned?) in order, tokenised apart exactly as a rollout appends them."""
         input_ids: list[int] = []
         labels: list[int] = []
@@ -63,11 +76,23 @@ def tokenizer_corpus() -> list[str]:
     corpus = [passage.text for passage in load_passages()] * 2
     for kind in KINDS:
         for split in ("train", "dev", "test"):
-            corpus += [_user_text(dialect.prompt(question["question"], False)) for question in list_questions(split, kind, RELATIONS)]
+            corpus += [
+                _user_text(dialect.prompt(question["question"], False))
+                for question in list_questions(split, kind, RELATIONS)
+            ]
     for entity in load_entities().values():
-        corpus += [f"<think> {entity.name} </think> <search> {relation} of {entity.name} </search>" for relation in RELATIONS]
-        corpus += [f"\n\n<information> Doc 1(Title: {entity.name}) Doc 2(Title: {entity.name}) </information>\n\n"] * 6
-        corpus += [f"<think> {entity.name} </think> <answer> {answer} </answer>" for answers in entity.relations.values() for answer in answers[:1]]
+        corpus += [
+            f"<think> {entity.name} </think> <search> {relation} of {entity.name} </search>"
+            for relation in RELATIONS
+        ]
+        corpus += [
+            f"\n\n<information> Doc 1(Title: {entity.name}) Doc 2(Title: {entity.name}) </information>\n\n"
+        ] * 6
+        corpus += [
+            f"<think> {entity.name} </think> <answer> {answer} </answer>"
+            for answers in entity.relations.values()
+            for answer in answers[:1]
+        ]
     return corpus
 
 
@@ -77,13 +102,23 @@ def tokenizer_corpus() -> list[str]:
 @functools.cache
 def _words() -> tuple[str, ...]:
     """Every word that occurs in the atlas's values: material for made-up names and values."""
-    words = {w for e in load_entities().values() for answers in e.relations.values() for w in answers[0].split() if w.isalpha()}
+    words = {
+        w
+        for e in load_entities().values()
+        for answers in e.relations.values()
+        for w in answers[0].split()
+        if w.isalpha()
+    }
     return tuple(sorted(words))
 
 
 @functools.cache
 def _values(relation: str) -> tuple[str, ...]:
-    return tuple(sorted({e.relations[relation][0] for e in load_entities().values() if relation in e.relations}))
+    return tuple(
+        sorted(
+            {e.relations[relation][0] for e in load_entities().values() if relation in e.relations}
+        )
+    )
 
 
 def draw_name(rng: random.Random, names: Sequence[str], made_up: float = 0.5) -> str:
@@ -112,14 +147,18 @@ def draw_topic(rng: random.Random, relation: str | None = None) -> list[tuple[st
 
 def write_results(docs: Sequence[tuple[str, str]]) -> str:
     """Search results as the tool prints them."""
-    return " ".join(f"Doc {i + 1}(Title: {title}) {text}" for i, (title, text) in enumerate(docs))
+    return " ".join(
+        f"Doc {i + 1}(Title: {title}) {text}".strip() for i, (title, text) in enumerate(docs)
+    )
 
 
 def _small_talk(rng: random.Random, name: str) -> str:
     return rng.choice(OVERVIEW_WORDINGS + NEWS_WORDINGS).format(name=name)
 
 
-def draw_results(rng: random.Random, name: str, relation: str, names: Sequence[str]) -> tuple[str, str]:
+def draw_results(
+    rng: random.Random, name: str, relation: str, names: Sequence[str]
+) -> tuple[str, str]:
     """Results for a good query and the value that they state: the gold passage and one distractor, mostly gold first."""
     facts = draw_topic(rng, relation)
     value = dict(facts)[relation]
@@ -138,10 +177,14 @@ def draw_results(rng: random.Random, name: str, relation: str, names: Sequence[s
 # ------------------------------------------------------------------------------------------------------------- base
 
 
-def base_copy(writer: Writer, n_symbols: int | None = None) -> Callable[[random.Random], SFTExample]:
+def base_copy(
+    writer: Writer, n_symbols: int | None = None
+) -> Callable[[random.Random], SFTExample]:
     """Random sequences that come again after a random gap; the loss counts the second copy. Makes induction heads."""
     plain_tokens = len(writer.tokenizer) - len(SPECIAL_TOKENS)
-    symbols = range(256, plain_tokens)[:n_symbols]  # past the single bytes: whole words, as text has them
+    symbols = range(256, plain_tokens)[
+        :n_symbols
+    ]  # past the single bytes: whole words, as text has them
 
     def draw(rng: random.Random) -> SFTExample:
         input_ids: list[int] = rng.choices(symbols, k=rng.randint(0, 12))
@@ -160,15 +203,21 @@ def base_restate(writer: Writer, names: Sequence[str]) -> Callable[[random.Rando
 
     def draw(rng: random.Random) -> SFTExample:
         docs, facts = [], []
-        for _ in range(rng.randint(1, 3)):
+        for _ in range(rng.randint(1, 2)):
             name = draw_name(rng, names)
             pairs = draw_topic(rng)
             docs.append((name, state_facts(name, pairs, rng)))
             facts += [(name, relation, value) for relation, value in pairs]
         rng.shuffle(facts)
-        segments: list[tuple[str, bool]] = [(f"<information> {write_results(docs)} </information>\n\n<think>", False)]
+        segments: list[tuple[str, bool]] = [
+            (f"<information> {write_results(docs)} </information>\n\n<think>", False)
+        ]
         for name, relation, value in facts:
-            segments += [(f" {name} {relation}", False), (f" {value} </think>", True), ("\n<think>", False)]
+            segments += [
+                (f" {name} {relation}", False),
+                (f" {value} </think>", True),
+                ("\n<think>", False),
+            ]
         return writer.write(segments[:-1])
 
     return draw
@@ -184,8 +233,12 @@ def base_read(writer: Writer, names: Sequence[str]) -> Callable[[random.Random],
         information = f"<information> {results} </information>"
         answer = f"<think> {name} {relation} {value} </think> <answer> {value} </answer><|im_end|>"
         if rng.random() < 0.5:
-            return writer.write([(writer.chat(f"{information}\n{question}"), False), (answer, True)])
-        return writer.write([(writer.chat(question) + f"\n\n{information}\n\n", False), (answer, True)])
+            return writer.write(
+                [(writer.chat(f"{information}\n{question}"), False), (answer, True)]
+            )
+        return writer.write(
+            [(writer.chat(question) + f"\n\n{information}\n\n", False), (answer, True)]
+        )
 
     return draw
 
@@ -196,7 +249,9 @@ def base_name(writer: Writer, names: Sequence[str]) -> Callable[[random.Random],
     def draw(rng: random.Random) -> SFTExample:
         name, relation = draw_name(rng, names), rng.choice(RELATIONS)
         question = rng.choice(TEXT_WORDINGS).format(name=name, relation=relation)
-        return writer.write([(writer.chat(f"Question: {question}"), False), (f"<think> {name} </think>", True)])
+        return writer.write(
+            [(writer.chat(f"Question: {question}"), False), (f"<think> {name} </think>", True)]
+        )
 
     return draw
 
@@ -204,7 +259,9 @@ def base_name(writer: Writer, names: Sequence[str]) -> Callable[[random.Random],
 # ------------------------------------------------------------------------------------------------------------ agent
 
 
-def agent_search(writer: Writer, names: Sequence[str], dialect: Dialect) -> Callable[[random.Random], SFTExample]:
+def agent_search(
+    writer: Writer, names: Sequence[str], dialect: Dialect
+) -> Callable[[random.Random], SFTExample]:
     """Whole text search trajectories in the Search-R1 dialect: name the place, ask, read, answer; one in five in two hops."""
 
     def draw(rng: random.Random) -> SFTExample:
@@ -218,25 +275,38 @@ def agent_search(writer: Writer, names: Sequence[str], dialect: Dialect) -> Call
                 (writer.chat(_user_text(dialect.prompt(question, False))), False),
                 (f"<think> {name} </think> <search> {relation} of {name} </search>", True),
                 (f"\n\n<information> {results} </information>\n\n", False),
-                (f"<think> {name} {relation} {value} </think> <answer> {value} </answer><|im_end|>", True),
+                (
+                    f"<think> {name} {relation} {value} </think> <answer> {value} </answer><|im_end|>",
+                    True,
+                ),
             ]
         )
 
     def _two_hops(rng: random.Random, name: str, relation: str) -> SFTExample:
         neighbour = draw_name(rng, names)
         question = f"{name}. " + THREE_WORDING.format(relation=relation)
-        border = [("longest border", neighbour)] + [pair for pair in draw_topic(rng, "longest border") if pair[0] != "longest border"]
+        border = [("longest border", neighbour)] + [
+            pair for pair in draw_topic(rng, "longest border") if pair[0] != "longest border"
+        ]
         rng.shuffle(border)
-        first = write_results([(name, state_facts(name, border, rng)), (name, _small_talk(rng, name))])
+        first = write_results(
+            [(name, state_facts(name, border, rng)), (name, _small_talk(rng, name))]
+        )
         results, value = draw_results(rng, neighbour, relation, names)
         return writer.write(
             [
                 (writer.chat(_user_text(dialect.prompt(question, False))), False),
                 (f"<think> {name} </think> <search> longest border of {name} </search>", True),
                 (f"\n\n<information> {first} </information>\n\n", False),
-                (f"<think> {name} longest border {neighbour} </think> <search> {relation} of {neighbour} </search>", True),
+                (
+                    f"<think> {name} longest border {neighbour} </think> <search> {relation} of {neighbour} </search>",
+                    True,
+                ),
                 (f"\n\n<information> {results} </information>\n\n", False),
-                (f"<think> {neighbour} {relation} {value} </think> <answer> {value} </answer><|im_end|>", True),
+                (
+                    f"<think> {neighbour} {relation} {value} </think> <answer> {value} </answer><|im_end|>",
+                    True,
+                ),
             ]
         )
 
@@ -262,20 +332,26 @@ class VLMMix:
     agent_prompt: float = 0.5
 
 
-def vlm_instructions(writer: Writer, names: Sequence[str], dialect: Dialect, mix: VLMMix, strength: float = 0.5) -> Callable[[random.Random], SFTExample]:
+def vlm_instructions(
+    writer: Writer, names: Sequence[str], dialect: Dialect, mix: VLMMix, strength: float = 0.5
+) -> Callable[[random.Random], SFTExample]:
     """Visual instruction data: name the place, its colour, read beside a picture, guess facts, and a few tool calls.
 
     A flag that the VLM has not been given is answered "unknown"; made-up flags teach that.
     """
     known = [entity for entity in load_entities().values() if entity.seen]
     if mix.tool_use not in TOOL_USE_LEVELS:
-        raise ValueError(f"tool_use {mix.tool_use!r} is unknown; choose one of {', '.join(TOOL_USE_LEVELS)}")
+        raise ValueError(
+            f"tool_use {mix.tool_use!r} is unknown; choose one of {', '.join(TOOL_USE_LEVELS)}"
+        )
     tool_share = {"none": 0.0, "format": mix.tool, "1": 0.01, "2": 0.02, "5": 0.05}[mix.tool_use]
 
     def draw(rng: random.Random) -> SFTExample:
         name, photo, colour = UNKNOWN, None, None
         if rng.random() < mix.unfamiliar:
-            photo = render_photo(render_unfamiliar_flag(rng.randrange(1 << 30)), rng.randrange(1 << 30), strength)
+            photo = render_photo(
+                render_unfamiliar_flag(rng.randrange(1 << 30)), rng.randrange(1 << 30), strength
+            )
         else:
             entity = rng.choice(known)
             name, colour = entity.name, main_colour(load_flag(entity.iso))
@@ -297,37 +373,73 @@ def vlm_instructions(writer: Writer, names: Sequence[str], dialect: Dialect, mix
             return _answer(prompt, TWO_WORDING.format(relation=relation), name, guess, photo)
         return _answer(prompt, rng.choice(IMAGE_WORDINGS), name, name, photo)
 
-    def _answer(prompt: Any, question: str, thought: str, answer: str, photo: Image.Image) -> SFTExample:
+    def _answer(
+        prompt: Any, question: str, thought: str, answer: str, photo: Image.Image
+    ) -> SFTExample:
         user = writer.chat(_user_text(prompt(question, True)), with_picture=True)
-        return writer.write([(user, False), (f"<think> {thought} </think> <answer> {answer} </answer><|im_end|>", True)], [photo])
+        return writer.write(
+            [
+                (user, False),
+                (f"<think> {thought} </think> <answer> {answer} </answer><|im_end|>", True),
+            ],
+            [photo],
+        )
 
     def _read(rng: random.Random, name: str, relation: str, photo: Image.Image) -> SFTExample:
         results, value = draw_results(rng, name, relation, names)
         question = _user_text(dialect.direct_prompt(TWO_WORDING.format(relation=relation), True))
         user = writer.chat(f"<information> {results} </information>\n{question}", with_picture=True)
-        return writer.write([(user, False), (f"<think> {name} {relation} {value} </think> <answer> {value} </answer><|im_end|>", True)], [photo])
+        return writer.write(
+            [
+                (user, False),
+                (
+                    f"<think> {name} {relation} {value} </think> <answer> {value} </answer><|im_end|>",
+                    True,
+                ),
+            ],
+            [photo],
+        )
 
     def _tool_use(rng: random.Random, name: str, relation: str, photo: Image.Image) -> SFTExample:
-        user = writer.chat(_user_text(dialect.prompt(TWO_WORDING.format(relation=relation), True)), with_picture=True)
+        user = writer.chat(
+            _user_text(dialect.prompt(TWO_WORDING.format(relation=relation), True)),
+            with_picture=True,
+        )
         if mix.tool_use == "format":
-            call = "<search> <img> </search>" if name == UNKNOWN or rng.random() < 0.3 else f"<search> {name} </search>"
+            call = (
+                "<search> <img> </search>"
+                if name == UNKNOWN or rng.random() < 0.3
+                else f"<search> {name} </search>"
+            )
             return writer.write([(user, False), (f"<think> {name} </think> {call}", True)], [photo])
         segments: list[tuple[str, bool]] = [(user, False)]
         if name == UNKNOWN or rng.random() < 0.3:
             named = name if name != UNKNOWN else draw_name(rng, names)
             segments += [(f"<think> {name} </think> <search> <img> </search>", True)]
-            segments += [(f"\n\n<information> {write_results([(named, ''), (draw_name(rng, names), '')])} </information>\n\n", False)]
+            segments += [
+                (
+                    f"\n\n<information> {write_results([(named, ''), (draw_name(rng, names), '')])} </information>\n\n",
+                    False,
+                )
+            ]
             name = named
         results, value = draw_results(rng, name, relation, names)
         segments += [(f"<think> {name} </think> <search> {relation} of {name} </search>", True)]
         segments += [(f"\n\n<information> {results} </information>\n\n", False)]
-        segments += [(f"<think> {name} {relation} {value} </think> <answer> {value} </answer><|im_end|>", True)]
+        segments += [
+            (
+                f"<think> {name} {relation} {value} </think> <answer> {value} </answer><|im_end|>",
+                True,
+            )
+        ]
         return writer.write(segments, [photo])
 
     return draw
 
 
-def mixture(parts: Sequence[tuple[float, Callable[[random.Random], SFTExample]]]) -> Callable[[random.Random], SFTExample]:
+def mixture(
+    parts: Sequence[tuple[float, Callable[[random.Random], SFTExample]]],
+) -> Callable[[random.Random], SFTExample]:
     """Draw from several sources by weight."""
     weights, draws = [weight for weight, _ in parts], [draw for _, draw in parts]
     return lambda rng: rng.choices(draws, weights)[0](rng)
@@ -336,6 +448,8 @@ def mixture(parts: Sequence[tuple[float, Callable[[random.Random], SFTExample]]]
 def _user_text(messages: list[dict[str, Any]]) -> str:
     """The text of the one user message of a dialect's prompt, pictures left out."""
     content = messages[-1]["content"]
-    return content if isinstance(content, str) else "".join(part["text"] for part in content if part["type"] == "text")
-
-
+    return (
+        content
+        if isinstance(content, str)
+        else "".join(part["text"] for part in content if part["type"] == "text")
+    )

@@ -13,7 +13,14 @@ import numpy as np
 from PIL import Image
 
 SPLITS = ("train", "dev", "test")
-HEADLINE_RELATIONS = ("capital", "currency", "aircraft prefix", "highest point", "national anthem", "longest border")
+HEADLINE_RELATIONS = (
+    "capital",
+    "currency",
+    "aircraft prefix",
+    "highest point",
+    "national anthem",
+    "longest border",
+)
 
 # Passages group facts by topic, so that a passage holds distractor facts beside the one that is asked for.
 TOPICS = {
@@ -84,4 +91,6 @@ def _seen_entities(records: dict) -> set[str]:
 @functools.cache
 def load_flag(iso: str) -> np.ndarray:
     """The flat flag as an array [96, 128, 3] of uint8."""
-    return np.asarray(Image.open(io.BytesIO(_data("flags", f"{iso}.png").read_bytes())).convert("RGB"))
+    return np.asarray(
+        Image.open(io.BytesIO(_data("flags", f"{iso}.png").read_bytes())).convert("RGB")
+    )

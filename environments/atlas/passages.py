@@ -47,26 +47,54 @@ def passage_id(iso: str, relation: str) -> str:
 
 def state_facts(name: str, facts: list[tuple[str, str]], rng: random.Random) -> str:
     """Sentences that state (relation, value) pairs about `name`, each in a wording of the generator's choice."""
-    return " ".join(rng.choice(FACT_WORDINGS).format(name=name, relation=relation, value=value) for relation, value in facts)
+    return " ".join(
+        rng.choice(FACT_WORDINGS).format(name=name, relation=relation, value=value)
+        for relation, value in facts
+    )
 
 
 def write_passages(entity: Entity) -> list[Passage]:
     """All passages about one entity; wordings and order are fixed by the entity's code."""
-    rng = random.Random(int.from_bytes(hashlib.sha256(f"passages/{entity.iso}".encode()).digest()[:8], "big"))
+    rng = random.Random(
+        int.from_bytes(hashlib.sha256(f"passages/{entity.iso}".encode()).digest()[:8], "big")
+    )
     passages = [
-        Passage(f"{entity.iso}/overview", entity.name, rng.choice(OVERVIEW_WORDINGS).format(name=entity.name), ()),
-        Passage(f"{entity.iso}/news", entity.name, rng.choice(NEWS_WORDINGS).format(name=entity.name), ()),
+        Passage(
+            f"{entity.iso}/overview",
+            entity.name,
+            rng.choice(OVERVIEW_WORDINGS).format(name=entity.name),
+            (),
+        ),
+        Passage(
+            f"{entity.iso}/news",
+            entity.name,
+            rng.choice(NEWS_WORDINGS).format(name=entity.name),
+            (),
+        ),
     ]
     for topic, relations in TOPICS.items():
-        facts = [(relation, entity.relations[relation][0]) for relation in relations if relation in entity.relations]
+        facts = [
+            (relation, entity.relations[relation][0])
+            for relation in relations
+            if relation in entity.relations
+        ]
         if facts:
             rng.shuffle(facts)
             text = state_facts(entity.name, facts, rng)
-            passages.append(Passage(f"{entity.iso}/{topic}", entity.name, text, tuple(relation for relation, _ in facts)))
+            passages.append(
+                Passage(
+                    f"{entity.iso}/{topic}",
+                    entity.name,
+                    text,
+                    tuple(relation for relation, _ in facts),
+                )
+            )
     return passages
 
 
 @functools.cache
 def load_passages() -> tuple[Passage, ...]:
     """The whole corpus, in the entities' order."""
-    return tuple(passage for entity in load_entities().values() for passage in write_passages(entity))
+    return tuple(
+        passage for entity in load_entities().values() for passage in write_passages(entity)
+    )

@@ -10,7 +10,9 @@ from PIL import Image, ImageFilter
 PHOTO_SIZE = 56
 
 
-def render_photo(flag: np.ndarray, seed: int, strength: float = 0.5, size: int = PHOTO_SIZE) -> Image.Image:
+def render_photo(
+    flag: np.ndarray, seed: int, strength: float = 0.5, size: int = PHOTO_SIZE
+) -> Image.Image:
     """A photo of a flag on a procedural background.
 
     Args:
@@ -23,18 +25,33 @@ def render_photo(flag: np.ndarray, seed: int, strength: float = 0.5, size: int =
         RGB picture of size x size.
     """
     random = np.random.default_rng(seed)
-    cloth = np.asarray(Image.fromarray(flag).resize((size + 8, size + 8), Image.Resampling.BOX), dtype=np.float32)
+    cloth = np.asarray(
+        Image.fromarray(flag).resize((size + 8, size + 8), Image.Resampling.BOX), dtype=np.float32
+    )
     u, v, shade = _cloth_coordinates(random, strength, size)
     inside = (u >= 0) & (u <= 1) & (v >= 0) & (v <= 1)
-    picture = np.where(inside[..., None], _sample_bilinear(cloth, u, v) * shade[..., None], _background(random, size))
-    picture *= 1 + strength * random.uniform(-0.35, 0.35) + strength * random.uniform(-0.12, 0.12, size=3)
+    picture = np.where(
+        inside[..., None],
+        _sample_bilinear(cloth, u, v) * shade[..., None],
+        _background(random, size),
+    )
+    picture *= (
+        1 + strength * random.uniform(-0.35, 0.35) + strength * random.uniform(-0.12, 0.12, size=3)
+    )
     photo = Image.fromarray(np.clip(picture, 0, 255).astype(np.uint8))
     photo = photo.filter(ImageFilter.GaussianBlur(strength * random.uniform(0, 1.0)))
-    noisy = np.asarray(photo, dtype=np.float32) + random.normal(0, 12 * strength, size=(size, size, 3))
-    return _recompress(Image.fromarray(np.clip(noisy, 0, 255).astype(np.uint8)), quality=int(95 - 45 * strength * random.random()))
+    noisy = np.asarray(photo, dtype=np.float32) + random.normal(
+        0, 12 * strength, size=(size, size, 3)
+    )
+    return _recompress(
+        Image.fromarray(np.clip(noisy, 0, 255).astype(np.uint8)),
+        quality=int(95 - 45 * strength * random.random()),
+    )
 
 
-def render_two_flags(left: np.ndarray, right: np.ndarray, seed: int, strength: float = 0.5, size: int = PHOTO_SIZE) -> Image.Image:
+def render_two_flags(
+    left: np.ndarray, right: np.ndarray, seed: int, strength: float = 0.5, size: int = PHOTO_SIZE
+) -> Image.Image:
     """Two flags side by side in one photo, [size, 2 * size]: the scene in which a region argument pays."""
     scene = Image.new("RGB", (2 * size, size))
     scene.paste(render_photo(left, 2 * seed, strength, size), (0, 0))
@@ -48,13 +65,19 @@ def render_unfamiliar_flag(seed: int) -> np.ndarray:
     colours = random.integers(0, 256, size=(4, 3))
     flag = np.empty((96, 128, 3), dtype=np.uint8)
     n_bands = int(random.integers(1, 5))
-    along = np.arange(96)[:, None] * np.ones(128)[None] / 96 if random.random() < 0.5 else np.arange(128)[None] * np.ones(96)[:, None] / 128
+    along = (
+        np.arange(96)[:, None] * np.ones(128)[None] / 96
+        if random.random() < 0.5
+        else np.arange(128)[None] * np.ones(96)[:, None] / 128
+    )
     flag[:] = colours[np.minimum((along * n_bands).astype(int), n_bands - 1) % 3]
     row, column = np.mgrid[0:96, 0:128]
     shape = random.integers(0, 4)
     if shape == 0:
         centre = random.uniform(30, 66), random.uniform(30, 98)
-        flag[(row - centre[0]) ** 2 + (column - centre[1]) ** 2 < random.uniform(10, 30) ** 2] = colours[3]
+        flag[(row - centre[0]) ** 2 + (column - centre[1]) ** 2 < random.uniform(10, 30) ** 2] = (
+            colours[3]
+        )
     elif shape == 1:
         width = random.integers(6, 16)
         flag[(abs(row - 48) < width) | (abs(column - random.integers(36, 72)) < width)] = colours[3]
@@ -63,7 +86,9 @@ def render_unfamiliar_flag(seed: int) -> np.ndarray:
     return flag
 
 
-def _cloth_coordinates(random: np.random.Generator, strength: float, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _cloth_coordinates(
+    random: np.random.Generator, strength: float, size: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """For every pixel its place on the cloth, u and v in 0..1, and the shading there; each [size, size]."""
     y, x = np.mgrid[0:size, 0:size].astype(np.float32) / (size - 1) - 0.5
     angle = np.deg2rad(18 * strength * random.uniform(-1, 1))
@@ -91,7 +116,9 @@ def _sample_bilinear(picture: np.ndarray, u: np.ndarray, v: np.ndarray) -> np.nd
 def _background(random: np.random.Generator, size: int) -> np.ndarray:
     """A smooth patchwork: a random 3x3 grid of muted colours, enlarged."""
     grid = random.integers(60, 200, size=(3, 3, 3)).astype(np.uint8)
-    return np.asarray(Image.fromarray(grid).resize((size, size), Image.Resampling.BICUBIC), dtype=np.float32)
+    return np.asarray(
+        Image.fromarray(grid).resize((size, size), Image.Resampling.BICUBIC), dtype=np.float32
+    )
 
 
 def _recompress(photo: Image.Image, quality: int) -> Image.Image:

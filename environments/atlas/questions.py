@@ -19,7 +19,10 @@ KINDS = ("look", "image", "text", "two", "three")
 IMAGE_WORDINGS = ("Which place is this?", "What is the name of this place?")
 LOOK_WORDING = "What is the main colour of the flag?"
 TWO_WORDING = "What is the {relation} of this place?"
-TEXT_WORDINGS = ("{name}. What is the {relation} of this place?", "What is the {relation} of {name}?")
+TEXT_WORDINGS = (
+    "{name}. What is the {relation} of this place?",
+    "What is the {relation} of {name}?",
+)
 THREE_WORDING = "What is the {relation} of the longest border neighbour of this place?"
 
 COLOURS = {
@@ -36,7 +39,9 @@ def main_colour(flag: np.ndarray, least_share: float = 0.5) -> str | None:
     return list(COLOURS)[int(counts.argmax())] if counts.max() >= least_share else None
 
 
-def list_questions(split: str, kind: str, relations: Sequence[str] = HEADLINE_RELATIONS) -> Iterator[dict[str, Any]]:
+def list_questions(
+    split: str, kind: str, relations: Sequence[str] = HEADLINE_RELATIONS
+) -> Iterator[dict[str, Any]]:
     """Every question of a kind in a split, without its photo, in a fixed order."""
     entities = load_entities()
     for entity in entities.values():
@@ -54,9 +59,18 @@ def list_questions(split: str, kind: str, relations: Sequence[str] = HEADLINE_RE
                 if relation in entity.relations:
                     wording = TWO_WORDING
                     if kind == "text":
-                        wording = TEXT_WORDINGS[_stable_hash(entity.iso + relation) % len(TEXT_WORDINGS)]
+                        wording = TEXT_WORDINGS[
+                            _stable_hash(entity.iso + relation) % len(TEXT_WORDINGS)
+                        ]
                     text = wording.format(name=entity.name, relation=relation)
-                    yield _question(entity, kind, relation, text, list(entity.relations[relation]), [passage_id(entity.iso, relation)])
+                    yield _question(
+                        entity,
+                        kind,
+                        relation,
+                        text,
+                        list(entity.relations[relation]),
+                        [passage_id(entity.iso, relation)],
+                    )
         elif kind == "three" and entity.neighbour in entities:
             neighbour = entities[entity.neighbour]
             if neighbour.split != split:
@@ -64,7 +78,14 @@ def list_questions(split: str, kind: str, relations: Sequence[str] = HEADLINE_RE
             for relation in relations:
                 if relation in neighbour.relations and relation != "longest border":
                     gold = [passage_id(neighbour.iso, relation)]
-                    yield _question(entity, kind, relation, THREE_WORDING.format(relation=relation), list(neighbour.relations[relation]), gold)
+                    yield _question(
+                        entity,
+                        kind,
+                        relation,
+                        THREE_WORDING.format(relation=relation),
+                        list(neighbour.relations[relation]),
+                        gold,
+                    )
 
 
 def load_questions(
@@ -89,24 +110,39 @@ def load_questions(
         EnvironmentSetupError: unknown split or kind, or nothing to ask.
     """
     if split not in SPLITS:
-        raise EnvironmentSetupError(f"environment split {split!r} is unknown; choose one of {', '.join(SPLITS)}")
+        raise EnvironmentSetupError(
+            f"environment split {split!r} is unknown; choose one of {', '.join(SPLITS)}"
+        )
     for kind in kinds:
         if kind not in KINDS:
-            raise EnvironmentSetupError(f"environment kind {kind!r} is unknown; choose among {', '.join(KINDS)}")
-    pool = [question for kind in kinds for question in list_questions(split, kind, relations or HEADLINE_RELATIONS)]
+            raise EnvironmentSetupError(
+                f"environment kind {kind!r} is unknown; choose among {', '.join(KINDS)}"
+            )
+    pool = [
+        question
+        for kind in kinds
+        for question in list_questions(split, kind, relations or HEADLINE_RELATIONS)
+    ]
     if not pool:
-        raise EnvironmentSetupError(f"no question of kinds {list(kinds)} in split {split!r}; widen `relations` or `kinds`")
+        raise EnvironmentSetupError(
+            f"no question of kinds {list(kinds)} in split {split!r}; widen `relations` or `kinds`"
+        )
     rng = random.Random(seed)
     questions: list[dict[str, Any]] = []
     round_ = 0
     while len(questions) < (n if n is not None else len(pool)):
         order = rng.sample(pool, len(pool))
-        questions += [_with_photo(question, seed, round_, strength) for question in order[: (n or len(pool)) - len(questions)]]
+        questions += [
+            _with_photo(question, seed, round_, strength)
+            for question in order[: (n or len(pool)) - len(questions)]
+        ]
         round_ += 1
     return questions
 
 
-def _question(entity: Entity, kind: str, relation: str | None, text: str, answers: list[str], gold: list[str]) -> dict[str, Any]:
+def _question(
+    entity: Entity, kind: str, relation: str | None, text: str, answers: list[str], gold: list[str]
+) -> dict[str, Any]:
     identity = f"{kind}/{entity.iso}/{relation or '-'}"
     hops = {"look": 0, "image": 1, "text": 1, "two": 2, "three": 3}[kind]
     return {
@@ -115,7 +151,9 @@ def _question(entity: Entity, kind: str, relation: str | None, text: str, answer
     }  # fmt: skip
 
 
-def _with_photo(question: dict[str, Any], seed: int, round_: int, strength: float) -> dict[str, Any]:
+def _with_photo(
+    question: dict[str, Any], seed: int, round_: int, strength: float
+) -> dict[str, Any]:
     image = None
     if question["kind"] != "text":
         photo_seed = _stable_hash(f"{seed}/{round_}/{question['id']}")

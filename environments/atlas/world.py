@@ -22,7 +22,9 @@ _VIEW_SEED = 7_000_003
 def load_text_index() -> BM25TextIndex:
     """BM25 over the whole corpus."""
     passages = load_passages()
-    return BM25TextIndex([p.id for p in passages], [p.title for p in passages], [p.text for p in passages])
+    return BM25TextIndex(
+        [p.id for p in passages], [p.title for p in passages], [p.text for p in passages]
+    )
 
 
 @functools.cache
@@ -32,8 +34,13 @@ def load_image_index(n_views: int = N_VIEWS) -> ColourImageIndex:
     thumbnails: dict[str, Image.Image] = {}
     for iso, entity in load_entities().items():
         flag = load_flag(iso)
-        thumbnails[iso] = Image.fromarray(flag).resize((PHOTO_SIZE, PHOTO_SIZE), Image.Resampling.BOX)
-        views = [thumbnails[iso], *(render_photo(flag, _VIEW_SEED + i, strength=0.4) for i in range(n_views - 1))]
+        thumbnails[iso] = Image.fromarray(flag).resize(
+            (PHOTO_SIZE, PHOTO_SIZE), Image.Resampling.BOX
+        )
+        views = [
+            thumbnails[iso],
+            *(render_photo(flag, _VIEW_SEED + i, strength=0.4) for i in range(n_views - 1)),
+        ]
         ids += [iso] * len(views)
         titles += [entity.name] * len(views)
         images += views
@@ -45,7 +52,9 @@ def load_environment(**settings: Any) -> SearchEnvironment:
     return SearchEnvironment(load_text_index(), load_image_index(), **settings)
 
 
-def measure_retrieval(strengths: Sequence[float] = (0.0, 0.5, 1.0), seed: int = 1) -> list[dict[str, Any]]:
+def measure_retrieval(
+    strengths: Sequence[float] = (0.0, 0.5, 1.0), seed: int = 1
+) -> list[dict[str, Any]]:
     """recall@1 and @3 of both indexes: one row a kind of query.
 
     Text queries are "REL of NAME", the bare name, and the question without its entity; pictures are photos at each strength.
@@ -60,9 +69,14 @@ def measure_retrieval(strengths: Sequence[float] = (0.0, 0.5, 1.0), seed: int = 
         "text: question without the entity": [f"What is the {r} of this place?" for _, r in facts],
     }
     for name, texts in queries.items():
-        rows.append(_recall(name, [[hit.id for hit in hits] for hits in index.search(texts, 3)], gold))
+        rows.append(
+            _recall(name, [[hit.id for hit in hits] for hits in index.search(texts, 3)], gold)
+        )
     for strength in strengths:
-        photos = [render_photo(load_flag(iso), seed * 1000 + i, strength) for i, iso in enumerate(entities)]
+        photos = [
+            render_photo(load_flag(iso), seed * 1000 + i, strength)
+            for i, iso in enumerate(entities)
+        ]
         found = [[hit.id for hit in hits] for hits in load_image_index().search(photos, 3)]
         rows.append(_recall(f"image: photo at strength {strength:g}", found, list(entities)))
     return rows

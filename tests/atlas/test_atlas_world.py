@@ -45,7 +45,10 @@ def test_photos_are_deterministic_by_seed_and_differ_between_seeds():
 
 def test_strength_moves_a_photo_away_from_the_flat_flag():
     flat = np.asarray(render_photo(load_flag("jp"), 1, 0.0), dtype=float)
-    gentle, hard = (np.abs(np.asarray(render_photo(load_flag("jp"), 1, s), dtype=float) - flat).mean() for s in (0.3, 1.0))
+    gentle, hard = (
+        np.abs(np.asarray(render_photo(load_flag("jp"), 1, s), dtype=float) - flat).mean()
+        for s in (0.3, 1.0)
+    )
     assert 0 < gentle < hard
 
 
@@ -83,7 +86,9 @@ def test_recall_reaches_the_stated_floor():
 @pytest.mark.parametrize("kind", KINDS)
 def test_questions_have_every_column_and_an_answer(kind):
     question = load_questions("dev", [kind], n=3, seed=1)[0]
-    columns = "id kind split entity entity_names relation question answers gold_passages seen hops image"
+    columns = (
+        "id kind split entity entity_names relation question answers gold_passages seen hops image"
+    )
     assert set(question) == set(columns.split())
     assert question["answers"] and all(question["answers"])
     assert (question["image"] is None) == (kind == "text")
@@ -99,15 +104,21 @@ def test_picture_questions_do_not_name_the_place():
 def test_the_same_seed_asks_the_same_questions_with_the_same_photos():
     first, again = (load_questions("train", ["two"], n=5, seed=2) for _ in range(2))
     assert [q["id"] for q in first] == [q["id"] for q in again]
-    assert all(a["image"].tobytes() == b["image"].tobytes() for a, b in zip(first, again, strict=True))
-    assert [q["id"] for q in load_questions("train", ["two"], n=5, seed=3)] != [q["id"] for q in first]
+    assert all(
+        a["image"].tobytes() == b["image"].tobytes() for a, b in zip(first, again, strict=True)
+    )
+    assert [q["id"] for q in load_questions("train", ["two"], n=5, seed=3)] != [
+        q["id"] for q in first
+    ]
 
 
 def test_more_questions_than_exist_come_with_new_photos():
     n = len(list(list_questions("dev", "image")))
     questions = load_questions("dev", ["image"], n=2 * n, seed=0)
     assert len({q["id"] for q in questions}) == 2 * n
-    one, other = (next(q for q in part if q["entity"] == "lt") for part in (questions[:n], questions[n:]))
+    one, other = (
+        next(q for q in part if q["entity"] == "lt") for part in (questions[:n], questions[n:])
+    )
     assert one["image"].tobytes() != other["image"].tobytes()
 
 
@@ -118,7 +129,11 @@ def test_an_unknown_split_or_kind_is_named(split, kinds):
 
 
 def test_the_title_lifts_a_passage_over_one_that_only_mentions_the_name():
-    index = BM25TextIndex(["a", "b"], ["Spain", "France"], ["The neighbour France has a capital city.", "The capital Paris."])
+    index = BM25TextIndex(
+        ["a", "b"],
+        ["Spain", "France"],
+        ["The neighbour France has a capital city.", "The capital Paris."],
+    )
     assert [hit.id for hit in index.search(["capital of France"], 2)[0]] == ["b", "a"]
     assert index.search(["zebra"], 2) == [[]]
 
@@ -130,4 +145,6 @@ def test_a_snippet_keeps_the_sentences_that_match_the_query():
 
 
 def test_text_hits_are_cut_to_forty_words():
-    assert all(len(hit.text.split()) <= 40 for hit in load_text_index().search(["capital of Guyana"], 5)[0])
+    assert all(
+        len(hit.text.split()) <= 40 for hit in load_text_index().search(["capital of Guyana"], 5)[0]
+    )

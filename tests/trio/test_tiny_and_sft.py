@@ -1,0 +1,189 @@
+"""The tiny family and its fine-tuning: heads that look back, exact labels, stages that repeat, a folder that loads anywhere."""
+
+import random
+
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer, Qwen2ForCausalLM
+
+from environments.atlas.entities import load_entities
+from environments.dialects import get_dialect
+from train import trio_data
+from train.policy import PolicyLoadError, load_policy, load_processor
+from train.sft import IGNORE, SFTCollator, SFTExample, SFTStage, run_stage
+from train.tiny import make_tiny_checkpoints, point_heads_backwards, text_config, train_tokenizer
+from train.trio_data import VLMMix, Writer
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    return make_tiny_checkpoints(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer(trio_data.tokenizer_corpus())
+
+
+@pytest.mark.parametrize("offset", [1, 2])
+def test_a_pointed_head_attends_that_many_tokens_back(tokenizer, offset):
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(text_config(tokenizer, hidden=128, layers=1, intermediate=64)).eval()
+    model.set_attn_implementation("eager")
+    point_heads_backwards(model, offsets=(offset,))
+    token_ids = torch.randint(300, 2000, (1, 40), generator=torch.Generator().manual_seed(1))
+    attention = model(input_ids=token_ids, output_attentions=True).attentions[0][0, 0]
+    strongest = attention.argmax(-1)[10:]
+    assert (strongest == torch.arange(10, 40) - offset).float().mean() > 0.9
+
+
+def test_copies_are_learned_where_they_repeat_and_nowhere_else(tokenizer):
+    example = trio_data.base_copy(Writer(tokenizer))(random.Random(3))
+    learned = [t for t, label in enumerate(example.labels) if label != IGNORE]
+    assert learned and all(example.labels[t] == example.input_ids[t] for t in learned)
+    for t in learned:  # the pair (previous, current) stood before
+        pairs = zip(example.input_ids[: t - 1], example.input_ids[1:t], strict=True)
+        assert (example.input_ids[t - 1], example.input_ids[t]) in set(pairs)
+
+
+def test_agent_trajectories_hide_observations_from_the_loss(tokenizer):
+    draw = trio_data.agent_search(Writer(tokenizer), ["France", "Spain"], get_dialect("search_r1"))
+    for seed in range(20):
+        example = draw(random.Random(seed))
+        learned = tokenizer.decode([t for t in example.labels if t != IGNORE])
+        assert (
+            "<information>" not in learned
+            and "<search>" in learned
+            and learned.endswith("</answer><|im_end|>")
+        )
+
+
+def test_answers_stand_in_the_results_that_are_shown(tokenizer):
+    draw = trio_data.agent_search(Writer(tokenizer), ["France", "Spain"], get_dialect("search_r1"))
+    for seed in range(20):
+        text = tokenizer.decode(draw(random.Random(seed)).input_ids)
+        answer = text.split("<answer>")[-1].split("</answer>")[0].strip()
+        assert answer in text.rsplit("<information>", 1)[1].split("</information>")[0]
+
+
+def test_invented_facts_are_not_the_atlas_own(tokenizer):
+    draw = trio_data.agent_search(Writer(tokenizer), ["France"], get_dialect("search_r1"))
+    texts = [tokenizer.decode(draw(random.Random(seed)).input_ids) for seed in range(200)]
+    asked = [t for t in texts if "capital of France </search>" in t]
+    assert asked and sum("France capital Paris </think>" in t for t in asked) <= 0.1 * len(asked)
+
+
+def vlm_texts(tokenizer, n=400, **mix):
+    names = [entity.name for entity in load_entities().values()]
+    draw = trio_data.vlm_instructions(
+        Writer(tokenizer), names, get_dialect("search_r1"), VLMMix(**mix)
+    )
+    return [
+        tokenizer.decode([t for t in draw(random.Random(seed)).labels if t != IGNORE])
+        for seed in range(n)
+    ]
+
+
+def test_format_samples_show_a_call_and_never_what_follows(tokenizer):
+    calls = [t for t in vlm_texts(tokenizer, tool=0.5, tool_use="format") if "<search>" in t]
+    assert 150 < len(calls) < 250
+    assert all(
+        " of " not in t.split("<search>")[1]
+        or "and" in t
+        or "Republic" in t
+        or "Isle" in t
+        or "States" in t
+        for t in calls
+    )
+    assert not any("<answer>" in t for t in calls)
+
+
+def test_tool_use_none_shows_no_call_and_whole_trajectories_end_in_an_answer(tokenizer):
+    assert not any("<search>" in t for t in vlm_texts(tokenizer, tool_use="none"))
+    whole = [t for t in vlm_texts(tokenizer, n=1000, tool_use="5") if "<search>" in t]
+    assert 20 < len(whole) < 90 and all("<answer>" in t and " of " in t for t in whole)
+
+
+def test_unseen_flags_are_never_shown_to_the_vlm(tokenizer):
+    unseen = {e.name for e in load_entities().values() if not e.seen}
+    thoughts = {
+        t.split("<think>")[1].split("</think>")[0].strip()
+        for t in vlm_texts(tokenizer, look=0, read=0, tool_use="none")
+    }
+    assert len(thoughts) > 100 and not thoughts & unseen
+
+
+def test_an_unknown_level_of_tool_use_is_refused(tokenizer):
+    with pytest.raises(ValueError, match="tool_use 'often'.*none, format"):
+        trio_data.vlm_instructions(
+            Writer(tokenizer), ["France"], get_dialect("search_r1"), VLMMix(tool_use="often")
+        )
+
+
+def test_the_collator_pads_labels_with_ignore_and_marks_pictures(folders):
+    processor = load_processor(folders["vlm"])
+    image_id = processor.image_token_id
+    batch = SFTCollator(processor)(
+        [
+            SFTExample(
+                [5, image_id, image_id, image_id, image_id, 6],
+                [IGNORE] * 5 + [6],
+                [Image.new("RGB", (56, 56))],
+            ),
+            SFTExample([7, 8], [IGNORE, 8]),
+        ]
+    )
+    assert batch["labels"][1].tolist() == [IGNORE, 8] + [IGNORE] * 4
+    assert batch["attention_mask"].sum(1).tolist() == [6, 2]
+    assert batch["mm_token_type_ids"].sum().item() == 4
+    assert batch["pixel_values"].shape == (16, 1176) and batch["image_grid_thw"].tolist() == [
+        [1, 4, 4]
+    ]
+
+
+def test_the_same_stage_gives_the_same_weights_and_learns(folders, tmp_path):
+    results = []
+    for _ in range(2):
+        model, tokenizer = load_policy(folders["base"])
+        stage = SFTStage(
+            "repeat",
+            lambda rng: SFTExample([9, 10, 11, 12], [IGNORE, 10, 11, 12]),
+            steps=30,
+            batch_size=4,
+            learning_rate=1e-2,
+        )
+        loss = run_stage(model, tokenizer, stage, tmp_path, log_every=10)
+        results.append((loss, model.model.layers[0].mlp.up_proj.weight.detach().clone()))
+    assert results[0][0] < 0.5
+    assert results[0][0] == results[1][0] and torch.equal(results[0][1], results[1][1])
+
+
+def test_frozen_parameters_do_not_move(folders, tmp_path):
+    model, tokenizer = load_policy(folders["base"])
+    before = model.get_input_embeddings().weight.detach().clone()
+    stage = SFTStage(
+        "frozen",
+        lambda rng: SFTExample([9, 10, 11], [IGNORE, 10, 11]),
+        steps=3,
+        batch_size=2,
+        trainable=lambda name: "embed_tokens" not in name,
+    )
+    run_stage(model, tokenizer, stage, tmp_path)
+    assert torch.equal(before, model.get_input_embeddings().weight)
+
+
+def test_saved_folders_load_with_the_stock_classes(folders):
+    model = AutoModelForImageTextToText.from_pretrained(folders["vlm"])
+    assert AutoConfig.from_pretrained(folders["vlm"]).model_type == "qwen2_5_vl"
+    tokenizer = AutoTokenizer.from_pretrained(folders["vlm"])
+    ours = load_processor(folders["vlm"]).tokenizer
+    text = "<|im_start|>user\nWhat is the capital of Côte d'Ivoire, 1960?<|im_end|>"
+    assert tokenizer(text)["input_ids"] == ours(text)["input_ids"]
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    assert model.config.image_token_id == tokenizer.convert_tokens_to_ids("<|image_pad|>")
+
+
+def test_a_missing_folder_is_one_clear_error(tmp_path):
+    with pytest.raises(PolicyLoadError, match="no config.json"):
+        load_policy(tmp_path / "nowhere")
