@@ -3,7 +3,7 @@
 # Python program (what the launcher runs in every process) it trains:
 #   deepspeed launch/train.sh --config configs/demo.yaml output=runs/x seed=1
 #   bash launch/train.sh --config configs/demo.yaml output=runs/x seed=1
-''''PATH="$(dirname "$0")/../.venv/bin:$PATH" exec deepspeed "$0" "$@" #'''
+''''exec env "PATH=$(dirname "$0")/../.venv/bin:$PATH" deepspeed "$0" "$@" #'''
 import sys
 from pathlib import Path
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import secrets
 import sys
 import time
 from collections.abc import Sequence
@@ -106,7 +107,7 @@ class Recorder:
     def close(self) -> None:
         """Ends the W&B run."""
         if self._wandb is not None:
-            self._wandb.finish(quiet=True)
+            self._wandb.finish()
 
 
 class RunCallback(TrainerCallback):
@@ -227,7 +228,7 @@ def start_wandb(folder: Path, config: Config) -> Any:
     import wandb
 
     id_file = folder / "wandb_id"
-    run_id = id_file.read_text().strip() if id_file.exists() else wandb.util.generate_id()
+    run_id = id_file.read_text().strip() if id_file.exists() else secrets.token_hex(4)
     id_file.write_text(run_id + "\n")
     return wandb.init(
         project=config.tracking.project,

@@ -27,9 +27,7 @@ def outcome(trajectory: Trajectory, question: dict[str, Any]) -> dict[str, bool]
     queries = [t.action["query"] for t in trajectory.turns if t.action["type"] == "search"]
     names = question.get("entity_names") or []
     gold = set(question.get("gold_passages") or [])
-    found = {
-        hit for t in trajectory.turns if t.action["type"] == "search" for hit in t.hits
-    }
+    found = {hit for t in trajectory.turns if t.action["type"] == "search" for hit in t.hits}
     return {
         "searched": bool(queries) or trajectory.count("image_search") > 0,
         "entity": any(contains_phrase(query, name) for query in queries for name in names),
@@ -60,9 +58,7 @@ def summarize(
     metrics |= {
         "search_rate_text": sum(t.count("search") > 0 for t in trajectories) / n,
         "search_rate_image": sum(t.count("image_search") > 0 for t in trajectories) / n,
-        "calls_per_episode": sum(
-            t.count("search") + t.count("image_search") for t in trajectories
-        )
+        "calls_per_episode": sum(t.count("search") + t.count("image_search") for t in trajectories)
         / n,
         "tokens_per_episode": sum(t.n_policy_tokens for t in trajectories) / n,
     }

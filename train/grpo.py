@@ -165,9 +165,7 @@ class SearchGRPOTrainer(GRPOTrainer):
         with self._timed("reward"):
             check_format = self.engine.environment.dialect.check_format
             for trajectory, question in zip(trajectories, self._batch_questions, strict=True):
-                trajectory.rewards = score(
-                    trajectory, question, self.reward_settings, check_format
-                )
+                trajectory.rewards = score(trajectory, question, self.reward_settings, check_format)
         masks = [trajectory.completion_mask for trajectory in trajectories]
         if self._mask_truncated:
             masks = [
@@ -290,7 +288,10 @@ class SearchGRPOTrainer(GRPOTrainer):
         """
         inputs = self._loss_inputs
         if inputs is not None:
-            policy_mask, pictures = inputs["completion_mask"] * inputs["tool_mask"], inputs["pictures"]
+            policy_mask, pictures = (
+                inputs["completion_mask"] * inputs["tool_mask"],
+                inputs["pictures"],
+            )
         else:
             assert self._batch_policy_mask is not None
             policy_mask, pictures = self._batch_policy_mask, self._batch_pictures
@@ -356,6 +357,19 @@ class SearchGRPOTrainer(GRPOTrainer):
         torch.save(state, folder / self._state_name())
         self.accelerator.wait_for_everyone()
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Loads the weights of a checkpoint, strictly.
+
+        transformers 5.23 saves Qwen2.5-VL under the hub's tensor names, but resumes by the names
+        in memory and only warns that nothing fits: training would go on from the start's weights.
+        """
+        core = self.accelerator.unwrap_model(self.model)
+        if self.is_deepspeed_enabled or hasattr(core, "get_base_model"):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        saved = type(core).from_pretrained(resume_from_checkpoint, dtype=core.dtype)
+        core.load_state_dict(saved.state_dict())
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
@@ -387,9 +401,7 @@ def _read_part(part: str) -> Callable[..., list[float | None]]:
 
     def reward(trajectories: list[Trajectory], **_: Any) -> list[float | None]:
         # an episode that cannot be scored has no part at all: TRL would count the rest as 0
-        return [
-            None if t.rewards["total"] is None else t.rewards[part] for t in trajectories
-        ]
+        return [None if t.rewards["total"] is None else t.rewards[part] for t in trajectories]
 
     reward.__name__ = part
     return reward

@@ -42,6 +42,7 @@ from train.vision import (
 Script = Callable[[dict[str, Any], int], str | None]
 """(question, turn number) -> text that the policy is made to say, or None to let it sample."""
 
+
 @dataclass
 class Prompt:
     """A question ready for the model."""
@@ -655,7 +656,9 @@ class _Wave:
             self.scripted[row.number, : len(ids)] = torch.tensor(ids, device=self.device)
 
 
-def _start_row(engine: RolloutEngine, number: int, question: dict[str, Any], prompt: Prompt) -> _Row:
+def _start_row(
+    engine: RolloutEngine, number: int, question: dict[str, Any], prompt: Prompt
+) -> _Row:
     trajectory = Trajectory(
         question_id=question["id"],
         kind=question.get("kind", ""),

@@ -97,12 +97,12 @@ def run_training(config: Config, resume: bool = False, overwrite: bool = False) 
     checkpoint = newest_checkpoint(folder, world) if resume else None
     resume_step = int(checkpoint.name.split("-")[-1]) if checkpoint else 0
 
+    from transformers.utils.logging import disable_progress_bar
+
     from train.callbacks import EvaluationCallback, Recorder, RunCallback
     from train.grpo import SearchGRPOTrainer
     from train.policy import load_policy
     from train.worlds import load_environment, load_eval_questions, load_train_questions
-
-    from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
     recorder = Recorder(folder, config, rank == 0, resume_step if resume else None)
@@ -141,9 +141,7 @@ def run_training(config: Config, resume: bool = False, overwrite: bool = False) 
 # ---------------------------------------------------------------- the run folder
 
 
-def prepare_folder(
-    folder: Path, config: Config, init: str, resume: bool, overwrite: bool
-) -> None:
+def prepare_folder(folder: Path, config: Config, init: str, resume: bool, overwrite: bool) -> None:
     """Creates the run folder, or checks the one that shall go on.
 
     Raises:

@@ -95,7 +95,9 @@ def deepspeed_json(config: Config) -> str | None:
     if name is None or name == "none":
         return None
     if name in SHIPPED_DEEPSPEED:
-        return str(Path(__file__).resolve().parent.parent / "configs" / "deepspeed" / f"{name}.json")
+        return str(
+            Path(__file__).resolve().parent.parent / "configs" / "deepspeed" / f"{name}.json"
+        )
     if not Path(name).is_file():
         raise ConfigError(
             f"deepspeed: no file '{name}'; write zero2, zero3, none, or the path of a JSON file"

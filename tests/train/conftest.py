@@ -64,7 +64,7 @@ def make_question(number: int, has_image: bool = True) -> dict[str, Any]:
     }
 
 
-def mixed_script(question: dict[str, Any], turn: int) -> str | None:
+def scripted(question: dict[str, Any], turn: int) -> str | None:
     """By question number: three turns, two turns, an answer at once, free sampling."""
     number = int(question["id"][1:])
     turns = [[ASK_IMAGE, ASK_TEXT, ANSWER], [ASK_TEXT, ANSWER], [ANSWER], []][number % 4]
@@ -111,12 +111,17 @@ def make_engine(policy: tuple[Any, Any], environment: SearchEnvironment) -> Call
         options = {
             "max_new_tokens_per_turn": 40,
             "max_completion_tokens": 300,
-            "script": mixed_script,
+            "script": scripted,
             **settings,
         }
         return RolloutEngine(model, processor, options.pop("environment", environment), **options)
 
     return make
+
+
+@pytest.fixture
+def mixed_script() -> Callable[..., str | None]:
+    return scripted
 
 
 @pytest.fixture

@@ -24,9 +24,7 @@ def tokens(trajectories):
 # ---------------------------------------------------------------- numbers
 
 
-def test_logprobs_equal_a_plain_forward_of_the_whole_sequence(
-    make_engine, questions, full_forward
-):
+def test_logprobs_equal_a_plain_forward_of_the_whole_sequence(make_engine, questions, full_forward):
     engine = make_engine(temperature=0.7)
     trajectories = engine.rollout(questions, group_size=3)
     assert {len(t.turns) for t in trajectories} == {1, 2, 3}
@@ -227,9 +225,7 @@ def test_tool_threads_change_the_order_of_work_but_not_the_episodes(make_engine,
     base = make_engine()
     whole = tokens(base.rollout(questions, group_size=3))
     environment = base.environment
-    slow = Slow(
-        environment.text_index, environment.image_index, top_k_image=2, thumbnails=True
-    )
+    slow = Slow(environment.text_index, environment.image_index, top_k_image=2, thumbnails=True)
     threaded = tokens(make_engine(environment=slow, tool_workers=4).rollout(questions, 3))
     assert threaded == whole
 

@@ -34,8 +34,9 @@ def test_positions_of_a_whole_sequence_equal_get_rope_index(policy):
 def test_positions_can_be_computed_piece_by_piece(policy):
     model, _ = policy
     image_token_id = model.config.image_token_id
-    first, second = sequence(image_token_id, GRIDS[:1], [3, 2]), sequence(
-        image_token_id, GRIDS[1:], [1, 4]
+    first, second = (
+        sequence(image_token_id, GRIDS[:1], [3, 2]),
+        sequence(image_token_id, GRIDS[1:], [1, 4]),
     )
     whole, end = mrope_positions(first + second, GRIDS, image_token_id)
     a, middle = mrope_positions(first, GRIDS[:1], image_token_id)

@@ -1,0 +1,329 @@
+"""The trainer: TRL's members that it relies on, and the numbers that go into the loss."""
+
+import inspect
+import itertools
+import math
+
+import pytest
+import torch
+from peft import LoraConfig
+from transformers import TrainerCallback
+from trl import GRPOConfig, GRPOTrainer
+from trl.trainer.utils import shuffle_sequence_dict, split_tensor_dict
+
+from environments.episode import SearchEnvironment
+from train.grpo import SearchGRPOTrainer
+
+REWARDS = {"accuracy": 1.0, "format": 0.1, "search_penalty": 0.1}
+TOLERANCE = 1e-4
+
+
+class Log(TrainerCallback):
+    def __init__(self):
+        self.lines = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "loss" in logs:
+            self.lines.append(dict(logs))
+
+
+@pytest.fixture
+def make_trainer(fresh_policy, environment, questions, tmp_path, request):
+    def make(script=None, peft_config=None, environment=environment, **settings):
+        model, processor = fresh_policy
+        options = {
+            "output_dir": str(tmp_path / "checkpoints"),
+            "use_cpu": True,
+            "bf16": False,
+            "activation_checkpointing": False,
+            "report_to": "none",
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "disable_tqdm": True,
+            "per_device_train_batch_size": 16,
+            "num_generations": 4,
+            "max_completion_length": 300,
+            "generation_kwargs": {"max_new_tokens": 40},
+            "max_steps": 1,
+            "learning_rate": 1e-3,
+            "lr_scheduler_type": "constant",
+            **settings,
+        }
+        log = Log()
+        trainer = SearchGRPOTrainer(
+            model,
+            args=GRPOConfig(**options),
+            questions=questions,
+            environment=environment,
+            rewards=REWARDS,
+            processing_class=processor,
+            callbacks=[log],
+            script=script,
+            peft_config=peft_config,
+        )
+        trainer.current_gradient_accumulation_steps = 1
+        trainer.metric_lines = log.lines
+        return trainer
+
+    return make
+
+
+def right_half_the_time(question, turn):
+    """Asks for the picture, then answers right or wrong by turns: every group has a signal."""
+    if turn == 0 and question["image"] is not None:
+        return "<think> a </think> <search> <img> </search>"
+    word = "Paris" if next(_answers) % 2 else "Rome"
+    return f"<think> b </think> <answer> {word} </answer>"
+
+
+_answers = itertools.count()
+
+
+def batch_of(trainer, n=16):
+    rows = [trainer.train_dataset[i // 4] for i in range(n)]
+    trainer.model.train()
+    return trainer._generate_and_score_completions(rows)
+
+
+# ---------------------------------------------------------------- contract with TRL
+
+
+def test_trl_members_that_are_overridden_have_the_known_signatures():
+    names = list(inspect.signature(GRPOTrainer._generate).parameters)
+    assert names == ["self", "prompts"]
+    names = set(inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters)
+    assert {
+        "model",
+        "input_ids",
+        "attention_mask",
+        "logits_to_keep",
+        "batch_size",
+        "compute_entropy",
+        "compute_aux_loss",
+        "mm_token_type_ids",
+    } <= names
+    assert list(inspect.signature(GRPOTrainer.compute_loss).parameters)[1:] == [
+        "model",
+        "inputs",
+        "return_outputs",
+        "num_items_in_batch",
+    ]
+    for name in ("_save_checkpoint", "_load_optimizer_and_scheduler", "evaluate", "log"):
+        assert callable(getattr(GRPOTrainer, name))
+
+
+def test_trl_still_unpacks_the_eight_values_in_our_order():
+    source = "".join(inspect.getsource(GRPOTrainer._generate_and_score_completions).split())
+    assert (
+        "(prompt_ids_list,completion_ids_list,tool_mask_list,completions,"
+        "sampling_per_token_logps_list,extra_fields,images,tool_images,)=self._generate(prompts)"
+    ) in source
+    # without tools TRL leaves pictures alone
+    assert "ifself.toolsandany(imgsforimgsintool_images)andself._is_vlm:" in source
+
+
+def test_trl_still_masks_observations_with_the_tool_mask():
+    source = inspect.getsource(GRPOTrainer._compute_loss)
+    assert 'completion_mask * inputs["tool_mask"]' in source
+    assert 'inputs.get("old_per_token_logps")' in source
+
+
+def test_trl_carries_lists_beside_tensors_through_shuffle_and_split():
+    batch = {"prompt_ids": torch.arange(4), "pictures": [[0], [1], [2], [3]]}
+    shuffled = shuffle_sequence_dict(batch)
+    assert [p[0] for p in shuffled["pictures"]] == shuffled["prompt_ids"].tolist()
+    halves = split_tensor_dict(batch, 2)
+    assert halves[1]["pictures"] == [[2], [3]]
+
+
+# ---------------------------------------------------------------- numbers of the loss
+
+
+def _trl_reference(trainer, batch):
+    """TRL's own forward on the same batch: all pictures, mm_token_type_ids, padded rows."""
+    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
+    mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
+    pictures = [picture for row in batch["pictures"] for picture in row]
+    trainer.model.model.rope_deltas = None
+    return GRPOTrainer._get_per_token_logps_and_entropies(
+        trainer,
+        trainer.model,
+        ids,
+        mask,
+        batch["completion_ids"].shape[1],
+        compute_entropy=True,
+        pixel_values=torch.cat([p.pixel_values for p in pictures]),
+        image_grid_thw=torch.tensor([p.grid for p in pictures]),
+        num_images=[len(row) for row in batch["pictures"]],
+        mm_token_type_ids=(ids == trainer.engine.image_token_id).int(),
+    )
+
+
+def _grads(model):
+    return {
+        name: parameter.grad.clone()
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None
+    }
+
+
+def test_our_forward_equals_trls_in_logprobs_entropies_and_gradients(make_trainer, mixed_script):
+    trainer = make_trainer(script=mixed_script)
+    batch = batch_of(trainer)
+    assert any(len(row) > 1 for row in batch["pictures"])
+    policy_mask = (batch["completion_mask"] * batch["tool_mask"]).bool()
+    expected, expected_entropy, _ = _trl_reference(trainer, batch)
+    (expected * policy_mask).sum().backward()
+    expected_grads = _grads(trainer.model)
+    trainer.model.zero_grad()
+    trainer._loss_inputs = batch
+    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
+    mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
+    logps, entropies, _ = trainer._get_per_token_logps_and_entropies(
+        trainer.model, ids, mask, batch["completion_ids"].shape[1], compute_entropy=True
+    )
+    logps.sum().backward()
+    assert torch.allclose(logps[policy_mask], expected[policy_mask], atol=1e-5)
+    assert torch.allclose(entropies[policy_mask], expected_entropy[policy_mask], atol=1e-5)
+    assert (logps[~policy_mask] == 0).all()
+    grads = _grads(trainer.model)
+    assert grads.keys() == expected_grads.keys()
+    for name, grad in grads.items():
+        assert torch.allclose(grad, expected_grads[name], rtol=1e-3, atol=1e-4), name
+
+
+def test_sampling_logprobs_equal_training_logprobs(make_trainer, mixed_script):
+    trainer = make_trainer(script=mixed_script, temperature=0.8)
+    batch = batch_of(trainer)
+    trainer.compute_loss(trainer.model, batch)
+    (largest,) = trainer._metrics["train"]["sampling/logp_difference_max"]
+    assert 0 < largest < TOLERANCE
+
+
+def test_only_tokens_of_the_policy_count(make_trainer, mixed_script):
+    trainer = make_trainer(script=mixed_script)
+    batch = batch_of(trainer)
+    counted = (batch["completion_mask"] * batch["tool_mask"]).sum(dim=1)
+    expected = [t.n_policy_tokens for t in trainer.last_trajectories]
+    assert counted.tolist() == expected
+    assert batch["num_items_in_batch"].item() == sum(expected)
+
+
+def test_the_loss_does_not_depend_on_what_an_observation_token_is_predicted_to_be(
+    make_trainer, mixed_script
+):
+    """Mutating the recorded mask must change the loss; otherwise the mask would do nothing."""
+    trainer = make_trainer(script=mixed_script)
+    batch = batch_of(trainer)
+    batch["advantages"] = torch.linspace(-1, 1, 16)
+    loss = trainer.compute_loss(trainer.model, batch)
+    unmasked = {**batch, "tool_mask": torch.ones_like(batch["tool_mask"])}
+    assert not torch.isclose(loss, trainer.compute_loss(trainer.model, unmasked))
+
+
+def test_a_group_with_mixed_rewards_gets_advantages_and_moves_the_policy(make_trainer):
+    trainer = make_trainer(script=right_half_the_time)
+    before = trainer.model.model.language_model.layers[0].mlp.up_proj.weight.clone()
+    trainer.train()
+    (line,) = trainer.metric_lines
+    assert line["frac_reward_zero_std"] < 1.0
+    assert line["grad_norm"] > 0
+    assert not torch.equal(before, trainer.model.model.language_model.layers[0].mlp.up_proj.weight)
+
+
+def test_reward_parts_and_search_rates_are_logged_one_by_one(make_trainer):
+    trainer = make_trainer(script=right_half_the_time)
+    trainer.train()
+    (line,) = trainer.metric_lines
+    accuracy = line["rewards/accuracy/mean"]
+    assert 0 < accuracy < 1
+    # total = accuracy * (1 - penalty) + 0.1 * format; the penalty part is 0.1 for searched and right
+    expected = accuracy - line["rewards/search_penalty/mean"] + 0.1 * line["rewards/format/mean"]
+    assert line["reward"] == pytest.approx(expected, abs=1e-6)
+    assert line["search/rate_text"] == 0.0
+    assert 0 < line["search/rate_image"] <= 1.0
+    assert line["search/calls_per_episode"] == line["search/rate_image"]
+    assert line["stop/answer"] == 1.0
+    assert {"stop/length", "time/rollout_s", "time/decode_s", "time/loss_s"} <= line.keys()
+
+
+def test_an_episode_with_a_broken_tool_is_neither_rewarded_nor_punished(make_trainer):
+    class Broken:
+        in_memory = True
+
+        def search(self, queries, k):
+            raise RuntimeError("down")
+
+    def script(question, turn):
+        return "<think> a </think> <search> <img> </search>" if turn == 0 else None
+
+    trainer = make_trainer(script=script, environment=SearchEnvironment(Broken(), Broken()))
+    batch = batch_of(trainer, n=4)
+    assert all(t.rewards["total"] is None for t in trainer.last_trajectories)
+    assert batch["advantages"].tolist() == [0.0] * 4
+    assert math.isnan(trainer._metrics["train"]["reward"][0])
+
+
+def test_truncated_episodes_can_be_left_out_of_the_loss(make_trainer):
+    trainer = make_trainer(mask_truncated_completions=True, max_completion_length=6)
+    batch = batch_of(trainer, n=8)
+    masks = (batch["completion_mask"] * batch["tool_mask"]).sum(dim=1)
+    for trajectory, counted in zip(trainer.last_trajectories, masks, strict=True):
+        assert (counted == 0) == (trajectory.stop_reason == "length")
+
+
+def test_a_text_only_batch_still_runs_the_vision_tower(make_trainer, questions):
+    """Under ZeRO a process that skips the tower would wait for the others for ever."""
+    for question in questions:
+        question["image"] = None
+    trainer = make_trainer(script=right_half_the_time)
+    batch = batch_of(trainer)
+    trainer.compute_loss(trainer.model, batch).backward()
+    grads = [p.grad for p in trainer.model.model.visual.parameters()]
+    assert all(grad is not None and (grad == 0).all() for grad in grads)
+
+
+# ---------------------------------------------------------------- variants
+
+
+def test_several_passes_over_a_rollout_use_its_own_old_logprobs(make_trainer):
+    trainer = make_trainer(
+        script=right_half_the_time,
+        num_iterations=2,
+        steps_per_generation=2,
+        per_device_train_batch_size=8,
+        max_steps=4,
+    )
+    trainer.train()
+    first, *later = trainer.metric_lines
+    assert trainer.engine.n_rollouts == 1
+    assert first["sampling/logp_difference_max"] < TOLERANCE
+    assert later[-1]["sampling/logp_difference_max"] > TOLERANCE  # the policy has moved
+
+
+def test_a_reference_policy_gives_a_kl_of_zero_at_the_start(make_trainer):
+    trainer = make_trainer(script=right_half_the_time, beta=0.1, max_steps=2)
+    trainer.train()
+    first, second = trainer.metric_lines
+    assert first["kl"] == pytest.approx(0.0, abs=1e-6)
+    assert second["kl"] > 0
+
+
+def test_lora_trains_the_adapter_alone(make_trainer):
+    adapter = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    trainer = make_trainer(script=right_half_the_time, peft_config=adapter, max_steps=2)
+    trainer.train()
+    assert trainer.metric_lines[0]["sampling/logp_difference_max"] < TOLERANCE
+    assert trainer.metric_lines[1]["grad_norm"] > 0
+    trained = [n for n, p in trainer.model.named_parameters() if p.requires_grad]
+    assert trained
+    assert all("lora_" in name for name in trained)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [("top_k", 5), ("min_p", 0.1), ("repetition_penalty", 1.2), ("generation_kwargs", {"a": 1})],
+)
+def test_sampling_settings_that_would_do_nothing_are_refused(make_trainer, setting, value):
+    with pytest.raises(ValueError, match=setting):
+        make_trainer(**{setting: value})

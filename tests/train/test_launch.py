@@ -1,0 +1,146 @@
+"""`deepspeed launch/train.sh`: two processes, ZeRO-2 and ZeRO-3, no compiler, and going on."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from configs.schema import load_config
+from train.run import run_training
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "launch" / "train.sh"
+
+SETTINGS = """
+output: {output}
+seed: 1
+models: {{init: {init}}}
+environment: {{train_size: 16, eval_size: 5, kinds: [two, text], eval_kinds: [two, text]}}
+grpo:
+  per_device_train_batch_size: {rows}
+  num_generations: 4
+  max_completion_length: 60
+  generation_kwargs: {{max_new_tokens: 12}}
+  max_steps: 2
+  save_steps: 1
+  save_total_limit: null
+  entropy_coef: 0.05
+  learning_rate: 1.0e-3
+compare: {{eval_every: 1}}
+tracking: {{wandb: disabled}}
+"""
+
+
+def write_config(folder: Path, init: str, rows: int) -> Path:
+    path = folder / f"settings{rows}.yaml"
+    path.write_text(SETTINGS.format(output=folder / "run", init=init, rows=rows))
+    return path
+
+
+def launch(*command: str, **variables: str) -> subprocess.CompletedProcess:
+    """Runs a launcher without a compiler in reach, with this Python's programs first."""
+    programs = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": programs, "OMP_NUM_THREADS": "1", "CXX": "/nonexistent"}
+    return subprocess.run(
+        command,
+        env={**environment, **variables},
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+
+
+def deepspeed(*arguments: str) -> subprocess.CompletedProcess:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    return launch("deepspeed", "--num_gpus", "2", "--master_port", port, str(SCRIPT), *arguments)
+
+
+def lines_of(folder: Path) -> list[dict]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    clocks = ("time_s", "eval/time_s", "step_time")
+    return [
+        {k: v for k, v in row.items() if k not in clocks and not k.startswith("time/")}
+        for row in rows
+    ]
+
+
+@pytest.fixture(scope="module")
+def zero2_run(tiny_checkpoints, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("zero2")
+    path = write_config(folder, tiny_checkpoints["vlm"], rows=8)
+    result = deepspeed("--config", str(path), "deepspeed=zero2")
+    assert result.returncode == 0, result.stderr[-3000:]
+    return path, folder / "run"
+
+
+@pytest.mark.timeout(300)
+def test_two_processes_train_as_one_would(zero2_run, tiny_checkpoints, tmp_path):
+    _, folder = zero2_run
+    path = write_config(tmp_path, tiny_checkpoints["vlm"], rows=16)
+    alone = run_training(load_config(path))
+    one, two = lines_of(alone), lines_of(folder)
+    assert [(r["step"], r["phase"]) for r in one] == [(r["step"], r["phase"]) for r in two]
+    for single, double in zip(one, two, strict=True):
+        assert single["tokens"] == double["tokens"]
+        if single["phase"] == "train":
+            # the same episodes; TRL's entropy bonus (our only gradient here) is a mean over each
+            # process' tokens, so processes with fewer tokens weigh a little more
+            assert single["reward"] == double["reward"]
+            assert single["loss"] == pytest.approx(double["loss"], abs=1e-4)
+            assert single["grad_norm"] == pytest.approx(double["grad_norm"], rel=2e-2)
+        else:
+            assert single == double
+
+
+@pytest.mark.timeout(300)
+def test_zero3_trains_to_the_numbers_of_zero2(zero2_run, tmp_path):
+    path, folder = zero2_run
+    result = deepspeed("--config", str(path), "deepspeed=zero3", f"output={tmp_path / 'run'}")
+    assert result.returncode == 0, result.stderr[-3000:]
+    for two, three in zip(lines_of(folder), lines_of(tmp_path / "run"), strict=True):
+        assert two["tokens"] == three["tokens"]
+        if two["phase"] == "train":
+            assert two["loss"] == pytest.approx(three["loss"], abs=1e-5)
+    done = json.loads((tmp_path / "run" / "done.json").read_text())
+    from train.policy import load_policy
+
+    model, _ = load_policy(tmp_path / "run" / done["policy"])
+    assert all(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.timeout(300)
+def test_two_processes_resume_to_the_same_numbers(zero2_run, tmp_path):
+    path, folder = zero2_run
+    part = tmp_path / "part"
+    shutil.copytree(folder, part)
+    shutil.rmtree(part / "checkpoints" / "checkpoint-2")
+    result = deepspeed("--config", str(path), "deepspeed=zero2", f"output={part}", "--resume")
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "resuming at step 1" in result.stderr
+    assert lines_of(part) == lines_of(folder)
+
+
+def test_the_shell_starts_the_same_program(tiny_checkpoints, tmp_path):
+    path = write_config(tmp_path, tiny_checkpoints["vlm"], rows=8)
+    result = launch("bash", str(SCRIPT), "--config", str(path), "--dry-run", "seed=7")
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert "seed: 7" in result.stdout
+    assert "completions per step" in result.stdout
+
+
+def test_a_mistake_reaches_the_shell_as_exit_code_2(tmp_path):
+    result = launch(sys.executable, str(SCRIPT), "--config", str(tmp_path / "none.yaml"))
+    assert result.returncode == 2
+    assert result.stderr.strip().splitlines()[-1].startswith("error: ")
+
+
+def test_the_script_is_python_as_well_as_shell():
+    compile(SCRIPT.read_text(), str(SCRIPT), "exec")

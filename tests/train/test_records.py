@@ -1,0 +1,124 @@
+"""What a run writes: JSON lines that survive a crash, and the W&B run that is found again."""
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from configs.schema import Config, load_config
+from train.callbacks import Recorder, _spread
+from train.trajectories import (
+    SCHEMA_VERSION,
+    Trajectory,
+    Turn,
+    append_jsonl,
+    image_hash,
+    truncate_jsonl,
+)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    path = tmp_path / "settings.yaml"
+    path.write_text(
+        "output: x\nseed: 3\nmodels: {init: atlas://vlm}\n"
+        "tracking: {wandb: offline, group: g, log_trajectories: 2}\n"
+    )
+    return load_config(path)
+
+
+def make_trajectory() -> Trajectory:
+    picture = Image.new("RGB", (4, 4), "red")
+    turns = [
+        Turn(
+            "a",
+            [1, 2],
+            [-0.5, -0.25],
+            {"type": "search", "query": "q"},
+            "obs",
+            [7, 8, 9],
+            [picture],
+        ),
+        Turn("b", [3], [-1.0], {"type": "answer", "text": "Paris"}),
+    ]
+    return Trajectory("q1", "two", True, "What?", [4, 5], [picture], turns, "answer", "Paris")
+
+
+def test_a_trajectory_lines_up_tokens_mask_and_logprobs():
+    trajectory = make_trajectory()
+    assert trajectory.completion_ids == [1, 2, 7, 8, 9, 3]
+    assert trajectory.completion_mask == [1, 1, 0, 0, 0, 1]
+    assert trajectory.completion_logprobs == [-0.5, -0.25, 0.0, 0.0, 0.0, -1.0]
+    assert trajectory.n_policy_tokens == 3
+    assert trajectory.text == "aobsb"
+
+
+def test_a_line_holds_hashes_of_pictures_and_no_pixels():
+    row = make_trajectory().to_dict(step=5, arm="vlm", seed=2)
+    text = json.dumps(row)
+    assert row["schema_version"] == SCHEMA_VERSION
+    assert row["images"] == [image_hash(Image.new("RGB", (4, 4), "red"))]
+    assert row["turns"][0]["logprob"] == -0.75
+    assert len(text) < 1500
+
+
+def test_pictures_that_differ_in_one_pixel_or_in_shape_have_other_hashes():
+    red = Image.new("RGB", (4, 4), "red")
+    touched = red.copy()
+    touched.putpixel((0, 0), (254, 0, 0))
+    hashes = {image_hash(image) for image in (red, touched, Image.new("RGB", (2, 8), "red"))}
+    assert len(hashes) == 3
+
+
+def test_lines_after_the_checkpoint_and_a_torn_line_are_dropped(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    append_jsonl(path, [{"step": step} for step in (0, 1, 2, 2, 3)])
+    with path.open("a") as file:
+        file.write('{"step": 4, "lo')
+    kept = truncate_jsonl(path, last_step=2)
+    assert [row["step"] for row in kept] == [0, 1, 2, 2]
+    assert [json.loads(line) for line in path.read_text().splitlines()] == kept
+
+
+def test_a_missing_file_has_no_lines(tmp_path):
+    assert truncate_jsonl(tmp_path / "none.jsonl", 3) == []
+
+
+def test_a_mean_over_nothing_is_null_in_the_file(tmp_path, config):
+    config.tracking.wandb = "disabled"
+    recorder = Recorder(tmp_path, config, is_main=True)
+    recorder.metrics(1, "train", 10, {"reward": float("nan"), "loss": 0.5})
+    line = json.loads((tmp_path / "metrics.jsonl").read_text())
+    assert line["reward"] is None
+    assert line["loss"] == 0.5
+    assert line["tokens"] == 10
+
+
+def test_other_processes_write_nothing(tmp_path, config):
+    recorder = Recorder(tmp_path, config, is_main=False)
+    recorder.metrics(1, "train", 10, {"loss": 0.5})
+    recorder.trajectories(1, "eval", [make_trajectory()])
+    assert list(tmp_path.glob("*.jsonl")) == []
+
+
+def test_a_few_episodes_come_from_all_over_the_batch():
+    assert _spread(list(range(100)), 4) == [0, 25, 50, 75]
+    assert _spread([1, 2], 4) == [1, 2]
+    assert _spread([], 4) == []
+
+
+@pytest.mark.timeout(120)
+def test_a_resumed_run_goes_on_in_the_same_wandb_run(tmp_path, config):
+    """Offline: a second directory with the same id, as the first run was called."""
+    for resume_step in (None, 1):
+        recorder = Recorder(tmp_path, config, is_main=True, resume_step=resume_step)
+        recorder.metrics(1, "eval", 0, {"accuracy": 0.5})
+        recorder.trajectories(1, "eval", [make_trajectory()])
+        assert recorder._wandb.name == "vlm-s3"
+        assert recorder._wandb.group == "g"
+        recorder.close()
+    run_id = (tmp_path / "wandb_id").read_text().strip()
+    folders = list((tmp_path / "wandb").glob("offline-run-*"))
+    assert folders
+    assert all(folder.name.endswith(run_id) for folder in folders)

@@ -1,0 +1,214 @@
+"""A whole training from a settings file: what lies in the run folder, and going on after a stop."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from configs.errors import ConfigError
+from configs.schema import load_config
+from train.run import newest_checkpoint, run_training, train
+from train.settings import GRPO_DEFAULTS, describe_step, resolved_grpo
+
+# an untrained policy earns nothing; the entropy bonus makes every step move it all the same
+SETTINGS = """
+output: {output}
+seed: 1
+models: {{init: {init}}}
+environment: {{train_size: 16, eval_size: 6, kinds: [two, text], eval_kinds: [two, text]}}
+grpo:
+  per_device_train_batch_size: 8
+  num_generations: 4
+  max_completion_length: 60
+  generation_kwargs: {{max_new_tokens: 12}}
+  max_steps: 4
+  save_steps: 2
+  save_total_limit: null
+  entropy_coef: 0.05
+  learning_rate: 1.0e-3
+compare: {{eval_every: 2}}
+tracking: {{wandb: disabled}}
+"""
+
+
+@pytest.fixture
+def write_config(tiny_checkpoints, tmp_path):
+    def write(**values):
+        path = tmp_path / "settings.yaml"
+        output = values.pop("output", tmp_path / "run")
+        path.write_text(SETTINGS.format(output=output, init=tiny_checkpoints["vlm"]))
+        return path
+
+    return write
+
+
+def run_with(path: Path, *overrides: str, **flags: bool) -> Path:
+    return run_training(load_config(path, overrides), **flags)
+
+
+def lines_of(folder: Path) -> list[dict]:
+    """metrics.jsonl without what a clock decides."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    clocks = ("time_s", "eval/time_s", "step_time")
+    return [
+        {k: v for k, v in row.items() if k not in clocks and not k.startswith("time/")}
+        for row in rows
+    ]
+
+
+def stop_after(folder: Path, step: int, copy: Path) -> Path:
+    """A run as it looks when it was killed some time after the checkpoint of `step`."""
+    shutil.copytree(folder, copy)
+    (copy / "done.json").unlink()
+    for path in (copy / "checkpoints").iterdir():
+        if int(path.name.split("-")[-1]) > step:
+            shutil.rmtree(path)
+    with (copy / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 99, "pha')  # a line that the kill cut short
+    return copy
+
+
+def test_the_run_folder_stands_alone(write_config):
+    folder = run_with(write_config())
+    names = {path.name for path in folder.iterdir()}
+    assert names >= {"config.yaml", "environment.json", "metrics.jsonl", "trajectories.jsonl"}
+    assert names >= {"checkpoints", "done.json"}
+    lines = lines_of(folder)
+    assert [(line["step"], line["phase"]) for line in lines] == [
+        (0, "eval"),
+        (1, "train"),
+        (2, "train"),
+        (2, "eval"),
+        (3, "train"),
+        (4, "train"),
+        (4, "eval"),
+    ]
+    assert lines[0]["tokens"] == 0
+    assert lines[0]["eval/n"] == 6
+    assert "eval/unseen/accuracy" in lines[0] or "eval/seen/accuracy" in lines[0]
+    assert lines[1]["sampling/logp_difference_max"] < 1e-4
+    assert lines[1]["tokens"] < lines[2]["tokens"]
+    done = json.loads((folder / "done.json").read_text())
+    assert done["step"] == 4
+    assert load_config(folder / "config.yaml").seed == 1
+    machine = json.loads((folder / "environment.json").read_text())
+    assert {"commit", "hardware", "versions", "world_size"} <= machine.keys()
+    trajectory = json.loads((folder / "trajectories.jsonl").read_text().splitlines()[0])
+    assert trajectory["schema_version"] == 1
+    assert trajectory["phase"] == "eval"
+    from train.policy import load_policy
+
+    model, processor = load_policy(folder / done["policy"])
+    assert processor.tokenizer.chat_template
+    assert model.config.model_type == "qwen2_5_vl"
+
+
+def test_two_runs_of_one_seed_are_equal(write_config, tmp_path):
+    path = write_config()
+    one = run_with(path, f"output={tmp_path}/a", "grpo.max_steps=2")
+    two = run_with(path, f"output={tmp_path}/b", "grpo.max_steps=2")
+    assert lines_of(one) == lines_of(two)
+
+
+@pytest.mark.parametrize(
+    ("step", "overrides"),
+    [
+        (2, ()),
+        # step 1 lies inside a rollout's buffer: two steps, twice over
+        (1, ("grpo.num_iterations=2", "grpo.steps_per_generation=2", "grpo.save_steps=1")),
+    ],
+    ids=["between rollouts", "inside a buffer"],
+)
+def test_a_resumed_run_equals_an_uninterrupted_one(write_config, tmp_path, step, overrides):
+    path = write_config()
+    whole = run_with(path, *overrides)
+    part = stop_after(whole, step, tmp_path / "part")
+    run_with(path, *overrides, f"output={part}", resume=True)
+    assert lines_of(part) == lines_of(whole)
+    last = "checkpoints/checkpoint-4/model.safetensors"
+    one, two = load_file(whole / last), load_file(part / last)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_an_unfinished_checkpoint_is_not_resumed_from(tmp_path):
+    for step in (2, 4):
+        folder = tmp_path / "checkpoints" / f"checkpoint-{step}"
+        folder.mkdir(parents=True)
+        (folder / "trainer_state.json").touch()
+    (tmp_path / "checkpoints" / "checkpoint-2" / "rollout_state_0.pt").touch()
+    assert newest_checkpoint(tmp_path).name == "checkpoint-2"
+    assert newest_checkpoint(tmp_path, n_processes=2) is None
+
+
+def test_an_existing_run_is_refused_and_the_three_ways_on_are_named(write_config, tmp_path):
+    path = write_config()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("output: x\n")
+    with pytest.raises(ConfigError, match=r"--resume.*output=.*--overwrite"):
+        run_with(path)
+
+
+def test_a_folder_that_is_no_run_is_never_deleted(write_config, tmp_path):
+    path = write_config()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").touch()
+    with pytest.raises(ConfigError, match="not a run folder"):
+        run_with(path, overwrite=True)
+    assert (tmp_path / "run" / "thesis.tex").exists()
+
+
+def test_a_run_is_not_resumed_with_other_settings(write_config, tmp_path):
+    path = write_config()
+    (tmp_path / "run").mkdir()
+    shutil.copy(path, tmp_path / "run" / "config.yaml")
+    with pytest.raises(ConfigError, match=r"grpo.learning_rate \(0.001 before, 0.01 now\)"):
+        run_with(path, "grpo.learning_rate=0.01", resume=True)
+
+
+# ---------------------------------------------------------------- settings and command line
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("grpo.learning_rat=1", "did you mean 'learning_rate'"),
+        ("grpo.seed=3", "top-level `seed`"),
+        ("grpo.eval_steps=3", "compare.eval_every"),
+        ("grpo.loss_type=cispo", "epsilon_high"),
+        ("grpo.num_generations=3", "groups of 3"),
+        ("deepspeed=zero9", "zero2, zero3"),
+        ("models.init=/nowhere/at/all", "/nowhere/at/all"),
+    ],
+)
+def test_a_mistake_is_one_line_with_exit_code_2(write_config, capsys, tmp_path, override, message):
+    path = write_config()
+    assert train(["--config", str(path), override]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ")
+    assert message in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_prints_settings_and_arithmetic_and_writes_nothing(
+    write_config, capsys, tmp_path
+):
+    path = write_config()
+    assert train(["--config", str(path), "--dry-run", "--local_rank=0", "seed=5"]) == 0
+    shown = capsys.readouterr().out
+    assert "seed: 5" in shown
+    assert "2 x 4 completions" in shown
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_file_overrides_the_defaults(write_config):
+    settings = resolved_grpo(load_config(write_config()))
+    assert settings["num_generations"] == 4
+    assert settings["loss_type"] == GRPO_DEFAULTS["loss_type"]
+
+
+def test_completions_are_counted_over_processes(write_config):
+    rows = dict(describe_step(load_config(write_config()), n_processes=2))
+    assert rows["completions per step"].startswith("16 ")
