@@ -3,68 +3,34 @@
 `transformers`' DynamicCache appends the same number of columns to every row, so a batch whose rows
 get observations of different length fills with holes. Here each row is contiguous: its token i lies
 in slot i. Everything is allocated once; a row that ends is overwritten by another.
-Both classes have the two members of `transformers.Cache` that a model's forward calls.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-
-class PrefillCache:
-    """Keeps what one prefill computes: per layer keys and values [B, H, T, D]."""
-
-    def __init__(self) -> None:
-        self.keys: list[torch.Tensor] = []
-        self.values: list[torch.Tensor] = []
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: object
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Stores one layer; attention sees this call's tokens only."""
-        self.keys.append(key_states)
-        self.values.append(value_states)
-        return key_states, value_states
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Nothing came before."""
-        return 0
+SLOT_ATTENTION = "slot_attention"
 
 
 class SlotCache:
-    """Live cache of a rollout: per layer keys and values [capacity, slots, H, D].
+    """Live cache of a rollout, with the two members of `transformers.Cache` that a model calls.
+
+    Per layer: keys [rows, H, D, slots], values [rows, H, slots, D]. Decoding one token is bound by
+    memory, and this layout lets both products read whole lines.
 
     Before a model call, `select` says which rows the call works on and in which slots its tokens
     go; `update` then writes there and returns the rows' slots up to `width`.
     """
 
-    def __init__(self, capacity: int, n_slots: int) -> None:
-        self.capacity = capacity
+    def __init__(self, n_rows: int, n_slots: int) -> None:
+        self.n_rows = n_rows
         self.n_slots = n_slots
         self.keys: list[torch.Tensor] = []
         self.values: list[torch.Tensor] = []
-
-    def fill(self, prefill: PrefillCache, counts: list[int], first: int) -> None:
-        """Repeats each prefilled prompt for its group, into rows from `first` on.
-
-        Args:
-            prefill: keys and values of Q right-padded prompts [Q, H, P, D]; what lies in the
-                padding is overwritten before any token may look at it.
-            counts: Q group sizes.
-            first: first row to write.
-        """
-        device = prefill.keys[0].device
-        repeats = torch.repeat_interleave(torch.tensor(counts, device=device))
-        if not self.keys:
-            for layer in prefill.keys:
-                shape = (self.capacity, self.n_slots, layer.shape[1], layer.shape[3])
-                self.keys.append(layer.new_empty(shape))
-                self.values.append(layer.new_empty(shape))
-        rows = slice(first, first + len(repeats))
-        width = prefill.keys[0].shape[2]
-        for index, (key, value) in enumerate(zip(prefill.keys, prefill.values, strict=True)):
-            self.keys[index][rows, :width] = key.transpose(1, 2)[repeats]
-            self.values[index][rows, :width] = value.transpose(1, 2)[repeats]
 
     def select(self, rows: torch.Tensor | int, slots: torch.Tensor, width: int) -> None:
         """Chooses the next call's rows and slots.
@@ -74,29 +40,75 @@ class SlotCache:
             slots: int64 [B, T] slot of each token.
             width: slots that attention sees; at least the largest slot + 1.
         """
-        self._rows = rows
+        self._rows = slice(rows) if isinstance(rows, int) else rows
+        self._index = (torch.arange(rows, device=slots.device) if isinstance(rows, int) else rows)[
+            :, None
+        ]
         self._slots = slots
         self._width = width
-        self._index = torch.arange(rows, device=slots.device) if isinstance(rows, int) else rows
 
     def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: object
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Writes [B, H, T, D] into the chosen slots; returns [B, H, width, D] twice."""
-        index = self._index[:, None]
-        visible = []
-        for store, states in ((self.keys, key_states), (self.values, value_states)):
-            layer = store[layer_idx]
-            layer[index, self._slots] = states.transpose(1, 2)
-            rows = slice(self._rows) if isinstance(self._rows, int) else self._rows
-            visible.append(layer[rows, : self._width].transpose(1, 2))
-        return visible[0], visible[1]
+        if layer_idx == len(self.keys):
+            heads, dim = key_states.shape[1], key_states.shape[3]
+            self.keys.append(key_states.new_zeros((self.n_rows, heads, dim, self.n_slots)))
+            self.values.append(key_states.new_zeros((self.n_rows, heads, self.n_slots, dim)))
+        keys, values = self.keys[layer_idx], self.values[layer_idx]
+        keys[self._index, :, :, self._slots] = key_states.transpose(1, 2)
+        values[self._index, :, self._slots] = value_states.transpose(1, 2)
+        visible = keys[self._rows, :, :, : self._width].transpose(2, 3)
+        return visible, values[self._rows, :, : self._width]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Slots in sight; positions are always given, so nothing derives from it."""
         return self._width
 
-    def move(self, target: torch.Tensor, source: torch.Tensor, width: int) -> None:
-        """Copies rows `source` [M] over rows `target` [M], slots below `width`."""
-        for store in (*self.keys, *self.values):
-            store[target, :width] = store[source, :width]
+    def copy_rows(
+        self, target: torch.Tensor, source: torch.Tensor, width: int, first: int = 0
+    ) -> None:
+        """Copies slots [first, width) of rows `source` [M] over rows `target` [M]."""
+        for keys, values in zip(self.keys, self.values, strict=True):
+            keys[target, :, :, first:width] = keys[source, :, :, first:width]
+            values[target, :, first:width] = values[source, :, first:width]
+
+
+def slot_attention(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention over a SlotCache: two batched products for one token a row, else SDPA.
+
+    Args:
+        module: the attention layer.
+        query: [B, Hq, T, D].
+        key: [B, H, S, D], a transposed view of the cache; H divides Hq.
+        value: [B, H, S, D].
+        attention_mask: bool [B, 1, T, S], True = visible.
+        scaling: factor of the scores.
+
+    Returns:
+        [B, T, Hq, D] and None.
+    """
+    n_rows, n_query_heads, n_tokens, dim = query.shape
+    if n_tokens > 1 or attention_mask is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, **kwargs
+        )
+    heads, width = key.shape[1], key.shape[2]
+    grouped = query.reshape(n_rows * heads, n_query_heads // heads, dim)
+    scores = torch.bmm(grouped, key.transpose(2, 3).view(n_rows * heads, dim, width))
+    scores = scores.view(n_rows, -1, width).float().mul_(dim**-0.5 if scaling is None else scaling)
+    scores.masked_fill_(~attention_mask[:, 0], -torch.inf)
+    weights = scores.softmax(-1).to(value.dtype).view(n_rows * heads, -1, width)
+    output = torch.bmm(weights, value.view(n_rows * heads, width, dim))
+    return output.view(n_rows, 1, n_query_heads, dim), None
+
+
+AttentionInterface.register(SLOT_ATTENTION, slot_attention)

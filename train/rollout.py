@@ -8,7 +8,7 @@ waits for another's turn. Tokens go in and come out; the policy's own tokens are
 again.
 
 Differs from TRL's tool loop, which prefills the whole conversation again for every turn and every
-copy of a prompt.
+copy of a prompt. Rows that have said the same so far and get the same result read it once.
 
 Randomness: the token number t of row r of rollout number n depends on (seed, n, r, t) alone, so a
 resumed run, another number of processes or another order of tool answers draws the same tokens.
@@ -22,22 +22,16 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 
 from environments.dialects import IMAGE_MARK, action_dict
-from train.cache import PrefillCache, SlotCache
+from train.batch import TokenBatch
+from train.cache import SLOT_ATTENTION
 from train.trajectories import Trajectory, Turn
-from train.vision import (
-    EncodedImage,
-    ImageStore,
-    encode_pictures,
-    mrope_positions,
-    suppressed_token_ids,
-)
+from train.vision import EncodedImage, ImageStore, suppressed_token_ids
 
 Script = Callable[[dict[str, Any], int], str | None]
 """(question, turn number) -> text that the policy is made to say, or None to let it sample."""
@@ -62,7 +56,8 @@ class _Row:
     question: dict[str, Any]
     episode: Any
     trajectory: Trajectory
-    n_prompt: int
+    history: tuple[Any, ...]
+    """what the row has in its context; equal histories have equal caches"""
     turn_start: int = 0
     """policy tokens before the current turn"""
     observation: list[int] = field(default_factory=list)
@@ -120,6 +115,8 @@ class RolloutEngine:
         self.script = script
         self.n_rollouts = 0
         self.timings: dict[str, float] = defaultdict(float)
+        """seconds per stage of the latest rollout"""
+        self._observations: dict[tuple[Any, ...], list[int]] = {}
         image_processor = getattr(processor, "image_processor", None)
         self.images = ImageStore(image_processor) if image_processor is not None else None
         self.image_token_id = getattr(self._core.config, "image_token_id", None)
@@ -129,7 +126,10 @@ class RolloutEngine:
         self._pieces = _token_texts(self.tokenizer)
         last_characters = {stop[-1] for stop in self._stops}
         self._may_stop = torch.tensor(
-            [piece.rstrip()[-1:] in last_characters for piece in self._pieces]
+            [
+                token in self._end_ids or piece.rstrip()[-1:] in last_characters
+                for token, piece in enumerate(self._pieces)
+            ]
         )
 
     @property
@@ -181,6 +181,7 @@ class RolloutEngine:
             number = self.n_rollouts
             self.n_rollouts += 1
         self.timings.clear()
+        self._observations.clear()
         uniforms = np.random.default_rng([self.seed, number]).random(
             (first_row + len(questions), self.max_completion_tokens), dtype=np.float32
         )[first_row:]
@@ -194,8 +195,7 @@ class RolloutEngine:
                 wave = list(questions[start : start + self.max_rows])
                 wave_prompts = [prompts[id(question)] for question in wave]
                 wave_uniforms = uniforms[start : start + len(wave)]
-                run = _Wave(self, wave, wave_prompts, wave_uniforms, greedy)
-                trajectories += run.run()
+                trajectories += _Wave(self, wave, wave_prompts, wave_uniforms, greedy).run()
         return trajectories
 
     def prepare(self, question: dict[str, Any]) -> Prompt:
@@ -216,8 +216,11 @@ class RolloutEngine:
     ) -> tuple[list[int], list[EncodedImage]]:
         """Tokens and pictures of an observation; image marks become vision placeholders."""
         pictures = [self._encode(image) for image in images]
-        framed = text.replace(IMAGE_MARK, f"<|vision_start|>{IMAGE_MARK}<|vision_end|>")
-        return self._tokens_with_pictures(framed, IMAGE_MARK, pictures), pictures
+        key = (text, *(picture.n_tokens for picture in pictures))
+        if key not in self._observations:
+            framed = text.replace(IMAGE_MARK, f"<|vision_start|>{IMAGE_MARK}<|vision_end|>")
+            self._observations[key] = self._tokens_with_pictures(framed, IMAGE_MARK, pictures)
+        return self._observations[key], pictures
 
     def release_images(self) -> None:
         """Forgets the pictures of past rollouts."""
@@ -258,7 +261,7 @@ class RolloutEngine:
         text_config = self._core.config.get_text_config()
         was_training, attention = self.model.training, text_config._attn_implementation
         self.model.eval()
-        text_config._attn_implementation = "sdpa"
+        text_config._attn_implementation = SLOT_ATTENTION
         try:
             yield
         finally:
@@ -267,11 +270,7 @@ class RolloutEngine:
 
 
 class _Wave:
-    """Up to `max_rows` episodes that decode together.
-
-    Batch layout: positions [0, n_active) decode, the rows behind them wait for a tool. `rows[i]`,
-    `length[i]`, ... describe the episode at batch position i, and cache row i is its cache.
-    """
+    """Up to `max_rows` episodes that decode together; `rows[i]` is row i of the token batch."""
 
     def __init__(
         self,
@@ -282,65 +281,49 @@ class _Wave:
         greedy: bool,
     ) -> None:
         self.engine = engine
-        self.greedy = greedy
-        core = engine._core
-        self.backbone, self.head = core.model, core.get_output_embeddings()
-        self.device = self.head.weight.device
-        self.is_vlm = engine.image_token_id is not None
         self.prompts = prompts
         self.rows = [
             _start_row(engine, number, question, prompt)
             for number, (question, prompt) in enumerate(zip(questions, prompts, strict=True))
         ]
         self.trajectories = [row.trajectory for row in self.rows]
-        n, budget = len(self.rows), engine.max_completion_tokens
-        longest_prompt = max(len(prompt.token_ids) for prompt in prompts)
-        # one spare slot takes the padding of short observations
-        self.cache = SlotCache(n, longest_prompt + budget + 1)
-        _refuse_sliding_window(core, self.cache.n_slots)
-        self.n_active = n
-        long = {"dtype": torch.long, "device": self.device}
-        self.number = torch.arange(n, **long)
-        self.length = torch.zeros(n, **long)  # tokens in the cache
-        self.limit = torch.zeros(n, **long)  # cache length at which the episode's budget is spent
-        self.position = torch.zeros(n, **long)  # M-RoPE position of the next text token
-        self.n_sampled = torch.zeros(n, **long)  # policy tokens of the episode
-        self.turn_tokens = torch.zeros(n, **long)  # policy tokens of the turn
-        self.last_token = torch.zeros(n, **long)  # sampled, not yet in the cache
-        self.tokens = torch.zeros((n, budget), **long)  # [row number, policy token]
-        self.logprobs = torch.zeros((n, budget), device=self.device)
-        self.uniforms = torch.from_numpy(uniforms).to(self.device)
-        self.scripted = self._script_tensor() if engine.script else None
-        self.may_stop = engine._may_stop.to(self.device)
-        end_ids = torch.tensor(sorted(engine._end_ids), **long)
-        self.may_stop = self.may_stop.clone()
-        self.may_stop[end_ids] = True
-        self.suppressed = torch.tensor(engine._suppressed, **long)
-        self.slot_numbers = torch.arange(self.cache.n_slots, device=self.device)
-        self.features: dict[str, torch.Tensor] = {}
-        self.logits = torch.empty(0)
+        self.batch = TokenBatch(
+            engine._core,
+            len(prompts),
+            max(len(prompt.token_ids) for prompt in prompts),
+            engine.max_completion_tokens,
+            uniforms,
+            temperature=engine.temperature,
+            top_p=engine.top_p,
+            greedy=greedy,
+            suppressed=engine._suppressed,
+            merge_size=engine.images.merge_size if engine.images else 2,
+        )
+        self.may_stop = engine._may_stop.to(self.batch.device)
 
     def run(self) -> list[Trajectory]:
         """Runs all episodes to their end."""
-        engine = self.engine
-        workers = engine.tool_workers
-        pool = ThreadPoolExecutor(workers) if workers else None
+        engine, batch = self.engine, self.batch
+        pool = ThreadPoolExecutor(engine.tool_workers) if engine.tool_workers else None
         try:
             with engine.timed("prefill"):
-                self._prefill()
+                batch.prefill(
+                    [prompt.token_ids for prompt in self.prompts],
+                    [prompt.pictures for prompt in self.prompts],
+                    [id(prompt) for prompt in self.prompts],
+                )
+                self._open_turns(self.rows)
             while self.rows:
                 with engine.timed("sample"):
                     ended = self._sample()
                 with engine.timed("tools"):
                     ready, done = self._end_turns(ended, pool)
-                if ready or done or (pool is not None and self._has_waiting()):
-                    ready = self._arrange(ready, done, pool)
-                    while self.rows and not self.n_active:
-                        ready = self._arrange([], [], pool)
+                    if ready or done or (pool is not None and self._has_waiting()):
+                        ready = self._arrange(ready, done, pool)
                 if not self.rows:
                     break
                 with engine.timed("decode"):
-                    self._decode()
+                    batch.decode()
                 if ready:
                     with engine.timed("observe"):
                         self._observe(ready)
@@ -349,182 +332,51 @@ class _Wave:
                 pool.shutdown(cancel_futures=True)
         return self.trajectories
 
-    # ---------------------------------------------------------------- prefill
-
-    def _prefill(self) -> None:
-        """Reads every distinct prompt once and spreads its cache over the group."""
-        groups: list[tuple[Prompt, int]] = []
-        for prompt in self.prompts:
-            if groups and groups[-1][0] is prompt:
-                groups[-1] = (prompt, groups[-1][1] + 1)
-            else:
-                groups.append((prompt, 1))
-        logits, first = [], 0
-        for start in range(0, len(groups), 128):
-            chunk = groups[start : start + 128]
-            counts = [count for _, count in chunk]
-            cache = PrefillCache()
-            hidden, after = self._read(
-                [prompt.token_ids for prompt, _ in chunk],
-                [prompt.pictures for prompt, _ in chunk],
-                [0] * len(chunk),
-                cache,
-                masks=None,
-            )
-            self.cache.fill(cache, counts, first)
-            spread = torch.repeat_interleave(torch.tensor(counts, device=self.device))
-            logits.append(self.head(hidden)[spread])
-            rows = slice(first, first + len(spread))
-            lengths = [len(prompt.token_ids) for prompt, _ in chunk]
-            self.length[rows] = torch.tensor(lengths, device=self.device)[spread]
-            self.position[rows] = torch.tensor(after, device=self.device)[spread]
-            first += len(spread)
-        self.limit = self.length + self.engine.max_completion_tokens
-        self.logits = torch.cat(logits)
-
-    def _read(
-        self,
-        token_ids: list[list[int]],
-        pictures: list[list[EncodedImage]],
-        starts: list[int],
-        cache: Any,
-        masks: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, list[int]]:
-        """Runs right-padded rows through the backbone.
-
-        Args:
-            token_ids: B rows of tokens.
-            pictures: pictures of each row, in order of their placeholders.
-            starts: M-RoPE position of each row's first token.
-            cache: takes the keys and values.
-            masks: bool [B, 1, T, width]; None means causal among these tokens. Padding lies
-                behind a row's tokens, so no token sees it.
-
-        Returns:
-            Hidden state of each row's last token [B, hidden], and the next position of each row.
-        """
-        width = max(map(len, token_ids))
-        n = len(token_ids)
-        ids = np.zeros((n, width), dtype=np.int64)
-        positions = np.zeros((3, n, width), dtype=np.int64)
-        after = []
-        merge_size = self.engine.images.merge_size if self.engine.images else 2
-        for i, (row, images, start) in enumerate(zip(token_ids, pictures, starts, strict=True)):
-            ids[i, : len(row)] = row
-            positions[:, i, : len(row)], end = mrope_positions(
-                row, [p.grid for p in images], self.engine.image_token_id, merge_size, start
-            )
-            after.append(end)
-        inputs: dict[str, Any] = {"input_ids": torch.from_numpy(ids).to(self.device)}
-        shown = [picture for images in pictures for picture in images]
-        if shown:
-            new = [picture for picture in shown if picture.key not in self.features]
-            self.features |= encode_pictures(self.backbone, new)
-            features = tuple(self.features[picture.key] for picture in shown)
-            inputs["mm_encoder_outputs"] = {"image": SimpleNamespace(pooler_output=features)}
-        hidden = self._forward(inputs, torch.from_numpy(positions).to(self.device), cache, masks)
-        last = torch.tensor([len(row) - 1 for row in token_ids], device=self.device)
-        return hidden[torch.arange(n, device=self.device), last], after
-
-    def _forward(
-        self,
-        inputs: dict[str, Any],
-        positions: torch.Tensor,
-        cache: Any,
-        masks: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """Backbone call with explicit positions [3, B, T] and masks; hidden states [B, T, H]."""
-        return self.backbone(
-            **inputs,
-            position_ids=positions if self.is_vlm else positions[0],
-            attention_mask={"full_attention": masks, "sliding_attention": masks},
-            past_key_values=cache,
-            use_cache=True,
-        ).last_hidden_state
-
-    # ---------------------------------------------------------------- decode
+    # ---------------------------------------------------------------- a turn's end
 
     def _sample(self) -> list[int]:
-        """Draws one token per active row; returns the batch positions whose turn may be over."""
-        n = self.n_active
-        logits = self.logits.float() / self.engine.temperature
-        normalizer = torch.logsumexp(logits, dim=-1)
-        if self.greedy:
-            allowed = logits.index_fill(1, self.suppressed, -torch.inf)
-            token = allowed.argmax(dim=-1)
-        else:
-            probs = torch.exp(logits - normalizer[:, None])
-            probs[:, self.suppressed] = 0.0
-            if self.engine.top_p < 1.0:
-                probs = _nucleus(probs, self.engine.top_p)
-            draw = self.uniforms[self.number[:n], self.n_sampled[:n]]
-            token = _inverse_cdf(probs, draw)
-        if self.scripted is not None:
-            forced = self.scripted[self.number[:n], self.turn_tokens[:n]]
-            token = torch.where(forced >= 0, forced, token)
-        chosen = logits.gather(1, token[:, None])[:, 0] - normalizer
-        self.tokens[self.number[:n], self.n_sampled[:n]] = token
-        self.logprobs[self.number[:n], self.n_sampled[:n]] = chosen
-        self.last_token[:n] = token
-        self.n_sampled[:n] += 1
-        self.turn_tokens[:n] += 1
-        is_over = self.may_stop[token]
-        is_over |= self.turn_tokens[:n] >= self.engine.max_new_tokens_per_turn
-        is_over |= self.length[:n] + 1 >= self.limit[:n]
+        """Draws a token per active row; returns the rows whose turn may be over."""
+        batch, engine = self.batch, self.engine
+        n = batch.n_active
+        is_over = self.may_stop[batch.sample()]
+        is_over |= batch.n_in_turn[:n] >= engine.max_new_tokens_per_turn
+        is_over |= batch.length[:n] + 1 >= batch.limit[:n]
         return is_over.nonzero()[:, 0].tolist()
-
-    def _decode(self) -> None:
-        """Feeds the last token of every active row."""
-        n = self.n_active
-        slots = self.length[:n, None]
-        width = int(slots.max()) + 1
-        self.cache.select(n, slots, width)
-        masks = (self.slot_numbers[:width] <= slots)[:, None, None, :]
-        positions = self.position[:n, None].expand(3, n, 1)
-        hidden = self._forward(
-            {"input_ids": self.last_token[:n, None]}, positions, self.cache, masks
-        )
-        self.logits = self.head(hidden[:, -1])
-        self.length[:n] += 1
-        self.position[:n] += 1
-
-    # ---------------------------------------------------------------- turns
 
     def _end_turns(
         self, ended: list[int], pool: ThreadPoolExecutor | None
     ) -> tuple[list[int], list[int]]:
-        """Checks the given batch positions and passes finished turns to their episodes.
+        """Checks the given rows and passes finished turns to their episodes.
 
         Returns:
-            Positions with an observation to append, and positions whose episode is over.
+            Rows with an observation to append, and rows whose episode is over.
         """
-        ready, done = [], []
+        ready: list[int] = []
+        done: list[int] = []
         if not ended:
             return ready, done
-        index = torch.tensor(ended, device=self.device)
-        numbers = self.number[index]
-        tokens, logprobs = self.tokens[numbers].tolist(), self.logprobs[numbers].tolist()
-        sampled, n_turn = self.n_sampled[index].tolist(), self.turn_tokens[index].tolist()
-        lengths, limits = self.length[index].tolist(), self.limit[index].tolist()
+        batch, engine = self.batch, self.engine
+        index = torch.tensor(ended, device=batch.device)
+        numbers = batch.number[index]
+        tokens, logprobs = batch.tokens[numbers].tolist(), batch.logprobs[numbers].tolist()
+        n_sampled, n_in_turn = batch.n_sampled[index].tolist(), batch.n_in_turn[index].tolist()
+        rooms = (batch.limit[index] - batch.length[index] - 1).tolist()
         for i, place in enumerate(ended):
             row = self.rows[place]
-            turn = slice(row.turn_start, sampled[i])
+            turn = slice(row.turn_start, n_sampled[i])
             ids = tokens[i][turn]
-            is_complete = ids[-1] in self.engine._end_ids or self._at_stop(ids)
-            is_cut = n_turn[i] >= self.engine.max_new_tokens_per_turn or lengths[i] + 1 >= limits[i]
+            is_complete = ids[-1] in engine._end_ids or self._at_stop(ids)
+            is_cut = n_in_turn[i] >= engine.max_new_tokens_per_turn or rooms[i] <= 0
             if not is_complete and not is_cut:
                 continue
-            text = self.engine.tokenizer.decode(ids, skip_special_tokens=True)
-            row.turn_start = sampled[i]
+            text = engine.tokenizer.decode(ids, skip_special_tokens=True)
+            row.turn_start = n_sampled[i]
             row.trajectory.turns.append(Turn(text, ids, logprobs[i][turn], {}))
             if pool is not None:
                 row.future = pool.submit(row.episode.step, text, truncated=not is_complete)
                 continue
             step = row.episode.step(text, truncated=not is_complete)
-            if self._apply(row, step, limits[i] - lengths[i] - 1):
-                ready.append(place)
-            else:
-                done.append(place)
+            (ready if self._apply(row, step, rooms[i]) else done).append(place)
         return ready, done
 
     def _at_stop(self, ids: list[int]) -> bool:
@@ -539,7 +391,7 @@ class _Wave:
         Args:
             row: the episode.
             step: what `Episode.step` returned.
-            room: tokens left in the episode's budget, the turn's last token already counted.
+            room: tokens left in the episode's budget.
         """
         trajectory, turn = row.trajectory, row.trajectory.turns[-1]
         turn.action = action_dict(step.action)
@@ -560,7 +412,10 @@ class _Wave:
             return False
         turn.observation_ids = row.observation = ids
         row.pictures = pictures
+        row.history = (row.history, *turn.token_ids, None, *ids, *(p.key for p in pictures))
         return True
+
+    # ---------------------------------------------------------------- between tokens
 
     def _arrange(
         self, ready: list[int], done: list[int], pool: ThreadPoolExecutor | None
@@ -568,92 +423,54 @@ class _Wave:
         """Reorders the batch: rows that decode first, then those that wait for a tool.
 
         Returns:
-            The positions of the rows with an observation, after the reordering.
+            The rows with an observation, after the reordering.
         """
-        if pool is not None:
-            ready, done = self._collect(ready, done)
-        gone, ready_rows = set(done), {self.rows[i].number for i in ready}
-        stay = [i for i in range(len(self.rows)) if i not in gone]
-        active = [i for i in stay if self.rows[i].future is None]
-        parked = [i for i in stay if self.rows[i].future is not None]
-        order = _fill_holes(active, 0) + _fill_holes(parked, len(active))
-        width = int(self.length.max()) + 1 if len(self.length) else 0
-        target = [place for place, source in enumerate(order) if place != source]
-        if target:
-            source = torch.tensor([order[place] for place in target], device=self.device)
-            self.cache.move(torch.tensor(target, device=self.device), source, width)
-        index = torch.tensor(order, dtype=torch.long, device=self.device)
-        for name in (
-            "number", "length", "limit", "position", "n_sampled", "turn_tokens", "last_token",
-        ):  # fmt: skip
-            setattr(self, name, getattr(self, name)[index])
-        self.rows = [self.rows[i] for i in order]
-        self.n_active = len(active)
-        return [i for i in range(self.n_active) if self.rows[i].number in ready_rows]
+        while True:
+            if pool is not None:
+                self._collect(ready, done)
+            gone, ready_numbers = set(done), {self.rows[i].number for i in ready}
+            stay = [i for i in range(len(self.rows)) if i not in gone]
+            active = [i for i in stay if self.rows[i].future is None]
+            waiting = [i for i in stay if self.rows[i].future is not None]
+            self.rows = [self.rows[i] for i in self.batch.reorder(active, waiting)]
+            if active or not waiting:
+                return [i for i in range(len(active)) if self.rows[i].number in ready_numbers]
+            ready, done = [], []
 
     def _has_waiting(self) -> bool:
         return any(row.future is not None for row in self.rows)
 
-    def _collect(self, ready: list[int], done: list[int]) -> tuple[list[int], list[int]]:
+    def _collect(self, ready: list[int], done: list[int]) -> None:
         """Takes over the answers of tools that have finished; waits if nothing else can be done."""
         waiting = {i: row.future for i, row in enumerate(self.rows) if row.future is not None}
         if waiting and len(waiting) + len(done) == len(self.rows):
             wait(waiting.values(), return_when=FIRST_COMPLETED)
         for place, future in waiting.items():
-            if not future.done():
-                continue
-            row = self.rows[place]
-            row.future = None
-            room = int(self.limit[place] - self.length[place]) - 1
-            (ready if self._apply(row, future.result(), room) else done).append(place)
-        return ready, done
+            if future.done():
+                row = self.rows[place]
+                row.future = None
+                goes_on = self._apply(row, future.result(), self.batch.room(place))
+                (ready if goes_on else done).append(place)
 
     def _observe(self, places: list[int]) -> None:
-        """Appends the observations of the rows at `places` to the cache and opens their turns."""
+        """Appends the observations of these rows and opens their next turns."""
         rows = [self.rows[place] for place in places]
-        index = torch.tensor(places, device=self.device)
-        before = self.length[index]
-        longest = max(len(row.observation) for row in rows)
-        slots = before[:, None] + torch.arange(longest, device=self.device)
-        slots.clamp_(max=self.cache.n_slots - 1)
-        width = int(slots.max()) + 1
-        masks = (self.slot_numbers[:width] <= slots[:, :, None])[:, None]
-        self.cache.select(index, slots, width)
-        hidden, after = self._read(
+        self.batch.append(
+            places,
             [row.observation for row in rows],
             [row.pictures for row in rows],
-            self.position[index].tolist(),
-            self.cache,
-            masks,
+            [row.history for row in rows],
         )
-        self.logits[index] = self.head(hidden)
-        lengths = torch.tensor([len(row.observation) for row in rows], device=self.device)
-        self.length[index] = before + lengths
-        self.position[index] = torch.tensor(after, device=self.device)
-        self.turn_tokens[index] = 0
+        self._open_turns(rows)
+
+    def _open_turns(self, rows: list[_Row]) -> None:
+        """Hands the next scripted turn to the batch, if there is a script."""
+        if self.engine.script is None:
+            return
         for row in rows:
-            row.observation, row.pictures = [], []
-        if self.scripted is not None:
-            for row in rows:
-                self._write_script(row)
-
-    # ---------------------------------------------------------------- scripted turns
-
-    def _script_tensor(self) -> torch.Tensor:
-        """Tokens that each row is made to say in its turn, -1 where it is free."""
-        shape = (len(self.rows), self.engine.max_new_tokens_per_turn + 1)
-        self.scripted = torch.full(shape, -1, dtype=torch.long, device=self.device)
-        for row in self.rows:
-            self._write_script(row)
-        return self.scripted
-
-    def _write_script(self, row: _Row) -> None:
-        self.scripted[row.number] = -1
-        text = self.engine.script(row.question, len(row.trajectory.turns))
-        if text is not None:
-            ids = self.engine.tokenizer(text, add_special_tokens=False)["input_ids"]
-            ids = ids[: self.scripted.shape[1]]
-            self.scripted[row.number, : len(ids)] = torch.tensor(ids, device=self.device)
+            text = self.engine.script(row.question, len(row.trajectory.turns))
+            ids = text and self.engine.tokenizer(text, add_special_tokens=False)["input_ids"]
+            self.batch.force(row.number, ids or None)
 
 
 def _start_row(
@@ -668,7 +485,7 @@ def _start_row(
         images=prompt.images,
     )
     episode = engine.environment.start(question)
-    return _Row(number, question, episode, trajectory, len(prompt.token_ids))
+    return _Row(number, question, episode, trajectory, history=(id(prompt),))
 
 
 def _user_text(messages: list[dict[str, Any]]) -> str:
@@ -676,32 +493,6 @@ def _user_text(messages: list[dict[str, Any]]) -> str:
     if isinstance(content, str):
         return content
     return "".join(part["text"] for part in content if part["type"] == "text")
-
-
-def _fill_holes(members: list[int], start: int) -> list[int]:
-    """Order of `members` in places start, start + 1, ... that leaves most of them where they are."""
-    places = range(start, start + len(members))
-    outside = [member for member in members if member not in places]
-    inside = {member for member in members if member in places}
-    return [place if place in inside else outside.pop() for place in places]
-
-
-def _inverse_cdf(probs: torch.Tensor, draw: torch.Tensor) -> torch.Tensor:
-    """Token whose cumulative share of the (unnormalised) probs [n, V] contains draw [n]."""
-    cumulative = probs.cumsum(dim=-1)
-    threshold = draw[:, None] * cumulative[:, -1:]
-    token = torch.searchsorted(cumulative, threshold, right=True)[:, 0]
-    # rounding can put the threshold at the very end, behind the last token with any mass
-    last = probs.shape[-1] - 1 - (probs.flip(-1) > 0).int().argmax(dim=-1)
-    return torch.minimum(token, last)
-
-
-def _nucleus(probs: torch.Tensor, top_p: float) -> torch.Tensor:
-    """Zeroes tokens outside the smallest set whose mass reaches top_p of the total."""
-    ordered, index = probs.sort(dim=-1, descending=True)
-    before = ordered.cumsum(dim=-1) - ordered
-    ordered[before >= top_p * ordered.sum(dim=-1, keepdim=True)] = 0.0
-    return torch.zeros_like(probs).scatter(1, index, ordered)
 
 
 def _end_token_ids(core: Any, tokenizer: Any) -> set[int]:
@@ -715,14 +506,3 @@ def _token_texts(tokenizer: Any) -> list[str]:
     """Text of every token by itself, special tokens empty; enough to recognise an ASCII ending."""
     ids = [[i] for i in range(len(tokenizer))]
     return tokenizer.batch_decode(ids, skip_special_tokens=True)
-
-
-def _refuse_sliding_window(core: Any, n_slots: int) -> None:
-    config = core.config.get_text_config()
-    window = getattr(config, "sliding_window", None)
-    layers = getattr(config, "layer_types", None) or []
-    if window and "sliding_attention" in layers and n_slots > window:
-        raise ValueError(
-            f"episodes of up to {n_slots} tokens do not fit the model's sliding window of {window};"
-            " lower the completion budget or set use_sliding_window to false in its config"
-        )

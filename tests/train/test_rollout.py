@@ -7,7 +7,8 @@ import torch
 
 from environments.dialects import MMSEARCH_R1
 from environments.episode import SearchEnvironment
-from train.rollout import _fill_holes, _inverse_cdf, _nucleus
+from train.batch import fill_holes
+from train.sampling import inverse_cdf, nucleus
 
 # fp32 with sums in another order: about 1e-6 here; 1e-4 is what a position or mask error exceeds
 TOLERANCE = 1e-4
@@ -249,23 +250,23 @@ def test_inverse_cdf_picks_the_token_that_owns_the_draw():
     probs = torch.tensor([[0.0, 0.2, 0.3, 0.5, 0.0]]).repeat(5, 1)
     draws = torch.tensor([0.0, 0.19, 0.21, 0.51, 1.0])
     # mass runs 0-0.2 for token 1, 0.2-0.5 for token 2, 0.5-1 for token 3; 4 has none
-    assert _inverse_cdf(probs, draws).tolist() == [1, 1, 2, 3, 3]
+    assert inverse_cdf(probs, draws).tolist() == [1, 1, 2, 3, 3]
 
 
 def test_inverse_cdf_frequencies_match_the_probabilities():
     probs = torch.tensor([0.1, 0.6, 0.3]).repeat(20_000, 1)
     draws = torch.rand(20_000, generator=torch.Generator().manual_seed(0))
-    share = torch.bincount(_inverse_cdf(probs, draws), minlength=3) / 20_000
+    share = torch.bincount(inverse_cdf(probs, draws), minlength=3) / 20_000
     # standard error of a share is at most sqrt(0.25 / 20000) = 0.0035
     assert torch.allclose(share, torch.tensor([0.1, 0.6, 0.3]), atol=0.015)
 
 
 def test_nucleus_keeps_the_smallest_set_that_reaches_top_p():
-    kept = _nucleus(torch.tensor([[0.1, 0.4, 0.2, 0.3]]), 0.65)
+    kept = nucleus(torch.tensor([[0.1, 0.4, 0.2, 0.3]]), 0.65)
     assert kept.tolist() == [[0.0, pytest.approx(0.4), 0.0, pytest.approx(0.3)]]
 
 
 def test_fill_holes_moves_only_what_lies_outside():
-    assert _fill_holes([0, 2, 5, 3], 0) == [0, 5, 2, 3]
-    assert _fill_holes([1, 4], 4) == [4, 1]
-    assert _fill_holes([], 3) == []
+    assert fill_holes([0, 2, 5, 3], 0) == [0, 5, 2, 3]
+    assert fill_holes([1, 4], 4) == [4, 1]
+    assert fill_holes([], 3) == []
