@@ -178,3 +178,10 @@ def test_stats_that_are_no_stats_are_an_error(make_trio, tmp_path):
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(MergeError, match="truncated"):
         load_stats(path)
+
+
+def test_dropout_is_off_while_collecting(builders):
+    model = builders["text_model"](attention_dropout=0.5).train()
+    batch = padded(SEQUENCES, "left")
+    first, second = (collect_second_moments(model, [batch]) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
