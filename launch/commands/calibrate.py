@@ -94,7 +94,9 @@ def calibrate_parent(config: Config, role: str) -> Path:
     model, processor = load_policy(folder)
     model.eval()
     make_batches = _vlm_batches if role == "vlm" else _agent_batches
-    stats = collect_second_moments(model, make_batches(config, model, processor))
+    # All data first: what the model generates on the way must not count as calibration tokens.
+    batches = list(make_batches(config, model, processor))
+    stats = collect_second_moments(model, batches)
     path = stats_path(config, role)
     path.parent.mkdir(parents=True, exist_ok=True)
     save_stats(stats, path, model_sha256=hash_checkpoint(folder))
