@@ -320,7 +320,9 @@ def _resolve_folder(source: str, role: str) -> Path:
         return folder
     if folder.exists():
         raise MergeError(f"{role} {source}: is a file; give the checkpoint's folder")
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", source) or source.startswith("."):
+    # `runs/vlm` could be a hub id; where a folder `runs` is there, a mistyped path is likelier.
+    is_hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source) and not folder.parent.is_dir()
+    if not is_hub_id:
         raise MergeError(f"{role} {source}: no such folder; check models.{role}")
     from huggingface_hub import snapshot_download
 

@@ -348,6 +348,28 @@ def test_a_missing_checkpoint_is_an_error(make_trio, tmp_path, role):
     )
 
 
+def test_a_hub_id_is_looked_up_unless_its_first_part_is_a_folder_here(
+    make_trio, tmp_path, monkeypatch
+):
+    trio = make_trio()
+    asked = []
+
+    def download(source, **_):
+        asked.append(source)
+        if source == "someone/vlm":
+            return trio.paths["vlm"]
+        raise OSError("offline")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    monkeypatch.chdir(tmp_path)
+    record = run(trio, tmp_path / "out", vlm="someone/vlm", method="ties", dry_run=True)
+    assert record["dry_run"]
+    refuse(trio, tmp_path, r"the hub does not give it \(OSError\)", agent="someone/else")
+    (tmp_path / "runs").mkdir()
+    refuse(trio, tmp_path, r"agent runs/else: no such folder; check", agent="runs/else")
+    assert asked == ["someone/vlm", "someone/else"]
+
+
 def test_a_truncated_shard_is_an_error(fresh_trio, tmp_path):
     shard = sorted(Path(fresh_trio.paths["agent"]).glob("*.safetensors"))[1]
     shard.write_bytes(shard.read_bytes()[:-100])
