@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", help="folder, hub id or atlas://NAME")
     add_config_arguments(parser)
     parser.add_argument("--arm", help="name in tables (default: the checkpoint's last part)")
-    parser.add_argument("--output", metavar="DIR", help="default: eval/ARM in the settings' output")
+    parser.add_argument("--output", metavar="DIR", help="default: eval/ARM beside the settings' output")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier evaluation")
 
 
@@ -37,7 +37,7 @@ def run(options: argparse.Namespace) -> int:
     """Evaluate and print the four parts."""
     config = read_config(options)
     arm = options.arm or Path(options.checkpoint.rstrip("/")).name
-    output = Path(options.output or Path(config.output) / "eval" / arm)
+    output = Path(options.output or Path(config.output).parent / "eval" / arm)
     record = evaluate_checkpoint(
         config, options.checkpoint, output,
         arm=arm, command=command_line(), overwrite=options.overwrite,

@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Output and the three statistics; the recipe is configuration."""
     add_config_arguments(parser)
     parser.add_argument(
-        "--output", metavar="DIR", help="default: merged/METHOD in the settings' output"
+        "--output", metavar="DIR", help="default: merged/METHOD beside the settings' output"
     )
     parser.add_argument(
         "--stats", metavar="DIR", help="folder that `obm calibrate` wrote (default: the settings')"
@@ -39,7 +39,7 @@ def run(options: argparse.Namespace) -> int:
     """Plan or merge."""
     extra = [f"calibration.output={options.stats}"] if options.stats else []
     config = read_config(options, *extra)
-    output = Path(options.output or Path(config.output) / "merged" / config.merge.method)
+    output = Path(options.output or Path(config.output).parent / "merged" / config.merge.method)
     record = merge_checkpoints(config, output, overwrite=options.overwrite, dry_run=options.dry_run)
     if options.dry_run:
         print(record["table"])
