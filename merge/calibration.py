@@ -24,9 +24,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from merge.checkpoint import SafetensorsFile, write_tensors
 from merge.errors import MergeError
 from merge.families import Family, get_family
+from merge.shards import SafetensorsFile, write_tensors
 
 FORMAT = "obm-warmstart second moments 1"
 ATTENTION_RULE = "attention_mask"

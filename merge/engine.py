@@ -27,36 +27,18 @@ from tqdm import tqdm
 
 from merge.calibration import SecondMoments, load_stats
 from merge.card import render_card
-from merge.checkpoint import (
-    DTYPES,
-    INDEX_NAME,
-    Checkpoint,
-    SafetensorsFile,
-    hash_file,
-    tensor_bytes,
-    write_safetensors,
-)
+from merge.checkpoint import Checkpoint
 from merge.errors import MergeError
 from merge.methods import COMBINATIONS, METHODS, NORMALIZATIONS, MethodSettings, Statistics
-from merge.plan import COPIES, MergePlan, PlannedTensor, format_plan, make_plan, resolve_scope
+from merge.output import RECORD_NAME, check_output, copy_companions, move_into_place
+from merge.plan import MergePlan, PlannedTensor, format_plan, make_plan, resolve_scope
+from merge.report import figures, group_figures, total_figures
+from merge.shards import DTYPES, hash_file, tensor_bytes, write_safetensors
 
 logger = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 1
 TASKS = ("vlm", "agent")
-RECORD_NAME = "merge.json"
-
-# What a checkpoint needs beside its weights: configuration, tokenizer, processor, chat template.
-COPIED_SUFFIXES = (".json", ".jinja", ".txt", ".model")
-COPIED_NAMES = ("LICENSE", "LICENSE.md", "NOTICE")
-COPIED_FOLDERS = ("additional_chat_templates", "chat_templates")
-NOT_COPIED = (
-    RECORD_NAME,
-    "adapter_config.json",
-    "all_results.json",
-    "train_results.json",
-    "trainer_state.json",
-)
 
 
 def merge(
@@ -112,7 +94,7 @@ def merge(
         role: Checkpoint(source, role)
         for role, source in zip(("base", "vlm", "agent"), (base, vlm, agent), strict=True)
     }
-    _check_output(output, parents, overwrite)
+    check_output(output, parents, overwrite)
     plan = make_plan(**parents, method=method, scope=scope)
     moments = _load_moments(stats, plan)
 
@@ -149,19 +131,19 @@ def merge(
     try:
         part.mkdir(parents=True)
         counts = _write_weights(part, plan, parents, moments, settings)
-        _copy_companions(parents["vlm"].folder, part)
+        copy_companions(parents["vlm"].folder, part)
         for name, count in counts.items():
-            tensors[name].update(_report(count))
+            tensors[name].update(figures(count))
         record["output"] = {
             "files": {p.name: hash_file(p) for p in sorted(part.glob("*.safetensors"))}
         }
-        record["totals"] = _total(plan, counts)
-        record["groups"] = _group_totals(plan, counts)
+        record["totals"] = total_figures(plan, counts)
+        record["groups"] = group_figures(plan, counts)
         record["unused"] = [list(entry) for entry in plan.unused]
         record["tensors"] = tensors
         (part / "README.md").write_text(render_card(record, output.name), encoding="utf-8")
         (part / RECORD_NAME).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        _move_into_place(part, output)
+        move_into_place(part, output)
     except OSError as error:
         raise MergeError(f"{output}: cannot be written ({error}); choose another output") from error
     finally:
@@ -191,31 +173,6 @@ def _check_settings(settings: MethodSettings, saliency: str) -> None:
     ):
         if value not in allowed:
             raise MergeError(f"merge.{key}: {value!r} is unknown; choose {', '.join(allowed)}")
-
-
-def _check_output(output: Path, parents: Mapping[str, Checkpoint], overwrite: bool) -> None:
-    for role, parent in parents.items():
-        if output.resolve() in (parent.folder.resolve(), *parent.folder.resolve().parents):
-            raise MergeError(f"{output}: is or holds the {role} itself; choose another output")
-    if output.is_file():
-        raise MergeError(f"{output}: is a file; choose another output")
-    if not output.exists() or not any(output.iterdir()):
-        n_needed = sum(path.path.stat().st_size for path in parents["vlm"].files)
-        existing = next(p for p in (output, *output.absolute().parents) if p.exists())
-        n_free = shutil.disk_usage(existing).free
-        if n_free < n_needed:
-            raise MergeError(
-                f"{output}: needs {n_needed / 1e9:.1f} GB, the disk has {n_free / 1e9:.1f} GB "
-                "free; free space or choose another output"
-            )
-        return
-    if not overwrite:
-        raise MergeError(f"{output}: exists; choose another output, or pass --overwrite")
-    if not (output / RECORD_NAME).exists():
-        raise MergeError(
-            f"{output}: exists and was not written by a merge (no {RECORD_NAME}), so it is not "
-            "overwritten; choose another output, or remove it yourself"
-        )
 
 
 def _load_moments(
@@ -360,94 +317,6 @@ def _encode(value: Tensor, tensor: PlannedTensor) -> bytes:
             f"{tensor.name}: a merged value does not fit {tensor.dtype}; lower merge.weights"
         )
     return tensor_bytes(encoded)
-
-
-def _copy_companions(source: Path, folder: Path) -> None:
-    for path in sorted(source.iterdir()):
-        is_wanted = path.suffix in COPIED_SUFFIXES or path.name in COPIED_NAMES
-        is_index = path.name.endswith(".index.json") and path.name != INDEX_NAME
-        if path.is_file() and is_wanted and path.name not in NOT_COPIED and not is_index:
-            shutil.copyfile(path, folder / path.name)
-        elif path.is_dir() and path.name in COPIED_FOLDERS:
-            shutil.copytree(path, folder / path.name)
-    _write_index(folder)
-
-
-def _write_index(folder: Path) -> None:
-    """Gives shards that came without an index one, since transformers cannot find them without."""
-    shards = sorted(folder.glob("model-*-of-*.safetensors"))
-    if not shards or (folder / INDEX_NAME).exists():
-        return
-    weight_map = {
-        name: shard.name for shard in shards for name in sorted(SafetensorsFile(shard).tensors)
-    }
-    n_bytes = sum(
-        info.n_bytes for shard in shards for info in SafetensorsFile(shard).tensors.values()
-    )
-    index = {"metadata": {"total_size": n_bytes}, "weight_map": weight_map}
-    (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def _move_into_place(part: Path, output: Path) -> None:
-    if not output.exists() or not any(output.iterdir()):
-        part.replace(output)
-        return
-    old = output.with_name(f".{output.name}.old-{os.getpid()}")
-    output.replace(old)
-    try:
-        part.replace(output)
-    except OSError:
-        with suppress(OSError):
-            old.replace(output)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
-# ---- report
-
-
-def _total(plan: MergePlan, counts: Mapping[str, Statistics]) -> dict[str, Any]:
-    n_copied = sum(tensor.action in COPIES for tensor in plan.tensors)
-    return {
-        "tensors_merged": len(plan.tensors) - n_copied,
-        "tensors_copied": n_copied,
-        **_report(_add_up(list(counts.values()))),
-    }
-
-
-def _group_totals(plan: MergePlan, counts: Mapping[str, Statistics]) -> dict[str, Any]:
-    group_of = {tensor.name: tensor.group for tensor in plan.tensors}
-    groups = sorted({group_of[name] for name in counts})
-    return {
-        group: _report(_add_up([c for name, c in counts.items() if group_of[name] == group]))
-        for group in groups
-    }
-
-
-def _add_up(counts: list[Statistics]) -> Statistics:
-    total: Statistics = {
-        "entries": sum(count["entries"] for count in counts),
-        "conflicts": sum(count["conflicts"] for count in counts),
-        "update_square": math.fsum(count["update_square"] for count in counts),
-    }
-    for key in ("kept", "conflicts_won", "delta_square"):
-        total[key] = {task: math.fsum(count[key][task] for count in counts) for task in TASKS}
-    return total
-
-
-def _report(count: Statistics) -> dict[str, Any]:
-    """Turns counts into the shares that merge.json states."""
-    entries, conflicts = count["entries"], count["conflicts"]
-    return {
-        "entries": entries,
-        "density": {task: n / max(entries, 1) for task, n in count["kept"].items()},
-        "conflicts": conflicts,
-        "conflicts_won": {
-            task: n / max(conflicts, 1) for task, n in count["conflicts_won"].items()
-        },
-        "delta_norm": {task: math.sqrt(square) for task, square in count["delta_square"].items()},
-        "update_norm": math.sqrt(count["update_square"]),
-    }
 
 
 def _version() -> str:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from merge.checkpoint import MERGEABLE_DTYPES, Checkpoint, TensorInfo
+from merge.checkpoint import Checkpoint
 from merge.errors import MergeError
 from merge.families import (
     EMBED_TOKENS,
@@ -26,6 +26,7 @@ from merge.families import (
     group_of,
 )
 from merge.methods import METHODS
+from merge.shards import MERGEABLE_DTYPES, TensorInfo
 
 COPIES = ("vlm", "base")
 DEFAULT_SCOPE = {LINEAR: "method", NORM_BIAS: "task_arithmetic", EMBEDDING: "vlm"}

@@ -10,10 +10,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
 from merge.calibration import SecondMoments, load_stats, save_stats
-from merge.checkpoint import Checkpoint, hash_checkpoint, hash_file
+from merge.checkpoint import Checkpoint, hash_checkpoint
 from merge.engine import merge, restore_parents
 from merge.errors import MergeError
 from merge.methods import METHODS
+from merge.shards import hash_file
 
 EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")
 
