@@ -1,4 +1,4 @@
-"""Retrieval back ends behind the search tools: BM25 over passages, nearest pictures by plain colour features."""
+"""Back ends of the search tools: BM25 over passages, nearest pictures by plain colour features."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ from PIL import Image
 
 from environments.tools import Hit
 
-TITLE_WEIGHT = 3  # the title is indexed this many times: it lifts "REL of NAME" above passages that only mention NAME
+# The title is indexed this often: it lifts "REL of NAME" above passages that only mention NAME.
+TITLE_WEIGHT = 3
 SNIPPET_WORDS = 40
-STOP_WORDS = frozenset(
-    "a an and are as at by for from in is it its of on or that the this to was what which with".split()
-)
+STOP_WORDS = frozenset({
+    "a", "an", "and", "are", "as", "at", "by", "for", "from", "in", "is", "it", "its", "of", "on",
+    "or", "that", "the", "this", "to", "was", "what", "which", "with",
+})  # fmt: skip
 
 
 class BM25TextIndex:
@@ -43,7 +45,7 @@ class BM25TextIndex:
         self._bm25.index((token_ids, self._vocabulary), show_progress=False)
 
     def search(self, queries: list[str], k: int) -> list[list[Hit]]:
-        """The k best passages for each query, best first; passages that share no word with it are left out."""
+        """The k best passages for each query, best first; those that share no word are left out."""
         return [list(self._search_one(query, k)) for query in queries]
 
     @functools.lru_cache(maxsize=65536)  # noqa: B019 - an index lives as long as its process
@@ -52,9 +54,8 @@ class BM25TextIndex:
         if not known:
             return ()
         scores = self._bm25.get_scores_from_ids(known)
-        best = np.argsort(-scores, kind="stable")[
-            :k
-        ]  # stable: ties go to the earlier passage, on every machine
+        # stable: ties go to the earlier passage, on every machine
+        best = np.argsort(-scores, kind="stable")[:k]
         return tuple(
             Hit(
                 id=self.ids[i],
@@ -68,7 +69,7 @@ class BM25TextIndex:
 
 
 class ColourImageIndex:
-    """Nearest pictures by 110 plain numbers: a 10x10 thumbnail with global and 3x3 colour histograms.
+    """Nearest pictures by 380 plain numbers: a 10x10 thumbnail and soft colour histograms.
 
     Several views may stand for one entry (multi-view); an entry scores as its best view.
 
@@ -122,12 +123,14 @@ def split_words(text: str) -> list[str]:
 
 
 def cut_snippet(text: str, query: str, n_words: int = SNIPPET_WORDS) -> str:
-    """The sentences of a passage that share most words with the query, in the passage's order, at most n_words long."""
+    """The sentences of a passage that share most words with the query, at most n_words in all.
+
+    They keep the passage's order.
+    """
     wanted = set(split_words(query))
     sentences = re.split(r"(?<=[.!?]) ", text)
-    ranked = sorted(
-        range(len(sentences)), key=lambda i: (-len(wanted & set(split_words(sentences[i]))), i)
-    )
+    n_shared = [len(wanted & set(split_words(sentence))) for sentence in sentences]
+    ranked = sorted(range(len(sentences)), key=lambda i: (-n_shared[i], i))
     kept: list[int] = []
     room = n_words
     for i in ranked:
@@ -139,21 +142,25 @@ def cut_snippet(text: str, query: str, n_words: int = SNIPPET_WORDS) -> str:
 
 
 def colour_features(image: Image.Image) -> np.ndarray:
-    """Features of a picture, float32: normalised 10x10 RGB thumbnail, global and 3x3 soft colour histograms.
+    """Features of a picture: normalised 10x10 thumbnail, global and 3x3 soft colour histograms.
 
-    Every part is scaled by its length, so that the L1 distance weighs thumbnail and histograms alike.
+    Every part is scaled by its length, so that the L1 distance weighs thumbnail and histograms
+    alike.
+
+    Args:
+        image: any size and mode.
+
+    Returns:
+        float32 vector [380]: 300 of the thumbnail, 8 global bins, 72 bins of the 3x3 cells.
     """
-    rgb = (
-        np.asarray(image.convert("RGB").resize((30, 30), Image.Resampling.BOX), dtype=np.float32)
-        / 255
-    )
+    small = image.convert("RGB").resize((30, 30), Image.Resampling.BOX)
+    rgb = np.asarray(small, dtype=np.float32) / 255
     thumbnail = rgb.reshape(10, 3, 10, 3, 3).mean((1, 3))
     chroma = _opponent_colours(thumbnail)
     bins = _soft_histogram(_opponent_colours(rgb))
     cells = bins.reshape(3, 10, 3, 10, -1).mean((1, 3))
-    return np.concatenate(
-        [chroma.ravel() / chroma.size * 4, bins.mean((0, 1)), cells.ravel() / 9]
-    ).astype(np.float32)
+    parts = [chroma.ravel() / chroma.size * 4, bins.mean((0, 1)), cells.ravel() / 9]
+    return np.concatenate(parts).astype(np.float32)
 
 
 def _opponent_colours(rgb: np.ndarray) -> np.ndarray:

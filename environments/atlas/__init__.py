@@ -1,1 +1,1 @@
-"""The atlas: an embedded search world of flags seen in photos and facts behind text search, from real data."""
+"""The atlas: an embedded search world from real data, flags in photos and facts behind search."""

@@ -1,4 +1,7 @@
-"""The atlas's entities: countries and territories with facts, a flag, a split, and whether the tiny VLM has seen them."""
+"""The atlas's entities: countries and territories, each with facts, a flag and a split.
+
+An entity also says whether the tiny VLM has seen its flag.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,8 @@ import io
 import json
 from dataclasses import dataclass
 from importlib.resources import files
+from importlib.resources.abc import Traversable
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -22,7 +27,8 @@ HEADLINE_RELATIONS = (
     "longest border",
 )
 
-# Passages group facts by topic, so that a passage holds distractor facts beside the one that is asked for.
+# Passages group facts by topic, so that a passage holds distractor facts beside the one that is
+# asked for.
 TOPICS = {
     "government": ("capital", "legislature", "national anthem"),
     "geography": ("highest point", "longest border", "internet code"),
@@ -31,13 +37,14 @@ TOPICS = {
 }
 TOPIC_OF = {relation: topic for topic, relations in TOPICS.items() for relation in relations}
 
-# A VLM knows much of the world: it has seen this share of the flags of every split, and never a fact about them.
+# A VLM knows much of the world: it has seen this share of the flags of every split, and never a
+# fact about them.
 SEEN_SHARE = 2 / 3
 
 
 @dataclass(frozen=True)
 class Entity:
-    """One place: `relations` maps a relation's name to its accepted answers, the canonical one first."""
+    """One place; `relations` maps each relation to its accepted answers, canonical one first."""
 
     iso: str
     name: str
@@ -53,7 +60,7 @@ class Entity:
         return list(dict.fromkeys((self.name, *self.aliases)))
 
 
-def _data(*parts: str):
+def _data(*parts: str) -> Traversable:
     return files("environments.atlas").joinpath("data", *parts)
 
 
@@ -76,8 +83,8 @@ def load_entities() -> dict[str, Entity]:
     }
 
 
-def _seen_entities(records: dict) -> set[str]:
-    """Two thirds of every split, chosen by a hash of the code so that the choice never depends on order."""
+def _seen_entities(records: dict[str, dict[str, Any]]) -> set[str]:
+    """Two thirds of every split, chosen by a hash of the code: it never depends on the order."""
     seen: set[str] = set()
     for split in SPLITS:
         members = sorted(
@@ -91,6 +98,5 @@ def _seen_entities(records: dict) -> set[str]:
 @functools.cache
 def load_flag(iso: str) -> np.ndarray:
     """The flat flag as an array [96, 128, 3] of uint8."""
-    return np.asarray(
-        Image.open(io.BytesIO(_data("flags", f"{iso}.png").read_bytes())).convert("RGB")
-    )
+    png = _data("flags", f"{iso}.png").read_bytes()
+    return np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))

@@ -1,7 +1,8 @@
 """The atlas's corpus: short passages about every entity, written by templates from the facts.
 
-Every fact stands in one passage beside distractor facts of the same topic. Each entity also has an overview that states
-none of them: a search for the bare name finds that, so an agent must ask for what it wants to know.
+Every fact stands in one passage beside distractor facts of the same topic. Each entity also has an
+overview and a news item that state none of them: a search for the bare name finds those, so an
+agent must ask for what it wants to know.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def passage_id(iso: str, relation: str) -> str:
 
 
 def state_facts(name: str, facts: list[tuple[str, str]], rng: random.Random) -> str:
-    """Sentences that state (relation, value) pairs about `name`, each in a wording of the generator's choice."""
+    """Sentences that state (relation, value) pairs about `name`; `rng` chooses each wording."""
     return " ".join(
         rng.choice(FACT_WORDINGS).format(name=name, relation=relation, value=value)
         for relation, value in facts
@@ -55,22 +56,13 @@ def state_facts(name: str, facts: list[tuple[str, str]], rng: random.Random) -> 
 
 def write_passages(entity: Entity) -> list[Passage]:
     """All passages about one entity; wordings and order are fixed by the entity's code."""
-    rng = random.Random(
-        int.from_bytes(hashlib.sha256(f"passages/{entity.iso}".encode()).digest()[:8], "big")
-    )
+    digest = hashlib.sha256(f"passages/{entity.iso}".encode()).digest()
+    rng = random.Random(int.from_bytes(digest[:8], "big"))
+    overview = rng.choice(OVERVIEW_WORDINGS).format(name=entity.name)
+    news = rng.choice(NEWS_WORDINGS).format(name=entity.name)
     passages = [
-        Passage(
-            f"{entity.iso}/overview",
-            entity.name,
-            rng.choice(OVERVIEW_WORDINGS).format(name=entity.name),
-            (),
-        ),
-        Passage(
-            f"{entity.iso}/news",
-            entity.name,
-            rng.choice(NEWS_WORDINGS).format(name=entity.name),
-            (),
-        ),
+        Passage(f"{entity.iso}/overview", entity.name, overview, ()),
+        Passage(f"{entity.iso}/news", entity.name, news, ()),
     ]
     for topic, relations in TOPICS.items():
         facts = [
@@ -81,14 +73,8 @@ def write_passages(entity: Entity) -> list[Passage]:
         if facts:
             rng.shuffle(facts)
             text = state_facts(entity.name, facts, rng)
-            passages.append(
-                Passage(
-                    f"{entity.iso}/{topic}",
-                    entity.name,
-                    text,
-                    tuple(relation for relation, _ in facts),
-                )
-            )
+            stated = tuple(relation for relation, _ in facts)
+            passages.append(Passage(f"{entity.iso}/{topic}", entity.name, text, stated))
     return passages
 
 

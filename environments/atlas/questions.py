@@ -1,4 +1,7 @@
-"""Questions over the atlas, by what they need: look, image, text, two (picture then fact), three (picture, neighbour, fact)."""
+"""Questions over the atlas, by what they need.
+
+Kinds: look, image, text, two (picture, then fact), three (picture, neighbour, fact).
+"""
 
 from __future__ import annotations
 
@@ -26,13 +29,24 @@ TEXT_WORDINGS = (
 THREE_WORDING = "What is the {relation} of the longest border neighbour of this place?"
 
 COLOURS = {
-    "red": (200, 30, 45), "blue": (20, 60, 150), "green": (0, 130, 60), "yellow": (250, 210, 30),
-    "white": (255, 255, 255), "black": (10, 10, 10), "orange": (240, 130, 30), "light blue": (110, 180, 230),
-}  # fmt: skip
+    "red": (200, 30, 45),
+    "blue": (20, 60, 150),
+    "green": (0, 130, 60),
+    "yellow": (250, 210, 30),
+    "white": (255, 255, 255),
+    "black": (10, 10, 10),
+    "orange": (240, 130, 30),
+    "light blue": (110, 180, 230),
+}
 
 
 def main_colour(flag: np.ndarray, least_share: float = 0.5) -> str | None:
-    """The named colour that covers at least `least_share` of a flag [height, width, 3], or None if there is none."""
+    """The named colour that covers at least `least_share` of a flag, or None if there is none.
+
+    Args:
+        flag: [height, width, 3] of uint8.
+        least_share: 0 to 1.
+    """
     palette = np.array(list(COLOURS.values()), dtype=np.float32)
     distance = ((flag.reshape(-1, 1, 3).astype(np.float32) - palette) ** 2).sum(-1)
     counts = np.bincount(distance.argmin(1), minlength=len(palette)) / len(distance)
@@ -57,35 +71,21 @@ def list_questions(
         elif kind in ("text", "two"):
             for relation in relations:
                 if relation in entity.relations:
-                    wording = TWO_WORDING
-                    if kind == "text":
-                        wording = TEXT_WORDINGS[
-                            _stable_hash(entity.iso + relation) % len(TEXT_WORDINGS)
-                        ]
-                    text = wording.format(name=entity.name, relation=relation)
-                    yield _question(
-                        entity,
-                        kind,
-                        relation,
-                        text,
-                        list(entity.relations[relation]),
-                        [passage_id(entity.iso, relation)],
-                    )
+                    text = _fact_wording(kind, entity.iso + relation)
+                    text = text.format(name=entity.name, relation=relation)
+                    answers = list(entity.relations[relation])
+                    gold = [passage_id(entity.iso, relation)]
+                    yield _question(entity, kind, relation, text, answers, gold)
         elif kind == "three" and entity.neighbour in entities:
             neighbour = entities[entity.neighbour]
             if neighbour.split != split:
-                continue  # a chain that leaves its split would show facts of held-out places in training
+                continue  # a chain out of its split would show held-out facts in training
             for relation in relations:
                 if relation in neighbour.relations and relation != "longest border":
+                    text = THREE_WORDING.format(relation=relation)
+                    answers = list(neighbour.relations[relation])
                     gold = [passage_id(neighbour.iso, relation)]
-                    yield _question(
-                        entity,
-                        kind,
-                        relation,
-                        THREE_WORDING.format(relation=relation),
-                        list(neighbour.relations[relation]),
-                        gold,
-                    )
+                    yield _question(entity, kind, relation, text, answers, gold)
 
 
 def load_questions(
@@ -96,7 +96,9 @@ def load_questions(
     strength: float = 0.5,
     relations: Sequence[str] | None = None,
 ) -> list[dict[str, Any]]:
-    """Questions with their photos, shuffled by `seed`; more than exist are made by taking new photos of the same flags.
+    """Questions with their photos, shuffled by `seed`.
+
+    More than exist are made by taking new photos of the same flags.
 
     Args:
         split: train, dev or test.
@@ -140,15 +142,30 @@ def load_questions(
     return questions
 
 
+def _fact_wording(kind: str, key: str) -> str:
+    if kind == "two":
+        return TWO_WORDING
+    return TEXT_WORDINGS[_stable_hash(key) % len(TEXT_WORDINGS)]
+
+
 def _question(
     entity: Entity, kind: str, relation: str | None, text: str, answers: list[str], gold: list[str]
 ) -> dict[str, Any]:
     identity = f"{kind}/{entity.iso}/{relation or '-'}"
     hops = {"look": 0, "image": 1, "text": 1, "two": 2, "three": 3}[kind]
     return {
-        "id": identity, "kind": kind, "split": entity.split, "entity": entity.iso, "entity_names": entity.names,
-        "relation": relation, "question": text, "answers": answers, "gold_passages": gold, "seen": entity.seen, "hops": hops,
-    }  # fmt: skip
+        "id": identity,
+        "kind": kind,
+        "split": entity.split,
+        "entity": entity.iso,
+        "entity_names": entity.names,
+        "relation": relation,
+        "question": text,
+        "answers": answers,
+        "gold_passages": gold,
+        "seen": entity.seen,
+        "hops": hops,
+    }
 
 
 def _with_photo(

@@ -29,18 +29,15 @@ def load_text_index() -> BM25TextIndex:
 
 @functools.cache
 def load_image_index(n_views: int = N_VIEWS) -> ColourImageIndex:
-    """Every flag in several views; hits carry the entity's name as title and a small flat flag as thumbnail."""
+    """Every flag in several views; hits carry the entity's name and a small flat flag."""
     ids, titles, images = [], [], []
     thumbnails: dict[str, Image.Image] = {}
     for iso, entity in load_entities().items():
         flag = load_flag(iso)
-        thumbnails[iso] = Image.fromarray(flag).resize(
-            (PHOTO_SIZE, PHOTO_SIZE), Image.Resampling.BOX
-        )
-        views = [
-            thumbnails[iso],
-            *(render_photo(flag, _VIEW_SEED + i, strength=0.4) for i in range(n_views - 1)),
-        ]
+        size = (PHOTO_SIZE, PHOTO_SIZE)
+        thumbnails[iso] = Image.fromarray(flag).resize(size, Image.Resampling.BOX)
+        views = [thumbnails[iso]]
+        views += [render_photo(flag, _VIEW_SEED + i, strength=0.4) for i in range(n_views - 1)]
         ids += [iso] * len(views)
         titles += [entity.name] * len(views)
         images += views
@@ -48,7 +45,11 @@ def load_image_index(n_views: int = N_VIEWS) -> ColourImageIndex:
 
 
 def load_environment(**settings: Any) -> SearchEnvironment:
-    """The atlas's tools as a search environment; `settings` go to SearchEnvironment (dialect, budgets, top_k ...)."""
+    """The atlas's tools as a search environment.
+
+    Args:
+        settings: go to SearchEnvironment (dialect, budgets, top_k ...).
+    """
     return SearchEnvironment(load_text_index(), load_image_index(), **settings)
 
 
@@ -57,7 +58,8 @@ def measure_retrieval(
 ) -> list[dict[str, Any]]:
     """recall@1 and @3 of both indexes: one row a kind of query.
 
-    Text queries are "REL of NAME", the bare name, and the question without its entity; pictures are photos at each strength.
+    Text queries are "REL of NAME", the bare name, and the question without its entity; pictures are
+    photos at each strength.
     """
     rows: list[dict[str, Any]] = []
     index, entities = load_text_index(), load_entities()
@@ -69,9 +71,8 @@ def measure_retrieval(
         "text: question without the entity": [f"What is the {r} of this place?" for _, r in facts],
     }
     for name, texts in queries.items():
-        rows.append(
-            _recall(name, [[hit.id for hit in hits] for hits in index.search(texts, 3)], gold)
-        )
+        found = [[hit.id for hit in hits] for hits in index.search(texts, 3)]
+        rows.append(_recall(name, found, gold))
     for strength in strengths:
         photos = [
             render_photo(load_flag(iso), seed * 1000 + i, strength)
