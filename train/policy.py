@@ -1,8 +1,9 @@
-"""Load and save policies: model and processor of the Qwen2 / Qwen2.5-VL family, with or without torchvision.
+"""Load and save policies of the Qwen2 / Qwen2.5-VL family, with or without torchvision.
 
-transformers builds `Qwen2_5_VLProcessor` from an image processor, a tokenizer and a *video* processor, and the last needs
-torchvision. Search agents see photos only, so `ImageOnlyProcessor` leaves the video part out. What it saves is still a
-stock Qwen2.5-VL folder: on a machine with torchvision plain `AutoProcessor.from_pretrained` reads it.
+A policy is a model and its processor. transformers builds `Qwen2_5_VLProcessor` from an image
+processor, a tokenizer and a *video* processor, and the last needs torchvision. Search agents see
+photos only, so `ImageOnlyProcessor` leaves the video part out. What it saves is still a stock
+Qwen2.5-VL folder: on a machine with torchvision plain `AutoProcessor.from_pretrained` reads it.
 """
 
 from __future__ import annotations
@@ -12,18 +13,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+)
 from transformers.models.qwen2_5_vl.processing_qwen2_5_vl import Qwen2_5_VLProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 VISION_MODEL_TYPES = ("qwen2_vl", "qwen2_5_vl")
 
-# What the stock Qwen2.5-VL folder says about videos; written so that AutoProcessor finds a complete folder.
-_STOCK_VIDEO_PROCESSOR = {"video_processor_type": "Qwen2VLVideoProcessor", "patch_size": 14, "merge_size": 2, "temporal_patch_size": 2}
+# What the stock Qwen2.5-VL folder says about videos; written so that AutoProcessor finds a complete
+# folder.
+_STOCK_VIDEO_PROCESSOR = {
+    "video_processor_type": "Qwen2VLVideoProcessor",
+    "patch_size": 14,
+    "merge_size": 2,
+    "temporal_patch_size": 2,
+}
 
 
 class PolicyLoadError(ValueError):
-    """A checkpoint folder that cannot become a policy; the message names the folder, the reason and the fix."""
+    """A folder that cannot become a policy; the message names it, the reason and the fix."""
 
     exit_code = 2
 
@@ -31,12 +43,18 @@ class PolicyLoadError(ValueError):
 class ImageOnlyProcessor(Qwen2_5_VLProcessor):
     """Qwen2.5-VL's processor without its video part, so that it needs no torchvision.
 
-    Differs from the parent in two ways: pictures come back as torch tensors (the PIL back end returns numpy, on which
-    TRL's image splitting fails), and the tokenizer pads on the left (the side that generation needs; a right-padded
-    prompt silently shifts `mm_token_type_ids`).
+    Differs from the parent in two ways: pictures come back as torch tensors (the PIL back end
+    returns numpy, on which TRL's image splitting fails), and the tokenizer pads on the left (the
+    side that generation needs; a right-padded prompt silently shifts `mm_token_type_ids`).
     """
 
-    def __init__(self, image_processor: Any = None, tokenizer: Any = None, chat_template: str | None = None, **kwargs: Any):
+    def __init__(
+        self,
+        image_processor: Any = None,
+        tokenizer: Any = None,
+        chat_template: str | None = None,
+        **kwargs: Any,
+    ):
         self.video_processor = None
         super().__init__(image_processor, tokenizer, None, chat_template=chat_template, **kwargs)
         self.tokenizer.padding_side = "left"
@@ -46,7 +64,9 @@ class ImageOnlyProcessor(Qwen2_5_VLProcessor):
         return ["image_processor", "tokenizer"]
 
     def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
-        return None if argument is None else super().check_argument_for_proper_class(argument_name, argument)
+        if argument is None:
+            return None
+        return super().check_argument_for_proper_class(argument_name, argument)
 
     def _process_images(self, images: Any, **kwargs: Any) -> Any:
         features, replacements = super()._process_images(images, **kwargs)
@@ -55,7 +75,9 @@ class ImageOnlyProcessor(Qwen2_5_VLProcessor):
                 features[key] = torch.as_tensor(features[key])
         return features, replacements
 
-    def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> Any:
+    def save_pretrained(
+        self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any
+    ) -> Any:
         saved = super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
         folder = Path(save_directory)
         processor_config = json.loads((folder / "processor_config.json").read_text())
@@ -88,7 +110,9 @@ def load_processor(folder: str | Path) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), padding_side="left")
     except (OSError, ValueError) as error:
-        raise PolicyLoadError(f"{folder}: no tokenizer can be read ({error}); save it beside the weights") from error
+        raise PolicyLoadError(
+            f"{folder}: no tokenizer can be read ({error}); save it beside the weights"
+        ) from error
     if not is_vision_model(folder):
         return tokenizer
     image_processor = Qwen2VLImageProcessorPil.from_pretrained(str(folder))
@@ -99,7 +123,8 @@ def load_policy(folder: str | Path, dtype: torch.dtype = torch.float32) -> tuple
     """Model and processor of a checkpoint folder (or hub id), on the CPU, in `dtype`.
 
     Returns:
-        (Qwen2_5_VLForConditionalGeneration, ImageOnlyProcessor) for a VLM, (Qwen2ForCausalLM, tokenizer) for a text model.
+        (Qwen2_5_VLForConditionalGeneration, ImageOnlyProcessor) for a VLM, (Qwen2ForCausalLM,
+        tokenizer) for a text model.
 
     Raises:
         PolicyLoadError: the folder is missing or holds no readable weights.
@@ -117,4 +142,7 @@ def _require_checkpoint(folder: str | Path) -> None:
     path = Path(folder)
     looks_local = path.is_absolute() or path.exists() or str(folder).startswith((".", "runs/"))
     if looks_local and not (path / "config.json").is_file():
-        raise PolicyLoadError(f"{folder}: no config.json there; give a checkpoint folder saved with save_pretrained, or a hub id")
+        raise PolicyLoadError(
+            f"{folder}: no config.json there; give a checkpoint folder saved with save_pretrained, "
+            "or a hub id"
+        )

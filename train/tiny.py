@@ -1,7 +1,8 @@
-"""Tiny models of the Qwen2.5 family from their configs: the architecture of the embedded trio and of the tests.
+"""Tiny models of the Qwen2.5 family from their configs, for the embedded trio and for tests.
 
-A base LLM and a text agent are `Qwen2ForCausalLM`, the VLM is `Qwen2_5_VLForConditionalGeneration` around the same language
-module; 56-pixel photos become 16 patches and, after the 2x2 merger, 4 picture tokens.
+A base LLM and a text agent are `Qwen2ForCausalLM`, the VLM is `Qwen2_5_VLForConditionalGeneration`
+around the same language module; 56-pixel photos become 16 patches and, after the 2x2 merger, 4
+picture tokens.
 """
 
 from __future__ import annotations
@@ -26,19 +27,40 @@ PHOTO_SIZE = 56
 PATCH_SIZE = 14
 
 SPECIAL_TOKENS = (
-    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>", "<|box_end|>",
-    "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>",
-)  # fmt: skip
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|object_ref_start|>",
+    "<|object_ref_end|>",
+    "<|box_start|>",
+    "<|box_end|>",
+    "<|quad_start|>",
+    "<|quad_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
 
-# The family splits text before BPE: contractions, words with one leading mark, single digits, punctuation, white space.
-_PRETOKEN_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+# The family splits text before BPE.
+_PRETOKEN_PATTERN = "|".join(
+    [
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)",  # contractions
+        r"[^\r\n\p{L}\p{N}]?\p{L}+",  # words with one leading mark
+        r"\p{N}",  # single digits
+        r" ?[^\s\p{L}\p{N}]+[\r\n]*",  # punctuation
+        r"\s*[\r\n]+|\s+(?!\S)|\s+",  # white space
+    ]
+)
 
 # The family's chat format: one block a message, pictures as vision placeholders.
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
 <|im_start|>{{ message.role }}
 {% if message.content is string %}{{ message.content }}{% else %}{% for part in message.content %}\
-{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% elif part.type == 'text' %}{{ part.text }}{% endif %}\
+{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>\
+{% elif part.type == 'text' %}{{ part.text }}{% endif %}\
 {% endfor %}{% endif %}<|im_end|>
 {% endfor -%}
 {%- if add_generation_prompt -%}
@@ -70,9 +92,14 @@ def train_tokenizer(corpus: list[str], vocab_size: int = 2048) -> PreTrainedToke
     tokenizer.train_from_iterator(corpus, trainer)
     tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL_TOKENS])
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", padding_side="left",
-        chat_template=CHAT_TEMPLATE, clean_up_tokenization_spaces=False, model_max_length=2048,
-    )  # fmt: skip
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        padding_side="left",
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+        model_max_length=2048,
+    )
 
 
 def make_processor(tokenizer: PreTrainedTokenizerFast) -> ImageOnlyProcessor:
@@ -89,12 +116,19 @@ def _text_settings(
 ) -> dict[str, Any]:
     heads = hidden // head_dim
     return {
-        "vocab_size": len(tokenizer), "hidden_size": hidden, "num_hidden_layers": layers, "intermediate_size": intermediate,
-        "num_attention_heads": heads, "num_key_value_heads": heads, "max_position_embeddings": 2048,
-        "tie_word_embeddings": True, "initializer_range": 0.05,
-        "eos_token_id": tokenizer.convert_tokens_to_ids("<|im_end|>"), "bos_token_id": None,
+        "vocab_size": len(tokenizer),
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "intermediate_size": intermediate,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": True,
+        "initializer_range": 0.05,
+        "eos_token_id": tokenizer.convert_tokens_to_ids("<|im_end|>"),
+        "bos_token_id": None,
         "pad_token_id": tokenizer.convert_tokens_to_ids("<|endoftext|>"),
-    }  # fmt: skip
+    }
 
 
 def text_config(
@@ -110,12 +144,18 @@ def text_config(
 
 
 def vlm_config(
-    tokenizer: PreTrainedTokenizerFast, hidden: int = 256, layers: int = 2, intermediate: int = 512, head_dim: int = 64,
-    vision_hidden: int = 128, vision_depth: int = 4,
-) -> Qwen2_5_VLConfig:  # fmt: skip
+    tokenizer: PreTrainedTokenizerFast,
+    hidden: int = 256,
+    layers: int = 2,
+    intermediate: int = 512,
+    head_dim: int = 64,
+    vision_hidden: int = 128,
+    vision_depth: int = 4,
+) -> Qwen2_5_VLConfig:
     """Config of the VLM: the same language module with M-RoPE, a small ViT and the 2x2 merger."""
     text = _text_settings(tokenizer, hidden, layers, intermediate, head_dim)
-    # M-RoPE gives the half-dimension's frequencies to time, height and width as 2 : 3 : 3, the family's ratio.
+    # M-RoPE gives the half-dimension's frequencies to time, height and width as 2 : 3 : 3, the
+    # family's ratio.
     spatial = head_dim // 2 * 3 // 8
     mrope_section = [head_dim // 2 - 2 * spatial, spatial, spatial]
     text["rope_parameters"] = {
@@ -124,16 +164,28 @@ def vlm_config(
         "mrope_section": mrope_section,
     }
     vision = {
-        "depth": vision_depth, "hidden_size": vision_hidden, "intermediate_size": 2 * vision_hidden, "num_heads": 4,
-        "patch_size": PATCH_SIZE, "out_hidden_size": hidden, "fullatt_block_indexes": list(range(vision_depth)),
-        "window_size": 112, "initializer_range": 0.05,
-    }  # fmt: skip
+        "depth": vision_depth,
+        "hidden_size": vision_hidden,
+        "intermediate_size": 2 * vision_hidden,
+        "num_heads": 4,
+        "patch_size": PATCH_SIZE,
+        "out_hidden_size": hidden,
+        "fullatt_block_indexes": list(range(vision_depth)),
+        "window_size": 112,
+        "initializer_range": 0.05,
+    }
     token = tokenizer.convert_tokens_to_ids
     return Qwen2_5_VLConfig(
-        text_config=text, vision_config=vision, image_token_id=token("<|image_pad|>"), video_token_id=token("<|video_pad|>"),
-        vision_start_token_id=token("<|vision_start|>"), vision_end_token_id=token("<|vision_end|>"),
-        tie_word_embeddings=True, eos_token_id=token("<|im_end|>"), pad_token_id=token("<|endoftext|>"),
-    )  # fmt: skip
+        text_config=text,
+        vision_config=vision,
+        image_token_id=token("<|image_pad|>"),
+        video_token_id=token("<|video_pad|>"),
+        vision_start_token_id=token("<|vision_start|>"),
+        vision_end_token_id=token("<|vision_end|>"),
+        tie_word_embeddings=True,
+        eos_token_id=token("<|im_end|>"),
+        pad_token_id=token("<|endoftext|>"),
+    )
 
 
 @torch.no_grad()
@@ -145,9 +197,10 @@ def point_heads_backwards(
 ) -> None:
     """Initialise one head of the first layer per offset to attend that many tokens back, in place.
 
-    A small transformer spends most of its training on a plateau until some head attends to the previous token, the first
-    half of an induction head (arXiv 2209.11895). Query and key biases alone can say so: with the key bias b and the query bias
-    R(-offset) b on the fastest rotary frequencies, the score q.R(m - n)k peaks at m = n - offset for every content.
+    A small transformer spends most of its training on a plateau until some head attends to the
+    previous token, the first half of an induction head (arXiv 2209.11895). Query and key biases
+    alone can say so: with the key bias b and the query bias R(-offset) b on the fastest rotary
+    frequencies, the score q.R(m - n)k peaks at m = n - offset for every content.
 
     Args:
         model: fresh model with q and k biases, as the family has.
@@ -157,13 +210,11 @@ def point_heads_backwards(
     """
     attention = model.model.layers[0].self_attn
     head_dim = model.config.hidden_size // model.config.num_attention_heads
-    frequency = model.config.rope_parameters["rope_theta"] ** (
-        -torch.arange(head_dim // 2) * 2.0 / head_dim
-    )
+    theta = model.config.rope_parameters["rope_theta"]
+    frequency = theta ** (-torch.arange(head_dim // 2) * 2.0 / head_dim)
     for head, offset in enumerate(offsets):
-        first = (
-            torch.arange(n_frequencies) + head * head_dim
-        )  # rotary pairs are (i, i + head_dim / 2)
+        # rotary pairs are (i, i + head_dim / 2)
+        first = torch.arange(n_frequencies) + head * head_dim
         angle = offset * frequency[:n_frequencies]
         attention.k_proj.bias[first] = scale
         attention.q_proj.bias[first] = scale * torch.cos(angle)
@@ -171,7 +222,10 @@ def point_heads_backwards(
 
 
 def graft_language_module(vlm: Qwen2_5_VLForConditionalGeneration, base: Qwen2ForCausalLM) -> None:
-    """Put the base LLM's weights into the VLM's language module, in place: how every VLM of this family began."""
+    """Put the base LLM's weights into the VLM's language module, in place.
+
+    That is how every VLM of this family began.
+    """
     vlm.model.language_model.load_state_dict(base.model.state_dict())
     vlm.tie_weights()
 
@@ -179,7 +233,9 @@ def graft_language_module(vlm: Qwen2_5_VLForConditionalGeneration, base: Qwen2Fo
 def make_tiny_checkpoints(
     folder: str | Path, seed: int = 0, hidden: int = 64, layers: int = 2, head_dim: int = 32
 ) -> dict[str, str]:
-    """A random, untrained trio on disk for tests: base, vlm and agent share shapes and tokenizer, not weights' noise.
+    """A random, untrained trio on disk for tests.
+
+    Base, vlm and agent share shapes and tokenizer, not the noise on their weights.
 
     Args:
         folder: where the three checkpoint folders go.
@@ -189,28 +245,25 @@ def make_tiny_checkpoints(
         {"base": path, "vlm": path, "agent": path}
     """
     corpus = [
-        "<think> France </think> <search> capital of France </search> <information> Doc 1(Title: France) </information> <answer> Paris </answer>"
-    ]
-    corpus += [
-        "Think, then search with <search> query </search> or <search> <img> </search> if you need, then <answer>.\nQuestion: What?"
+        "<think> France </think> <search> capital of France </search> "
+        "<information> Doc 1(Title: France) </information> <answer> Paris </answer>",
+        "Think, then search with <search> query </search> or <search> <img> </search> if you need, "
+        "then <answer>.\nQuestion: What?",
     ]
     tokenizer = train_tokenizer(corpus * 4, vocab_size=420)
     torch.manual_seed(seed)
     base = Qwen2ForCausalLM(text_config(tokenizer, hidden, layers, 2 * hidden, head_dim))
-    vlm = Qwen2_5_VLForConditionalGeneration(
-        vlm_config(
-            tokenizer, hidden, layers, 2 * hidden, head_dim, vision_hidden=64, vision_depth=2
-        )
+    settings = vlm_config(
+        tokenizer, hidden, layers, 2 * hidden, head_dim, vision_hidden=64, vision_depth=2
     )
+    vlm = Qwen2_5_VLForConditionalGeneration(settings)
     graft_language_module(vlm, base)
     agent = Qwen2ForCausalLM(base.config)
     agent.load_state_dict(base.state_dict())
     with torch.no_grad():
-        for parameter in [
-            *vlm.model.language_model.layers.parameters(),
-            *agent.model.layers.parameters(),
-        ]:
-            parameter.add_(torch.randn_like(parameter) * 0.01)
+        for stack in (vlm.model.language_model.layers, agent.model.layers):
+            for parameter in stack.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.01)
     paths = {name: str(Path(folder) / name) for name in ("base", "vlm", "agent")}
     for name, model in (("base", base), ("vlm", vlm), ("agent", agent)):
         model.save_pretrained(paths[name])
