@@ -1,8 +1,9 @@
-"""What each checkpoint of the embedded trio can do: recognition, reading, closed-book answers, search.
+"""What each checkpoint of the embedded trio can do: recognise, read, answer closed-book, search.
 
     obm atlas report --checkpoints FOLDER --output docs/results/trio
 
-Reading is measured on invented facts; everything else on the atlas's own questions, through the search environment.
+Reading is measured on invented facts; everything else on the atlas's own questions, through the
+search environment.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ from train.sft import IGNORE, SFTCollator, SFTExample
 def exact_share(
     model: Any, processor: Any, examples: Sequence[SFTExample], batch_size: int = 64
 ) -> float:
-    """Share of examples whose learned tokens are all the model's first choice, which is what greedy decoding would say.
+    """Share of examples whose learned tokens are all the model's first choice.
+
+    That is what greedy decoding would say.
 
     Args:
         model: language model or VLM.
@@ -58,14 +61,7 @@ def measure_trio(folders: dict[str, str], n: int = 200, seed: int = 11) -> list[
     rows: list[dict[str, Any]] = []
 
     def add(checkpoint: str, skill: str, share: float, cases: float) -> None:
-        rows.append(
-            {
-                "checkpoint": checkpoint,
-                "skill": skill,
-                "share": round(float(share), 3),
-                "n": int(cases),
-            }
-        )
+        rows.append(_row(checkpoint, skill, share, cases))
 
     names = [entity.name for entity in load_entities().values() if entity.split != "train"]
     rng = random.Random(seed)
@@ -73,33 +69,17 @@ def measure_trio(folders: dict[str, str], n: int = 200, seed: int = 11) -> list[
         model, tokenizer = load_policy(folders[checkpoint])
         writer = trio_data.Writer(tokenizer)
         read = trio_data.base_read(writer, names)
-        add(
-            checkpoint,
-            "reads a passage (held-out names, invented facts)",
-            exact_share(model, tokenizer, [read(rng) for _ in range(n)]),
-            n,
-        )
+        share = exact_share(model, tokenizer, [read(rng) for _ in range(n)])
+        add(checkpoint, "reads a passage (held-out names, invented facts)", share, n)
         engine = _engine(model, tokenizer, seed)
         for split in ("dev", "test"):
             metrics, trajectories = evaluate(engine, load_questions(split, ["text"], n, seed))
-            add(
-                checkpoint,
-                f"searches on text questions, {split}",
-                metrics["searched"],
-                len(trajectories),
-            )
-            add(
-                checkpoint,
-                f"finds the gold passage, {split}",
-                metrics["passage"],
-                len(trajectories),
-            )
-            add(
-                checkpoint,
-                f"answers text questions by search, {split}",
-                metrics["accuracy"],
-                len(trajectories),
-            )
+            for part, skill in (
+                ("searched", "searches on text questions"),
+                ("passage", "finds the gold passage"),
+                ("accuracy", "answers text questions by search"),
+            ):
+                add(checkpoint, f"{skill}, {split}", metrics[part], len(trajectories))
         direct = _engine(model, tokenizer, seed, is_direct=True)
         metrics, trajectories = evaluate(direct, load_questions("test", ["text"], n, seed))
         add(checkpoint, "answers closed-book, test", metrics["accuracy"], len(trajectories))
@@ -110,53 +90,50 @@ def measure_trio(folders: dict[str, str], n: int = 200, seed: int = 11) -> list[
 def measure_vlm(
     folder: str, n: int = 200, seed: int = 11, name: str = "vlm"
 ) -> list[dict[str, Any]]:
-    """Recognition, reading beside a picture, closed-book answers and search rate of a VLM, rows as in measure_trio."""
+    """Recognition, reading beside a picture, closed-book answers and search rate of a VLM.
+
+    Args:
+        folder: checkpoint folder.
+        n: cases a measurement, at most; recognition takes every place.
+        seed: of questions, photos and samples.
+        name: of the checkpoint in the rows.
+
+    Returns:
+        Rows as in measure_trio.
+    """
     rows: list[dict[str, Any]] = []
 
     def add(skill: str, share: float, cases: float) -> None:
-        rows.append(
-            {"checkpoint": name, "skill": skill, "share": round(float(share), 3), "n": int(cases)}
-        )
+        rows.append(_row(name, skill, share, cases))
 
     model, processor = load_policy(folder)
     direct = _engine(model, processor, seed, is_direct=True)
     for split in SPLITS:
         metrics, _ = evaluate(direct, load_questions(split, ["image"], None, seed))
         for group in ("seen", "unseen"):
-            add(
-                f"recognises {group} flags, {split}",
-                metrics[f"{group}/accuracy"],
-                metrics[f"{group}/n"],
-            )
+            share, cases = metrics[f"{group}/accuracy"], metrics[f"{group}/n"]
+            add(f"recognises {group} flags, {split}", share, cases)
     metrics, _ = evaluate(direct, load_questions("test", ["look"], None, seed))
     add("sees the main colour, test", metrics["accuracy"], metrics["n"])
     metrics, _ = evaluate(direct, load_questions("test", ["two"], n, seed))
     add("answers two-hop questions closed-book, test", metrics["accuracy"], metrics["n"])
     mix = trio_data.VLMMix(look=0, read=1, guess=0, tool_use="none", unfamiliar=0)
     names = [entity.name for entity in load_entities().values()]
-    read = trio_data.vlm_instructions(
-        trio_data.Writer(processor.tokenizer), names, get_dialect("search_r1"), mix
-    )
+    writer = trio_data.Writer(processor.tokenizer)
+    read = trio_data.vlm_instructions(writer, names, get_dialect("search_r1"), mix)
     rng = random.Random(seed)
-    add(
-        "reads a passage beside a picture",
-        exact_share(model, processor, [read(rng) for _ in range(n)]),
-        n,
-    )
+    share = exact_share(model, processor, [read(rng) for _ in range(n)])
+    add("reads a passage beside a picture", share, n)
     engine = _engine(model, processor, seed)
     questions = load_questions("dev", ["two"], n, seed)
-    for skill, metrics in (
-        ("greedy", evaluate(engine, questions)[0]),
-        (
-            "sampled",
-            summarize(
-                engine.rollout(questions, group_size=4), [q for q in questions for _ in range(4)]
-            ),
-        ),
-    ):
-        add(f"searches under the agent's prompt, {skill}, dev", metrics["searched"], metrics["n"])
-        add(f"finds the gold passage, {skill}, dev", metrics["passage"], metrics["n"])
-        add(f"answers two-hop questions by search, {skill}, dev", metrics["accuracy"], metrics["n"])
+    greedy, _ = evaluate(engine, questions)
+    sampled = summarize(
+        engine.rollout(questions, group_size=4), [q for q in questions for _ in range(4)]
+    )
+    for mode, metrics in (("greedy", greedy), ("sampled", sampled)):
+        add(f"searches under the agent's prompt, {mode}, dev", metrics["searched"], metrics["n"])
+        add(f"finds the gold passage, {mode}, dev", metrics["passage"], metrics["n"])
+        add(f"answers two-hop questions by search, {mode}, dev", metrics["accuracy"], metrics["n"])
     return rows
 
 
@@ -174,6 +151,15 @@ def write_table(rows: Sequence[dict[str, Any]], path: str | Path, title: str, co
     lines += ["| " + " | ".join(str(row[column]) for column in columns) + " |" for row in rows]
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _row(checkpoint: str, skill: str, share: float, cases: float) -> dict[str, Any]:
+    return {
+        "checkpoint": checkpoint,
+        "skill": skill,
+        "share": round(float(share), 3),
+        "n": int(cases),
+    }
 
 
 def _engine(model: Any, processor: Any, seed: int, is_direct: bool = False) -> RolloutEngine:
