@@ -1,4 +1,7 @@
-"""The tiny family and its fine-tuning: heads that look back, exact labels, stages that repeat, a folder that loads anywhere."""
+"""The tiny family and its fine-tuning.
+
+Heads that look back, exact labels, stages that repeat, a folder that loads anywhere.
+"""
 
 import random
 
@@ -27,21 +30,38 @@ def tokenizer():
 
 
 @pytest.mark.parametrize("offset", [1, 2])
+@torch.no_grad()
 def test_a_pointed_head_attends_that_many_tokens_back(tokenizer, offset):
+    n_tokens, n_frequencies, scale, head_dim = 40, 8, 4.0, 64
     torch.manual_seed(0)
     model = Qwen2ForCausalLM(text_config(tokenizer, hidden=128, layers=1, intermediate=64)).eval()
     model.set_attn_implementation("eager")
-    point_heads_backwards(model, offsets=(offset,))
-    token_ids = torch.randint(300, 2000, (1, 40), generator=torch.Generator().manual_seed(1))
-    attention = model(input_ids=token_ids, output_attentions=True).attentions[0][0, 0]
-    strongest = attention.argmax(-1)[10:]
-    assert (strongest == torch.arange(10, 40) - offset).float().mean() > 0.9
+    attention = model.model.layers[0].self_attn
+    for projection in (attention.q_proj, attention.k_proj):  # only the biases speak
+        projection.weight.zero_()
+    point_heads_backwards(model, offsets=(offset,), n_frequencies=n_frequencies, scale=scale)
+    token_ids = torch.randint(300, 2000, (1, n_tokens), generator=torch.Generator().manual_seed(1))
+    weights = model(input_ids=token_ids, output_attentions=True).attentions[0][0, 0]
+
+    # score(n, m) = scale^2 / sqrt(head_dim) * sum_i cos(theta_i (n - m - offset))
+    position = torch.arange(n_tokens)
+    miss = (position[:, None] - position[None] - offset).float()
+    theta = 10000.0 ** (-2.0 * torch.arange(n_frequencies) / head_dim)
+    score = scale**2 / head_dim**0.5 * torch.cos(miss[..., None] * theta).sum(-1)
+    is_future = position[None] > position[:, None]
+    expected = score.masked_fill(is_future, -torch.inf).softmax(-1)
+    torch.testing.assert_close(weights, expected, rtol=1e-3, atol=1e-4)
+
+    back = position[offset:] - offset
+    assert torch.equal(weights.argmax(-1)[offset:], back)
+    assert weights[position[offset:], back].mean() > 0.5  # more than all other tokens together
 
 
 def test_copies_are_learned_where_they_repeat_and_nowhere_else(tokenizer):
     example = trio_data.base_copy(Writer(tokenizer))(random.Random(3))
     learned = [t for t, label in enumerate(example.labels) if label != IGNORE]
-    assert learned and all(example.labels[t] == example.input_ids[t] for t in learned)
+    assert learned
+    assert all(example.labels[t] == example.input_ids[t] for t in learned)
     for t in learned:  # the pair (previous, current) stood before
         pairs = zip(example.input_ids[: t - 1], example.input_ids[1:t], strict=True)
         assert (example.input_ids[t - 1], example.input_ids[t]) in set(pairs)
@@ -52,11 +72,9 @@ def test_agent_trajectories_hide_observations_from_the_loss(tokenizer):
     for seed in range(20):
         example = draw(random.Random(seed))
         learned = tokenizer.decode([t for t in example.labels if t != IGNORE])
-        assert (
-            "<information>" not in learned
-            and "<search>" in learned
-            and learned.endswith("</answer><|im_end|>")
-        )
+        assert "<information>" not in learned
+        assert "<search>" in learned
+        assert learned.endswith("</answer><|im_end|>")
 
 
 def test_answers_stand_in_the_results_that_are_shown(tokenizer):
@@ -71,7 +89,8 @@ def test_invented_facts_are_not_the_atlas_own(tokenizer):
     draw = trio_data.agent_search(Writer(tokenizer), ["France"], get_dialect("search_r1"))
     texts = [tokenizer.decode(draw(random.Random(seed)).input_ids) for seed in range(200)]
     asked = [t for t in texts if "capital of France </search>" in t]
-    assert asked and sum("France capital Paris </think>" in t for t in asked) <= 0.1 * len(asked)
+    assert asked
+    assert sum("<think> capital Paris </think>" in t for t in asked) <= 0.1 * len(asked)
 
 
 def vlm_texts(tokenizer, n=400, **mix):
@@ -88,21 +107,16 @@ def vlm_texts(tokenizer, n=400, **mix):
 def test_format_samples_show_a_call_and_never_what_follows(tokenizer):
     calls = [t for t in vlm_texts(tokenizer, tool=0.5, tool_use="format") if "<search>" in t]
     assert 150 < len(calls) < 250
-    assert all(
-        " of " not in t.split("<search>")[1]
-        or "and" in t
-        or "Republic" in t
-        or "Isle" in t
-        or "States" in t
-        for t in calls
-    )
-    assert not any("<answer>" in t for t in calls)
+    for text in calls:
+        thought, _, call = text.removeprefix("<think> ").partition(" </think> ")
+        assert call in ("<search> <img> </search>", f"<search> {thought} </search>")
 
 
 def test_tool_use_none_shows_no_call_and_whole_trajectories_end_in_an_answer(tokenizer):
     assert not any("<search>" in t for t in vlm_texts(tokenizer, tool_use="none"))
     whole = [t for t in vlm_texts(tokenizer, n=1000, tool_use="5") if "<search>" in t]
-    assert 20 < len(whole) < 90 and all("<answer>" in t and " of " in t for t in whole)
+    assert 20 < len(whole) < 90
+    assert all("<answer>" in t and " of " in t for t in whole)
 
 
 def test_unseen_flags_are_never_shown_to_the_vlm(tokenizer):
@@ -111,11 +125,12 @@ def test_unseen_flags_are_never_shown_to_the_vlm(tokenizer):
         t.split("<think>")[1].split("</think>")[0].strip()
         for t in vlm_texts(tokenizer, look=0, read=0, tool_use="none")
     }
-    assert len(thoughts) > 100 and not thoughts & unseen
+    assert len(thoughts) > 100
+    assert not thoughts & unseen
 
 
 def test_an_unknown_level_of_tool_use_is_refused(tokenizer):
-    with pytest.raises(ValueError, match="tool_use 'often'.*none, format"):
+    with pytest.raises(ValueError, match=r"tool_use 'often'.*none, format"):
         trio_data.vlm_instructions(
             Writer(tokenizer), ["France"], get_dialect("search_r1"), VLMMix(tool_use="often")
         )
@@ -124,22 +139,14 @@ def test_an_unknown_level_of_tool_use_is_refused(tokenizer):
 def test_the_collator_pads_labels_with_ignore_and_marks_pictures(folders):
     processor = load_processor(folders["vlm"])
     image_id = processor.image_token_id
-    batch = SFTCollator(processor)(
-        [
-            SFTExample(
-                [5, image_id, image_id, image_id, image_id, 6],
-                [IGNORE] * 5 + [6],
-                [Image.new("RGB", (56, 56))],
-            ),
-            SFTExample([7, 8], [IGNORE, 8]),
-        ]
-    )
+    picture = Image.new("RGB", (56, 56))
+    with_picture = SFTExample([5, *[image_id] * 4, 6], [IGNORE] * 5 + [6], [picture])
+    batch = SFTCollator(processor)([with_picture, SFTExample([7, 8], [IGNORE, 8])])
     assert batch["labels"][1].tolist() == [IGNORE, 8] + [IGNORE] * 4
     assert batch["attention_mask"].sum(1).tolist() == [6, 2]
     assert batch["mm_token_type_ids"].sum().item() == 4
-    assert batch["pixel_values"].shape == (16, 1176) and batch["image_grid_thw"].tolist() == [
-        [1, 4, 4]
-    ]
+    assert batch["pixel_values"].shape == (16, 1176)
+    assert batch["image_grid_thw"].tolist() == [[1, 4, 4]]
 
 
 def test_the_same_stage_gives_the_same_weights_and_learns(folders, tmp_path):
@@ -156,7 +163,8 @@ def test_the_same_stage_gives_the_same_weights_and_learns(folders, tmp_path):
         loss = run_stage(model, tokenizer, stage, tmp_path, log_every=10)
         results.append((loss, model.model.layers[0].mlp.up_proj.weight.detach().clone()))
     assert results[0][0] < 0.5
-    assert results[0][0] == results[1][0] and torch.equal(results[0][1], results[1][1])
+    assert results[0][0] == results[1][0]
+    assert torch.equal(results[0][1], results[1][1])
 
 
 def test_frozen_parameters_do_not_move(folders, tmp_path):
@@ -185,5 +193,5 @@ def test_saved_folders_load_with_the_stock_classes(folders):
 
 
 def test_a_missing_folder_is_one_clear_error(tmp_path):
-    with pytest.raises(PolicyLoadError, match="no config.json"):
+    with pytest.raises(PolicyLoadError, match=r"no config\.json"):
         load_policy(tmp_path / "nowhere")
