@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,17 @@ class Job:
     output: Path
     log: Path
     n_processes: int = 1
+
+
+@dataclass
+class _Running:
+    """A job under way."""
+
+    job: Job
+    process: subprocess.Popen[bytes]
+    device: int | None
+    follower: _Follower
+    started: float = field(default_factory=time.monotonic)
 
 
 def deepspeed_launcher() -> Path:
@@ -100,7 +111,7 @@ def run_jobs(
     *,
     parallel: int = 1,
     on_line: Callable[[Job, dict[str, Any]], None] | None = None,
-    on_done: Callable[[Job], None] | None = None,
+    on_done: Callable[[Job, float], None] | None = None,
     devices: Sequence[int] = (),
 ) -> None:
     """Run trainings, at most `parallel` at a time.
@@ -109,7 +120,7 @@ def run_jobs(
         jobs: in the order to start.
         parallel: how many at once; on GPUs one a device.
         on_line: called with every new line of a job's metrics.jsonl.
-        on_done: called when a job has ended well.
+        on_done: called with a job that has ended well, and the seconds that it took.
         devices: GPU indexes to spread the jobs over; empty for the processor.
 
     Raises:
@@ -118,7 +129,7 @@ def run_jobs(
             The other jobs run to their end first.
     """
     waiting = list(jobs)
-    running: dict[str, tuple[Job, subprocess.Popen[bytes], int | None, _Follower]] = {}
+    running: dict[str, _Running] = {}
     failed: list[tuple[Job, int]] = []
     free = list(devices)
     environment = training_environment(parallel=parallel)
@@ -127,27 +138,30 @@ def run_jobs(
             while waiting and len(running) < parallel and (free or not devices):
                 job = waiting.pop(0)
                 device = free.pop(0) if devices else None
-                running[job.name] = (job, _start(job, environment, device), device, _Follower(job))
-            for name, (job, process, device, follower) in list(running.items()):
-                code = process.poll()
-                for line in follower.new_lines():
+                follower = _Follower(job)
+                running[job.name] = _Running(
+                    job, _start(job, environment, device), device, follower
+                )
+            for name, one in list(running.items()):
+                code = one.process.poll()
+                # After poll: what a process wrote before it ended is read in the same round.
+                for line in one.follower.new_lines():
                     if on_line:
-                        on_line(job, line)
+                        on_line(one.job, line)
                 if code is None:
                     continue
                 del running[name]
-                if device is not None:
-                    free.append(device)
-                if code == 0:
-                    if on_done:
-                        on_done(job)
-                else:
-                    failed.append((job, code))
+                if one.device is not None:
+                    free.append(one.device)
+                if code != 0:
+                    failed.append((one.job, code))
+                elif on_done:
+                    on_done(one.job, time.monotonic() - one.started)
             if running:
                 time.sleep(POLL_S)
     finally:
-        for _, process, _, _ in running.values():
-            _stop(process)
+        for one in running.values():
+            _stop(one.process)
     if failed:
         _raise_failure(*failed[0])
 

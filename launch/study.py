@@ -16,6 +16,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +37,10 @@ class Arm:
     name: str
     init: str | None = None
     merge: dict[str, Any] | None = None
+    models: dict[str, str] = field(default_factory=dict)
+    """parents of this merge, where they are not the study's"""
     train: bool = True
+    """False: evaluated as it is, not trained"""
 
 
 @dataclass
@@ -73,11 +77,15 @@ def load_study(path: str | Path) -> Study:
         "zero_shot", "overrides", "report", "report_name", "recipes"
     }, str(path))  # fmt: skip
     recipes = read_yaml(path.parent / raw["recipes"]) if "recipes" in raw else {}
+    if not isinstance(raw["arms"], list) or not raw["arms"]:
+        raise LaunchError(f"{path}:arms: expected a list of arms, each with a name")
     arms = [_load_arm(entry, recipes, f"{path}:arms[{i}]") for i, entry in enumerate(raw["arms"])]
     names = [arm.name for arm in arms]
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
         raise LaunchError(f"{path}:arms: {repeated[0]!r} appears twice; give each a name")
+    if not raw.get("zero_shot") and not all(arm.train for arm in arms):
+        raise LaunchError(f"{path}: an arm with train: false is only seen with zero_shot: true")
     seeds = raw["seeds"]
     if not isinstance(seeds, list) or not seeds or len(set(seeds)) < len(seeds):
         raise LaunchError(f"{path}:seeds: {seeds!r}; list at least one seed, each once")
@@ -161,9 +169,11 @@ class _Plan:
         """The checkpoint that the arm starts from."""
         from configs.schema import resolve_model
 
-        return (
-            self.study.output / "merged" / arm.name if arm.merge else resolve_model(arm.init or "")
-        )
+        return self.merged_folder(arm) if arm.merge else resolve_model(arm.init or "")
+
+    def merged_folder(self, arm: Arm) -> Path:
+        """Where the arm's merge lies."""
+        return self.study.output / "merged" / arm.name
 
     def check(self) -> None:
         """Hold the training settings against TRL's names and the arithmetic of a step."""
@@ -173,16 +183,18 @@ class _Plan:
             describe_step(self.config(arm), 1)
 
     def run_folder(self, arm: Arm, seed: int) -> Path:
+        """Where a training of the arm lies."""
         return self.study.output / "runs" / f"{arm.name}-s{seed}"
 
     def _load(self, arm: Arm, seed: int | None = None) -> Config:
         from configs.schema import load_config
 
         output = self.study.output if seed is None else self.run_folder(arm, seed)
+        calibration = self.study.output / "calibration"
         own: dict[str, Any] = {
             "output": str(output),
-            "models.init": arm.init or str((self.study.output / "merged" / arm.name).resolve()),
-            "calibration.output": str(self.study.output / "calibration"),
+            "models": {**arm.models, "init": arm.init or str(self.merged_folder(arm).resolve())},
+            "calibration.output": str(calibration / arm.name if arm.models else calibration),
             "tracking.arm": arm.name,
             "tracking.group": self.study.name,
         }
@@ -195,21 +207,21 @@ class _Plan:
 def _calibrate(plan: _Plan, stages: Stages) -> None:
     from launch.commands.calibrate import calibrate_parent, parent_folder, stats_path
 
-    arms = [arm for arm in plan.study.arms if arm.merge and _needs_stats(plan.config(arm))]
-    if not arms:
-        return
-    config = plan.config(arms[0])
-    for role in ROLES:
-        folder = parent_folder(config, role)
-        inputs = {
-            "checkpoint": fingerprint(folder),
-            "calibration": asdict(config.calibration),
-            "environment": asdict(config.environment),
-        }
-        target = stats_path(config, role).parent
-        make = partial(calibrate_parent, config, role)
-        made = stages.run(f"calibrate-{role}", inputs, target, make)
-        _say(f"calibrate  {role}: {config.calibration.samples} samples{_reused(made)}")
+    seen: set[str] = set()
+    for arm in plan.study.arms:
+        config = plan.config(arm)
+        for role, name in _calibrations(arm, config):
+            if name in seen:
+                continue
+            seen.add(name)
+            inputs = {
+                "checkpoint": fingerprint(parent_folder(config, role)),
+                "calibration": asdict(config.calibration),
+                "environment": asdict(config.environment),
+            }
+            target = stats_path(config, role).parent
+            made = stages.run(name, inputs, target, partial(calibrate_parent, config, role))
+            _say(f"calibrate  {role}: {config.calibration.samples} samples{_reused(made)}")
 
 
 def _merge(plan: _Plan, stages: Stages) -> None:
@@ -220,15 +232,13 @@ def _merge(plan: _Plan, stages: Stages) -> None:
         if not arm.merge:
             continue
         config = plan.config(arm)
-        inputs: dict[str, Any] = {
+        roles = ("base", *ROLES)
+        inputs = {
             "merge": asdict(config.merge),
-            "parents": {
-                role: fingerprint(parent_folder(config, role)) for role in ("base", *ROLES)
-            },
+            "parents": {role: fingerprint(parent_folder(config, role)) for role in roles},
+            "stats": [stages.key(name) for _, name in _calibrations(arm, config)],
         }
-        if _needs_stats(config):
-            inputs["stats"] = [stages.key(f"calibrate-{role}") for role in ROLES]
-        target = plan.study.output / "merged" / arm.name
+        target = plan.merged_folder(arm)
         make = partial(merge_checkpoints, config, target)
         made = stages.run(f"merge-{arm.name}", inputs, target, make)
         _say(f"merge      {arm.name}: {_recipe(config)}{_reused(made)}")
@@ -256,60 +266,66 @@ def _evaluate(plan: _Plan, stages: Stages, command: str) -> None:
 def _train(plan: _Plan, stages: Stages, parallel: int | None) -> None:
     from tqdm import tqdm
 
-    from configs.schema import dump_config
-    from train.run import newest_checkpoint, write_text
-
-    jobs: list[Job] = []
-    inputs_of: dict[str, dict[str, Any]] = {}
-    n_steps = 0
-    # Seeds outside, arms inside: a study that is stopped early has whole seeds to compare.
-    for seed in plan.study.seeds:
-        for arm in plan.study.arms:
-            if not arm.train:
-                continue
-            config, name = plan.config(arm, seed), f"{arm.name}-s{seed}"
-            settings = asdict(config)
-            inputs = {
-                "start": _start_key(plan, stages, arm),
-                **{key: settings[key] for key in ("seed", "environment", "rewards", "grpo")},
-                "eval_every": config.compare.eval_every,
-                "deepspeed": config.deepspeed,
-            }
-            output = plan.run_folder(arm, seed)
-            if stages.is_done(f"train-{name}", inputs, output):
-                _say(f"train      {name}{_reused(False)}")
-                continue
-            resume = ["--resume"] if newest_checkpoint(output) else []
-            if not resume:
-                stages.clear(f"train-{name}", output)
-            stages.start(f"train-{name}", inputs)
-            file = plan.study.output / "configs" / f"{name}.yaml"
-            file.parent.mkdir(parents=True, exist_ok=True)
-            write_text(file, dump_config(config))
-            log = plan.study.output / "logs" / f"{name}.log"
-            jobs.append(Job(name, ["--config", str(file), *resume], output, log))
-            inputs_of[name] = inputs
-            n_steps += _max_steps(config)
-    if not jobs:
+    trainings = _missing_trainings(plan, stages)
+    if not trainings:
         return
+    inputs_of = {job.name: inputs for job, inputs in trainings}
+    n_steps = len(trainings) * _max_steps(plan.config(plan.study.arms[0]))
     devices = _devices()
-    parallel = parallel or len(devices) or len(os.sched_getaffinity(0))
-    started = {job.name: time.monotonic() for job in jobs}
     with tqdm(total=n_steps, desc="train", unit="step", disable=None) as bar:
-        seen: dict[str, int] = {}
+        reached: dict[str, int] = {}
 
         def on_line(job: Job, line: dict[str, Any]) -> None:
-            step = int(line.get("step", 0))
-            bar.update(max(0, step - seen.get(job.name, 0)))
-            seen[job.name] = max(step, seen.get(job.name, 0))
+            before, step = reached.get(job.name, 0), int(line.get("step", 0))
+            reached[job.name] = max(step, before)
+            bar.update(max(0, step - before))
             if line.get("phase") == "eval":
                 _say(f"train      {job.name} step {step}: {_floor_words(line)}")
 
-        def on_done(job: Job) -> None:
-            seconds = time.monotonic() - started[job.name]
+        def on_done(job: Job, seconds: float) -> None:
             stages.finish(f"train-{job.name}", inputs_of[job.name], seconds)
 
-        run_jobs(jobs, parallel=parallel, on_line=on_line, on_done=on_done, devices=devices)
+        run_jobs(
+            [job for job, _ in trainings],
+            parallel=parallel or len(devices) or len(os.sched_getaffinity(0)),
+            on_line=on_line,
+            on_done=on_done,
+            devices=devices,
+        )
+
+
+def _missing_trainings(plan: _Plan, stages: Stages) -> list[tuple[Job, dict[str, Any]]]:
+    """Trainings that are not done, with what decides their result; each is marked as begun."""
+    from configs.schema import dump_config
+    from train.run import newest_checkpoint, write_text
+
+    trainings = []
+    # Seeds outside, arms inside: a study that is stopped early has whole seeds to compare.
+    for seed, arm in product(plan.study.seeds, plan.study.arms):
+        if not arm.train:
+            continue
+        config, name = plan.config(arm, seed), f"{arm.name}-s{seed}"
+        settings = asdict(config)
+        inputs = {
+            "start": _start_key(plan, stages, arm),
+            **{key: settings[key] for key in ("seed", "environment", "rewards", "grpo")},
+            "eval_every": config.compare.eval_every,
+            "deepspeed": config.deepspeed,
+        }
+        output = plan.run_folder(arm, seed)
+        if stages.is_done(f"train-{name}", inputs, output):
+            _say(f"train      {name}{_reused(False)}")
+            continue
+        resume = ["--resume"] if newest_checkpoint(output) else []
+        if not resume:
+            stages.clear(f"train-{name}", output)
+        stages.start(f"train-{name}", inputs)
+        file = plan.study.output / "configs" / f"{name}.yaml"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_text(file, dump_config(config))
+        log = plan.study.output / "logs" / f"{name}.log"
+        trainings.append((Job(name, ["--config", str(file), *resume], output, log), inputs))
+    return trainings
 
 
 def _compare(plan: _Plan, command: str) -> dict[str, Any]:
@@ -359,7 +375,7 @@ def _study_path(name: str) -> Path:
 def _load_arm(entry: Any, recipes: dict[str, Any], where: str) -> Arm:
     if not isinstance(entry, dict):
         raise LaunchError(f"{where}: expected name and init or merge, got {entry!r}")
-    _check_keys(entry, {"name"}, {"init", "merge", "train"}, where)
+    _check_keys(entry, {"name"}, {"init", "merge", "models", "train"}, where)
     merge = entry.get("merge")
     if isinstance(merge, str):
         if merge not in recipes:
@@ -368,7 +384,10 @@ def _load_arm(entry: Any, recipes: dict[str, Any], where: str) -> Arm:
         merge = recipes[merge]
     if (merge is None) == (entry.get("init") is None):
         raise LaunchError(f"{where}: give either init (a checkpoint) or merge (a recipe)")
-    return Arm(str(entry["name"]), entry.get("init"), merge, bool(entry.get("train", True)))
+    models = entry.get("models") or {}
+    if models and merge is None:
+        raise LaunchError(f"{where}.models: only a merge has parents; name the checkpoint as init")
+    return Arm(str(entry["name"]), entry.get("init"), merge, models, bool(entry.get("train", True)))
 
 
 def _check_keys(raw: dict[str, Any], needed: set[str], optional: set[str], where: str) -> None:
@@ -396,6 +415,14 @@ def _flatten(mapping: dict[str, Any], prefix: str = "") -> list[str]:
 
 def _needs_stats(config: Config) -> bool:
     return config.merge.method == "obm" or config.merge.scope["linear"] == "obm"
+
+
+def _calibrations(arm: Arm, config: Config) -> list[tuple[str, str]]:
+    """(role, stage name) of the statistics that an arm's merge needs; arms share the study's."""
+    if not arm.merge or not _needs_stats(config):
+        return []
+    return [(role, f"calibrate-{arm.name}-{role}" if arm.models else f"calibrate-{role}")
+            for role in ROLES]  # fmt: skip
 
 
 def _start_key(plan: _Plan, stages: Stages, arm: Arm) -> Any:

@@ -29,7 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", help="folder, hub id or atlas://NAME")
     add_config_arguments(parser)
     parser.add_argument("--arm", help="name in tables (default: the checkpoint's last part)")
-    parser.add_argument("--output", metavar="DIR", help="default: eval/ARM beside the settings' output")
+    parser.add_argument(
+        "--output", metavar="DIR", help="default: eval/ARM beside the settings' output"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier evaluation")
 
 

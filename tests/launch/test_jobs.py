@@ -45,7 +45,7 @@ def test_every_line_of_every_job_is_seen_once(scripted, tmp_path):
         work,
         parallel=2,
         on_line=lambda job, line: seen.append((job.name, line["step"])),
-        on_done=lambda job: done.append(job.name),
+        on_done=lambda job, seconds: done.append(job.name),
     )
     assert sorted(seen) == [(name, step) for name in "abc" for step in range(3)]
     assert sorted(done) == ["a", "b", "c"]
@@ -107,7 +107,7 @@ def test_a_failed_job_is_named_with_its_log_and_the_others_finish(scripted, tmp_
     work = [make_job(tmp_path, "bad", "print('what went wrong'); raise SystemExit(3)")]
     work.append(make_job(tmp_path, "good"))
     with pytest.raises(JobFailedError, match=r"bad ended with code 3.*bad\.log"):
-        run_jobs(work, parallel=1, on_done=lambda job: done.append(job.name))
+        run_jobs(work, parallel=1, on_done=lambda job, seconds: done.append(job.name))
     assert done == ["good"]
     assert "what went wrong" in capsys.readouterr().err
 

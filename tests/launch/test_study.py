@@ -79,7 +79,7 @@ def scripted_stages(monkeypatch, write_scripted_run):
             write_scripted_run(job.arguments[1])
             for line in (job.output / "metrics.jsonl").read_text().splitlines():
                 on_line(job, json.loads(line))
-            on_done(job)
+            on_done(job, 1.0)
 
     monkeypatch.setattr(calibrate_module, "calibrate_parent", calibrate)
     monkeypatch.setattr(merge_module, "merge_checkpoints", merge)
@@ -118,6 +118,23 @@ def test_the_trainings_differ_in_start_seed_and_place_only(study_file, scripted_
     assert configs["obm-s0"]["tracking"]["arm"] == "obm"
     for name in ("environment", "rewards", "grpo", "compare", "deepspeed"):
         assert configs["obm-s0"][name] == configs["vlm-s0"][name] == configs["obm-s1"][name]
+
+
+def test_an_arm_may_have_a_parent_of_its_own(study_file, scripted_stages, tmp_path):
+    content = yaml.safe_load(study_file.read_text())
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text("{ }")
+    models = {"vlm": str(tmp_path / "other")}
+    content["arms"] = [{"name": "own", "merge": "obm", "models": models}, *content["arms"]]
+    study_file.write_text(yaml.safe_dump(content))
+    run_study(load_study(study_file), command="c")
+    assert scripted_stages[:5] == [
+        "calibrate vlm", "calibrate agent", "calibrate vlm", "calibrate agent", "merge own 2.0"
+    ]  # fmt: skip
+    config = yaml.safe_load((tmp_path / "out" / "configs" / "own-s0.yaml").read_text())
+    assert config["models"]["vlm"] == models["vlm"]
+    assert config["models"]["init"] == str(tmp_path / "out" / "merged" / "own")
+    assert config["calibration"]["output"] == str(tmp_path / "out" / "calibration" / "own")
 
 
 def test_a_second_run_reuses_everything(study_file, scripted_stages):
@@ -176,6 +193,9 @@ def test_a_broken_training_goes_on_from_its_checkpoint(study_file, scripted_stag
         ({"arms": [{"name": "a", "merge": "nope"}]}, r"no recipe 'nope'; there are obm"),
         ({"arms": [{"name": "a", "init": "x"}] * 2}, r"'a' appears twice"),
         ({"arms": ["a"]}, r"arms\[0\]: expected name"),
+        ({"arms": None}, r"arms: expected a list"),
+        ({"arms": [{"name": "a", "init": "x", "models": {"vlm": "y"}}]}, r"only a merge"),
+        ({"zero_shot": False}, r"only seen with zero_shot"),
     ],
 )
 def test_a_wrong_study_file_is_refused(study_file, change, words):
