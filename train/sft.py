@@ -47,13 +47,22 @@ class SFTStage:
 
 
 class _DrawnDataset(IterableDataset):
-    def __init__(self, draw: Callable[[random.Random], SFTExample], seed: int):
-        self.draw, self.seed = draw, seed
+    """Endless examples in the order of batches whose rows are about equally long, so that little is padding."""
+
+    def __init__(self, stage: SFTStage, pool: int = 8):
+        self.stage, self.pool = stage, pool
 
     def __iter__(self) -> Iterator[SFTExample]:
-        rng = random.Random(self.seed)
+        rng, size = random.Random(self.stage.seed), self.stage.batch_size
         while True:
-            yield self.draw(rng)
+            drawn = sorted(
+                (self.stage.draw(rng) for _ in range(self.pool * size)),
+                key=lambda example: len(example.input_ids),
+            )
+            batches = [drawn[start : start + size] for start in range(0, len(drawn), size)]
+            rng.shuffle(batches)
+            for batch in batches:
+                yield from batch
 
 
 class SFTCollator:
@@ -131,7 +140,9 @@ def run_stage(
         learning_rate=stage.learning_rate, warmup_steps=stage.warmup_steps, weight_decay=stage.weight_decay, adam_beta2=0.98,
         lr_scheduler_type=stage.schedule, seed=stage.seed, data_seed=stage.seed, save_strategy="no", report_to="none",
         logging_steps=log_every, logging_strategy="steps", disable_tqdm=True, remove_unused_columns=False,
-        dataloader_num_workers=0, use_cpu=not torch.cuda.is_available(), bf16=True,
+        dataloader_num_workers=0,
+        # a dispatched batch is cut to batch_size rows, pictures' patches included
+        accelerator_config={"dispatch_batches": False}, use_cpu=not torch.cuda.is_available(), bf16=True,
     )  # fmt: skip
     attention = model.config._attn_implementation
     model.set_attn_implementation(
@@ -140,7 +151,7 @@ def run_stage(
     trainer = _SFTTrainer(
         model=model,
         args=arguments,
-        train_dataset=_DrawnDataset(stage.draw, stage.seed),
+        train_dataset=_DrawnDataset(stage),
         data_collator=SFTCollator(processor),
     )
     logging.getLogger("transformers.trainer").setLevel(logging.WARNING)

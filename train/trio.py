@@ -56,12 +56,12 @@ class TrioSettings:
     intermediate: int = 512
     head_dim: int = 64
     vision_hidden: int = 128
-    vision_depth: int = 4
-    base_steps: tuple[int, int, int] = (300, 200, 500)
+    vision_depth: int = 3
+    base_steps: tuple[int, int, int] = (300, 150, 900)
     base_lr: float = 2e-3
     agent_steps: int = 250
     agent_lr: float = 5e-4
-    vision_steps: int = 1500
+    vision_steps: int = 400
     vision_lr: float = 1e-3
     vlm_steps: int = 600
     vlm_lr: float = 3e-4
@@ -201,6 +201,7 @@ def pretrain_vision(
     grid = features["image_grid_thw"][:1]
     targets = _name_tokens(processor.tokenizer, names)
     embeddings = model.get_input_embeddings().weight.detach()
+    directions, token_length = F.normalize(embeddings, dim=-1), embeddings.norm(dim=-1).mean()
     tower = model.model.visual
     optimizer = torch.optim.AdamW(tower.parameters(), lr=settings.vision_lr, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
@@ -213,8 +214,11 @@ def pretrain_vision(
             tokens = tower(
                 pixels[rows].flatten(0, 1).float(), grid.expand(batch_size, 3)
             ).pooler_output
-            logits = tokens @ embeddings.T
-        loss = F.cross_entropy(logits.float(), targets[rows].flatten())
+        # cosine scores, and the length of a text token: a longer picture token would drown what
+        # attention adds to it
+        logits = 20 * F.normalize(tokens.float(), dim=-1) @ directions.T
+        length = tokens.float().norm(dim=-1) / token_length
+        loss = F.cross_entropy(logits, targets[rows].flatten()) + 0.1 * (length - 1).square().mean()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

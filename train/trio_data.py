@@ -21,7 +21,6 @@ from environments.atlas.questions import (
     IMAGE_WORDINGS,
     KINDS,
     LOOK_WORDING,
-    TEXT_WORDINGS,
     THREE_WORDING,
     TWO_WORDING,
     list_questions,
@@ -35,6 +34,11 @@ RELATIONS = tuple(
     dict.fromkeys([*HEADLINE_RELATIONS, *(r for relations in TOPICS.values() for r in relations)])
 )
 UNKNOWN = "unknown"
+
+# How often a text question names its place in a line above the instruction (where a picture would stand), before the
+# question, and inside it. In the first two the question says "this place", as a picture question does: the name must
+# come from the policy's own thought, not from the words after "of".
+MENTION_WEIGHTS = (0.45, 0.4, 0.15)
 TOOL_USE_LEVELS = ("none", "format", "1", "2", "5")
 
 
@@ -174,6 +178,19 @@ def draw_results(
     return write_results(docs), value
 
 
+def draw_mention(
+    rng: random.Random, name: str, relation: str, wording: str = TWO_WORDING
+) -> tuple[str, str]:
+    """(line above the instruction or nothing, question) that ask for a fact about a named place."""
+    place = rng.choices(("above", "before", "inside"), MENTION_WEIGHTS)[0]
+    question = wording.format(relation=relation)
+    if place == "above":
+        return f" {name}\n", question
+    if place == "before":
+        return "", f"{name}. {question}"
+    return "", question.replace("this place", name)
+
+
 # ------------------------------------------------------------------------------------------------------------- base
 
 
@@ -229,9 +246,10 @@ def base_read(writer: Writer, names: Sequence[str]) -> Callable[[random.Random],
     def draw(rng: random.Random) -> SFTExample:
         name, relation = draw_name(rng, names), rng.choice(RELATIONS)
         results, value = draw_results(rng, name, relation, names)
-        question = f"Question: {rng.choice(TEXT_WORDINGS).format(name=name, relation=relation)}"
+        above, question = draw_mention(rng, name, relation)
+        question = f"Question: {question}"
         information = f"<information> {results} </information>"
-        answer = f"<think> {name} {relation} {value} </think> <answer> {value} </answer><|im_end|>"
+        answer = f"<think> {relation} {value} </think> <answer> {value} </answer><|im_end|>"
         if rng.random() < 0.5:
             return writer.write(
                 [(writer.chat(f"{information}\n{question}"), False), (answer, True)]
@@ -248,9 +266,12 @@ def base_name(writer: Writer, names: Sequence[str]) -> Callable[[random.Random],
 
     def draw(rng: random.Random) -> SFTExample:
         name, relation = draw_name(rng, names), rng.choice(RELATIONS)
-        question = rng.choice(TEXT_WORDINGS).format(name=name, relation=relation)
+        above, question = draw_mention(rng, name, relation)
         return writer.write(
-            [(writer.chat(f"Question: {question}"), False), (f"<think> {name} </think>", True)]
+            [
+                (writer.chat(f"{above}Question: {question}"), False),
+                (f"<think> {name} </think>", True),
+            ]
         )
 
     return draw
@@ -268,15 +289,15 @@ def agent_search(
         name, relation = draw_name(rng, names), rng.choice(RELATIONS)
         if rng.random() < 0.2:
             return _two_hops(rng, name, relation)
-        question = rng.choice(TEXT_WORDINGS).format(name=name, relation=relation)
+        above, question = draw_mention(rng, name, relation)
         results, value = draw_results(rng, name, relation, names)
         return writer.write(
             [
-                (writer.chat(_user_text(dialect.prompt(question, False))), False),
+                (writer.chat(above + _user_text(dialect.prompt(question, False))), False),
                 (f"<think> {name} </think> <search> {relation} of {name} </search>", True),
                 (f"\n\n<information> {results} </information>\n\n", False),
                 (
-                    f"<think> {name} {relation} {value} </think> <answer> {value} </answer><|im_end|>",
+                    f"<think> {relation} {value} </think> <answer> {value} </answer><|im_end|>",
                     True,
                 ),
             ]
@@ -284,7 +305,7 @@ def agent_search(
 
     def _two_hops(rng: random.Random, name: str, relation: str) -> SFTExample:
         neighbour = draw_name(rng, names)
-        question = f"{name}. " + THREE_WORDING.format(relation=relation)
+        above, question = draw_mention(rng, name, relation, THREE_WORDING)
         border = [("longest border", neighbour)] + [
             pair for pair in draw_topic(rng, "longest border") if pair[0] != "longest border"
         ]
@@ -295,16 +316,16 @@ def agent_search(
         results, value = draw_results(rng, neighbour, relation, names)
         return writer.write(
             [
-                (writer.chat(_user_text(dialect.prompt(question, False))), False),
+                (writer.chat(above + _user_text(dialect.prompt(question, False))), False),
                 (f"<think> {name} </think> <search> longest border of {name} </search>", True),
                 (f"\n\n<information> {first} </information>\n\n", False),
                 (
-                    f"<think> {name} longest border {neighbour} </think> <search> {relation} of {neighbour} </search>",
+                    f"<think> longest border {neighbour} </think> <search> {relation} of {neighbour} </search>",
                     True,
                 ),
                 (f"\n\n<information> {results} </information>\n\n", False),
                 (
-                    f"<think> {neighbour} {relation} {value} </think> <answer> {value} </answer><|im_end|>",
+                    f"<think> {relation} {value} </think> <answer> {value} </answer><|im_end|>",
                     True,
                 ),
             ]
@@ -393,7 +414,7 @@ def vlm_instructions(
             [
                 (user, False),
                 (
-                    f"<think> {name} {relation} {value} </think> <answer> {value} </answer><|im_end|>",
+                    f"<think> {relation} {value} </think> <answer> {value} </answer><|im_end|>",
                     True,
                 ),
             ],
@@ -428,7 +449,7 @@ def vlm_instructions(
         segments += [(f"\n\n<information> {results} </information>\n\n", False)]
         segments += [
             (
-                f"<think> {name} {relation} {value} </think> <answer> {value} </answer><|im_end|>",
+                f"<think> {relation} {value} </think> <answer> {value} </answer><|im_end|>",
                 True,
             )
         ]
