@@ -15,6 +15,7 @@ import torch
 
 from train.cache import SlotCache
 from train.sampling import inverse_cdf, nucleus
+from train.trim import only_at
 from train.vision import EncodedImage, encode_pictures, mrope_positions
 
 MAX_TOKENS_PER_READ = 32768
@@ -85,6 +86,7 @@ class TokenBatch:
         # indexed by number, not by row
         self.tokens = torch.zeros((n_rows, budget), **long)
         self.logprobs = torch.zeros((n_rows, budget), device=self.device)
+        self.entropies = torch.zeros((n_rows, budget), device=self.device)
         self.forced = torch.full((n_rows, 1), -1, **long)  # tokens of scripted turns
         self.uniforms = torch.from_numpy(uniforms).to(self.device)
         self.suppressed = torch.tensor(list(suppressed), **long)
@@ -178,11 +180,12 @@ class TokenBatch:
         slots.clamp_(max=self.cache.n_slots - 1)
         visible = int(slots.max()) + 1
         masks = (self.slot_numbers[:visible] <= slots[:, :, None])[:, None]
-        self.cache.select(index, slots, visible)
-        hidden = self._forward(inputs, torch.from_numpy(positions).to(self.device), masks)
         lengths = torch.tensor([len(tokens) for tokens in token_ids], device=self.device)
-        last = hidden[torch.arange(len(rows), device=self.device), lengths - 1]
-        self.logits[index] = self.head(last).float()
+        row, last = torch.arange(len(rows), device=self.device), lengths - 1
+        self.cache.select(index, slots, visible)
+        with only_at(self.backbone, last[:, None], masks[row, :, last][:, None]) as is_trimmed:
+            hidden = self._forward(inputs, torch.from_numpy(positions).to(self.device), masks)
+        self.logits[index] = self.head(hidden[:, 0] if is_trimmed else hidden[row, last]).float()
         self.length[index] = before + lengths
         self.position[index] = torch.tensor(after, device=self.device)
 
@@ -210,10 +213,11 @@ class TokenBatch:
         logits = self.logits[:n] / self.temperature
         normalizer = torch.logsumexp(logits, dim=-1)
         number, drawn = self.number[:n], self.n_sampled[:n]
+        probs = torch.exp(logits - normalizer[:, None])
+        self.entropies[number, drawn] = normalizer - torch.linalg.vecdot(probs, logits)
         if self.greedy:
             token = logits.index_fill(1, self.suppressed, -torch.inf).argmax(dim=-1)
         else:
-            probs = torch.exp(logits - normalizer[:, None])
             probs[:, self.suppressed] = 0.0
             if self.top_p < 1.0:
                 probs = nucleus(probs, self.top_p)

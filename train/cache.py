@@ -98,8 +98,9 @@ def slot_attention(
     """
     n_rows, n_query_heads, n_tokens, dim = query.shape
     if n_tokens > 1 or attention_mask is None:
+        # the fast kernels want the last dimension contiguous
         return sdpa_attention_forward(
-            module, query, key, value, attention_mask, scaling=scaling, **kwargs
+            module, query, key.contiguous(), value, attention_mask, scaling=scaling, **kwargs
         )
     heads, width = key.shape[1], key.shape[2]
     grouped = query.reshape(n_rows * heads, n_query_heads // heads, dim)

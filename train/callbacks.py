@@ -219,7 +219,7 @@ def start_wandb(folder: Path, config: Config) -> Any:
 
     The run id lies in `<folder>/wandb_id`, so that a resumed training goes on in the same run.
     """
-    mode = config.tracking.wandb
+    mode: Any = config.tracking.wandb
     if mode == "auto":
         mode = "online" if _has_wandb_login() else "offline"
     mode = os.environ.get("WANDB_MODE", mode)

@@ -7,7 +7,8 @@ Differs from TRL 1.16 in what it would get wrong or slow here:
 * the rollout keeps its cache over turns (`train.rollout`) and stops at a call's closing tag;
 * TRL never sees the pictures: they travel beside the batch and are encoded once each, so a
   placeholder can not lose its picture and no process waits for another's images;
-* log-probs are computed at the policy's own tokens only (`train.scoring`);
+* log-probs are computed at the policy's own tokens only (`train.scoring`), and not at all for
+  groups in which every episode got the same reward: their gradient is zero;
 * a resumed run continues the same random numbers and the same generation buffer.
 """
 
@@ -118,6 +119,7 @@ class SearchGRPOTrainer(GRPOTrainer):
         self._batch_questions: list[dict[str, Any]] = []
         self._batch_pictures: list[list[EncodedImage]] = []
         self._batch_policy_mask: torch.Tensor | None = None
+        self._batch_entropies = torch.empty(0)
         self._loss_inputs: dict[str, Any] | None = None
         self._seconds: dict[str, float] = defaultdict(float)
         self._last_logged_step = 0
@@ -145,6 +147,9 @@ class SearchGRPOTrainer(GRPOTrainer):
         with self._timed("generate"):
             batch = super()._generate_and_score_completions(inputs)
         batch["pictures"] = self._batch_pictures
+        missing = batch["completion_ids"].shape[1] - self._batch_entropies.shape[1]
+        entropies = torch.nn.functional.pad(self._batch_entropies, (0, missing))
+        batch["sampling_entropies"] = entropies.to(batch["completion_ids"].device)
         self._batch_policy_mask = None
         return batch
 
@@ -175,11 +180,13 @@ class SearchGRPOTrainer(GRPOTrainer):
         completion_ids = [trajectory.completion_ids for trajectory in trajectories]
         self.last_trajectories = trajectories
         self._batch_pictures = [
-            [self.engine.images.encode(image) for image in trajectory.all_images]
+            [self.engine.encode_image(image) for image in trajectory.all_images]
             for trajectory in trajectories
         ]
         self.engine.release_images()
         self._batch_policy_mask = _pad_right(masks)
+        entropies = [torch.tensor(t.completion_entropies) for t in trajectories]
+        self._batch_entropies = torch.nn.utils.rnn.pad_sequence(entropies, batch_first=True)
         self._log_episodes(trajectories)
         return (
             [trajectory.prompt_ids for trajectory in trajectories],
@@ -287,30 +294,58 @@ class SearchGRPOTrainer(GRPOTrainer):
         reference log-probs of a whole generation batch.
         """
         inputs = self._loss_inputs
-        if inputs is not None:
-            policy_mask, pictures = (
-                inputs["completion_mask"] * inputs["tool_mask"],
-                inputs["pictures"],
-            )
-        else:
+        if inputs is None:
             assert self._batch_policy_mask is not None
-            policy_mask, pictures = self._batch_policy_mask, self._batch_pictures
-            missing = logits_to_keep - policy_mask.shape[1]  # pad_to_multiple_of
-            policy_mask = torch.nn.functional.pad(policy_mask, (0, missing))
-        batch_size = batch_size or len(input_ids)
-        parts = []
-        for start in range(0, len(input_ids), batch_size):
-            part = slice(start, start + batch_size)
+            missing = logits_to_keep - self._batch_policy_mask.shape[1]  # pad_to_multiple_of
+            policy_mask = torch.nn.functional.pad(self._batch_policy_mask, (0, missing))
+            pictures, chosen = self._batch_pictures, torch.arange(len(input_ids))
+            logps, entropies = (torch.zeros(policy_mask.shape) for _ in range(2))
+        else:
+            policy_mask = inputs["completion_mask"] * inputs["tool_mask"]
+            pictures, chosen = inputs["pictures"], self._rows_to_score(inputs)
+            # rows without a gradient keep the values they were sampled with
+            logps = inputs["sampling_per_token_logps"] * policy_mask
+            entropies = inputs["sampling_entropies"] * policy_mask
+        logps, entropies = logps.to(input_ids.device), entropies.to(input_ids.device)
+        for part in chosen.split(batch_size or len(chosen)):
             rows = scoring.rows_from_padded(
-                input_ids[part], attention_mask[part], policy_mask[part], pictures[part]
+                input_ids[part],
+                attention_mask[part],
+                policy_mask[part],
+                [pictures[i] for i in part.tolist()],
+                self._count_buckets(len(part)),
             )
             with self.accelerator.autocast():
-                parts.append(model(scored_rows=rows))
-        logps = torch.cat([part[0] for part in parts])
-        entropies = torch.cat([part[1] for part in parts]) if compute_entropy else None
+                part_logps, part_entropies = model(scored_rows=rows)
+            logps = logps.index_put((part.to(logps.device),), part_logps)
+            entropies = entropies.index_put((part.to(logps.device),), part_entropies)
         if inputs is not None:
             self._log_mismatch(logps.detach(), inputs["sampling_per_token_logps"], policy_mask)
-        return logps, entropies, None
+        return logps, entropies if compute_entropy else None, None
+
+    def _rows_to_score(self, inputs: dict[str, Any]) -> torch.Tensor:
+        """Rows whose tokens have a gradient, int64 [R].
+
+        Every variant of the loss multiplies a token's term by its advantage; where that is 0 (the
+        whole group got one reward) and nothing else pulls on the policy, the forward is spared. At
+        least one row stays, so that every parameter takes part on every process.
+        """
+        everything = torch.arange(len(inputs["advantages"]))
+        pulls_anyway = self.beta != 0.0 or self._entropy_bonus_enabled or self.aux_loss_enabled
+        if pulls_anyway or self.top_entropy_quantile < 1.0:
+            return everything
+        has_gradient = (inputs["advantages"] != 0).cpu()
+        if not has_gradient.any():
+            return inputs["completion_mask"].sum(dim=1).argmin().cpu().reshape(1)
+        return everything[has_gradient]
+
+    def _count_buckets(self, n_rows: int) -> int:
+        """Forwards for this many rows: as many as the process with the most rows needs."""
+        n_buckets = -(-n_rows // scoring.ROWS_PER_BUCKET)
+        if self.accelerator.num_processes == 1:
+            return n_buckets
+        mine = torch.tensor([n_buckets], device=self.accelerator.device)
+        return int(self.accelerator.gather(mine).max())
 
     def _log_mismatch(
         self, training: torch.Tensor, sampling: torch.Tensor, policy_mask: torch.Tensor
@@ -336,7 +371,7 @@ class SearchGRPOTrainer(GRPOTrainer):
         """Held-out evaluation by episodes, not TRL's loss on an evaluation set."""
         metrics = self.evaluate_policy() if self.evaluate_policy is not None else {}
         # this also takes back the request; transformers would repeat it at the end of the epoch
-        self.control = self.callback_handler.on_evaluate(
+        self.control: Any = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
         )
         return metrics

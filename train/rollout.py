@@ -206,7 +206,7 @@ class RolloutEngine:
             text = self.tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=True
             )
-            pictures = [self._encode(image)] if image is not None else []
+            pictures = [self.encode_image(image)] if image is not None else []
             token_ids = self._tokens_with_pictures(text, "<|image_pad|>", pictures)
             shown = [image] if image is not None else []
             return Prompt(_user_text(messages), token_ids, pictures, shown)
@@ -215,7 +215,7 @@ class RolloutEngine:
         self, text: str, images: Sequence[Any]
     ) -> tuple[list[int], list[EncodedImage]]:
         """Tokens and pictures of an observation; image marks become vision placeholders."""
-        pictures = [self._encode(image) for image in images]
+        pictures = [self.encode_image(image) for image in images]
         key = (text, *(picture.n_tokens for picture in pictures))
         if key not in self._observations:
             framed = text.replace(IMAGE_MARK, f"<|vision_start|>{IMAGE_MARK}<|vision_end|>")
@@ -238,7 +238,8 @@ class RolloutEngine:
 
     # ---------------------------------------------------------------- helpers
 
-    def _encode(self, image: Any) -> EncodedImage:
+    def encode_image(self, image: Any) -> EncodedImage:
+        """Pixels and grid of one picture, made once."""
         if self.images is None:
             raise ValueError("the question has a picture but the policy is a text model")
         return self.images.encode(image)
@@ -359,6 +360,7 @@ class _Wave:
         index = torch.tensor(ended, device=batch.device)
         numbers = batch.number[index]
         tokens, logprobs = batch.tokens[numbers].tolist(), batch.logprobs[numbers].tolist()
+        entropies = batch.entropies[numbers].tolist()
         n_sampled, n_in_turn = batch.n_sampled[index].tolist(), batch.n_in_turn[index].tolist()
         rooms = (batch.limit[index] - batch.length[index] - 1).tolist()
         for i, place in enumerate(ended):
@@ -371,7 +373,7 @@ class _Wave:
                 continue
             text = engine.tokenizer.decode(ids, skip_special_tokens=True)
             row.turn_start = n_sampled[i]
-            row.trajectory.turns.append(Turn(text, ids, logprobs[i][turn], {}))
+            row.trajectory.turns.append(Turn(text, ids, logprobs[i][turn], {}, entropies[i][turn]))
             if pool is not None:
                 row.future = pool.submit(row.episode.step, text, truncated=not is_complete)
                 continue

@@ -185,7 +185,7 @@ def describe_machine(config: Config) -> dict[str, Any]:
     """Versions, commit, hardware and command of this run."""
     import torch
 
-    versions = {}
+    versions: dict[str, str | None] = {}
     for name in PACKAGES:
         try:
             versions[name] = metadata.version(name)

@@ -24,7 +24,11 @@ from trl.trainer.utils import (
     maybe_gather_lm_head_ctx,
 )
 
+from train.trim import only_at
 from train.vision import EncodedImage, encode_pictures, mrope_positions
+
+ROWS_PER_BUCKET = 32
+"""Rows padded to a common length in one forward; small enough for a core's cache to matter."""
 
 
 @dataclass
@@ -41,6 +45,9 @@ class ScoredRows:
     """pictures of each row, in the order of their placeholders"""
     width: int
     """C, columns of the result"""
+    n_buckets: int
+    """forwards to split the rows into; the same on every process, for ZeRO-3 makes each of them a
+    collective; a process with fewer rows reads one of them again without scoring it"""
 
 
 def rows_from_padded(
@@ -48,6 +55,7 @@ def rows_from_padded(
     attention_mask: torch.Tensor,
     policy_mask: torch.Tensor,
     pictures: list[list[EncodedImage]],
+    n_buckets: int,
 ) -> ScoredRows:
     """Strips TRL's padding (prompts on the left, completions on the right).
 
@@ -56,6 +64,7 @@ def rows_from_padded(
         attention_mask: int [B, P + C], 1 for real tokens.
         policy_mask: int [B, C], 1 for tokens to score.
         pictures: B lists.
+        n_buckets: see ScoredRows.
     """
     width = policy_mask.shape[1]
     is_real = attention_mask.bool().cpu().numpy()
@@ -68,6 +77,7 @@ def rows_from_padded(
         policy_mask=[row[:n] for row, n in zip(wanted, n_completion, strict=True)],
         pictures=pictures,
         width=width,
+        n_buckets=n_buckets,
     )
 
 
@@ -77,7 +87,6 @@ def install(
     temperature: float,
     merge_size: int,
     blank: EncodedImage | None,
-    rows_per_bucket: int = 64,
 ) -> None:
     """Teaches `model.forward` the keyword `scored_rows`.
 
@@ -87,14 +96,13 @@ def install(
         merge_size: patches merged per side into one picture token.
         blank: encoded instead of pictures where a batch has none, so that every process runs the
             vision tower (ZeRO would wait for ever otherwise); None for a text model.
-        rows_per_bucket: rows that are padded to a common length.
     """
     original = model.forward
 
     def forward(self: Any, *args: Any, scored_rows: ScoredRows | None = None, **kwargs: Any) -> Any:
         if scored_rows is None:
             return original(*args, **kwargs)
-        return score_rows(self, scored_rows, temperature, merge_size, blank, rows_per_bucket)
+        return score_rows(self, scored_rows, temperature, merge_size, blank)
 
     model.forward = types.MethodType(forward, model)
 
@@ -105,7 +113,6 @@ def score_rows(
     temperature: float,
     merge_size: int = 2,
     blank: EncodedImage | None = None,
-    rows_per_bucket: int = 64,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probs and entropies of the chosen tokens.
 
@@ -117,18 +124,23 @@ def score_rows(
     n_rows = len(rows.token_ids)
     shown = [picture for pictures in rows.pictures for picture in pictures]
     features = encode_pictures(backbone, shown or ([blank] if blank is not None else []))
-    order = np.argsort([len(ids) for ids in rows.token_ids], kind="stable")
-    # the same number of buckets on every process: each is one collective forward under ZeRO-3
-    buckets = np.array_split(order, -(-n_rows // rows_per_bucket))
+    by_length = np.argsort([len(ids) for ids in rows.token_ids], kind="stable")
+    ballast = max(0, rows.n_buckets - n_rows)
+    order = np.concatenate([np.repeat(by_length[:1], ballast), by_length])
+    scored = np.concatenate([np.zeros(ballast, dtype=bool), np.ones(n_rows, dtype=bool)])
     hidden, targets, places = [], [], []
-    for bucket in buckets:
-        states = _bucket_states(model, rows, bucket, features, merge_size, device)
-        for i, row in enumerate(bucket):
-            chosen = np.flatnonzero(rows.policy_mask[row])
-            at = rows.n_prompt[row] + chosen
-            hidden.append(states[i, torch.as_tensor(at - 1, device=device)])
-            targets.append(np.asarray(rows.token_ids[row])[at])
-            places.append(row * rows.width + chosen)
+    for bucket, is_scored in zip(
+        np.array_split(order, rows.n_buckets), np.array_split(scored, rows.n_buckets), strict=True
+    ):
+        chosen = [
+            np.flatnonzero(rows.policy_mask[row] & is_own)
+            for row, is_own in zip(bucket, is_scored, strict=True)
+        ]
+        at = [rows.n_prompt[row] + tokens for row, tokens in zip(bucket, chosen, strict=True)]
+        states = _bucket_states(model, rows, bucket, at, features, merge_size, device)
+        hidden += [states[i, : len(tokens)] for i, tokens in enumerate(chosen)]
+        targets += [np.asarray(rows.token_ids[r])[t] for r, t in zip(bucket, at, strict=True)]
+        places += [r * rows.width + tokens for r, tokens in zip(bucket, chosen, strict=True)]
     flat_hidden = torch.cat(hidden)
     target = torch.as_tensor(np.concatenate(targets), device=device)
     place = torch.as_tensor(np.concatenate(places), device=device)
@@ -148,11 +160,17 @@ def _bucket_states(
     model: Any,
     rows: ScoredRows,
     bucket: np.ndarray,
+    at: list[np.ndarray],
     features: dict[str, torch.Tensor],
     merge_size: int,
     device: torch.device,
 ) -> torch.Tensor:
-    """Hidden states [b, T, H] of some rows, padded on the right."""
+    """Hidden states [b, N, H] from which the tokens `at` of some rows are predicted.
+
+    Args:
+        bucket: the rows.
+        at: per row the index of each scored token; rows with fewer than N are padded.
+    """
     image_token_id = getattr(model.config, "image_token_id", None)
     width = max(len(rows.token_ids[row]) for row in bucket)
     ids = np.zeros((len(bucket), width), dtype=np.int64)
@@ -171,18 +189,27 @@ def _bucket_states(
     if shown:
         pooled = tuple(features[picture.key] for picture in shown)
         inputs["mm_encoder_outputs"] = {"image": SimpleNamespace(pooler_output=pooled)}
-    at = torch.as_tensor(positions, device=device)
+    before = np.zeros((len(bucket), max(1, *map(len, at))), dtype=np.int64)
+    for i, scored in enumerate(at):
+        before[i, : len(scored)] = scored - 1
+    places = torch.as_tensor(before, device=device)
+    sees = torch.arange(width, device=device) <= places[:, :, None]
     if model.config.get_text_config()._attn_implementation == "sdpa":
         # padding lies behind every token that counts: plain causal attention, the fast kernel
         masks: Any = {"full_attention": None, "sliding_attention": None}
     else:
         masks = torch.as_tensor(real, device=device)
-    return model.model(
-        **inputs,
-        position_ids=at if image_token_id is not None else at[0],
-        attention_mask=masks,
-        use_cache=False,
-    ).last_hidden_state
+    position_ids = torch.as_tensor(positions, device=device)
+    with only_at(model.model, places, sees[:, None]) as is_trimmed:
+        states = model.model(
+            **inputs,
+            position_ids=position_ids if image_token_id is not None else position_ids[0],
+            attention_mask=masks,
+            use_cache=False,
+        ).last_hidden_state
+    if is_trimmed:
+        return states
+    return states[torch.arange(len(bucket), device=device)[:, None], places]
 
 
 def _head(

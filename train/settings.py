@@ -117,8 +117,9 @@ def describe_step(config: Config, n_processes: int) -> list[tuple[str, str]]:
     completions = grpo.get("generation_batch_size") or per_device * n_processes * accumulated
     if completions % group:
         raise ConfigError(
-            f"grpo.num_generations: {completions} completions ({n_processes} processes x {per_device}"
-            f" x {accumulated}) cannot be cut into groups of {group}; change one of the numbers"
+            f"grpo.num_generations: {completions} completions ({n_processes} processes x "
+            f"{per_device} x {accumulated}) cannot be cut into groups of {group}; "
+            "change one of the numbers"
         )
     per_step = per_device * n_processes * grpo["gradient_accumulation_steps"]
     return [

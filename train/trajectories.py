@@ -30,6 +30,8 @@ class Turn:
     action: dict[str, Any]
     """{"type": "search", "query"} | {"type": "image_search", "region"} | {"type": "answer", "text"}
     | {"type": "invalid", "reason"}"""
+    entropies: list[float] = field(default_factory=list)
+    """entropy of the distribution each token was drawn from, in nats"""
     observation: str | None = None
     """what the environment wrote after the turn; None after the last one"""
     observation_ids: list[int] = field(default_factory=list)
@@ -86,6 +88,15 @@ class Trajectory:
         ]
 
     @property
+    def completion_entropies(self) -> list[float]:
+        """Entropies at sampling, 0.0 at observation tokens; as long as completion_ids."""
+        return [
+            h
+            for turn in self.turns
+            for h in (*turn.entropies, *([0.0] * len(turn.observation_ids)))
+        ]
+
+    @property
     def all_images(self) -> list[Any]:
         """Prompt images, then returned images whose tokens are in the context, in order."""
         shown = [image for turn in self.turns if turn.observation_ids for image in turn.images]
@@ -124,6 +135,7 @@ class Trajectory:
                     "text": turn.text,
                     "n_tokens": len(turn.token_ids),
                     "logprob": round(sum(turn.logprobs), 4),
+                    "entropy": round(sum(turn.entropies) / max(1, len(turn.entropies)), 4),
                     "action": turn.action,
                     "observation": turn.observation,
                     "n_observation_tokens": len(turn.observation_ids),

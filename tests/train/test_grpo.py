@@ -176,6 +176,7 @@ def test_our_forward_equals_trls_in_logprobs_entropies_and_gradients(make_traine
     (expected * policy_mask).sum().backward()
     expected_grads = _grads(trainer.model)
     trainer.model.zero_grad()
+    batch["advantages"] = torch.ones(16)
     trainer._loss_inputs = batch
     ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
     mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
@@ -195,6 +196,7 @@ def test_our_forward_equals_trls_in_logprobs_entropies_and_gradients(make_traine
 def test_sampling_logprobs_equal_training_logprobs(make_trainer, mixed_script):
     trainer = make_trainer(script=mixed_script, temperature=0.8)
     batch = batch_of(trainer)
+    batch["advantages"] = torch.ones(16)
     trainer.compute_loss(trainer.model, batch)
     (largest,) = trainer._metrics["train"]["sampling/logp_difference_max"]
     assert 0 < largest < TOLERANCE
@@ -237,7 +239,7 @@ def test_reward_parts_and_search_rates_are_logged_one_by_one(make_trainer):
     (line,) = trainer.metric_lines
     accuracy = line["rewards/accuracy/mean"]
     assert 0 < accuracy < 1
-    # total = accuracy * (1 - penalty) + 0.1 * format; the penalty part is 0.1 for searched and right
+    # total = accuracy * (1 - penalty) + 0.1 * format; the penalty of a right answer is 0.1
     expected = accuracy - line["rewards/search_penalty/mean"] + 0.1 * line["rewards/format/mean"]
     assert line["reward"] == pytest.approx(expected, abs=1e-6)
     assert line["search/rate_text"] == 0.0
@@ -270,6 +272,55 @@ def test_truncated_episodes_can_be_left_out_of_the_loss(make_trainer):
     masks = (batch["completion_mask"] * batch["tool_mask"]).sum(dim=1)
     for trajectory, counted in zip(trainer.last_trajectories, masks, strict=True):
         assert (counted == 0) == (trajectory.stop_reason == "length")
+
+
+def test_rows_without_a_gradient_are_not_read_and_change_nothing(make_trainer, monkeypatch):
+    trainer = make_trainer(script=right_half_the_time)
+    batch = batch_of(trainer)
+    batch["advantages"] = torch.tensor([0.0, 0.0, 1.0, -0.5] * 4)
+    read = []
+    count = trainer._count_buckets
+    monkeypatch.setattr(trainer, "_count_buckets", lambda n: read.append(n) or count(n))
+    loss = trainer.compute_loss(trainer.model, batch)
+    loss.backward()
+    spared = _grads(trainer.model)
+    trainer.model.zero_grad()
+    monkeypatch.setattr(trainer, "_rows_to_score", lambda inputs: torch.arange(16))
+    full = trainer.compute_loss(trainer.model, batch)
+    full.backward()
+    assert read == [8, 16]
+    assert torch.isclose(loss, full, atol=1e-7)
+    for name, grad in _grads(trainer.model).items():
+        assert torch.allclose(grad, spared[name], atol=1e-6), name
+    entropy, same_entropy = trainer._metrics["train"]["entropy"]
+    assert entropy == pytest.approx(same_entropy, abs=1e-5)
+
+
+def test_a_batch_without_any_gradient_still_touches_every_parameter(make_trainer):
+    trainer = make_trainer(script=right_half_the_time)
+    batch = batch_of(trainer)
+    batch["advantages"] = torch.zeros(16)
+    trainer.compute_loss(trainer.model, batch).backward()
+    grads = _grads(trainer.model)
+    assert grads.keys() == {name for name, _ in trainer.model.named_parameters()}
+    assert all((grad == 0).all() for grad in grads.values())
+
+
+def test_more_buckets_than_rows_do_not_count_a_row_twice(make_trainer, mixed_script):
+    trainer = make_trainer(script=mixed_script)
+    batch = batch_of(trainer)
+    batch["advantages"] = torch.tensor([0.0] * 14 + [1.0, -1.0])
+    losses, grads = [], []
+    for n_buckets in (1, 5):
+        trainer._count_buckets = lambda n, n_buckets=n_buckets: n_buckets
+        trainer.model.zero_grad()
+        loss = trainer.compute_loss(trainer.model, batch)
+        loss.backward()
+        losses.append(loss.item())
+        grads.append(_grads(trainer.model))
+    assert losses[0] == pytest.approx(losses[1], abs=1e-7)
+    for name, grad in grads[0].items():
+        assert torch.allclose(grad, grads[1][name], atol=1e-6), name
 
 
 def test_a_text_only_batch_still_runs_the_vision_tower(make_trainer, questions):

@@ -56,11 +56,11 @@ def launch(*command: str, **variables: str) -> subprocess.CompletedProcess:
     )
 
 
-def deepspeed(*arguments: str) -> subprocess.CompletedProcess:
+def deepspeed(*arguments: str, script: Path = SCRIPT) -> subprocess.CompletedProcess:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    return launch("deepspeed", "--num_gpus", "2", "--master_port", port, str(SCRIPT), *arguments)
+    return launch("deepspeed", "--num_gpus", "2", "--master_port", port, str(script), *arguments)
 
 
 def lines_of(folder: Path) -> list[dict]:
@@ -126,6 +126,19 @@ def test_two_processes_resume_to_the_same_numbers(zero2_run, tmp_path):
     assert result.returncode == 0, result.stderr[-3000:]
     assert "resuming at step 1" in result.stderr
     assert lines_of(part) == lines_of(folder)
+
+
+@pytest.mark.timeout(300)
+def test_processes_with_unlike_episodes_do_not_wait_for_each_other(tiny_checkpoints, tmp_path):
+    """ZeRO-3: other numbers of turns, pictures on one side only, rows to train on one side only."""
+    program = Path(__file__).with_name("uneven_processes.py")
+    settings = ROOT / "configs" / "deepspeed" / "zero3.json"
+    result = deepspeed(
+        tiny_checkpoints["vlm"], str(settings), str(tmp_path / "out"), script=program
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    for rank in (0, 1):
+        assert f"process {rank} trained 2 steps" in result.stdout
 
 
 def test_the_shell_starts_the_same_program(tiny_checkpoints, tmp_path):

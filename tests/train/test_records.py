@@ -36,11 +36,12 @@ def make_trajectory() -> Trajectory:
             [1, 2],
             [-0.5, -0.25],
             {"type": "search", "query": "q"},
+            [2.0, 1.0],
             "obs",
             [7, 8, 9],
             [picture],
         ),
-        Turn("b", [3], [-1.0], {"type": "answer", "text": "Paris"}),
+        Turn("b", [3], [-1.0], {"type": "answer", "text": "Paris"}, [0.5]),
     ]
     return Trajectory("q1", "two", True, "What?", [4, 5], [picture], turns, "answer", "Paris")
 
@@ -50,6 +51,7 @@ def test_a_trajectory_lines_up_tokens_mask_and_logprobs():
     assert trajectory.completion_ids == [1, 2, 7, 8, 9, 3]
     assert trajectory.completion_mask == [1, 1, 0, 0, 0, 1]
     assert trajectory.completion_logprobs == [-0.5, -0.25, 0.0, 0.0, 0.0, -1.0]
+    assert trajectory.completion_entropies == [2.0, 1.0, 0.0, 0.0, 0.0, 0.5]
     assert trajectory.n_policy_tokens == 3
     assert trajectory.text == "aobsb"
 
