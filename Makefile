@@ -17,7 +17,7 @@ ARGS ?=
 export PYTHONSAFEPATH := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install demo test bench lint atlas study-convergence results clean
+.PHONY: help install demo test bench lint atlas tune study-convergence results clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1: /p' Makefile
@@ -49,6 +49,10 @@ lint: $(STAMP) ## ruff and mypy
 
 atlas: $(STAMP) ## train the tiny base, VLM and agent again (an hour)
 	$(BIN)/obm atlas build $(ARGS)
+
+tune: $(STAMP) ## every method's merge, tuned alike on dev; writes configs/studies/recipes.yaml
+	$(BIN)/obm tune --grid configs/studies/grid.yaml --output docs/results/tuning \
+	  --recipes configs/studies/recipes.yaml --overwrite $(ARGS)
 
 study-convergence: $(STAMP) ## three seeds of every start, then docs/results/convergence.* (hours)
 	$(BIN)/obm study convergence $(ARGS)

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from configs.schema import Config
 
 ROLES = ("vlm", "agent")
+NOT_STUDIES = ("recipes", "grid")
+"""Files in configs/studies that studies and `obm tune` read."""
 
 
 @dataclass
@@ -367,7 +369,7 @@ def _study_path(name: str) -> Path:
     folder = Path(str(resources.files("configs"))) / "studies"
     shipped = folder / f"{name}.yaml"
     if not shipped.is_file():
-        names = sorted(p.stem for p in folder.glob("*.yaml") if p.stem != "recipes")
+        names = sorted(p.stem for p in folder.glob("*.yaml") if p.stem not in NOT_STUDIES)
         raise LaunchError(f"no shipped study {name!r}; choose one of {', '.join(names)}, or a file")
     return shipped
 
