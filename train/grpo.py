@@ -314,6 +314,7 @@ class SearchGRPOTrainer(GRPOTrainer):
                 policy_mask[part],
                 [pictures[i] for i in part.tolist()],
                 self._count_buckets(len(part)),
+                with_entropy=self._entropy_bonus_enabled,
             )
             with self.accelerator.autocast():
                 part_logps, part_entropies = model(scored_rows=rows)

@@ -1,9 +1,10 @@
 """Log-probs of sampled tokens under the current policy, with gradients: the forward of the loss.
 
-Differs from TRL's forward in cost, not in value: each distinct picture goes through the vision
-tower once, however many rows show it; rows are sorted by length into buckets, so that short
-episodes are not padded to the longest; the LM head reads only positions whose token the policy
-chose; positions are those of the rollout. The head itself is TRL's chunked kernel.
+Differs from TRL's forward in cost, not in value. Each distinct picture goes through the vision
+tower once, each distinct prompt through the language module once (its keys and values serve the
+whole group, gradients included), and of equal episodes one. Completions are sorted by length into
+buckets, so that short ones are not padded to the longest. The last layer and the LM head work only
+where a token of the policy is predicted. Positions are those of the rollout.
 
 The work happens inside `model.forward` (a keyword switches to it), because DeepSpeed and DDP hook
 that call.
@@ -12,6 +13,7 @@ that call.
 from __future__ import annotations
 
 import types
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -24,21 +26,24 @@ from trl.trainer.utils import (
     maybe_gather_lm_head_ctx,
 )
 
-from train.trim import only_at
+from train.trim import only_at, recomputes
 from train.vision import EncodedImage, encode_pictures, mrope_positions
 
 ROWS_PER_BUCKET = 32
 """Rows padded to a common length in one forward; small enough for a core's cache to matter."""
+
+MAX_LOGITS = 2**26
+"""Logits kept whole (256 MiB); more go through TRL's kernel, which computes them twice instead."""
 
 
 @dataclass
 class ScoredRows:
     """What the scoring forward needs of a batch of B episodes."""
 
-    token_ids: list[list[int]]
-    """prompt and completion of each row, no padding"""
-    n_prompt: list[int]
+    prompt_ids: list[list[int]]
     """prompt tokens of each row"""
+    completion_ids: list[list[int]]
+    """completion tokens of each row, at least one"""
     policy_mask: list[np.ndarray]
     """bool [C_b]: completion tokens to score"""
     pictures: list[list[EncodedImage]]
@@ -48,6 +53,8 @@ class ScoredRows:
     n_buckets: int
     """forwards to split the rows into; the same on every process, for ZeRO-3 makes each of them a
     collective; a process with fewer rows reads one of them again without scoring it"""
+    with_entropy: bool = False
+    """the entropy is part of the loss, too"""
 
 
 def rows_from_padded(
@@ -56,6 +63,7 @@ def rows_from_padded(
     policy_mask: torch.Tensor,
     pictures: list[list[EncodedImage]],
     n_buckets: int,
+    with_entropy: bool = False,
 ) -> ScoredRows:
     """Strips TRL's padding (prompts on the left, completions on the right).
 
@@ -64,30 +72,25 @@ def rows_from_padded(
         attention_mask: int [B, P + C], 1 for real tokens.
         policy_mask: int [B, C], 1 for tokens to score.
         pictures: B lists.
-        n_buckets: see ScoredRows.
+        n_buckets, with_entropy: see ScoredRows.
     """
     width = policy_mask.shape[1]
     is_real = attention_mask.bool().cpu().numpy()
     ids, wanted = input_ids.cpu().numpy(), policy_mask.bool().cpu().numpy()
-    n_prompt = is_real[:, :-width].sum(axis=1)
-    n_completion = is_real[:, -width:].sum(axis=1)
+    prompts = [row[:-width][real[:-width]] for row, real in zip(ids, is_real, strict=True)]
+    completions = [row[-width:][real[-width:]] for row, real in zip(ids, is_real, strict=True)]
     return ScoredRows(
-        token_ids=[row[real].tolist() for row, real in zip(ids, is_real, strict=True)],
-        n_prompt=n_prompt.tolist(),
-        policy_mask=[row[:n] for row, n in zip(wanted, n_completion, strict=True)],
+        prompt_ids=[row.tolist() for row in prompts],
+        completion_ids=[row.tolist() for row in completions],
+        policy_mask=[row[: len(c)] for row, c in zip(wanted, completions, strict=True)],
         pictures=pictures,
         width=width,
         n_buckets=n_buckets,
+        with_entropy=with_entropy,
     )
 
 
-def install(
-    model: Any,
-    *,
-    temperature: float,
-    merge_size: int,
-    blank: EncodedImage | None,
-) -> None:
+def install(model: Any, *, temperature: float, merge_size: int, blank: EncodedImage | None) -> None:
     """Teaches `model.forward` the keyword `scored_rows`.
 
     Args:
@@ -119,114 +122,306 @@ def score_rows(
     Returns:
         log-probs and entropies, float32 [B, C]; 0 where policy_mask is 0. Differentiable.
     """
-    backbone = model.model
-    device = model.get_output_embeddings().weight.device
-    n_rows = len(rows.token_ids)
+    reader = _Reader(model, merge_size)
     shown = [picture for pictures in rows.pictures for picture in pictures]
-    features = encode_pictures(backbone, shown or ([blank] if blank is not None else []))
-    by_length = np.argsort([len(ids) for ids in rows.token_ids], kind="stable")
-    ballast = max(0, rows.n_buckets - n_rows)
-    order = np.concatenate([np.repeat(by_length[:1], ballast), by_length])
-    scored = np.concatenate([np.zeros(ballast, dtype=bool), np.ones(n_rows, dtype=bool)])
-    hidden, targets, places = [], [], []
-    for bucket, is_scored in zip(
-        np.array_split(order, rows.n_buckets), np.array_split(scored, rows.n_buckets), strict=True
-    ):
+    reader.features = encode_pictures(model.model, shown or ([blank] if blank else []))
+    number, first = _distinct(_row_key(rows, i) for i in range(len(rows.completion_ids)))
+    prefix = _read_prompts(reader, rows, first) if reader.can_share else None
+
+    by_length = sorted(range(len(first)), key=lambda n: len(rows.completion_ids[first[n]]))
+    ballast = max(0, rows.n_buckets - len(first))
+    order = np.array([by_length[0]] * ballast + by_length)
+    hidden: list[torch.Tensor] = []
+    targets: list[int] = []
+    where: dict[int, np.ndarray] = {}  # distinct row -> its entries in the flat lists
+    for bucket in np.array_split(np.arange(len(order)), rows.n_buckets):
+        distinct = order[bucket]
         chosen = [
-            np.flatnonzero(rows.policy_mask[row] & is_own)
-            for row, is_own in zip(bucket, is_scored, strict=True)
+            np.flatnonzero(rows.policy_mask[first[n]] & (place >= ballast))
+            for place, n in zip(bucket, distinct, strict=True)
         ]
-        at = [rows.n_prompt[row] + tokens for row, tokens in zip(bucket, chosen, strict=True)]
-        states = _bucket_states(model, rows, bucket, at, features, merge_size, device)
-        hidden += [states[i, : len(tokens)] for i, tokens in enumerate(chosen)]
-        targets += [np.asarray(rows.token_ids[r])[t] for r, t in zip(bucket, at, strict=True)]
-        places += [r * rows.width + tokens for r, tokens in zip(bucket, chosen, strict=True)]
-    flat_hidden = torch.cat(hidden)
-    target = torch.as_tensor(np.concatenate(targets), device=device)
-    place = torch.as_tensor(np.concatenate(places), device=device)
-    logps, entropies = _head(model, flat_hidden, target, temperature)
+        for n, tokens, states in zip(
+            distinct,
+            chosen,
+            _read_bucket(reader, rows, [first[n] for n in distinct], chosen, prefix),
+            strict=True,
+        ):
+            if len(tokens):
+                where[int(n)] = np.arange(len(targets), len(targets) + len(tokens))
+            hidden.append(states)
+            targets += [rows.completion_ids[first[n]][t] for t in tokens]
+    target = torch.tensor(targets, dtype=torch.long, device=reader.device)
+    logps, entropies = _head(model, torch.cat(hidden), target, temperature, rows.with_entropy)
     if blank is not None and not shown:
         # keeps the vision tower in the graph with a gradient of zero
-        logps = logps + 0.0 * next(iter(features.values())).sum().to(logps.dtype)
-    empty = torch.zeros(n_rows * rows.width, device=device, dtype=logps.dtype)
-    shape = (n_rows, rows.width)
+        logps = logps + 0.0 * next(iter(reader.features.values())).sum().to(logps.dtype)
+
+    # equal rows share their entries; their gradients add up there
+    source = np.concatenate([where.get(n, np.empty(0, np.int64)) for n in number])
+    place = np.concatenate(
+        [i * rows.width + np.flatnonzero(mask) for i, mask in enumerate(rows.policy_mask)]
+    )
+    flat_source = torch.as_tensor(source, dtype=torch.long, device=reader.device)
+    flat_place = torch.as_tensor(place, dtype=torch.long, device=reader.device)
+    empty = torch.zeros(len(number) * rows.width, device=reader.device, dtype=logps.dtype)
+    shape = (len(number), rows.width)
     return (
-        empty.index_put((place,), logps).view(shape),
-        empty.index_put((place,), entropies).view(shape),
+        empty.index_put((flat_place,), logps.index_select(0, flat_source)).view(shape),
+        empty.index_put((flat_place,), entropies.index_select(0, flat_source)).view(shape),
     )
 
 
-def _bucket_states(
-    model: Any,
-    rows: ScoredRows,
-    bucket: np.ndarray,
-    at: list[np.ndarray],
-    features: dict[str, torch.Tensor],
-    merge_size: int,
-    device: torch.device,
-) -> torch.Tensor:
-    """Hidden states [b, N, H] from which the tokens `at` of some rows are predicted.
+# ---------------------------------------------------------------- reading tokens
 
-    Args:
-        bucket: the rows.
-        at: per row the index of each scored token; rows with fewer than N are padded.
+
+class _Reader:
+    """Runs rows of tokens through the backbone, with or without a prefix before them."""
+
+    def __init__(self, model: Any, merge_size: int) -> None:
+        self.model = model
+        self.merge_size = merge_size
+        self.device = model.get_output_embeddings().weight.device
+        self.image_token_id = getattr(model.config, "image_token_id", None)
+        self.attention = model.config.get_text_config()._attn_implementation
+        self.features: dict[str, torch.Tensor] = {}
+        # a prefix needs explicit masks, and keys and values that are not thrown away
+        self.can_share = self.attention == "sdpa" and not recomputes(model.model)
+
+    def read(
+        self,
+        token_ids: Sequence[list[int]],
+        pictures: Sequence[list[EncodedImage]],
+        starts: Sequence[int],
+        places: Sequence[np.ndarray],
+        cache: _Prefix | None,
+    ) -> tuple[torch.Tensor, list[int]]:
+        """Hidden states of chosen tokens.
+
+        Args:
+            token_ids: b rows, padded here on the right, behind all that counts.
+            pictures: b lists.
+            starts: M-RoPE position of each row's first token.
+            places: per row the tokens whose states are wanted.
+            cache: takes or gives keys and values; None to read rows by themselves.
+
+        Returns:
+            [b, N, hidden], rows with fewer than N places padded; next position of each row.
+        """
+        n_rows, width = len(token_ids), max(map(len, token_ids))
+        ids = np.zeros((n_rows, width), dtype=np.int64)
+        positions = np.zeros((3, n_rows, width), dtype=np.int64)
+        wanted = np.zeros((n_rows, max(1, *map(len, places))), dtype=np.int64)
+        after = []
+        for i, tokens in enumerate(token_ids):
+            ids[i, : len(tokens)] = tokens
+            wanted[i, : len(places[i])] = places[i]
+            positions[:, i, : len(tokens)], end = mrope_positions(
+                tokens,
+                [picture.grid for picture in pictures[i]],
+                self.image_token_id,
+                self.merge_size,
+                starts[i],
+            )
+            after.append(end)
+        inputs: dict[str, Any] = {"input_ids": torch.as_tensor(ids, device=self.device)}
+        shown = [picture for images in pictures for picture in images]
+        if shown:
+            pooled = tuple(self.features[picture.key] for picture in shown)
+            inputs["mm_encoder_outputs"] = {"image": SimpleNamespace(pooler_output=pooled)}
+        place = torch.as_tensor(wanted, device=self.device)
+        position_ids = torch.as_tensor(positions, device=self.device)
+        masks, seen = self._masks(token_ids, width, place, cache)
+        with only_at(self.model.model, place, seen) as is_trimmed:
+            states = self.model.model(
+                **inputs,
+                position_ids=position_ids if self.image_token_id is not None else position_ids[0],
+                attention_mask=masks,
+                past_key_values=cache,
+                use_cache=cache is not None,
+            ).last_hidden_state
+        if not is_trimmed:
+            states = states[torch.arange(n_rows, device=self.device)[:, None], place]
+        return states, after
+
+    def _masks(
+        self, token_ids: Sequence[list[int]], width: int, place: torch.Tensor, cache: _Prefix | None
+    ) -> tuple[Any, torch.Tensor]:
+        """Masks for the model, and bool [b, 1, N, S] for the chosen tokens alone."""
+        token = torch.arange(width, device=self.device)
+        seen = token <= place[:, :, None]
+        if cache is not None and cache.rows is not None:
+            before = cache.visible()[:, None]
+            seen = torch.cat([before.expand(-1, place.shape[1], -1), seen], dim=2)
+            causal = (token <= token[:, None]).expand(len(place), -1, -1)
+            full = torch.cat([before.expand(-1, width, -1), causal], dim=2)[:, None]
+            return {"full_attention": full, "sliding_attention": full}, seen[:, None]
+        if self.attention == "sdpa":
+            # plain causal attention, the fast kernel; padding lies behind
+            return {"full_attention": None, "sliding_attention": None}, seen[:, None]
+        lengths = torch.tensor([len(tokens) for tokens in token_ids], device=self.device)
+        return (token < lengths[:, None]).long(), seen[:, None]
+
+
+class _Prefix:
+    """Keys and values of the distinct prompts, handed to the rows that go on from them.
+
+    Has the members of `transformers.Cache` that a model's forward calls. While `rows` is None it
+    records; afterwards `rows` [b] says which prompt each row of the call continues.
     """
-    image_token_id = getattr(model.config, "image_token_id", None)
-    width = max(len(rows.token_ids[row]) for row in bucket)
-    ids = np.zeros((len(bucket), width), dtype=np.int64)
-    real = np.zeros((len(bucket), width), dtype=np.int64)
-    positions = np.zeros((3, len(bucket), width), dtype=np.int64)
-    for i, row in enumerate(bucket):
-        tokens = rows.token_ids[row]
-        ids[i, : len(tokens)] = tokens
-        real[i, : len(tokens)] = 1
-        grids = [picture.grid for picture in rows.pictures[row]]
-        positions[:, i, : len(tokens)], _ = mrope_positions(
-            tokens, grids, image_token_id, merge_size
-        )
-    inputs: dict[str, Any] = {"input_ids": torch.as_tensor(ids, device=device)}
-    shown = [picture for row in bucket for picture in rows.pictures[row]]
-    if shown:
-        pooled = tuple(features[picture.key] for picture in shown)
-        inputs["mm_encoder_outputs"] = {"image": SimpleNamespace(pooler_output=pooled)}
-    before = np.zeros((len(bucket), max(1, *map(len, at))), dtype=np.int64)
-    for i, scored in enumerate(at):
-        before[i, : len(scored)] = scored - 1
-    places = torch.as_tensor(before, device=device)
-    sees = torch.arange(width, device=device) <= places[:, :, None]
-    if model.config.get_text_config()._attn_implementation == "sdpa":
-        # padding lies behind every token that counts: plain causal attention, the fast kernel
-        masks: Any = {"full_attention": None, "sliding_attention": None}
-    else:
-        masks = torch.as_tensor(real, device=device)
-    position_ids = torch.as_tensor(positions, device=device)
-    with only_at(model.model, places, sees[:, None]) as is_trimmed:
-        states = model.model(
-            **inputs,
-            position_ids=position_ids if image_token_id is not None else position_ids[0],
-            attention_mask=masks,
-            use_cache=False,
-        ).last_hidden_state
-    if is_trimmed:
-        return states
-    return states[torch.arange(len(bucket), device=device)[:, None], places]
+
+    def __init__(self) -> None:
+        self.keys: list[torch.Tensor] = []
+        self.values: list[torch.Tensor] = []
+        self.rows: torch.Tensor | None = None
+        self.lengths = torch.empty(0)
+        self.states = torch.empty(0)
+        self.after: list[int] = []
+        self.number: dict[int, int] = {}
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Records [Q, H, P, D], or puts the prompts before [b, H, T, D]."""
+        if self.rows is None:
+            self.keys.append(key_states)
+            self.values.append(value_states)
+            return key_states, value_states
+        # index_select, not indexing: its backward adds whole prompts, not single numbers
+        key = self.keys[layer_idx].index_select(0, self.rows)
+        value = self.values[layer_idx].index_select(0, self.rows)
+        return torch.cat([key, key_states], dim=2), torch.cat([value, value_states], dim=2)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Positions are always given, so nothing derives from it."""
+        return 0
+
+    def visible(self) -> torch.Tensor:
+        """bool [b, P]: prompt tokens that are no padding."""
+        assert self.rows is not None
+        slots = torch.arange(self.keys[0].shape[2], device=self.rows.device)
+        return slots < self.lengths[self.rows][:, None]
+
+
+def _read_prompts(reader: _Reader, rows: ScoredRows, first: list[int]) -> _Prefix:
+    """Reads every distinct prompt of the rows `first` once."""
+    prefix = _Prefix()
+    owner, leaders = _distinct(
+        (tuple(rows.prompt_ids[i]), tuple(p.key for p in _split_pictures(reader, rows, i)[0]))
+        for i in first
+    )
+    prefix.number = dict(zip(first, owner, strict=True))
+    chosen = [first[n] for n in leaders]
+    lengths = [len(rows.prompt_ids[i]) for i in chosen]
+    states, prefix.after = reader.read(
+        [rows.prompt_ids[i] for i in chosen],
+        [_split_pictures(reader, rows, i)[0] for i in chosen],
+        [0] * len(chosen),
+        [np.array([n - 1]) for n in lengths],
+        prefix,
+    )
+    prefix.states = states[:, 0]
+    prefix.lengths = torch.tensor(lengths, device=reader.device)
+    return prefix
+
+
+def _read_bucket(
+    reader: _Reader,
+    rows: ScoredRows,
+    bucket: list[int],
+    chosen: list[np.ndarray],
+    prefix: _Prefix | None,
+) -> list[torch.Tensor]:
+    """Per row the states from which its chosen completion tokens are predicted, [n, hidden].
+
+    A token is predicted at the one before it; the first one at the prompt's last.
+    """
+    if prefix is None:
+        full = [rows.prompt_ids[i] + rows.completion_ids[i] for i in bucket]
+        places = [len(rows.prompt_ids[i]) + c - 1 for i, c in zip(bucket, chosen, strict=True)]
+        pictures = [rows.pictures[i] for i in bucket]
+        states, _ = reader.read(full, pictures, [0] * len(bucket), places, None)
+        return [states[k, : len(c)] for k, c in enumerate(chosen)]
+    numbers = [prefix.number[i] for i in bucket]
+    prefix.rows = torch.tensor(numbers, device=reader.device)
+    states, _ = reader.read(
+        [rows.completion_ids[i] for i in bucket],
+        [_split_pictures(reader, rows, i)[1] for i in bucket],
+        [prefix.after[n] for n in numbers],
+        [c[c > 0] - 1 for c in chosen],
+        prefix,
+    )
+    found = []
+    for k, (n, c) in enumerate(zip(numbers, chosen, strict=True)):
+        own = states[k, : int((c > 0).sum())]
+        has_first = len(c) > 0 and c[0] == 0
+        found.append(torch.cat([prefix.states[n : n + 1], own]) if has_first else own)
+    return found
 
 
 def _head(
-    model: Any, hidden: torch.Tensor, target: torch.Tensor, temperature: float
+    model: Any, hidden: torch.Tensor, target: torch.Tensor, temperature: float, with_entropy: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-prob of each target token and entropy of its distribution, float32 [N]."""
+    """Log-prob of each target token and entropy of its distribution, float32 [N].
+
+    Args:
+        model: gives the LM head.
+        hidden: [N, hidden].
+        target: int64 [N].
+        temperature: the logits are divided by it.
+        with_entropy: the entropy is part of the loss, too.
+    """
     head = model.get_output_embeddings()
-    with maybe_gather_lm_head_ctx(head.weight, head.bias):
-        log_probs, entropy, *_ = _ChunkedLogProbFunction.apply(
-            hidden,
-            head.weight,
-            head.bias,
-            target,
-            temperature,
-            _CHUNKED_LOGPROB_CHUNK_SIZE,
-            None,
-            1.0,
-            ("log_probs", "entropy"),
-        )
-    return log_probs, entropy
+    if len(hidden) * head.weight.shape[0] > MAX_LOGITS:
+        with maybe_gather_lm_head_ctx(head.weight, head.bias):
+            log_probs, entropy, *_ = _ChunkedLogProbFunction.apply(
+                hidden,
+                head.weight,
+                head.bias,
+                target,
+                temperature,
+                _CHUNKED_LOGPROB_CHUNK_SIZE,
+                None,
+                1.0,
+                ("log_probs", "entropy"),
+            )
+        return log_probs, entropy
+    log_probs = (head(hidden).float() / temperature).log_softmax(-1)
+    with torch.set_grad_enabled(with_entropy and torch.is_grad_enabled()):
+        entropy = -torch.linalg.vecdot(log_probs.exp(), log_probs)
+    return log_probs.gather(1, target[:, None])[:, 0], entropy
+
+
+# ---------------------------------------------------------------- helpers
+
+
+def _distinct(keys: Any) -> tuple[list[int], list[int]]:
+    """Number of each key in order of appearance, and the index at which each number appeared."""
+    numbers: dict[Hashable, int] = {}
+    number, first = [], []
+    for i, key in enumerate(keys):
+        if key not in numbers:
+            numbers[key] = len(first)
+            first.append(i)
+        number.append(numbers[key])
+    return number, first
+
+
+def _row_key(rows: ScoredRows, i: int) -> Hashable:
+    pictures = tuple(picture.key for picture in rows.pictures[i])
+    tokens = (tuple(rows.prompt_ids[i]), tuple(rows.completion_ids[i]))
+    return (*tokens, pictures, rows.policy_mask[i].tobytes())
+
+
+def _split_pictures(
+    reader: _Reader, rows: ScoredRows, i: int
+) -> tuple[list[EncodedImage], list[EncodedImage]]:
+    """Pictures of a row's prompt, and those that came back in its observations."""
+    pictures = rows.pictures[i]
+    if not pictures:
+        return [], []
+    left = rows.prompt_ids[i].count(reader.image_token_id)  # type: ignore[arg-type]
+    n_prompt = 0
+    while left > 0:
+        left -= pictures[n_prompt].n_tokens
+        n_prompt += 1
+    return pictures[:n_prompt], pictures[n_prompt:]

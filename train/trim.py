@@ -37,7 +37,7 @@ def only_at(backbone: Any, places: torch.Tensor, masks: torch.Tensor) -> Iterato
     layer = language_model.layers[-1]
     attention = backbone.config.get_text_config()._attn_implementation
     is_known = type(layer).__name__ in KNOWN_LAYERS and attention in KNOWN_ATTENTION
-    if not is_known or (layer.training and getattr(layer, "gradient_checkpointing", False)):
+    if not is_known or recomputes(backbone):
         yield False
         return
 
@@ -49,6 +49,12 @@ def only_at(backbone: Any, places: torch.Tensor, masks: torch.Tensor) -> Iterato
         yield True
     finally:
         del layer.forward
+
+
+def recomputes(backbone: Any) -> bool:
+    """True if the layers run again in the backward (activation checkpointing)."""
+    layer = getattr(backbone, "language_model", backbone).layers[-1]
+    return bool(layer.training and getattr(layer, "gradient_checkpointing", False))
 
 
 def _forward_at(

@@ -12,6 +12,7 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import shuffle_sequence_dict, split_tensor_dict
 
 from environments.episode import SearchEnvironment
+from train import scoring, trim
 from train.grpo import SearchGRPOTrainer
 
 REWARDS = {"accuracy": 1.0, "format": 0.1, "search_penalty": 0.1}
@@ -167,23 +168,37 @@ def _grads(model):
     }
 
 
-def test_our_forward_equals_trls_in_logprobs_entropies_and_gradients(make_trainer, mixed_script):
-    trainer = make_trainer(script=mixed_script)
+@pytest.mark.parametrize(
+    ("max_logits", "checkpointing"),
+    [(2**26, False), (0, False), (2**26, True)],
+    ids=["whole logits", "chunked head", "activation checkpointing"],
+)
+def test_our_forward_equals_trls_in_logprobs_entropies_and_gradients(
+    make_trainer, mixed_script, monkeypatch, max_logits, checkpointing
+):
+    monkeypatch.setattr(scoring, "MAX_LOGITS", max_logits)
+    trainer = make_trainer(script=mixed_script, temperature=0.8)
     batch = batch_of(trainer)
+    if checkpointing:
+        trainer.model.activation_checkpointing_enable()
+        assert trim.recomputes(trainer.model.model)
     assert any(len(row) > 1 for row in batch["pictures"])
     policy_mask = (batch["completion_mask"] * batch["tool_mask"]).bool()
     expected, expected_entropy, _ = _trl_reference(trainer, batch)
-    (expected * policy_mask).sum().backward()
+    # weights that differ by row and token, and an entropy part, so that a mix-up would show
+    weight = torch.linspace(-1, 1, policy_mask.numel()).view(policy_mask.shape) * policy_mask
+    (expected * weight + 0.1 * expected_entropy * policy_mask).sum().backward()
     expected_grads = _grads(trainer.model)
     trainer.model.zero_grad()
     batch["advantages"] = torch.ones(16)
     trainer._loss_inputs = batch
+    trainer._entropy_bonus_enabled = True
     ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
     mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
     logps, entropies, _ = trainer._get_per_token_logps_and_entropies(
         trainer.model, ids, mask, batch["completion_ids"].shape[1], compute_entropy=True
     )
-    logps.sum().backward()
+    (logps * weight + 0.1 * entropies).sum().backward()
     assert torch.allclose(logps[policy_mask], expected[policy_mask], atol=1e-5)
     assert torch.allclose(entropies[policy_mask], expected_entropy[policy_mask], atol=1e-5)
     assert (logps[~policy_mask] == 0).all()
