@@ -59,11 +59,11 @@ class TrioSettings:
     vision_depth: int = 3
     base_steps: tuple[int, int, int] = (300, 150, 900)
     base_lr: float = 2e-3
-    agent_steps: int = 250
+    agent_steps: int = 120
     agent_lr: float = 5e-4
     vision_steps: int = 400
     vision_lr: float = 1e-3
-    vlm_steps: int = 600
+    vlm_steps: int = 450
     vlm_lr: float = 3e-4
     tower_lr: float = 1e-3
     mix: VLMMix = field(default_factory=VLMMix)

@@ -346,8 +346,8 @@ class VLMMix:
 
     look: float = 0.08
     read: float = 0.25
-    guess: float = 0.25
-    tool: float = 0.02
+    guess: float = 0.2
+    tool: float = 0.03
     tool_use: str = "format"
     unfamiliar: float = 0.15
     agent_prompt: float = 0.5
