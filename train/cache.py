@@ -7,8 +7,10 @@ in slot i. Everything is allocated once; a row that ends is overwritten by anoth
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -53,8 +55,8 @@ class SlotCache:
         """Writes [B, H, T, D] into the chosen slots; returns [B, H, width, D] twice."""
         if layer_idx == len(self.keys):
             heads, dim = key_states.shape[1], key_states.shape[3]
-            self.keys.append(key_states.new_zeros((self.n_rows, heads, dim, self.n_slots)))
-            self.values.append(key_states.new_zeros((self.n_rows, heads, self.n_slots, dim)))
+            self.keys.append(_lazy_zeros((self.n_rows, heads, dim, self.n_slots), key_states))
+            self.values.append(_lazy_zeros((self.n_rows, heads, self.n_slots, dim), key_states))
         keys, values = self.keys[layer_idx], self.values[layer_idx]
         keys[self._index, :, :, self._slots] = key_states.transpose(1, 2)
         values[self._index, :, self._slots] = value_states.transpose(1, 2)
@@ -72,6 +74,17 @@ class SlotCache:
         for keys, values in zip(self.keys, self.values, strict=True):
             keys[target, :, :, first:width] = keys[source, :, :, first:width]
             values[target, :, first:width] = values[source, :, first:width]
+
+
+def _lazy_zeros(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
+    """Zeros of a tensor's kind; on the CPU memory is only touched where something is written.
+
+    Zeros, since a masked slot still enters a product, with weight 0: it must not be NaN.
+    """
+    if like.device.type != "cpu":
+        return like.new_zeros(shape)
+    n_bytes = math.prod(shape) * like.element_size()
+    return torch.from_numpy(np.zeros(n_bytes, dtype=np.uint8)).view(like.dtype).view(shape)
 
 
 def slot_attention(

@@ -397,7 +397,8 @@ def _head(
 def _distinct(keys: Any) -> tuple[list[int], list[int]]:
     """Number of each key in order of appearance, and the index at which each number appeared."""
     numbers: dict[Hashable, int] = {}
-    number, first = [], []
+    number: list[int] = []
+    first: list[int] = []
     for i, key in enumerate(keys):
         if key not in numbers:
             numbers[key] = len(first)
