@@ -17,7 +17,7 @@ ARGS ?=
 export PYTHONSAFEPATH := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install demo test bench lint atlas tune study-convergence results clean
+.PHONY: help install demo test bench lint atlas tune study-convergence study-cold results clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1: /p' Makefile
@@ -56,6 +56,15 @@ tune: $(STAMP) ## every method's merge, tuned alike on dev; writes configs/studi
 
 study-convergence: $(STAMP) ## three seeds of every start, then docs/results/convergence.* (hours)
 	$(BIN)/obm study convergence $(ARGS)
+
+study-cold: $(STAMP) ## three seeds of the plain VLM by how much tool use it has seen, then docs/results/cold.*
+	for level in none 2; do \
+	  test -f runs/trio-$$level/vlm/config.json && continue; \
+	  mkdir -p runs/trio-$$level; \
+	  cp -r environments/atlas/checkpoints/base runs/trio-$$level/; \
+	  $(BIN)/obm atlas build --only vlm --tool-use $$level --output runs/trio-$$level; \
+	done
+	$(BIN)/obm study cold $(ARGS)
 
 results: $(STAMP) ## the small tables of docs/results again: trio, retrieval
 	$(BIN)/obm atlas report
