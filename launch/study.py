@@ -438,11 +438,11 @@ def _max_steps(config: Config) -> int:
 
 
 def _recipe(config: Config) -> str:
-    weights = config.merge.weights
-    return (
-        f"density {config.merge.density:g}, weights vlm {weights['vlm']:g} agent "
-        f"{weights['agent']:g}"
-    )
+    settings = config.merge
+    weights = ", ".join(f"{role} {settings.weights[role]:g}" for role in ("vlm", "agent"))
+    # Task arithmetic keeps everything.
+    density = "" if settings.method == "task_arithmetic" else f"density {settings.density:g}, "
+    return f"{density}weights {weights}"
 
 
 def _floor_words(line: dict[str, Any]) -> str:

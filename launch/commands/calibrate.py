@@ -86,13 +86,12 @@ def calibrate_parent(config: Config, role: str) -> Path:
     Returns:
         The statistics file.
     """
+    from launch.models import load_for_inference
     from merge.calibration import collect_second_moments, save_stats
     from merge.checkpoint import hash_checkpoint
-    from train.policy import load_policy
 
     folder = parent_folder(config, role)
-    model, processor = load_policy(folder)
-    model.eval()
+    model, processor = load_for_inference(folder)
     make_batches = _vlm_batches if role == "vlm" else _agent_batches
     # All data first: what the model generates on the way must not count as calibration tokens.
     batches = list(make_batches(config, model, processor))

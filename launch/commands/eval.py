@@ -82,12 +82,11 @@ def evaluate_checkpoint(
     from compare.evaluate import evaluate
     from compare.provenance import code_commit, hardware
     from configs.schema import resolve_model
-    from train.policy import load_policy
+    from launch.models import load_for_inference
     from train.run import write_json, write_text
     from train.worlds import build_engine, load_eval_questions
 
-    model, processor = load_policy(resolve_model(checkpoint))
-    model.eval()
+    model, processor = load_for_inference(resolve_model(checkpoint))
     metrics, trajectories = evaluate(
         build_engine(config, model, processor), load_eval_questions(config)
     )
