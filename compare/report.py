@@ -203,7 +203,7 @@ def _markdown(summary: dict[str, Any], title: str, name: str, caption: str) -> s
         "text query, `passage` a gold passage retrieved, `floor` the answer right. "
         "Ceiling: the best smoothed accuracy; the search rates beside it are taken there (for an "
         "arm without training: at step 0). Area: mean height of the accuracy curve. "
-        f"Steps: to reach the ceiling of {target_words}. "
+        f"Steps: to reach the ceiling of {target_words}; 0 for a start whose floor lies above it. "
         "Square brackets: the 95 % interval over seeds.",
         "",
         "## Accuracy by group",

@@ -13,9 +13,10 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -128,21 +129,17 @@ def run_jobs(
         JobFailedError: a job failed otherwise; says which, and shows the end of its log.
             The other jobs run to their end first.
     """
-    waiting = list(jobs)
-    running: dict[str, _Running] = {}
+    waiting, free = list(jobs), list(devices)
+    running: list[_Running] = []
     failed: list[tuple[Job, int]] = []
-    free = list(devices)
     environment = training_environment(parallel=parallel)
-    try:
+    with _terminate_as_interrupt(), _stopping(running):
         while waiting or running:
             while waiting and len(running) < parallel and (free or not devices):
-                job = waiting.pop(0)
-                device = free.pop(0) if devices else None
-                follower = _Follower(job)
-                running[job.name] = _Running(
-                    job, _start(job, environment, device), device, follower
+                running.append(
+                    _start(waiting.pop(0), environment, free.pop(0) if devices else None)
                 )
-            for name, one in list(running.items()):
+            for one in list(running):
                 code = one.process.poll()
                 # After poll: what a process wrote before it ended is read in the same round.
                 for line in one.follower.new_lines():
@@ -150,7 +147,7 @@ def run_jobs(
                         on_line(one.job, line)
                 if code is None:
                     continue
-                del running[name]
+                running.remove(one)
                 if one.device is not None:
                     free.append(one.device)
                 if code != 0:
@@ -159,9 +156,6 @@ def run_jobs(
                     on_done(one.job, time.monotonic() - one.started)
             if running:
                 time.sleep(POLL_S)
-    finally:
-        for one in running.values():
-            _stop(one.process)
     if failed:
         _raise_failure(*failed[0])
 
@@ -190,17 +184,46 @@ class _Follower:
         return self._path.stat().st_size if self._path.is_file() else 0
 
 
-def _start(job: Job, environment: dict[str, str], device: int | None) -> subprocess.Popen[bytes]:
+def _start(job: Job, environment: dict[str, str], device: int | None) -> _Running:
     job.log.parent.mkdir(parents=True, exist_ok=True)
     command = training_command(job.arguments, n_processes=job.n_processes, device=device)
+    follower = _Follower(job)
     with job.log.open("ab") as log:
         log.write(f"$ {' '.join(command)}\n".encode())
         log.flush()
         # A session of its own, so that stopping it takes the ranks along.
-        return subprocess.Popen(
+        process = subprocess.Popen(
             command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
             env=environment, start_new_session=True,
         )  # fmt: skip
+    return _Running(job, process, device, follower)
+
+
+@contextmanager
+def _stopping(running: list[_Running]) -> Iterator[None]:
+    """Whatever ends the loop early also ends what is still running."""
+    try:
+        yield
+    finally:
+        for one in running:
+            _stop(one.process)
+
+
+@contextmanager
+def _terminate_as_interrupt() -> Iterator[None]:
+    """SIGTERM, which by default ends Python at once, must not leave trainings behind."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(signum: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:

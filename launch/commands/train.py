@@ -7,7 +7,8 @@ the settings and the arithmetic of a step.
 from __future__ import annotations
 
 import argparse
-import subprocess
+import os
+import sys
 
 from launch.arguments import add_config_arguments, config_path, read_config
 
@@ -49,6 +50,6 @@ def run(options: argparse.Namespace) -> int:
     arguments = ["--config", str(config_path(options.config)), *options.overrides]
     arguments += [f"--{flag}" for flag in ("resume", "overwrite", "debug") if vars(options)[flag]]
     command = training_command(arguments, n_processes=options.num_processes)
-    return subprocess.run(
-        command, env=training_environment(parallel=options.num_processes), check=False
-    ).returncode
+    sys.stdout.flush()
+    # The launcher takes our place, so that signals and the exit code are its own.
+    os.execve(command[0], command, training_environment(parallel=options.num_processes))

@@ -151,6 +151,19 @@ def test_a_copied_configuration_brings_what_it_inherits_from(tmp_path):
     }
 
 
+def test_train_becomes_the_launcher(monkeypatch):
+    started = []
+    monkeypatch.setattr(os, "execve", lambda *arguments: started.append(arguments))
+    main(["train", "seed=1", "--resume", "--num-processes", "2"])
+    ((program, command, environment),) = started
+    assert program.endswith("deepspeed")
+    assert command[1:3] == ["--num_gpus", "2"]
+    config = command[command.index("--config") + 1]
+    assert config.endswith("demo.yaml")
+    assert command[-2:] == ["seed=1", "--resume"]
+    assert environment["PYTHONSAFEPATH"] == "1"
+
+
 def test_compare_prints_the_table_and_keeps_the_command(obm, tmp_path, write_scripted_run):
     import json
 

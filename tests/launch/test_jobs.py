@@ -138,6 +138,27 @@ def test_an_interrupt_ends_the_processes_that_were_started(scripted, tmp_path):
         os.kill(int((tmp_path / "a" / "pid").read_text()), 0)
 
 
+def test_a_termination_ends_the_processes_too(scripted, tmp_path):
+    import signal
+
+    code = (
+        "import os, pathlib, sys, time\n"
+        "run = pathlib.Path(sys.argv[1]); run.mkdir()\n"
+        "(run / 'pid').write_text(str(os.getpid()))\n"
+        "(run / 'metrics.jsonl').write_text('{\"step\": 0}\\n')\n"
+        "time.sleep(60)\n"
+    )
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt):
+        run_jobs(
+            [make_job(tmp_path, "a", code)],
+            on_line=lambda job, line: os.kill(os.getpid(), signal.SIGTERM),
+        )
+    assert signal.getsignal(signal.SIGTERM) is before
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "a" / "pid").read_text()), 0)
+
+
 def test_the_training_command_has_a_port_of_its_own():
     one, other = (training_command(["--config", "x.yaml"], n_processes=2) for _ in range(2))
     assert one[0].endswith("deepspeed")

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def test_the_shipped_grid_tunes_every_method_alike():
     grids = read_grid(ROOT / "configs" / "studies" / "grid.yaml")
-    assert {count_settings(grid) for grid in grids.values()} == {12}
+    assert len({count_settings(grid) for grid in grids.values()}) == 1
     assert set(grids) == {"obm", "task_arithmetic", "ties", "dare"}
 
 
