@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import re
 from collections.abc import Sequence
 
@@ -15,6 +16,8 @@ from environments.tools import Hit
 # The title is indexed this often: it lifts "REL of NAME" above passages that only mention NAME.
 TITLE_WEIGHT = 3
 SNIPPET_WORDS = 40
+# So many pictures an image index remembers: more than a step of training asks for.
+REMEMBERED_PICTURES = 4096
 STOP_WORDS = frozenset({
     "a", "an", "and", "are", "as", "at", "by", "for", "from", "in", "is", "it", "its", "of", "on",
     "or", "that", "the", "this", "to", "was", "what", "which", "with",
@@ -71,7 +74,8 @@ class BM25TextIndex:
 class ColourImageIndex:
     """Nearest pictures by 380 plain numbers: a 10x10 thumbnail and soft colour histograms.
 
-    Several views may stand for one entry (multi-view); an entry scores as its best view.
+    Several views may stand for one entry (multi-view); an entry scores as its best view. Pictures
+    are remembered by their content: the episodes of a group all ask about the same photo.
 
     Args:
         ids, titles: one a view; views of one entry share their id.
@@ -95,15 +99,14 @@ class ColourImageIndex:
         self.thumbnails = thumbnails or {}
         self._entry_of_view = np.array([position[i] for i in ids])
         self._views = np.stack([colour_features(image) for image in images])
+        self._remembered: dict[bytes, np.ndarray] = {}
 
     def search(self, images: list[Image.Image], k: int) -> list[list[Hit]]:
         """The k most similar entries for each picture, best first; score is 1 / (1 + distance)."""
         return [self._search_one(image, k) for image in images]
 
     def _search_one(self, image: Image.Image, k: int) -> list[Hit]:
-        distance = np.abs(self._views - colour_features(image)).sum(1)
-        of_entry = np.full(len(self.ids), np.inf)
-        np.minimum.at(of_entry, self._entry_of_view, distance)
+        of_entry = self._distances(image)
         best = np.argsort(of_entry, kind="stable")[:k]
         return [
             Hit(
@@ -115,6 +118,21 @@ class ColourImageIndex:
             )
             for i in best
         ]
+
+    def _distances(self, image: Image.Image) -> np.ndarray:
+        """Distance of a picture to every entry's best view, float64 [entries]."""
+        image = image.convert("RGB")  # bytes alone do not tell a palette's colours
+        content = hashlib.sha256(repr(image.size).encode() + image.tobytes()).digest()
+        known = self._remembered.get(content)
+        if known is not None:
+            return known
+        distance = np.abs(self._views - colour_features(image)).sum(1)
+        of_entry = np.full(len(self.ids), np.inf)
+        np.minimum.at(of_entry, self._entry_of_view, distance)
+        if len(self._remembered) >= REMEMBERED_PICTURES:  # the oldest goes: repeats come close by
+            self._remembered.pop(next(iter(self._remembered)), None)
+        self._remembered[content] = of_entry
+        return of_entry
 
 
 def split_words(text: str) -> list[str]:

@@ -2,14 +2,16 @@
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from environments import retrieval
 from environments.atlas.entities import HEADLINE_RELATIONS, SPLITS, TOPICS, load_entities, load_flag
 from environments.atlas.passages import load_passages, passage_id
 from environments.atlas.photos import render_photo, render_two_flags, render_unfamiliar_flag
 from environments.atlas.questions import KINDS, list_questions, load_questions, main_colour
 from environments.atlas.world import load_image_index, load_text_index, measure_retrieval
 from environments.errors import EnvironmentSetupError
-from environments.retrieval import BM25TextIndex, cut_snippet
+from environments.retrieval import BM25TextIndex, ColourImageIndex, cut_snippet
 
 
 def test_chains_never_cross_a_split():
@@ -145,3 +147,29 @@ def test_text_hits_are_cut_to_forty_words():
     hits = load_text_index().search(["capital of Guyana"], 5)[0]
     assert len(hits) == 5
     assert all(len(hit.text.split()) <= 40 for hit in hits)
+
+
+def test_a_repeated_picture_gives_the_same_hits_and_is_looked_at_once(monkeypatch):
+    colours = {"red": (200, 20, 20), "green": (20, 200, 20), "blue": (20, 20, 200)}
+    pictures = {name: Image.new("RGB", (8, 8), colour) for name, colour in colours.items()}
+    index = ColourImageIndex(list(pictures), list(pictures), list(pictures.values()))
+    looked_at = []
+
+    def count(image, features=retrieval.colour_features):
+        looked_at.append(image)
+        return features(image)
+
+    monkeypatch.setattr(retrieval, "colour_features", count)
+    monkeypatch.setattr(retrieval, "REMEMBERED_PICTURES", 2)
+    red = Image.new("RGB", (8, 8), (190, 30, 25))
+    first, second = index.search([red, red.copy()], 3)
+    assert first == second == index.search([red], 3)[0]
+    assert first[0].id == "red"
+    assert index.search([red], 1) == [first[:1]]
+    assert len(looked_at) == 1
+    # same bytes in another shape are another picture, and only two are remembered
+    index.search([red.resize((4, 16))], 3)
+    assert len(looked_at) == 2
+    index.search([pictures["blue"]], 3)
+    assert index.search([red], 3)[0] == first
+    assert len(looked_at) == 4
