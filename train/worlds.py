@@ -12,17 +12,6 @@ if TYPE_CHECKING:
     from configs.schema import Config
     from train.rollout import RolloutEngine
 
-_BUDGETS = (
-    "dialect",
-    "image_searches",
-    "text_searches",
-    "max_turns",
-    "top_k_text",
-    "top_k_image",
-    "thumbnails",
-    "timeout_s",
-)
-
 
 def load_environment(config: Config) -> Any:
     """The search environment of `config.environment`."""
@@ -31,7 +20,7 @@ def load_environment(config: Config) -> Any:
         raise ConfigError(f"environment.name: no world '{section.name}'; write atlas")
     from environments.atlas.world import load_environment as load_atlas
 
-    return load_atlas(**{name: getattr(section, name) for name in _BUDGETS})
+    return load_atlas(**section.episode_settings())
 
 
 def load_questions(
