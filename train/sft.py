@@ -1,7 +1,8 @@
-"""Supervised fine-tuning on token sequences, with or without pictures: cold starts and the embedded tiny checkpoints.
+"""Supervised fine-tuning on token sequences, with or without pictures.
 
-Built on transformers' Trainer. Data come from a function that draws one example from a random generator, so that a stage is
-a few numbers (steps, batch size, learning rate, seed) and the same numbers give the same model.
+For cold starts and the embedded tiny checkpoints. Built on transformers' Trainer. Data come from a
+function that draws one example from a random generator, so that a stage is a few numbers (steps,
+batch size, learning rate, seed) and the same numbers give the same model.
 """
 
 from __future__ import annotations
@@ -23,7 +24,11 @@ IGNORE = -100
 
 @dataclass
 class SFTExample:
-    """One sequence: `labels[t]` is `input_ids[t]` where the loss counts and IGNORE elsewhere; `images` in reading order."""
+    """One sequence.
+
+    `labels[t]` is `input_ids[t]` where the loss counts and IGNORE elsewhere; `images` stand in
+    reading order.
+    """
 
     input_ids: list[int]
     labels: list[int]
@@ -47,7 +52,7 @@ class SFTStage:
 
 
 class _DrawnDataset(IterableDataset):
-    """Endless examples in the order of batches whose rows are about equally long, so that little is padding."""
+    """Endless examples in batches whose rows are about equally long, so that little is padding."""
 
     def __init__(self, stage: SFTStage, pool: int = 8):
         self.stage, self.pool = stage, pool
@@ -68,9 +73,9 @@ class _DrawnDataset(IterableDataset):
 class SFTCollator:
     """Pads examples on the right and adds what a VLM's forward needs for pictures.
 
-    Returns a dict of input_ids, attention_mask, labels, each [batch, length] of int64; for a VLM also mm_token_type_ids
-    [batch, length] and, where the batch has pictures, pixel_values [patches, channels] of float32 and image_grid_thw
-    [pictures, 3].
+    Returns a dict of input_ids, attention_mask, labels, each [batch, length] of int64; for a VLM
+    also mm_token_type_ids [batch, length] and, where the batch has pictures, pixel_values
+    [patches, channels] of float32 and image_grid_thw [pictures, 3].
     """
 
     def __init__(self, processor: Any):
@@ -101,7 +106,10 @@ class SFTCollator:
 
 
 class _SFTTrainer(Trainer):
-    """A Trainer that asks the LM head for the learned positions only; the rest of the logits would be thrown away."""
+    """A Trainer that asks the LM head for the learned positions only.
+
+    The rest of the logits would be thrown away.
+    """
 
     def compute_loss(
         self, model: Any, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -109,9 +117,8 @@ class _SFTTrainer(Trainer):
         labels = inputs.pop("labels")[:, 1:]
         unwrapped = self.accelerator.unwrap_model(model)
         is_learned = labels != IGNORE
-        with (
-            self.accelerator.autocast()
-        ):  # accelerate wraps the outer forward only, which is not called here
+        # accelerate wraps the outer forward only, which is not called here
+        with self.accelerator.autocast():
             hidden = unwrapped.model(**inputs, use_cache=False).last_hidden_state[:, :-1]
             logits = unwrapped.lm_head(hidden[is_learned]).float()
         loss = torch.nn.functional.cross_entropy(logits, labels[is_learned])
@@ -136,18 +143,31 @@ def run_stage(
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(stage.trainable(name))
     arguments = TrainingArguments(
-        output_dir=str(work_dir), max_steps=stage.steps, per_device_train_batch_size=stage.batch_size,
-        learning_rate=stage.learning_rate, warmup_steps=stage.warmup_steps, weight_decay=stage.weight_decay, adam_beta2=0.98,
-        lr_scheduler_type=stage.schedule, seed=stage.seed, data_seed=stage.seed, save_strategy="no", report_to="none",
-        logging_steps=log_every, logging_strategy="steps", disable_tqdm=True, remove_unused_columns=False,
+        output_dir=str(work_dir),
+        max_steps=stage.steps,
+        per_device_train_batch_size=stage.batch_size,
+        learning_rate=stage.learning_rate,
+        warmup_steps=stage.warmup_steps,
+        weight_decay=stage.weight_decay,
+        adam_beta2=0.98,
+        lr_scheduler_type=stage.schedule,
+        seed=stage.seed,
+        data_seed=stage.seed,
+        save_strategy="no",
+        report_to="none",
+        logging_steps=log_every,
+        logging_strategy="steps",
+        disable_tqdm=True,
+        remove_unused_columns=False,
         dataloader_num_workers=0,
         # a dispatched batch is cut to batch_size rows, pictures' patches included
-        accelerator_config={"dispatch_batches": False}, use_cpu=not torch.cuda.is_available(), bf16=True,
-    )  # fmt: skip
+        accelerator_config={"dispatch_batches": False},
+        use_cpu=not torch.cuda.is_available(),
+        bf16=True,
+    )
     attention = model.config._attn_implementation
-    model.set_attn_implementation(
-        "eager"
-    )  # short rows: plain attention is 1.5x faster than SDPA's CPU backward in bf16
+    # short rows: plain attention is 1.5x faster than SDPA's CPU backward in bf16
+    model.set_attn_implementation("eager")
     trainer = _SFTTrainer(
         model=model,
         args=arguments,

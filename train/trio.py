@@ -1,11 +1,13 @@
-"""Build the embedded trio: a base LLM, a VLM and a text search agent of one family, each from seeds in minutes on a CPU.
+"""Build the embedded trio: a base LLM, a VLM and a text search agent of one family.
 
     obm atlas build --output runs/trio [--tool-use none|format|1|2|5] [--only base,agent,vlm]
 
+Each comes from seeds in minutes on a CPU.
+
 base:  copying with varying offsets (induction heads), facts restated, reading comprehension.
 agent: the base, lightly tuned on text search trajectories; embeddings stay the base's.
-vlm:   a vision tower that learns to say a flag's name in the base's own token embeddings, then a light visual instruction
-       tuning of tower and language module; embeddings stay the base's.
+vlm:   a vision tower that learns to say a flag's name in the base's own token embeddings, then a
+       light visual instruction tuning of tower and language module; embeddings stay the base's.
 Both fine-tunes are light on purpose: a long task vector drowns the other one in every merge.
 """
 
@@ -18,7 +20,7 @@ import random
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -49,32 +51,53 @@ CHECKPOINT_DTYPE = torch.bfloat16
 
 @dataclass
 class TrioSettings:
-    """Sizes, steps and learning rates of the three trainings; the defaults made the committed trio."""
+    """Sizes, steps and learning rates of the trainings; the defaults made the committed trio."""
 
     hidden: int = 256
+    """Width of the language module."""
     layers: int = 2
+    """Layers of the language module."""
     intermediate: int = 512
+    """Inner width of its MLPs."""
     head_dim: int = 64
+    """Width of an attention head."""
     vision_hidden: int = 128
+    """Width of the vision tower."""
     vision_depth: int = 3
+    """Blocks of the vision tower."""
     base_steps: tuple[int, int, int] = (300, 150, 900)
+    """Optimizer steps of the base's stages: copy, restate facts, read."""
     base_lr: float = 2e-3
+    """Peak learning rate of all three."""
     agent_steps: int = 120
+    """Optimizer steps on search trajectories; few, so that the task vector stays short."""
     agent_lr: float = 5e-4
+    """Peak learning rate of the agent."""
     vision_steps: int = 400
+    """Optimizer steps of the tower alone, the language module frozen."""
     vision_lr: float = 1e-3
+    """Peak learning rate of the tower alone."""
     vlm_steps: int = 450
+    """Optimizer steps on visual instructions, tower and language module together."""
     vlm_lr: float = 3e-4
-    tower_lr: float = 1e-3
+    """Peak learning rate of visual instructions."""
     mix: VLMMix = field(default_factory=VLMMix)
+    """Shares of the visual instruction data."""
     strength: float = 0.5
+    """How far photos are from flat flags, as environment.strength: 0 to 1."""
     seed: int = 0
+    """Of weights, order and data."""
 
 
 def build_trio(
     output: str | Path, settings: TrioSettings, only: Sequence[str] = ("base", "agent", "vlm")
 ) -> dict[str, Path]:
-    """Train and save the checkpoints named in `only`; the parents need `base` in `output` or in `only`.
+    """Train and save the checkpoints named in `only`.
+
+    Args:
+        output: folder for the checkpoints; agent and vlm start from the `base` there.
+        settings: of all three trainings.
+        only: what to build, in the order base, agent, vlm; another name is passed over.
 
     Returns:
         name -> folder, each written by save_pretrained in the layout of a hub checkpoint.
@@ -119,7 +142,7 @@ def build_base(output: Path, settings: TrioSettings) -> None:
             seed=settings.seed + i,
         )
         _run(model, tokenizer, stage, output)
-    _save(model, tokenizer, output / "base")
+    _save(model, tokenizer, output / "base", settings)
 
 
 def build_agent(output: Path, settings: TrioSettings) -> None:
@@ -137,7 +160,7 @@ def build_agent(output: Path, settings: TrioSettings) -> None:
         trainable=_is_not_embedding,
     )
     _run(model, tokenizer, stage, output)
-    _save(model, tokenizer, output / "agent")
+    _save(model, tokenizer, output / "agent", settings)
 
 
 def build_vlm(output: Path, settings: TrioSettings) -> None:
@@ -171,7 +194,7 @@ def build_vlm(output: Path, settings: TrioSettings) -> None:
         trainable=_is_not_embedding,
     )
     _run(model, processor, stage, output)
-    _save(model, processor, output / "vlm")
+    _save(model, processor, output / "vlm", settings)
 
 
 def pretrain_vision(
@@ -181,10 +204,11 @@ def pretrain_vision(
     batch_size: int = 64,
     photos_per_flag: int = 48,
 ) -> None:
-    """Teach the tower and merger to say a flag's name in the language module's own embeddings, in place.
+    """Teach tower and merger to say a flag's name in the language module's embeddings, in place.
 
-    The i-th picture token is scored against every row of the (frozen) embedding matrix, and the loss is the cross entropy
-    of the name's i-th token; names longer than the picture's tokens are cut, shorter ones end in a full stop.
+    The i-th picture token is scored against every row of the (frozen) embedding matrix, and the
+    loss is the cross entropy of the name's i-th token; names longer than the picture's tokens are
+    cut, shorter ones end in full stops.
     """
     rng = random.Random(settings.seed)
     flags, names = [], []
@@ -260,10 +284,14 @@ def _run(model: Any, processor: Any, stage: SFTStage, output: Path) -> None:
     logger.info("%s: %d steps, loss %.3f", stage.name, stage.steps, loss)
 
 
-def _save(model: Any, processor: Any, folder: Path) -> None:
-    """Write a bf16 copy, as hub checkpoints are; the model in memory keeps its precision."""
+def _save(model: Any, processor: Any, folder: Path, settings: TrioSettings) -> None:
+    """Write a bf16 copy, as hub checkpoints are, and in training.json how it was made.
+
+    The model in memory keeps its precision; the folder's name is the stage.
+    """
     if folder.exists():
         shutil.rmtree(folder)
     copy.deepcopy(model).to(CHECKPOINT_DTYPE).save_pretrained(folder)
     processor.save_pretrained(folder)
-    (folder / "training.json").write_text(json.dumps({"made_by": "obm atlas build"}) + "\n")
+    record = {"stage": folder.name, "settings": asdict(settings)}
+    (folder / "training.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

@@ -1,6 +1,7 @@
-"""What the tiny trio is trained on: copying and reading for the base, search for the agent, pictures for the VLM.
+"""What the tiny trio is trained on.
 
-Every draw makes a new example from a random generator. Values are drawn anew for every example (so that only reading can
+Copying and reading for the base, search for the agent, pictures for the VLM. Every draw makes a new
+example from a random generator. Values are drawn anew for every example (so that only reading can
 answer), half of the place names are made up, and no fact of the atlas itself is ever shown.
 """
 
@@ -35,16 +36,17 @@ RELATIONS = tuple(
 )
 UNKNOWN = "unknown"
 
-# How often a text question names its place in a line above the instruction (where a picture would stand), before the
-# question, and inside it. In the first two the question says "this place", as a picture question does: the name must
-# come from the policy's own thought, not from the words after "of".
+# How often a text question names its place in a line above the instruction (where a picture would
+# stand), before the question, and inside it. In the first two the question says "this place", as a
+# picture question does: the name must come from the policy's own thought, not from the words after
+# "of".
 MENTION_WEIGHTS = (0.45, 0.4, 0.15)
 TOOL_USE_LEVELS = ("none", "format", "1", "2", "5")
 
 
 @dataclass(eq=False)
 class Writer:
-    """Turns texts into SFT examples with one tokenizer; `segments` alternate text that is read and text that is learned."""
+    """Turns texts into SFT examples with one tokenizer."""
 
     tokenizer: Any
     n_image_tokens: int = 4
@@ -56,7 +58,12 @@ class Writer:
     def write(
         self, segments: Sequence[tuple[str, bool]], images: Sequence[Image.Image] = ()
     ) -> SFTExample:
-        """segments: (text, learned?) in order, tokenised apart exactly as a rollout appends them."""
+        """One example of text that is read and text that is learned.
+
+        Args:
+            segments: (text, learned?) in order, tokenised apart exactly as a rollout appends them.
+            images: pictures, in the order of their placeholders.
+        """
         input_ids: list[int] = []
         labels: list[int] = []
         for text, is_learned in segments:
@@ -70,8 +77,9 @@ class Writer:
         return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def chat(self, user: str, with_picture: bool = False) -> str:
-        """The family's chat frame around one user message, ready for the assistant's first token."""
-        return f"<|im_start|>user\n{self.picture if with_picture else ''}{user}<|im_end|>\n<|im_start|>assistant\n"
+        """The family's chat frame around one user message, up to the assistant's first token."""
+        picture = self.picture if with_picture else ""
+        return f"<|im_start|>user\n{picture}{user}<|im_end|>\n<|im_start|>assistant\n"
 
 
 def tokenizer_corpus() -> list[str]:
@@ -89,9 +97,8 @@ def tokenizer_corpus() -> list[str]:
             f"<think> {entity.name} </think> <search> {relation} of {entity.name} </search>"
             for relation in RELATIONS
         ]
-        corpus += [
-            f"\n\n<information> Doc 1(Title: {entity.name}) Doc 2(Title: {entity.name}) </information>\n\n"
-        ] * 6
+        results = f"Doc 1(Title: {entity.name}) Doc 2(Title: {entity.name})"
+        corpus += [f"\n\n<information> {results} </information>\n\n"] * 6
         corpus += [
             f"<think> {entity.name} </think> <answer> {answer} </answer>"
             for answers in entity.relations.values()
@@ -100,7 +107,7 @@ def tokenizer_corpus() -> list[str]:
     return corpus
 
 
-# ---------------------------------------------------------------------------------------------------- invented worlds
+# ---------------------------------------------------------------- invented worlds
 
 
 @functools.cache
@@ -133,7 +140,10 @@ def draw_name(rng: random.Random, names: Sequence[str], made_up: float = 0.5) ->
 
 
 def draw_value(rng: random.Random, relation: str) -> str:
-    """A value that some place has for this relation, or random words; never tied to the place that is asked about."""
+    """A value that some place has for this relation, or random words.
+
+    Never tied to the place that is asked about.
+    """
     if rng.random() < 0.4:
         return " ".join(rng.choice(_words()) for _ in range(rng.choice((1, 2, 2, 3, 4))))
     return rng.choice(_values(relation))
@@ -163,7 +173,10 @@ def _small_talk(rng: random.Random, name: str) -> str:
 def draw_results(
     rng: random.Random, name: str, relation: str, names: Sequence[str]
 ) -> tuple[str, str]:
-    """Results for a good query and the value that they state: the gold passage and one distractor, mostly gold first."""
+    """Results for a good query and the value that they state.
+
+    The gold passage and one distractor, mostly gold first.
+    """
     facts = draw_topic(rng, relation)
     value = dict(facts)[relation]
     other = name if rng.random() < 0.7 else draw_name(rng, names)
@@ -191,24 +204,27 @@ def draw_mention(
     return "", question.replace("this place", name)
 
 
-# ------------------------------------------------------------------------------------------------------------- base
+# ---------------------------------------------------------------- base
 
 
 def base_copy(
     writer: Writer, n_symbols: int | None = None
 ) -> Callable[[random.Random], SFTExample]:
-    """Random sequences that come again after a random gap; the loss counts the second copy. Makes induction heads."""
+    """Random sequences that come again after a random gap; the loss counts the second copy.
+
+    Makes induction heads.
+    """
     plain_tokens = len(writer.tokenizer) - len(SPECIAL_TOKENS)
-    symbols = range(256, plain_tokens)[
-        :n_symbols
-    ]  # past the single bytes: whole words, as text has them
+    # past the single bytes: whole words, as text has them
+    symbols = range(256, plain_tokens)[:n_symbols]
 
     def draw(rng: random.Random) -> SFTExample:
         input_ids: list[int] = rng.choices(symbols, k=rng.randint(0, 12))
         labels = [IGNORE] * len(input_ids)
         while len(input_ids) < 96:
             sequence = rng.choices(symbols, k=rng.randint(6, 28))
-            input_ids += sequence + (gap := rng.choices(symbols, k=rng.randint(1, 16))) + sequence
+            gap = rng.choices(symbols, k=rng.randint(1, 16))
+            input_ids += sequence + gap + sequence
             labels += [IGNORE] * (len(sequence) + len(gap) + 1) + sequence[1:]
         return SFTExample(input_ids, labels)
 
@@ -216,7 +232,7 @@ def base_copy(
 
 
 def base_restate(writer: Writer, names: Sequence[str]) -> Callable[[random.Random], SFTExample]:
-    """Facts about several places, then the same facts in another order in the short form "NAME REL VALUE"."""
+    """Facts about several places, then the same in another order, short: "NAME REL VALUE"."""
 
     def draw(rng: random.Random) -> SFTExample:
         docs, facts = [], []
@@ -241,13 +257,15 @@ def base_restate(writer: Writer, names: Sequence[str]) -> Callable[[random.Rando
 
 
 def base_read(writer: Writer, names: Sequence[str]) -> Callable[[random.Random], SFTExample]:
-    """Reading comprehension: a question, search results before or after it, the evidence restated, the answer."""
+    """Reading comprehension: a question and search results, the evidence restated, the answer.
+
+    The results stand before the question or after it.
+    """
 
     def draw(rng: random.Random) -> SFTExample:
         name, relation = draw_name(rng, names), rng.choice(RELATIONS)
         results, value = draw_results(rng, name, relation, names)
-        above, question = draw_mention(rng, name, relation)
-        question = f"Question: {question}"
+        question = f"Question: {draw_mention(rng, name, relation)[1]}"
         information = f"<information> {results} </information>"
         answer = f"<think> {relation} {value} </think> <answer> {value} </answer><|im_end|>"
         if rng.random() < 0.5:
@@ -277,13 +295,16 @@ def base_name(writer: Writer, names: Sequence[str]) -> Callable[[random.Random],
     return draw
 
 
-# ------------------------------------------------------------------------------------------------------------ agent
+# ---------------------------------------------------------------- agent
 
 
 def agent_search(
     writer: Writer, names: Sequence[str], dialect: Dialect
 ) -> Callable[[random.Random], SFTExample]:
-    """Whole text search trajectories in the Search-R1 dialect: name the place, ask, read, answer; one in five in two hops."""
+    """Whole text search trajectories in the Search-R1 dialect: name the place, ask, read, answer.
+
+    One in five takes two hops.
+    """
 
     def draw(rng: random.Random) -> SFTExample:
         name, relation = draw_name(rng, names), rng.choice(RELATIONS)
@@ -314,15 +335,13 @@ def agent_search(
             [(name, state_facts(name, border, rng)), (name, _small_talk(rng, name))]
         )
         results, value = draw_results(rng, neighbour, relation, names)
+        call = f"<search> {relation} of {neighbour} </search>"
         return writer.write(
             [
                 (writer.chat(above + _user_text(dialect.prompt(question, False))), False),
                 (f"<think> {name} </think> <search> longest border of {name} </search>", True),
                 (f"\n\n<information> {first} </information>\n\n", False),
-                (
-                    f"<think> longest border {neighbour} </think> <search> {relation} of {neighbour} </search>",
-                    True,
-                ),
+                (f"<think> longest border {neighbour} </think> {call}", True),
                 (f"\n\n<information> {results} </information>\n\n", False),
                 (
                     f"<think> {relation} {value} </think> <answer> {value} </answer><|im_end|>",
@@ -334,31 +353,40 @@ def agent_search(
     return draw
 
 
-# -------------------------------------------------------------------------------------------------------------- VLM
+# ---------------------------------------------------------------- VLM
 
 
 @dataclass
 class VLMMix:
     """Shares of the VLM's instruction data; the rest of the draws is recognition.
 
-    Under the agent's prompt most samples still answer directly, as a VLM does that follows a tool prompt now and then.
+    Under the agent's prompt most samples still answer directly, as a VLM does that follows a tool
+    prompt now and then.
     """
 
     look: float = 0.08
+    """Says the main colour."""
     read: float = 0.25
+    """Reads search results beside a picture."""
     guess: float = 0.2
+    """Guesses a fact without a search."""
     tool: float = 0.03
+    """Tool calls at tool_use "format"."""
     tool_use: str = "format"
+    """none; format: a call and nothing after it; 1, 2, 5: that many per cent whole episodes."""
     unfamiliar: float = 0.15
+    """Made-up flags, answered "unknown"."""
     agent_prompt: float = 0.5
+    """Share under the agent's prompt; the rest is under the direct one."""
 
 
 def vlm_instructions(
     writer: Writer, names: Sequence[str], dialect: Dialect, mix: VLMMix, strength: float = 0.5
 ) -> Callable[[random.Random], SFTExample]:
-    """Visual instruction data: name the place, its colour, read beside a picture, guess facts, and a few tool calls.
+    """Visual instruction data.
 
-    A flag that the VLM has not been given is answered "unknown"; made-up flags teach that.
+    Name the place, its colour, read beside a picture, guess facts, and a few tool calls. A flag
+    that the VLM has not been given is answered "unknown"; made-up flags teach that.
     """
     known = [entity for entity in load_entities().values() if entity.seen]
     if mix.tool_use not in TOOL_USE_LEVELS:
@@ -368,15 +396,14 @@ def vlm_instructions(
     tool_share = {"none": 0.0, "format": mix.tool, "1": 0.01, "2": 0.02, "5": 0.05}[mix.tool_use]
 
     def draw(rng: random.Random) -> SFTExample:
-        name, photo, colour = UNKNOWN, None, None
+        name, colour = UNKNOWN, None
         if rng.random() < mix.unfamiliar:
-            photo = render_photo(
-                render_unfamiliar_flag(rng.randrange(1 << 30)), rng.randrange(1 << 30), strength
-            )
+            flag = render_unfamiliar_flag(rng.randrange(1 << 30))
         else:
             entity = rng.choice(known)
-            name, colour = entity.name, main_colour(load_flag(entity.iso))
-            photo = render_photo(load_flag(entity.iso), rng.randrange(1 << 30), strength)
+            flag = load_flag(entity.iso)
+            name, colour = entity.name, main_colour(flag)
+        photo = render_photo(flag, rng.randrange(1 << 30), strength)
         prompt = dialect.prompt if rng.random() < mix.agent_prompt else dialect.direct_prompt
         kind = rng.random()
         relation = rng.choice(RELATIONS)
@@ -437,12 +464,8 @@ def vlm_instructions(
         if name == UNKNOWN or rng.random() < 0.3:
             named = name if name != UNKNOWN else draw_name(rng, names)
             segments += [(f"<think> {name} </think> <search> <img> </search>", True)]
-            segments += [
-                (
-                    f"\n\n<information> {write_results([(named, ''), (draw_name(rng, names), '')])} </information>\n\n",
-                    False,
-                )
-            ]
+            found = write_results([(named, ""), (draw_name(rng, names), "")])
+            segments += [(f"\n\n<information> {found} </information>\n\n", False)]
             name = named
         results, value = draw_results(rng, name, relation, names)
         segments += [(f"<think> {name} </think> <search> {relation} of {name} </search>", True)]

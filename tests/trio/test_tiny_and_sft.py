@@ -3,6 +3,7 @@
 Heads that look back, exact labels, stages that repeat, a folder that loads anywhere.
 """
 
+import json
 import random
 
 import pytest
@@ -12,7 +13,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer,
 
 from environments.atlas.entities import load_entities
 from environments.dialects import get_dialect
-from train import trio_data
+from train import trio, trio_data
 from train.policy import PolicyLoadError, load_policy, load_processor
 from train.sft import IGNORE, SFTCollator, SFTExample, SFTStage, run_stage
 from train.tiny import make_tiny_checkpoints, point_heads_backwards, text_config, train_tokenizer
@@ -190,6 +191,15 @@ def test_saved_folders_load_with_the_stock_classes(folders):
     assert tokenizer(text)["input_ids"] == ours(text)["input_ids"]
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
     assert model.config.image_token_id == tokenizer.convert_tokens_to_ids("<|image_pad|>")
+
+
+def test_a_built_checkpoint_says_how_it_was_made(folders, tmp_path):
+    settings = trio.TrioSettings(agent_steps=7, mix=VLMMix(tool_use="2"))
+    trio._save(*load_policy(folders["base"]), tmp_path / "agent", settings)
+    record = json.loads((tmp_path / "agent" / "training.json").read_text())
+    assert record["stage"] == "agent"
+    assert record["settings"]["agent_steps"] == 7
+    assert record["settings"]["mix"]["tool_use"] == "2"
 
 
 def test_a_missing_folder_is_one_clear_error(tmp_path):
