@@ -65,6 +65,7 @@ study-cold: $(STAMP) ## three seeds of the plain VLM by how much tool use it has
 	  $(BIN)/obm atlas build --only vlm --tool-use $$level --output runs/trio-$$level; \
 	done
 	$(BIN)/obm study cold $(ARGS)
+	$(BIN)/obm study cold_accuracy $(ARGS)
 
 results: $(STAMP) ## the small tables of docs/results again: trio, retrieval
 	$(BIN)/obm atlas report

@@ -222,7 +222,7 @@ def start_wandb(folder: Path, config: Config) -> Any:
     mode: Any = config.tracking.wandb
     if mode == "auto":
         mode = "online" if _has_wandb_login() else "offline"
-    mode = os.environ.get("WANDB_MODE", mode)
+    mode = os.environ.get("WANDB_MODE") or mode  # set but empty is unset
     if mode == "disabled":
         return None
     import wandb
