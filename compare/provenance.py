@@ -7,6 +7,8 @@ import platform
 import subprocess
 from pathlib import Path
 
+from train.run import processor_name
+
 
 def code_commit() -> str:
     """Commit of the checkout that this package is imported from, `-dirty` where files differ;
@@ -22,7 +24,7 @@ def code_commit() -> str:
 def hardware() -> str:
     """One line on the machine: processor, cores, memory, system."""
     cores = len(os.sched_getaffinity(0))
-    return f"{_processor()}, {cores} cores, {_memory_gb():.0f} GB, {platform.system()}"
+    return f"{processor_name()}, {cores} cores, {_memory_gb():.0f} GB, {platform.system()}"
 
 
 def _git(root: Path, *arguments: str) -> str:
@@ -37,16 +39,6 @@ def _git(root: Path, *arguments: str) -> str:
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return answer.stdout.strip() if answer.returncode == 0 else ""
-
-
-def _processor() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 def _memory_gb() -> float:

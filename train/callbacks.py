@@ -221,7 +221,7 @@ def start_wandb(folder: Path, config: Config) -> Any:
     """
     mode: Any = config.tracking.wandb
     if mode == "auto":
-        mode = "online" if _has_wandb_login() else "offline"
+        mode = "online" if has_wandb_login() else "offline"
     mode = os.environ.get("WANDB_MODE") or mode  # set but empty is unset
     if mode == "disabled":
         return None
@@ -266,7 +266,8 @@ def trajectory_table(episodes: Sequence[Trajectory], step: int) -> Any:
     return table
 
 
-def _has_wandb_login() -> bool:
+def has_wandb_login() -> bool:
+    """Whether runs can be sent to W&B: a key in the environment or in ~/.netrc."""
     if os.environ.get("WANDB_API_KEY"):
         return True
     import netrc

@@ -197,7 +197,7 @@ def describe_machine(config: Config) -> dict[str, Any]:
         "commit": _commit(),
         "python": platform.python_version(),
         "versions": versions,
-        "hardware": ", ".join(gpus) or _processor(),
+        "hardware": ", ".join(gpus) or processor_name(),
         "cores": len(os.sched_getaffinity(0)),
         "world_size": int(os.environ.get("WORLD_SIZE", "1")),
         "deepspeed": config.deepspeed,
@@ -289,7 +289,8 @@ def _commit() -> str | None:
     return result.stdout.strip() or None
 
 
-def _processor() -> str:
+def processor_name() -> str:
+    """The processor's model, as the system names it."""
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):

@@ -125,10 +125,10 @@ def _wandb_login() -> str:
         return f"WANDB_MODE={mode}"
     try:
         # What training itself asks before it decides between online and offline.
-        from train.callbacks import _has_wandb_login
+        from train.callbacks import has_wandb_login
     except ImportError as error:
         return f"not usable ({error}); runs are kept offline"
-    return "logged in" if _has_wandb_login() else "no login; runs are kept offline (wandb login)"
+    return "logged in" if has_wandb_login() else "no login; runs are kept offline (wandb login)"
 
 
 def _hub_login() -> str:
