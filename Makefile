@@ -47,14 +47,14 @@ lint: $(STAMP) ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-atlas: $(STAMP) ## train the tiny base, VLM and agent again (an hour)
+atlas: $(STAMP) ## train the tiny base, VLM and agent again (under half an hour)
 	$(BIN)/obm atlas build $(ARGS)
 
 tune: $(STAMP) ## every method's merge, tuned alike on dev; writes configs/studies/recipes.yaml
 	$(BIN)/obm tune --grid configs/studies/grid.yaml --output docs/results/tuning \
 	  --recipes configs/studies/recipes.yaml --overwrite $(ARGS)
 
-study-convergence: $(STAMP) ## three seeds of every start, then docs/results/convergence.* (hours)
+study-convergence: $(STAMP) ## three seeds of every start, then docs/results/convergence.* (twenty minutes)
 	$(BIN)/obm study convergence $(ARGS)
 
 study-cold: $(STAMP) ## three seeds of the plain VLM by how much tool use it has seen, then docs/results/cold.*

@@ -1,6 +1,6 @@
 """The embedded world: build its tiny checkpoints, or measure checkpoints and search.
 
-build   trains base, agent and VLM from seeds (about an hour on two cores);
+build   trains base, agent and VLM from seeds (under half an hour on two cores);
 report  what each checkpoint can do: recognition, reading, closed-book answers, search;
 table   recall@1 and @3 of the text and the image index.
 """
