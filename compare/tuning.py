@@ -1,29 +1,61 @@
-"""Tune every merge method alike on dev: a grid each, merged, evaluated zero-shot and ranked.
+"""Grids of merge settings: what a row of a grid says, which row wins, which rows agree.
 
-    obm tune --config configs/demo.yaml --grid configs/studies/grid.yaml \\
-        --output docs/results/tuning
-
-The score is the mean of accuracy and retrieved gold passage over dev questions: what the trials of
-this world showed is that the habit of searching merges easily and the skill does not, so the search
-rate is not what is tuned.
+A grid maps keys of `merge:` to values; its rows are all combinations, laid over an experiment's
+settings. The score is the mean of accuracy and retrieved gold passage: what the trials of this
+world showed is that the habit of searching merges easily and the skill does not, so the search rate
+is not what is tuned. `compare.zero_shot` measures the rows.
 """
 
 from __future__ import annotations
 
 import itertools
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
-from pathlib import Path
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields, replace
 from typing import Any
 
-from configs.schema import Config, resolve_model
-from merge.engine import merge
-from train.evaluation import FOUR_PARTS, evaluate
-from train.policy import load_policy
-from train.worlds import build_engine, load_environment, load_eval_questions
+from compare.errors import CompareError
+from configs.checks import build, nearest
+from configs.schema import Config
+from configs.sections import Merge
 
-ROLES = ("base", "vlm", "agent")
+PARTS = {
+    "searched": "searched",
+    "entity": "entity",
+    "passage": "passage",
+    "accuracy": "accuracy",
+    "seen accuracy": "seen/accuracy",
+    "unseen accuracy": "unseen/accuracy",
+}
+"""Column of a table -> metric of `train.evaluation.summarize`."""
+
+
+def merge_key(key: str, config: Config) -> str:
+    """The full name of a key of `merge:`.
+
+    Args:
+        key: a key of `merge:` such as `density` or `scope.norm_bias`, the name of a model that is
+            merged (its weight), or `weight.NAME`.
+        config: says which donors there are.
+
+    Returns:
+        The key with its section: `density`, `scope.norm_bias`, `weights.agent`.
+
+    Raises:
+        CompareError: there is no such key; names the nearest one.
+    """
+    key = key.removeprefix("merge.")
+    tasks = ("vlm", "agent", *config.models.donors)
+    name = key.removeprefix("weights.").removeprefix("weight.")
+    if name in tasks:
+        return f"weights.{name}"
+    if key.startswith(("weights.", "weight.")):
+        raise CompareError(f"{key}: there is no such model in the merge; {nearest(name, tasks)}")
+    known = [item.name for item in fields(Merge)]
+    section, _, inner = key.partition(".")
+    if section not in known or (inner and section != "scope"):
+        raise CompareError(f"{key}: no key of merge:; {nearest(key, [*known, *tasks])}")
+    return key
 
 
 def expand_grid(grid: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
@@ -31,67 +63,103 @@ def expand_grid(grid: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
     return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
 
 
+def lay_over(config: Config, setting: Mapping[str, Any], where: str) -> Config:
+    """The experiment with a setting laid over its `merge:` section.
+
+    Args:
+        config: the experiment; it stays as it is.
+        setting: full key -> value.
+        where: file or option that the setting is from, for messages.
+
+    Raises:
+        ConfigError: a value that the key cannot have.
+    """
+    section = asdict(config.merge)
+    for key, value in setting.items():
+        *parents, name = key.split(".")
+        target = section
+        for parent in parents:
+            target = target[parent]
+        target[name] = value
+    # no rules is the default; the check refuses an empty list where a file writes one
+    section = {key: value for key, value in section.items() if value != []}
+    return replace(config, merge=build(section, Merge, "merge", lambda key: where))
+
+
+def setting_text(setting: Mapping[str, Any]) -> str:
+    """A setting in words for a table: `density 0.35, agent 0.7`."""
+    words = [f"{key.removeprefix('weights.')} {_value_text(v)}" for key, v in setting.items()]
+    return ", ".join(words) or "defaults"
+
+
+def _value_text(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, list):
+        return json.dumps(value).replace('"', "") if value else "none"
+    return str(value)
+
+
 def score(metrics: Mapping[str, float]) -> float:
     """What a setting is ranked by: the mean of accuracy and gold passage retrieved, 0 to 1."""
     return (metrics["accuracy"] + metrics["passage"]) / 2
 
 
-def tune(
-    config: Config,
-    stats: Mapping[str, str],
-    grids: Mapping[str, Mapping[str, Sequence[Any]]],
-    report: Callable[[str], None] = print,
-) -> list[dict[str, Any]]:
-    """Merge and evaluate every setting of every grid on `config.environment.eval_split`.
-
-    Args:
-        config: models, scope and the evaluation's questions.
-        stats: {"vlm", "agent"} -> stats.safetensors.
-        grids: method -> {density, vlm, agent, normalization, combine -> values}.
-        report: takes one line a setting.
-
-    Returns:
-        One row a setting, in the grids' order: method, settings, score, four parts, and the
-        accuracy on seen and on unseen places.
-    """
-    base, vlm, agent = (resolve_model(getattr(config.models, role)) for role in ROLES)
-    scope = asdict(config.merge)["scope"]
-    environment, questions = load_environment(config), load_eval_questions(config)
-    rows: list[dict[str, Any]] = []
-    for method, grid in grids.items():
-        for setting in expand_grid(grid):
-            with tempfile.TemporaryDirectory() as scratch:
-                folder = Path(scratch) / "merged"
-                merge(
-                    base,
-                    vlm,
-                    agent,
-                    folder,
-                    method=method,
-                    density=setting.get("density", 1.0),
-                    weights={role: setting.get(role, 1.0) for role in ("vlm", "agent")},
-                    normalization=setting.get("normalization", "none"),
-                    combine=setting.get("combine", "sum"),
-                    scope=scope,
-                    stats=dict(stats) if method == "obm" else None,
-                    seed=config.merge.seed,
-                )
-                model, processor = load_policy(folder)
-            engine = build_engine(config, model, processor, environment=environment)
-            metrics, _ = evaluate(engine, questions)
-            row = {"method": method, **setting, "score": round(score(metrics), 4)}
-            row |= {part: round(metrics[part], 4) for part in FOUR_PARTS}
-            for group in ("seen", "unseen"):
-                row[f"{group} accuracy"] = round(metrics[f"{group}/accuracy"], 4)
-            rows.append(row)
-            report("  ".join(f"{key}={value}" for key, value in row.items()))
-    return rows
+def table_parts(metrics: Mapping[str, float]) -> dict[str, float]:
+    """The columns of a table from the metrics of an evaluation, score first, rounded."""
+    parts = {name: metrics[metric] for name, metric in PARTS.items() if metric in metrics}
+    return {name: round(value, 4) for name, value in {"score": score(metrics), **parts}.items()}
 
 
 def best_settings(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The best row of each method; of equal ones the first in the grid's order."""
+    """The best row of each name by score; of equal ones the first in the grid's order."""
     best: dict[str, dict[str, Any]] = {}
     for row in rows:
-        if row["method"] not in best or row["score"] > best[row["method"]]["score"]:
-            best[row["method"]] = dict(row)
+        if row["name"] not in best or row["score"] > best[row["name"]]["score"]:
+            best[row["name"]] = dict(row)
     return best
+
+
+def find_neighbours(grid: Mapping[str, Sequence[Any]]) -> list[list[int]]:
+    """For every row of the expanded grid, the rows that differ in one key by one step.
+
+    Numbers step in their order, other values in the order in which the grid lists them.
+    """
+    orders = {key: _order(values) for key, values in grid.items()}
+    rows = [[orders[key].index(row[key]) for key in grid] for row in expand_grid(grid)]
+
+    def steps(a: Sequence[int], b: Sequence[int]) -> int:
+        return sum(abs(x - y) for x, y in zip(a, b, strict=True))
+
+    return [[j for j, other in enumerate(rows) if steps(row, other) == 1] for row in rows]
+
+
+def _order(values: Sequence[Any]) -> list[Any]:
+    is_number = all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
+    return sorted(values) if is_number else list(values)
+
+
+def agreement(
+    answers: Sequence[Sequence[str | None]], neighbours: Sequence[Sequence[int]]
+) -> list[float]:
+    """How far each setting answers as its neighbours in the grid do: mean share of equal answers.
+
+    The idea of AdaMMS (arXiv 2503.23733): where the answers hardly change from one setting to the
+    next, the merge is stable there. No label is used. A question that a setting leaves without an
+    answer agrees with nothing, since merges that are broken all alike would agree best of all.
+
+    Args:
+        answers: of every setting, one a question, normalised; None where there was none.
+        neighbours: of every setting, as `find_neighbours` gives them.
+
+    Returns:
+        One number a setting, 0 to 1; 0 for a setting without neighbours.
+    """
+
+    def share(a: Sequence[str | None], b: Sequence[str | None]) -> float:
+        return sum(x is not None and x == y for x, y in zip(a, b, strict=True)) / len(a)
+
+    return [
+        sum(share(answers[i], answers[j]) for j in near) / len(near) if near else 0.0
+        for i, near in enumerate(neighbours)
+    ]

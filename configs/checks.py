@@ -70,9 +70,9 @@ def convert(value: Any, annotation: Any, key: str, where: Where, default: Any = 
     if is_typeddict(annotation):
         return _typed_dict(value, annotation, key, where, default)
     if origin is list:
-        return _list(value, get_args(annotation)[0], key, where)
-    if origin is dict or annotation is dict:
-        return dict(_mapping(value, key, where))
+        return _list(value, get_args(annotation)[0], key, where, default)
+    if origin is dict:
+        return _dict(value, get_args(annotation)[1], key, where, default)
     return _scalar(value, annotation, key, where)
 
 
@@ -125,10 +125,18 @@ def _typed_dict(
     return result
 
 
-def _list(value: Any, inner: Any, key: str, where: Where) -> list[Any]:
+def _dict(value: Any, inner: Any, key: str, where: Where, default: Any) -> dict[str, Any]:
+    """Lays freely named keys over the default's."""
+    result = {} if default is MISSING else dict(default)
+    for name, item in _mapping(value, key, where).items():
+        result[name] = convert(item, inner, f"{key}.{name}", where)
+    return result
+
+
+def _list(value: Any, inner: Any, key: str, where: Where, default: Any) -> list[Any]:
     if not isinstance(value, list):
         fail(where, key, f"expected a list, got {_name(value)}", f"write [{value}]")
-    if not value:
+    if not value and default != []:
         fail(where, key, "the list is empty", "name at least one entry")
     return [convert(item, inner, f"{key}[{i}]", where) for i, item in enumerate(value)]
 

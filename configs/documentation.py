@@ -89,7 +89,8 @@ def _rows(section: Any, prefix: str, defaults: Any = None) -> Iterator[tuple[str
 def _flow(value: Any) -> str:
     if isinstance(value, list):
         return f"[{', '.join(map(str, value))}]"
-    return "{}" if not value else str(value)
+    inner = ", ".join(f"{key}: {item}" for key, item in value.items())
+    return "{" + inner + "}"
 
 
 def _default(item: Any) -> Any:

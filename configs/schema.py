@@ -12,7 +12,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from configs.checks import build, nearest
+from configs.checks import build, fail, nearest
 from configs.documentation import describe
 from configs.errors import ConfigError
 from configs.reader import parse_yaml, read_yaml, write_yaml
@@ -25,8 +25,8 @@ from configs.sections import (
     Models,
     Rewards,
     Scope,
+    TensorRule,
     Tracking,
-    Weights,
 )
 
 __all__ = [
@@ -39,8 +39,8 @@ __all__ = [
     "Models",
     "Rewards",
     "Scope",
+    "TensorRule",
     "Tracking",
-    "Weights",
     "describe",
     "dump_config",
     "load_config",
@@ -74,6 +74,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         return origins.get(key, str(path))
 
     config = build(raw, Config, "", where)
+    tasks = ("vlm", "agent", *config.models.donors)
+    for name in config.merge.weights:
+        if name not in tasks:
+            key = f"merge.weights.{name}"
+            fail(where, key, "no model of this name is merged", nearest(name, tasks))
     if config.deepspeed == "none":
         config.deepspeed = None
     if config.deepspeed and not re.search(r"\.json$|^zero[23]$", config.deepspeed):
@@ -165,7 +170,7 @@ def resolve_model(ref: str) -> str:
 
     Args:
         ref: `atlas://name` (a checkpoint that ships with the package), a folder (relative to the
-            current directory), or a hub id `owner/name`.
+            current directory), or a hub id `owner/name` or `owner/name@revision`.
 
     Returns:
         An absolute folder, or the hub id unchanged.
@@ -190,10 +195,10 @@ def resolve_model(ref: str) -> str:
         return str(path.resolve())
     owner = ref.partition("/")[0]
     # a typing error in a local path must not become a download attempt
-    is_hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", ref) is not None
+    is_hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?", ref) is not None
     if is_hub_id and owner != "runs" and not Path(owner).is_dir():
         return ref
     raise ConfigError(
         f"no checkpoint folder '{ref}' (looked in {Path.cwd()}); check the path, "
-        "or name a hub id as owner/name"
+        "or name a hub id as owner/name or owner/name@revision"
     )

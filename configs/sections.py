@@ -9,7 +9,42 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, NamedTuple, TypedDict
 
 Kind = Literal["look", "image", "text", "two", "three"]
-Method = Literal["obm", "task_arithmetic", "ties", "dare"]
+Method = Literal[
+    "obm",
+    "linear",
+    "task_arithmetic",
+    "ties",
+    "dare",
+    "dare_ties",
+    "della",
+    "breadcrumbs",
+    "sce",
+    "ram",
+    "ram_plus",
+    "layer_swap",
+    "fisher",
+    "regmean_diagonal",
+    "regmean",
+    "wudi",
+]
+# norms, biases and embeddings have no inputs to weigh them by
+Elementwise = Literal[
+    "linear",
+    "task_arithmetic",
+    "ties",
+    "dare",
+    "dare_ties",
+    "della",
+    "breadcrumbs",
+    "sce",
+    "ram",
+    "ram_plus",
+    "layer_swap",
+    "fisher",
+    "vlm",
+    "agent",
+    "base",
+]
 
 
 class Between(NamedTuple):
@@ -34,13 +69,43 @@ class Models:
     """vision language model (theta_V); gives vision tower, projector and processor"""
     agent: str | None = None
     """text search agent (theta_S)"""
+    donors: dict[str, str] = field(default_factory=dict)
+    """further text models of the same base that are merged in: name -> checkpoint"""
     init: str | None = None
     """checkpoint that training and evaluation start from: a merged folder, or the plain VLM"""
 
 
+class CalibrationData(TypedDict):
+    """Where a parent's calibration samples come from, and what of a row is shown to it."""
+
+    source: str | None
+    """null = the environment's own questions; or a data set on the hub (`owner/name`), a .json,
+    .jsonl, .csv or .parquet file, a folder of save_to_disk, or a run's trajectories.jsonl"""
+    subset: str | None
+    """configuration of a data set on the hub"""
+    split: str
+    """split of a data set on the hub or on disk"""
+    prompt: str
+    """what the user says; `{column}` stands for the row's value"""
+    answer: str | None
+    """what the parent answers, `{column}` as above; null = what it says itself, greedily;
+    '' = nothing"""
+    images: list[str] | None
+    """columns with a picture, or a list of pictures: file name, bytes or `datasets` image"""
+    messages: str | None
+    """column with chat messages (role, content), in the place of prompt and answer"""
+
+
+def _no_data() -> CalibrationData:
+    return CalibrationData(
+        source=None, subset=None, split="train", prompt="{question}", answer=None, images=None,
+        messages=None,
+    )  # fmt: skip
+
+
 @dataclass
 class Calibration:
-    """Second moments of every linear input, taken once per parent."""
+    """Statistics of every linear input, taken once per parent."""
 
     samples: Annotated[int, Positive] = 64
     """number of calibration samples per parent"""
@@ -50,52 +115,117 @@ class Calibration:
     """seed of the choice of samples"""
     vlm_kinds: list[Kind] = field(default_factory=lambda: ["look", "image"])
     """question kinds of the VLM's calibration data (those with a picture)"""
+    kinds: list[Literal["diagonal", "inverse", "fisher", "gram"]] = field(
+        default_factory=lambda: ["diagonal"]
+    )
+    """statistics to make: diagonal (obm, regmean_diagonal), inverse (obm with saliency: inverse),
+    fisher (fisher), gram (regmean); the last two are as large as a checkpoint, or larger"""
+    tokens: Literal["all", "answer"] = "all"
+    """which tokens count: all, or what the parent itself says (no prompt, no observations); fisher
+    is of the answer always"""
+    streaming: Literal["auto", True, False] = "auto"
+    """one layer in memory at a time, for a checkpoint larger than memory; auto = if it is needed.
+    inverse and gram always stream. Changes no bit of the statistics"""
+    dtype: Literal["float32", "bfloat16", "auto"] = "float32"
+    """in which the parent runs; auto = as it is stored"""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """where the parent runs"""
+    damping: Annotated[float, Between(0, above=True)] = 0.01
+    """inverse: share of the mean second moment that is added before inverting"""
+    max_tokens: Annotated[int, Positive] = 2048
+    """longest sample; what a data set has beyond is cut off, but never a picture"""
+    vlm_data: CalibrationData = field(default_factory=_no_data)
+    """samples of the VLM"""
+    agent_data: CalibrationData = field(default_factory=_no_data)
+    """samples of the agent and of the donors"""
     output: str | None = None
     """folder of the statistics files; null = `<output>/calibration`"""
-
-
-class Weights(TypedDict):
-    """Scale lambda_k of each task vector."""
-
-    vlm: Annotated[float, NotNegative]
-    """weight of the VLM's task vector"""
-    agent: Annotated[float, NotNegative]
-    """weight of the agent's task vector"""
 
 
 class Scope(TypedDict):
     """What happens to each group of tensors of the language module."""
 
-    linear: Literal["method", "obm", "task_arithmetic", "ties", "dare", "vlm", "base"]
+    linear: Literal["method", Method, "vlm", "agent", "base"]
     """linear projections; `method` = whatever merge.method says"""
-    norm_bias: Literal["task_arithmetic", "ties", "dare", "vlm", "base"]
+    norm_bias: Elementwise
     """norms and biases"""
-    embedding: Literal["task_arithmetic", "ties", "dare", "vlm", "base"]
+    embedding: Elementwise
     """token embeddings and output head"""
 
 
 @dataclass
+class TensorRule:
+    """Other settings for the language tensors whose canonical name a pattern finds."""
+
+    match: str
+    """regular expression, searched in names such as `model.layers.0.self_attn.q_proj.weight`"""
+    method: Literal[Method, "vlm", "agent", "base"] | None = None
+    """method of these tensors; null = as without this rule"""
+    density: Annotated[float, Between(0, 1)] | None = None
+    """density of these tensors"""
+    weights: dict[str, Annotated[float, NotNegative]] | None = None
+    """weights of these tensors; tasks left out keep theirs"""
+    normalization: Literal["none", "mean", "rank"] | None = None
+    """normalisation of these tensors"""
+    combine: Literal["sum", "mean"] | None = None
+    """combination of these tensors"""
+
+
+@dataclass
 class Merge:
-    """How the three checkpoints become one."""
+    """How the checkpoints become one."""
 
     method: Method = "obm"
-    """rule for the linear projections"""
+    """rule for the linear projections; docs/merge.md has each one's formula and source"""
     density: Annotated[float, Between(0, 1)] = 0.5
     """share p of entries of each task vector that is kept (by saliency for obm)"""
-    weights: Weights = field(default_factory=lambda: Weights(vlm=1.0, agent=1.0))
-    """scales lambda_k of the task vectors"""
-    saliency: Literal["diagonal"] = "diagonal"
-    """estimate of the second-order loss change of dropping an entry"""
+    weights: dict[str, Annotated[float, NotNegative]] = field(
+        default_factory=lambda: {"vlm": 1.0, "agent": 1.0}
+    )
+    """scales lambda_k of the task vectors: vlm, agent and the names in models.donors (1 if absent)"""
+    saliency: Literal["diagonal", "inverse"] = "diagonal"
+    """obm's estimate of the loss change of dropping an entry; `inverse` needs calibration.kinds"""
     normalization: Literal["none", "mean", "rank"] = "none"
-    """how saliencies of the two parents are made comparable before the sign vote"""
+    """how saliencies of the parents are made comparable before the sign vote"""
     combine: Literal["sum", "mean"] = "sum"
     """entries that agree in sign are summed, or averaged over the parents that kept them"""
+    budget: Literal["tensor", "layer", "global"] = "tensor"
+    """what the density is a share of: each tensor, each decoder layer, or the whole model"""
     scope: Scope = field(
         default_factory=lambda: Scope(linear="method", norm_bias="task_arithmetic", embedding="vlm")
     )
     """rule per group of tensors"""
+    rules: list[TensorRule] = field(default_factory=list)
+    """settings by tensor name; of several that match, the last that sets a key decides on it"""
+    vocabulary: Literal["equal", "common", "protect"] = "equal"
+    """where embeddings are merged: vocabularies must be equal, the rows that all parents have are
+    merged, or those less the special tokens; other rows are the VLM's, which decides on the size"""
+    window: Annotated[float, Between(0, 1)] = 0.1
+    """della: half the range of keep probabilities within a row"""
+    outliers: Annotated[float, Between(0, 1)] = 0.01
+    """breadcrumbs: share of the largest entries that is dropped first"""
+    threshold: Annotated[float, NotNegative] = 1.0e-5
+    """ram, ram_plus: an entry counts as changed where its delta is larger"""
+    boost: Annotated[float, NotNegative] = 0.1
+    """ram_plus: gain r of what only one task changed"""
+    boost_limit: Annotated[float, NotNegative] = 0.2
+    """ram_plus: highest ratio alpha of shared to unique entries that the gain uses"""
+    shrink: Annotated[float, Between(0, 1)] = 0.9
+    """regmean: factor on the off-diagonal entries of the Gram matrices"""
+    steps: Annotated[int, Positive] = 300
+    """wudi: steps of Adam"""
+    learning_rate: Annotated[float, Between(0, above=True)] = 1.0e-5
+    """wudi: learning rate of Adam"""
+    layers: str = ""
+    """layer_swap: decoder layers taken from the agent, such as `14-27` or `0,2,4-7`"""
     seed: int = 0
-    """seed of methods that draw (dare)"""
+    """seed of methods that draw (dare, dare_ties, della)"""
+    threads: Annotated[int, Positive] | None = None
+    """tensors merged at a time; null = one a core. Changes no bit of the result"""
+    shard_size: str | None = None
+    """largest file of the output, such as `5GB`; null = the VLM's own files"""
+    families: str | None = None
+    """YAML file with further model families; docs/merge.md says what is in it"""
 
 
 @dataclass

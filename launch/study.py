@@ -23,11 +23,11 @@ from typing import TYPE_CHECKING, Any
 from launch.errors import LaunchError
 from launch.jobs import Job, run_jobs
 from launch.stages import Stages, fingerprint
+from launch.tasks import merged_roles, needed_kinds
 
 if TYPE_CHECKING:
     from configs.schema import Config
 
-ROLES = ("vlm", "agent")
 NOT_STUDIES = ("recipes", "grid")
 """Files in configs/studies that studies and `obm tune` read."""
 
@@ -59,6 +59,8 @@ class Study:
     overrides: dict[str, Any] = field(default_factory=dict)
     report: Path | None = None
     report_name: str = "compare"
+    floors: bool = False
+    """True: nothing is trained; every arm is evaluated as it is, with every seed"""
 
 
 def load_study(path: str | Path) -> Study:
@@ -76,7 +78,7 @@ def load_study(path: str | Path) -> Study:
     path = _study_path(str(path))
     raw = read_yaml(path)
     _check_keys(raw, {"config", "output", "arms", "seeds", "title"}, {
-        "zero_shot", "overrides", "report", "report_name", "recipes"
+        "zero_shot", "overrides", "report", "report_name", "recipes", "floors"
     }, str(path))  # fmt: skip
     recipes = read_yaml(path.parent / raw["recipes"]) if "recipes" in raw else {}
     if not isinstance(raw["arms"], list) or not raw["arms"]:
@@ -86,7 +88,8 @@ def load_study(path: str | Path) -> Study:
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
         raise LaunchError(f"{path}:arms: {repeated[0]!r} appears twice; give each a name")
-    if not raw.get("zero_shot") and not all(arm.train for arm in arms):
+    shows_starts = raw.get("zero_shot") or raw.get("floors")
+    if not shows_starts and not all(arm.train for arm in arms):
         raise LaunchError(f"{path}: an arm with train: false is only seen with zero_shot: true")
     seeds = raw["seeds"]
     if not isinstance(seeds, list) or not seeds or len(set(seeds)) < len(seeds):
@@ -102,6 +105,7 @@ def load_study(path: str | Path) -> Study:
         overrides=dict(raw.get("overrides") or {}),
         report=Path(raw["report"]) if raw.get("report") else None,
         report_name=str(raw.get("report_name", "compare")),
+        floors=bool(raw.get("floors", False)),
     )
 
 
@@ -125,7 +129,7 @@ def run_study(
     Returns:
         The report's summary.
     """
-    plan = _Plan(study, list(overrides))
+    plan = Plan(study, list(overrides))
     plan.check()
     stages = Stages(study.output, redo=redo)
     started = time.monotonic()
@@ -135,31 +139,36 @@ def run_study(
         _evaluate(plan, stages, command)
     _train(plan, stages, parallel)
     summary = _compare(plan, command)
-    _say(f"finished in {(time.monotonic() - started) / 60:.1f} minutes")
+    say(f"finished in {(time.monotonic() - started) / 60:.1f} minutes")
     return summary
 
 
 def describe_study(study: Study, overrides: Sequence[str] = ()) -> str:
     """What a study would run, without running it; every setting is checked on the way."""
-    plan = _Plan(study, list(overrides))
+    plan = Plan(study, list(overrides))
     lines = [f"study {study.name}: {study.title}", f"output {study.output}"]
     for arm in study.arms:
         start = arm.init or f"merge {json.dumps(arm.merge)}"
-        runs = f"seeds {', '.join(map(str, study.seeds))}" if arm.train else "zero-shot only"
+        seeds = f"seeds {', '.join(map(str, study.seeds))}"
+        runs = seeds if arm.train or study.floors else "zero-shot only"
         lines.append(f"  {arm.name}: {start}; {runs}")
+    if study.floors:
+        lines.append(f"{len(study.arms) * len(study.seeds)} evaluations, no training")
+        return "\n".join(lines)
     config = plan.config(study.arms[0])
     n_runs = sum(arm.train for arm in study.arms) * len(study.seeds)
     lines.append(f"{n_runs} trainings of {_max_steps(config)} steps")
     return "\n".join(lines)
 
 
-class _Plan:
+class Plan:
     """Settings of every arm, all loaded and checked before anything runs."""
 
     def __init__(self, study: Study, overrides: list[str]) -> None:
         self.study = study
         self._overrides = [*_flatten(study.overrides), *overrides]
         self._configs = {arm.name: self._load(arm) for arm in study.arms}
+        self._join_kinds()
 
     def config(self, arm: Arm, seed: int | None = None) -> Config:
         """Settings of an arm, or of its training with a seed."""
@@ -205,28 +214,47 @@ class _Plan:
         merge = {"merge": arm.merge} if arm.merge else {}
         return load_config(self.study.config, [*self._overrides, *_flatten(merge), *_flatten(own)])
 
+    def _join_kinds(self) -> None:
+        """Arms that share a folder of statistics have all kinds made that any of them needs."""
+        kinds: dict[str | None, set[str]] = {}
+        for arm in self.study.arms:
+            if arm.merge:
+                config = self._configs[arm.name]
+                needed = kinds.setdefault(config.calibration.output, set())
+                needed.update(needed_kinds(config.merge))
+        for config in self._configs.values():
+            joined: list[Any] = sorted(kinds.get(config.calibration.output, ()))
+            if joined:
+                config.calibration.kinds = joined
 
-def _calibrate(plan: _Plan, stages: Stages) -> None:
-    from launch.commands.calibrate import calibrate_parent, parent_folder, stats_path
 
+def _calibrate(plan: Plan, stages: Stages) -> None:
     seen: set[str] = set()
     for arm in plan.study.arms:
         config = plan.config(arm)
         for role, name in _calibrations(arm, config):
-            if name in seen:
-                continue
-            seen.add(name)
-            inputs = {
-                "checkpoint": fingerprint(parent_folder(config, role)),
-                "calibration": asdict(config.calibration),
-                "environment": asdict(config.environment),
-            }
-            target = stats_path(config, role).parent
-            made = stages.run(name, inputs, target, partial(calibrate_parent, config, role))
-            _say(f"calibrate  {role}: {config.calibration.samples} samples{_reused(made)}")
+            if name not in seen:
+                seen.add(name)
+                calibrate_role(config, role, name, stages)
 
 
-def _merge(plan: _Plan, stages: Stages) -> None:
+def calibrate_role(config: Config, role: str, name: str, stages: Stages) -> None:
+    """The stage that makes one model's statistics, of the kinds that the settings name."""
+    from launch.commands.calibrate import calibrate_parent, parent_folder, stats_path
+
+    inputs = {
+        "checkpoint": fingerprint(parent_folder(config, role)),
+        "calibration": asdict(config.calibration),
+        "environment": asdict(config.environment),
+    }
+    target = stats_path(config, role).parent
+    made = stages.run(name, inputs, target, partial(calibrate_parent, config, role))
+    kinds = ", ".join(config.calibration.kinds)
+    what = name.removeprefix("calibrate-")
+    say(f"calibrate  {what}: {kinds} of {config.calibration.samples} samples{_reused(made)}")
+
+
+def _merge(plan: Plan, stages: Stages) -> None:
     from launch.commands.calibrate import parent_folder
     from launch.commands.merge import merge_checkpoints
 
@@ -234,7 +262,7 @@ def _merge(plan: _Plan, stages: Stages) -> None:
         if not arm.merge:
             continue
         config = plan.config(arm)
-        roles = ("base", *ROLES)
+        roles = ("base", *merged_roles(config))
         inputs = {
             "merge": asdict(config.merge),
             "parents": {role: fingerprint(parent_folder(config, role)) for role in roles},
@@ -243,10 +271,10 @@ def _merge(plan: _Plan, stages: Stages) -> None:
         target = plan.merged_folder(arm)
         make = partial(merge_checkpoints, config, target)
         made = stages.run(f"merge-{arm.name}", inputs, target, make)
-        _say(f"merge      {arm.name}: {_recipe(config)}{_reused(made)}")
+        say(f"merge      {arm.name}: {_recipe(config)}{_reused(made)}")
 
 
-def _evaluate(plan: _Plan, stages: Stages, command: str) -> None:
+def _evaluate(plan: Plan, stages: Stages, command: str) -> None:
     from launch.commands.eval import describe, evaluate_checkpoint
 
     for arm in plan.study.arms:
@@ -262,10 +290,10 @@ def _evaluate(plan: _Plan, stages: Stages, command: str) -> None:
         )
         made = stages.run(f"evaluate-{arm.name}", inputs, target, make)
         record = json.loads((target / "eval.json").read_text(encoding="utf-8"))
-        _say(f"evaluate   {describe(record)}{_reused(made)}")
+        say(f"evaluate   {describe(record)}{_reused(made)}")
 
 
-def _train(plan: _Plan, stages: Stages, parallel: int | None) -> None:
+def _train(plan: Plan, stages: Stages, parallel: int | None) -> None:
     from tqdm import tqdm
 
     trainings = _missing_trainings(plan, stages)
@@ -282,7 +310,7 @@ def _train(plan: _Plan, stages: Stages, parallel: int | None) -> None:
             reached[job.name] = max(step, before)
             bar.update(max(0, step - before))
             if line.get("phase") == "eval":
-                _say(f"train      {job.name} step {step}: {_floor_words(line)}")
+                say(f"train      {job.name} step {step}: {_floor_words(line)}")
 
         def on_done(job: Job, seconds: float) -> None:
             stages.finish(f"train-{job.name}", inputs_of[job.name], seconds)
@@ -296,7 +324,7 @@ def _train(plan: _Plan, stages: Stages, parallel: int | None) -> None:
         )
 
 
-def _missing_trainings(plan: _Plan, stages: Stages) -> list[tuple[Job, dict[str, Any]]]:
+def _missing_trainings(plan: Plan, stages: Stages) -> list[tuple[Job, dict[str, Any]]]:
     """Trainings that are not done, with what decides their result; each is marked as begun."""
     from configs.schema import dump_config
     from train.run import newest_checkpoint, write_text
@@ -316,7 +344,7 @@ def _missing_trainings(plan: _Plan, stages: Stages) -> list[tuple[Job, dict[str,
         }
         output = plan.run_folder(arm, seed)
         if stages.is_done(f"train-{name}", inputs, output):
-            _say(f"train      {name}{_reused(False)}")
+            say(f"train      {name}{_reused(False)}")
             continue
         resume = ["--resume"] if newest_checkpoint(output) else []
         if not resume:
@@ -330,7 +358,7 @@ def _missing_trainings(plan: _Plan, stages: Stages) -> list[tuple[Job, dict[str,
     return trainings
 
 
-def _compare(plan: _Plan, command: str) -> dict[str, Any]:
+def _compare(plan: Plan, command: str) -> dict[str, Any]:
     from compare.report import text_table, write_report
     from compare.runs import read_run
 
@@ -355,8 +383,8 @@ def _compare(plan: _Plan, command: str) -> dict[str, Any]:
         overwrite=True,
     )
     print(f"\n{text_table(summary)}\n")
-    _say(f"picture: {output / study.report_name}.png")
-    _say(f"tables:  {output / study.report_name}.md")
+    say(f"picture: {output / study.report_name}.png")
+    say(f"tables:  {output / study.report_name}.md")
     return summary
 
 
@@ -415,19 +443,15 @@ def _flatten(mapping: dict[str, Any], prefix: str = "") -> list[str]:
     return overrides
 
 
-def _needs_stats(config: Config) -> bool:
-    return config.merge.method == "obm" or config.merge.scope["linear"] == "obm"
-
-
 def _calibrations(arm: Arm, config: Config) -> list[tuple[str, str]]:
     """(role, stage name) of the statistics that an arm's merge needs; arms share the study's."""
-    if not arm.merge or not _needs_stats(config):
+    if not arm.merge or not needed_kinds(config.merge):
         return []
     return [(role, f"calibrate-{arm.name}-{role}" if arm.models else f"calibrate-{role}")
-            for role in ROLES]  # fmt: skip
+            for role in merged_roles(config)]  # fmt: skip
 
 
-def _start_key(plan: _Plan, stages: Stages, arm: Arm) -> Any:
+def _start_key(plan: Plan, stages: Stages, arm: Arm) -> Any:
     return stages.key(f"merge-{arm.name}") if arm.merge else fingerprint(str(plan.start(arm)))
 
 
@@ -438,11 +462,13 @@ def _max_steps(config: Config) -> int:
 
 
 def _recipe(config: Config) -> str:
+    from merge.methods import METHODS
+
     settings = config.merge
-    weights = ", ".join(f"{role} {settings.weights[role]:g}" for role in ("vlm", "agent"))
-    # Task arithmetic keeps everything.
-    density = "" if settings.method == "task_arithmetic" else f"density {settings.density:g}, "
-    return f"{density}weights {weights}"
+    weights = [f"{role} {settings.weights.get(role, 1.0):g}" for role in merged_roles(config)]
+    is_sparse = METHODS[settings.method].is_sparse
+    density = f"density {settings.density:g}, " if is_sparse else ""
+    return f"{density}weights {', '.join(weights)}"
 
 
 def _floor_words(line: dict[str, Any]) -> str:
@@ -462,7 +488,8 @@ def _reused(made: bool) -> str:
     return "" if made else " (there already)"
 
 
-def _say(message: str) -> None:
+def say(message: str) -> None:
+    """One line, above a bar where there is one."""
     from tqdm import tqdm
 
     tqdm.write(message)

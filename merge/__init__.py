@@ -1,11 +1,19 @@
-"""Fuse a text search agent into a vision-language model without training.
+"""Fuse text models into a vision-language model without training.
 
-Reads three checkpoints of one family (base language model, vision-language model, text search
-agent), weighs every changed weight by what dropping it would cost, and writes a folder that
-`AutoModelForImageTextToText.from_pretrained` loads.
+Reads checkpoints that share a base (base language model, vision-language model, text search agent,
+further donors), weighs every changed weight by what dropping it would cost, and writes a folder
+that `AutoModelForImageTextToText.from_pretrained` loads.
 
-The files in the order they run: `calibration` (second moments of linear inputs), `shards` and
-`checkpoint` (safetensors in and out), `families` (tensor names), `plan` (what happens to every
-tensor), `methods` (the mathematics, one pure function a method), `engine` (plan, validate, apply),
-with `output`, `report` and `card` for what it leaves behind.
+The files in the order they run:
+
+calibrate   `shell` (a model without its layers), `inputs` and `sums` (what is watched and summed),
+            `calibration` (whole model), `streaming` with `spill` (layer by layer), `fisher`,
+            `stats` (the files)
+plan        `shards` and `checkpoint` (safetensors in and out), `families` (tensor names), `scope`,
+            `vocabulary`, `compatibility`, `plan` with `planned` (what happens to every tensor)
+merge       `methods` (each one's source and rule), `selection` (thresholds), `kernels` with their
+            twins in numpy and torch, `dense` (methods on whole matrices), `tensor` (one tensor),
+            `reader` (pieces of it), `budget` (thresholds over many), `engine` (plan, validate,
+            apply) with `journal` and `output`
+afterwards  `cost`, `report`, `card`, `verify`, `hub`
 """

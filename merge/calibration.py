@@ -7,42 +7,54 @@ For every linear of the language module, and every input channel j,
 is the diagonal of E[x x^T], that is half the diagonal of the layer-wise Hessian (SparseGPT, OBM).
 Only tokens count, not padding: a mask captured with each batch selects the rows before they are
 summed. Squares are summed in fp32 within a batch and in fp64 across batches; the result is fp32.
-Four places a layer are watched, since q, k and v share their input, and so do gate and up.
 
 A vision-language model sees its images: they pass through the vision tower, and their tokens count
-as any other. Statistics are made once and kept (`stats.safetensors`): a name, a vector, and in the
-metadata what they were made with.
+as any other. This file runs a model that is in memory; `streaming` runs one that is larger.
 """
 
-import hashlib
-import os
+import json
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from merge.errors import MergeError
-from merge.families import Family, get_family
-from merge.shards import SafetensorsFile, write_tensors
+from merge.families import get_family
+from merge.inputs import (
+    InputSums,
+    check_record,
+    count_batch,
+    hash_batch,
+    model_inputs,
+    numbered,
+    shared_inputs,
+    watched_linears,
+)
+from merge.shards import SafetensorsFile
+from merge.stats import StatsWriter
+from merge.sums import WHOLE, Record, Shard, SumWriter, read_f64
 
-FORMAT = "obm-warmstart second moments 1"
-ATTENTION_RULE = "attention_mask"
-CALIBRATION_RULE = "attention_mask and calibration_mask"
+UNFINISHED = "obm-warmstart unfinished sums 1"
 
 
-class SecondMoments(dict[str, Tensor]):
-    """Canonical linear name (`model.layers.0.self_attn.q_proj`) -> fp32 vector [in features].
+@dataclass
+class SecondMoments:
+    """Sums of squared inputs, and what they run over."""
 
-    `metadata` holds text: `tokens` (number of tokens in the mean), `batches`, `data_sha256` (hash
-    of every batch), `mask_rule`, and in a file also `model_sha256`.
-    """
+    sums: dict[str, Tensor]
+    """Watched linear (`model.layers.0.self_attn.q_proj`) -> fp64 [in]."""
+    aliases: dict[str, str]
+    """Linear -> the watched one that has the same input."""
+    record: Record
+    shard: Shard = WHOLE
 
-    def __init__(self, vectors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-        super().__init__(vectors)
-        self.metadata = dict(metadata)
+    def vectors(self) -> dict[str, Tensor]:
+        """Every linear's name -> its fp32 vector h [in]."""
+        means = {name: (sums / self.record.tokens).float() for name, sums in self.sums.items()}
+        return means | {linear: means[watched] for linear, watched in self.aliases.items()}
 
 
 def collect_second_moments(
@@ -50,185 +62,113 @@ def collect_second_moments(
     batches: Iterable[Mapping[str, Any]],
     *,
     language_module: nn.Module | None = None,
+    shard: Shard = WHOLE,
+    unfinished: str | Path | None = None,
+    families: str | Path | None = None,
 ) -> SecondMoments:
-    """Runs calibration batches through a model and averages squared linear inputs over tokens.
+    """Runs calibration batches through a model and sums squared linear inputs over tokens.
 
     Args:
-        model: A `Qwen2ForCausalLM` or `Qwen2_5_VLForConditionalGeneration`, on any device.
+        model: A causal language model or vision-language model of a known family, on any device.
         batches: Keyword arguments for `model(**batch)`: input_ids [B, T], attention_mask [B, T]
             (1 = token), image inputs of the VLM, and optionally `calibration_mask` [B, T] that
             leaves out further tokens (1 = counts). Without attention_mask all tokens count.
         language_module: The module that holds `layers`; found by the model's family when None.
-
-    Returns:
-        fp32 vectors under every linear's canonical name, with metadata.
+        shard: (rank, world) when `batches` are every world-th from the rank-th on.
+        unfinished: File that keeps the sums after each batch. A run that finds it skips the
+            batches in it, so a killed run goes on; the caller removes it in the end.
+        families: YAML file with further families.
 
     Raises:
         MergeError: An unsupported model, no tokens, a mask of the wrong shape, a linear that was
-            never called, or activations that are not finite.
+            never called, activations that are not finite, or `unfinished` is of other data.
     """
-    family = get_family(getattr(model.config, "model_type", None), type(model).__name__)
+    where = type(model).__name__
+    family = get_family(getattr(model.config, "model_type", None), where, families)
     language = language_module or model.get_submodule(family.language_module)
-    collector = _Collector(family, language)
+    sites: dict[str, nn.Module] = {}
+    aliases: dict[str, str] = {}
+    for index, layer in enumerate(language.get_submodule("layers").children()):
+        sites |= watched_linears(family, layer, index)
+        aliases |= shared_inputs(family, index)
     device = next(model.parameters()).device
-    data = hashlib.sha256()
-    rules = set()
     was_training = model.training
     model.eval()
     try:
-        with torch.no_grad():
-            for batch in tqdm(batches, desc="calibrate", unit="batch", disable=None):
-                inputs = {
-                    key: value.to(device) if isinstance(value, Tensor) else value
-                    for key, value in batch.items()
-                }
-                _hash_batch(data, batch)
-                rules.add(CALIBRATION_RULE if "calibration_mask" in inputs else ATTENTION_RULE)
-                collector.start_batch(_token_mask(inputs))
-                inputs.pop("calibration_mask", None)
+        with InputSums(sites) as inputs, torch.no_grad():
+            record = Record()
+            if unfinished is not None and Path(unfinished).exists():
+                record, sums = _read_unfinished(Path(unfinished))
+                inputs.squares |= {name: total.to(device) for name, total in sums.items()}
+            for number, batch in numbered(batches, shard, "calibrate"):
+                if number in record.digests:
+                    _check_same(record, number, batch, unfinished)
+                    continue
+                inputs.mask = count_batch(record, number, batch).to(device)
                 # logits_to_keep=1: the vocabulary's logits are of no use here, and large
-                model(**{**inputs, "use_cache": False, "logits_to_keep": 1})
+                model(**model_inputs(batch, device), logits_to_keep=1)
+                if unfinished is not None:
+                    _write_unfinished(Path(unfinished), record, inputs.squares)
     finally:
-        collector.remove_hooks()
         model.train(was_training)
-    if not rules:
-        raise MergeError("calibration: no batches; raise calibration.samples")
-    if len(rules) > 1:
-        raise MergeError("calibration: give calibration_mask with every batch, or with none")
-    metadata = {
-        "tokens": str(collector.n_tokens),
-        "batches": str(collector.n_batches),
-        "data_sha256": data.hexdigest(),
-        "mask_rule": rules.pop(),
-    }
-    return SecondMoments(collector.result(), metadata)
+    check_record(record)
+    inputs.check()
+    return SecondMoments(inputs.squares, aliases, record, shard)
 
 
-class _Collector:
-    """Sums of squared inputs at the watched linears, and the hooks that feed them."""
-
-    def __init__(self, family: Family, language: nn.Module) -> None:
-        self.n_tokens = 0
-        self.n_batches = 0
-        self._mask: Tensor | None = None
-        self._sums: dict[str, Tensor] = {}
-        self._aliases: dict[str, tuple[str, ...]] = {}
-        self._handles = []
-        modules = dict(language.named_modules())
-        for index in range(len(language.get_submodule("layers"))):
-            for site, sharing in family.input_sites.items():
-                layer = f"layers.{index}"
-                name = f"model.{layer}.{site}"
-                self._aliases[name] = tuple(f"model.{layer}.{linear}" for linear in sharing)
-                self._handles.append(
-                    modules[f"{layer}.{site}"].register_forward_pre_hook(self._make_hook(name))
-                )
-
-    def start_batch(self, mask: Tensor) -> None:
-        self._mask = mask
-        self.n_tokens += int(mask.sum())
-        self.n_batches += 1
-
-    def _make_hook(self, name: str) -> Any:
-        def add(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            hidden = inputs[0]  # [B, T, in]
-            assert self._mask is not None
-            if hidden.shape[:2] != self._mask.shape:
-                raise MergeError(
-                    f"calibration: {name} sees {list(hidden.shape[:2])} tokens, the mask has "
-                    f"{list(self._mask.shape)}; give an attention_mask as long as input_ids"
-                )
-            # Rows are selected, not multiplied by the mask: padding may hold NaN, which 0 keeps.
-            square = hidden[self._mask].float().square().sum(0).double()
-            self._sums[name] = self._sums[name] + square if name in self._sums else square
-
-        return add
-
-    def remove_hooks(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-    def result(self) -> dict[str, Tensor]:
-        if self.n_tokens == 0:
-            raise MergeError("calibration: the masks leave no tokens; check calibration_mask")
-        vectors = {}
-        for name, linears in self._aliases.items():
-            if name not in self._sums:
-                raise MergeError(f"calibration: {name} was never called; give the language module")
-            mean = (self._sums[name] / self.n_tokens).float().cpu()
-            if not bool(torch.isfinite(mean).all()):
-                raise MergeError(
-                    f"calibration: inputs of {name} are not finite; load the model in bfloat16 or "
-                    "float32"
-                )
-            vectors.update(dict.fromkeys(linears, mean))
-        return vectors
-
-
-def _token_mask(inputs: Mapping[str, Any]) -> Tensor:
-    """Returns a bool mask [B, T] of the tokens that count."""
-    attention = inputs.get("attention_mask")
-    mask = torch.ones_like(inputs["input_ids"]) if attention is None else attention
-    mask = mask.bool()
-    extra = inputs.get("calibration_mask")
-    if extra is None:
-        return mask
-    if extra.shape != mask.shape:
-        raise MergeError(
-            f"calibration: calibration_mask has shape {list(extra.shape)}, attention_mask "
-            f"{list(mask.shape)}; they must agree"
-        )
-    return mask & extra.bool()
-
-
-def _hash_batch(digest: Any, batch: Mapping[str, Any]) -> None:
-    for key, value in sorted(batch.items()):
-        if isinstance(value, Tensor):
-            digest.update(f"{key} {value.dtype} {list(value.shape)}".encode())
-            flat = value.detach().cpu().contiguous().reshape(-1)
-            digest.update(flat.view(torch.uint8).numpy().tobytes())
-
-
-def save_stats(stats: SecondMoments, path: str | Path, *, model_sha256: str = "") -> None:
-    """Writes `stats.safetensors`; equal statistics give equal bytes.
+def save_stats(
+    moments: SecondMoments, path: str | Path, *, weights: Mapping[str, str] | None = None
+) -> Path:
+    """Writes a statistics file of kind diagonal, or a shard's sums; equal input, equal bytes.
 
     Args:
-        stats: What `collect_second_moments` returned.
+        moments: What `collect_second_moments` returned.
         path: File to write, replaced when it exists.
-        model_sha256: `checkpoint.hash_checkpoint` of the model; a merge refuses statistics that
-            were made with other weights. Empty when unknown.
+        weights: Canonical name -> checksum of the checkpoint's tensor; a merge refuses statistics
+            that were made with other weights. Empty when unknown.
 
     Raises:
         MergeError: The file cannot be written.
     """
-    path = Path(path)
-    metadata = {"format": FORMAT, **stats.metadata, "model_sha256": model_sha256}
-    part = path.with_name(f".{path.name}.part-{os.getpid()}")
+    writer = SumWriter(
+        path,
+        "diagonal",
+        {name: tuple(sums.shape) for name, sums in moments.sums.items()},
+        moments.record,
+        aliases=moments.aliases,
+        weights=weights,
+        shard=moments.shard,
+    )
+    for name, sums in moments.sums.items():
+        writer.write(name, sums)
+    return writer.finish()
+
+
+def _write_unfinished(path: Path, record: Record, sums: Mapping[str, Tensor]) -> None:
+    shapes = {name: tuple(total.shape) for name, total in sums.items()}
+    entries = {"format": UNFINISHED, "record": record.to_json()}
+    writer = StatsWriter(path, "diagonal", shapes, entries, dtype="F64")
+    for name, total in sums.items():
+        writer.write(name, total.cpu().numpy())
+    writer.finish()
+
+
+def _read_unfinished(path: Path) -> tuple[Record, dict[str, Tensor]]:
+    file = SafetensorsFile(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_tensors(part, stats, metadata)
-        part.replace(path)
-    except OSError as error:
-        raise MergeError(f"{path}: cannot be written ({error}); choose another output") from error
-    finally:
-        part.unlink(missing_ok=True)
+        if file.metadata["format"] != UNFINISHED:
+            raise ValueError
+        record = Record.from_json(file.metadata["record"])
+    except (KeyError, TypeError, json.JSONDecodeError, ValueError) as error:
+        raise MergeError(f"{path}: holds no unfinished calibration; remove it") from error
+    return record, {name: read_f64(file, name) for name in file.tensors}
 
 
-def load_stats(path: str | Path) -> SecondMoments:
-    """Reads `stats.safetensors`.
-
-    Raises:
-        MergeError: The file is missing, truncated, not made by `save_stats`, or holds values that
-            are negative or not finite.
-    """
-    file = SafetensorsFile(Path(path))
-    if file.metadata.get("format") != FORMAT:
-        raise MergeError(f"{path}: holds no second moments; make it with `obm calibrate`")
-    vectors = {name: file.read(name) for name in file.tensors}
-    for name, vector in vectors.items():
-        if vector.dtype != torch.float32 or not bool(
-            (torch.isfinite(vector) & (vector >= 0)).all()
-        ):
-            raise MergeError(f"{path}: {name} is not a vector of squares; calibrate again")
-    metadata = {key: value for key, value in file.metadata.items() if key != "format"}
-    return SecondMoments(vectors, metadata)
+def _check_same(
+    record: Record, number: int, batch: Mapping[str, Any], unfinished: str | Path | None
+) -> None:
+    if record.digests[number] != hash_batch(batch):
+        raise MergeError(
+            f"{unfinished}: was begun with other data (batch {number} differs); remove it, or "
+            "pass --overwrite"
+        )

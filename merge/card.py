@@ -5,7 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-RECIPE_KEYS = ("method", "settings", "stats")
+from merge.families import VISION
+
+RECIPE_KEYS = ("method", "settings", "rules", "stats")
 
 
 def render_card(record: Mapping[str, Any], name: str) -> str:
@@ -20,43 +22,50 @@ def render_card(record: Mapping[str, Any], name: str) -> str:
     """
     parents = record["parents"]
     totals = record["totals"]
-    recipe = json.dumps({key: record[key] for key in RECIPE_KEYS}, indent=2)
+    has_vision = any(entry["group"] == VISION for entry in record["tensors"].values())
+    auto_class = "AutoModelForImageTextToText" if has_vision else "AutoModelForCausalLM"
+    recipe = {key: record[key] for key in RECIPE_KEYS}
+    recipe["stats"] = {
+        key: {**entry, "source": Path(entry["source"]).name}
+        for key, entry in recipe["stats"].items()
+    }
     lines = [
         "---",
         "base_model:",
         *(f"- {json.dumps(_model_name(parent['source']))}" for parent in parents.values()),
         "base_model_relation: merge",
         "library_name: transformers",
-        "pipeline_tag: image-text-to-text",
+        f"pipeline_tag: {'image-text-to-text' if has_vision else 'text-generation'}",
         "tags:",
         "- merge",
         "- obm-warmstart",
+        *(["- optimal-brain-merging"] if record["method"] == "obm" else []),
         "---",
         f"# {name}",
         "",
-        "A vision-language model with the task vector of a text search agent merged in by "
-        f"`{record['method']}`, without training. Vision tower and projector are the "
-        "vision-language model's, byte for byte. The licences of all three parents apply.",
+        *_summary(record["method"], has_vision),
+        f"The licences of all {len(parents)} parents apply.",
         "",
         "```python",
-        "from transformers import AutoModelForImageTextToText",
+        f"from transformers import {auto_class}",
         "",
-        f'model = AutoModelForImageTextToText.from_pretrained("{name}")',
+        f'model = {auto_class}.from_pretrained("{name}")',
         "```",
         "",
         "## Parents",
         "",
-        "| role | model | sha256 of the weights |",
-        "| --- | --- | --- |",
+        "| role | model | revision | xxh3_128 of the tensors that were read |",
+        "| --- | --- | --- | --- |",
         *(
-            f"| {role} | {_model_name(parent['source'])} | `{parent['sha256']}` |"
+            f"| {role} | {_model_name(parent['source'])} | {parent['revision'] or '-'} "
+            f"| `{parent['checksum']}` |"
             for role, parent in parents.items()
         ),
         "",
         "## Recipe",
         "",
         "```json",
-        recipe,
+        json.dumps(recipe, indent=2),
         "```",
         "",
         "## What was merged",
@@ -72,14 +81,24 @@ def render_card(record: Mapping[str, Any], name: str) -> str:
         "",
         f"{totals['tensors_merged']} tensors merged, {totals['tensors_copied']} copied; "
         f"{totals['conflicts']} of {totals['entries']} merged entries were in conflict. "
-        "`merge.json` has the same figures for every tensor.",
+        "`merge.json` has the same figures for every tensor, and a checksum: "
+        "`obm merge verify FOLDER` checks them.",
         "",
     ]
     return "\n".join(lines)
 
 
+def _summary(method: str, has_vision: bool) -> list[str]:
+    if has_vision:
+        return [
+            f"A vision-language model with task vectors of text models merged in by `{method}`,",
+            "without training. Vision tower and projector are the vision-language model's, byte",
+            "for byte.",
+        ]
+    return [f"Text models of one base merged by `{method}`, without training."]
+
+
 def _model_name(source: str) -> str:
-    """Keeps a hub id; of a local folder only the last part, which says enough in public."""
-    return (
-        Path(source).expanduser().resolve().name if Path(source).expanduser().is_dir() else source
-    )
+    """Keeps a hub id, less its revision; of a local folder only the last part, which is enough."""
+    folder = Path(source).expanduser()
+    return folder.resolve().name if folder.is_dir() else source.partition("@")[0]

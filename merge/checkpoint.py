@@ -1,40 +1,43 @@
-"""A checkpoint folder: which files belong to it, what they hold, and a hash of its weights.
+"""A checkpoint: a folder or a repository on the hub, its settings, and what its files hold.
 
 Only safetensors: a pickle can run code when it is opened.
 """
 
-import hashlib
 import json
 import re
-from collections.abc import Iterator
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 
 from merge.errors import MergeError
-from merge.shards import SafetensorsFile, TensorInfo, hash_file
+from merge.shards import SafetensorsFile, TensorInfo
 
 INDEX_NAME = "model.safetensors.index.json"
+HUB_ID = re.compile(r"([\w-][\w.-]*/[\w.-]+)(?:@([\w./-]+))?")
+
+# Some repositories hold their weights twice: `original/`, or Mistral's own `consolidated` files.
+HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "LICENSE*"]
+HUB_SKIPS = ["*/*.safetensors", "consolidated*.safetensors"]
 
 
 class Checkpoint:
-    """A checkpoint folder: config.json and the headers of its safetensors files.
+    """A checkpoint: config.json and the headers of its safetensors files.
 
     Args:
-        source: A folder, or the id of a repository on the hub.
-        role: base, vlm or agent, for messages.
+        source: A folder, or the id of a repository on the hub: `org/name` or `org/name@revision`.
+        role: base, vlm, agent or the name of a donor, for messages.
 
     Raises:
-        MergeError: The folder, config.json or a shard is missing, a shard is truncated, or the
-            folder holds pickles only.
+        MergeError: The folder, the repository, config.json or a shard is missing, a shard is
+            truncated, or the weights are pickles.
     """
 
     def __init__(self, source: str | Path, role: str) -> None:
         self.source = str(source)
         self.role = role
-        self.folder = _resolve_folder(self.source, role)
+        # revision: the commit, if the folder is a snapshot of a repository on the hub
+        self.folder, self.revision = _resolve(self.source, role)
         self.config = _read_json(self.folder / "config.json", role)
         self.files = [SafetensorsFile(path) for path in _list_shards(self.folder, role)]
         self.tensors: dict[str, TensorInfo] = {}
@@ -61,24 +64,17 @@ class Checkpoint:
         tied = self.config.get("tie_word_embeddings")
         return bool(self.text_config.get("tie_word_embeddings", False) if tied is None else tied)
 
-    def read(self, name: str) -> torch.Tensor:
-        """Reads one tensor into memory."""
+    def file_of(self, name: str) -> SafetensorsFile:
+        """Returns the file that holds a tensor."""
+        return self._file_of[name]
+
+    def read(self, name: str) -> np.ndarray:
+        """Reads one tensor into memory as fp32, in its shape."""
         return self._file_of[name].read(name)
 
-    def read_chunks(self, name: str) -> Iterator[bytes]:
-        """Yields the bytes of one tensor."""
-        return self._file_of[name].read_chunks(name)
-
-    @cached_property
-    def hashes(self) -> dict[str, str]:
-        """sha256 of each safetensors file, by file name."""
-        return {file.path.name: hash_file(file.path) for file in self.files}
-
-    @property
-    def sha256(self) -> str:
-        """One hash for all weights; see `hash_checkpoint`."""
-        lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(self.hashes.items()))
-        return hashlib.sha256(lines.encode()).hexdigest()
+    def checksum(self, name: str) -> str:
+        """Returns the xxh3_128 of a tensor's stored bytes as hexadecimal text."""
+        return self._file_of[name].checksum(name)
 
     def _check_index(self) -> None:
         index_path = self.folder / INDEX_NAME
@@ -92,36 +88,63 @@ class Checkpoint:
                 )
 
 
-def hash_checkpoint(source: str | Path) -> str:
-    """Returns one sha256 for the weights of a checkpoint.
-
-    It is the hash of the lines `<sha256>  <file name>` of its safetensors files, sorted by name:
-    what `sha256sum *.safetensors | sha256sum` prints for a folder that holds nothing else.
-    """
-    return Checkpoint(source, "checkpoint").sha256
+def _setting(role: str) -> str:
+    return f"models.{role}" if role in ("base", "vlm", "agent") else f"models.donors.{role}"
 
 
-def _resolve_folder(source: str, role: str) -> Path:
+def _resolve(source: str, role: str) -> tuple[Path, str | None]:
     folder = Path(source).expanduser()
     if folder.is_dir():
-        return folder
+        return folder, None
     if folder.exists():
         raise MergeError(f"{role} {source}: is a file; give the checkpoint's folder")
     # `runs/vlm` could be a hub id; where a folder `runs` is there, a mistyped path is likelier.
-    is_hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source) and not folder.parent.is_dir()
-    if not is_hub_id:
-        raise MergeError(f"{role} {source}: no such folder; check models.{role}")
-    from huggingface_hub import snapshot_download
+    match = HUB_ID.fullmatch(source)
+    if match is None or Path(source.partition("/")[0]).is_dir():
+        raise MergeError(f"{role} {source}: no such folder; check {_setting(role)}")
+    folder = _download(match[1], match[2], role)
+    # A snapshot's folder is named by its commit.
+    return folder, folder.name
 
+
+def _download(repository: str, revision: str | None, role: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+
+    where = f"{role} {repository}" + (f"@{revision}" if revision else "")
     try:
-        patterns = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "LICENSE*"]
-        return Path(snapshot_download(source, allow_patterns=patterns))
-    # The hub client has no common base class for "not found", "offline" and "no permission".
-    except Exception as error:
+        folder = Path(
+            snapshot_download(
+                repository,
+                revision=revision,
+                allow_patterns=HUB_FILES,
+                ignore_patterns=HUB_SKIPS,
+            )
+        )
+    except RevisionNotFoundError as error:
         raise MergeError(
-            f"{role} {source}: no such folder, and the hub does not give it "
-            f"({type(error).__name__}); check models.{role}"
+            f"{where}: the repository has no revision {revision!r}; "
+            f"give a branch, tag or commit of it in {_setting(role)}"
         ) from error
+    except RepositoryNotFoundError as error:
+        raise MergeError(
+            f"{where}: no such folder, and the hub has no such repository or does not show it; "
+            f"check {_setting(role)}, or log in with 'hf auth login'"
+        ) from error
+    # The client lets errors of its transport through, which have no class in common.
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0][:200]
+        raise MergeError(
+            f"{where}: no such folder, and the hub does not give it "
+            f"({type(error).__name__}: {reason}); check {_setting(role)} and the network"
+        ) from error
+    if not any(folder.glob("*.safetensors")):
+        raise MergeError(
+            f"{where}: has no safetensors; pickled weights are not downloaded, because opening a "
+            "pickle can run code. Name a revision that has safetensors (hub: refs/pr/...), or "
+            "convert the model in a place of its own"
+        )
+    return folder
 
 
 def _read_json(path: Path, role: str) -> dict[str, Any]:
@@ -172,7 +195,7 @@ def _list_shards(folder: Path, role: str) -> list[Path]:
             f"{role} {folder}: is a LoRA adapter; merge it into its model first "
             "(peft: merge_and_unload, then save_pretrained)"
         )
-    raise MergeError(f"{role} {folder}: has no model.safetensors; check models.{role}")
+    raise MergeError(f"{role} {folder}: has no model.safetensors; check {_setting(role)}")
 
 
 def _shards_by_number(folder: Path) -> list[Path]:

@@ -1,44 +1,53 @@
-"""Merge three checkpoints into one: plan, validate, apply.
+"""Merge checkpoints that share a base into one: plan, validate, apply.
 
     python -c "from merge.engine import merge; merge('base', 'vlm', 'agent', 'merged', ...)"
 
 or, from the command line, `obm merge --config configs/demo.yaml`.
 
 Nothing is written before everything is checked: names, shapes, vocabularies, settings, statistics,
-the output folder, free space. The folder is then built beside its final place and renamed, so it
-either is complete or does not exist. Arithmetic is in fp32; each tensor is rounded once, to nearest
-even, to the dtype it has in the VLM. Memory holds one tensor of each parent at a time.
+the output folder, free space. The output is then built in a hidden folder beside its place: the
+headers first, so that every tensor has its offset and no shard is held in memory; then the tensors,
+several at a time, each noted in a journal. The folder is renamed when it is complete, so it either
+is complete or does not exist, and a merge that was killed goes on when it is run again. Arithmetic
+is in fp32; each tensor is rounded once, to nearest even, to the dtype it has in the VLM.
 """
 
-import importlib.metadata
 import json
 import logging
-import math
 import os
-import shutil
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
+import xxhash
 from tqdm import tqdm
 
-from merge.calibration import SecondMoments, load_stats
+from merge.budget import budget_note, find_shared_cuts, group_budgets
 from merge.card import render_card
 from merge.checkpoint import Checkpoint
+from merge.cost import estimate_cost, format_cost
 from merge.errors import MergeError
-from merge.methods import COMBINATIONS, METHODS, NORMALIZATIONS, MethodSettings, Statistics
-from merge.output import RECORD_NAME, check_output, copy_companions, move_into_place
-from merge.plan import MergePlan, PlannedTensor, format_plan, make_plan, resolve_scope
-from merge.report import figures, group_figures, total_figures
-from merge.shards import DTYPES, hash_file, tensor_bytes, write_safetensors
+from merge.journal import Journal
+from merge.output import (
+    RECORD_NAME,
+    OutputFile,
+    check_output,
+    copy_companions,
+    move_into_place,
+    plan_files,
+    write_index,
+)
+from merge.plan import MergePlan, PlannedTensor, format_plan, make_plan, plan_bytes, resolve_scope
+from merge.report import SCHEMA_VERSION, make_record, package_version
+from merge.shards import ShardWriter
+from merge.stats import Stats
+from merge.validate import check_first_weights, check_methods, make_settings, open_statistics
+from merge.writer import TensorWriter
 
 logger = logging.getLogger(__name__)
-
-SCHEMA_VERSION = 1
-TASKS = ("vlm", "agent")
 
 
 def merge(
@@ -47,279 +56,252 @@ def merge(
     agent: str | Path,
     output: str | Path,
     *,
+    donors: Mapping[str, str | Path] | None = None,
     method: str = "obm",
-    density: float = 0.5,
     weights: Mapping[str, float] | None = None,
-    normalization: str = "none",
-    combine: str = "sum",
     scope: Mapping[str, str | None] | None = None,
+    rules: Sequence[Mapping[str, Any]] = (),
     stats: Mapping[str, str | Path] | None = None,
-    seed: int = 0,
-    saliency: str = "diagonal",
+    vocabulary: str = "equal",
+    families: str | Path | None = None,
+    threads: int | None = None,
+    shard_size: str | int | None = None,
     overwrite: bool = False,
     dry_run: bool = False,
+    **options: Any,
 ) -> dict[str, Any]:
-    """Merges the agent into the VLM and writes a checkpoint folder.
+    """Merges text models into a VLM and writes a checkpoint folder.
 
     Args:
-        base: Folder or hub id of the base language model, theta_B.
-        vlm: The vision-language model, theta_V.
+        base: Folder or hub id (`owner/name@revision`) of the base language model, theta_B.
+        vlm: The vision-language model, theta_V; or a text model, where all three are.
         agent: The text search agent, theta_S.
         output: Folder to write.
-        method: obm, task_arithmetic, ties or dare, for the groups whose scope says `method`.
-        density: Share of entries that each task vector keeps.
-        weights: lambda_k for `vlm` and `agent`; 1 each when None.
-        normalization: none, mean or rank; see `methods.normalise_saliency`.
-        combine: sum or mean; see `methods.obm`.
+        donors: Further text models of the same base: name -> folder or hub id.
+        method: A name in `methods.METHODS`, for the groups whose scope says `method`.
+        weights: lambda_k by task (`vlm`, `agent`, names of donors); 1 where absent.
         scope: What happens to linear, norm_bias and embedding tensors; see `plan.resolve_scope`.
-        stats: Task -> stats.safetensors; needed by OBM.
-        seed: Seed of DARE.
-        saliency: Only `diagonal`.
+        rules: Other settings by tensor name; see `configs.sections.TensorRule`.
+        stats: Task -> statistics file, or a folder of them; see `stats.open_stats`.
+        vocabulary: equal, common or protect; see `plan.make_plan`.
+        families: YAML file with further model families.
+        threads: Tensors merged at a time; one a core when None. No bit depends on it.
+        shard_size: Largest file of the output, such as `5GB`; the VLM's own files when None.
         overwrite: Replace an output folder that an earlier merge wrote.
         dry_run: Check everything, write nothing.
+        options: Further fields of `methods.MethodSettings`: density, normalization, combine,
+            saliency, budget, seed, ...
 
     Returns:
-        The content of merge.json; for a dry run `{"dry_run": True, "table": ..., "tensors": ...}`
-        with the plan as text and as data.
+        The content of merge.json; for a dry run `{"dry_run": True, "table": ..., "tensors": ...,
+        "cost": ...}` with the plan as text and as data.
 
     Raises:
-        MergeError: Whatever cannot be merged or written, before anything is written.
+        MergeError: Whatever cannot be merged or written; no output folder is left then.
     """
-    actions = resolve_scope(scope, method)
-    weights = dict.fromkeys(TASKS, 1.0) if weights is None else dict(weights)
-    settings = MethodSettings(weights, density, normalization, combine, seed)
-    _check_settings(settings, saliency)
+    settings = make_settings(weights, options)
+    if threads is not None and threads < 1:
+        raise MergeError(f"merge.threads: {threads} is less than 1; null means one a core")
     output = Path(output).expanduser()
-    parents = {
-        role: Checkpoint(source, role)
-        for role, source in zip(("base", "vlm", "agent"), (base, vlm, agent), strict=True)
-    }
-    check_output(output, parents, overwrite)
-    plan = make_plan(**parents, method=method, scope=scope)
-    moments = _load_moments(stats, plan)
-
-    tensors: dict[str, dict[str, Any]] = {
-        t.name: {"group": t.group, "action": t.action, "reason": t.reason} for t in plan.tensors
-    }
+    sources = {"base": base, "vlm": vlm, "agent": agent, **(donors or {})}
+    parents = {role: Checkpoint(source, role) for role, source in sources.items()}
+    actions = resolve_scope(scope, method)
+    plan = make_plan(
+        parents,
+        method,
+        settings,
+        scope=scope,
+        rules=rules,
+        vocabulary=vocabulary,
+        families=families,
+    )
+    files = plan_files(plan, parents["vlm"], shard_size)
+    n_bytes = sum(tensor.n_bytes for file in files for tensor in file.tensors)
+    check_output(output, parents, n_bytes, overwrite)
+    check_methods(plan)
+    statistics = open_statistics(stats, plan, parents)
+    groups = group_budgets(plan.tensors)
     if dry_run:
-        return {"dry_run": True, "table": format_plan(plan), "tensors": tensors}
+        return _describe(plan, parents, files, [budget_note(groups)] if groups else [])
 
-    _check_stats_match(moments, parents)
-    record: dict[str, Any] = {
-        "schema_version": SCHEMA_VERSION,
-        "method": method,
-        "settings": {
-            "density": density,
-            "weights": weights,
-            "saliency": saliency,
-            "normalization": normalization,
-            "combine": combine,
-            "scope": actions,
-            "seed": seed,
-        },
-        "parents": {
-            role: {"source": parent.source, "sha256": parent.sha256, "files": parent.hashes}
-            for role, parent in parents.items()
-        },
-        "stats": {
-            task: {"source": str((stats or {})[task]), **moment.metadata}
-            for task, moment in moments.items()
-        },
-        "versions": {"obm-warmstart": _version(), "torch": torch.__version__},
-    }
-    part = output.with_name(f".{output.name}.part-{os.getpid()}")
-    try:
-        part.mkdir(parents=True)
-        counts = _write_weights(part, plan, parents, moments, settings)
-        copy_companions(parents["vlm"].folder, part)
-        for name, count in counts.items():
-            tensors[name].update(figures(count))
-        record["output"] = {
-            "files": {p.name: hash_file(p) for p in sorted(part.glob("*.safetensors"))}
-        }
-        record["totals"] = total_figures(plan, counts)
-        record["groups"] = group_figures(plan, counts)
-        record["unused"] = [list(entry) for entry in plan.unused]
-        record["tensors"] = tensors
-        (part / "README.md").write_text(render_card(record, output.name), encoding="utf-8")
-        (part / RECORD_NAME).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        move_into_place(part, output)
-    except OSError as error:
-        raise MergeError(f"{output}: cannot be written ({error}); choose another output") from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-    logger.info("merged %s, %s and %s by %s into %s", base, vlm, agent, method, output)
+    check_first_weights(plan, parents, statistics)
+    run = _Run(plan, parents, statistics, files, output, threads or _n_cores())
+    entries = run.apply([group for group in groups.values() if len(group) > 0])
+    record = make_record(plan, parents, statistics, entries, method, settings, actions)
+    record["settings"]["vocabulary"] = vocabulary
+    record["rules"] = [dict(rule) for rule in rules]
+    record["output"] = {"files": {file.name: file.n_bytes for file in files}}
+    run.finish(record, overwrite)
+    logger.info("merged %s by %s into %s", ", ".join(map(str, sources.values())), method, output)
     return record
 
 
-# ---- validate
+def _describe(
+    plan: MergePlan,
+    parents: Mapping[str, Checkpoint],
+    files: Sequence[OutputFile],
+    notes: Sequence[str],
+) -> dict[str, Any]:
+    tensors = {
+        t.name: {"group": t.group, "action": t.action, "reason": t.reason} for t in plan.tensors
+    }
+    cost = estimate_cost(plan, plan_bytes(plan, parents), len(files))
+    table = "\n".join([format_plan(plan), *notes, format_cost(cost)])
+    return {"dry_run": True, "table": table, "tensors": tensors, "cost": cost}
 
 
-def _check_settings(settings: MethodSettings, saliency: str) -> None:
-    if not 0.0 <= settings.density <= 1.0:
-        raise MergeError(f"merge.density: {settings.density} is not between 0 and 1")
-    if set(settings.weights) != set(TASKS):
-        raise MergeError(
-            f"merge.weights: has {', '.join(settings.weights) or 'nothing'}; "
-            f"give {' and '.join(TASKS)}"
-        )
-    for task, weight in settings.weights.items():
-        if not isinstance(weight, (int, float)) or not math.isfinite(weight):
-            raise MergeError(f"merge.weights.{task}: {weight!r} is not a finite number")
-    for key, value, allowed in (
-        ("normalization", settings.normalization, NORMALIZATIONS),
-        ("combine", settings.combine, COMBINATIONS),
-        ("saliency", saliency, ("diagonal",)),
-    ):
-        if value not in allowed:
-            raise MergeError(f"merge.{key}: {value!r} is unknown; choose {', '.join(allowed)}")
-
-
-def _load_moments(
-    stats: Mapping[str, str | Path] | None, plan: MergePlan
-) -> dict[str, SecondMoments]:
-    """Loads the statistics that OBM needs, and checks that they cover every tensor it merges."""
-    weighed = [tensor for tensor in plan.tensors if tensor.action == "obm"]
-    if not weighed:
-        return {}
-    moments = {}
-    for task in TASKS:
-        if task not in (stats or {}):
-            raise MergeError(
-                f"merge.method=obm needs second moments of {task}; run `obm calibrate` first, or "
-                "choose merge.method=task_arithmetic"
-            )
-        moments[task] = load_stats((stats or {})[task])
-        for tensor in weighed:
-            linear = tensor.canonical.removesuffix(".weight")
-            vector = moments[task].get(linear)
-            if vector is None or tuple(vector.shape) != tensor.shape[-1:]:
-                found = "nothing" if vector is None else f"{vector.numel()} channels"
-                raise MergeError(
-                    f"{(stats or {})[task]}: has {found} for {linear}, the tensor has "
-                    f"{tensor.shape[-1]} inputs; calibrate again with this checkpoint"
-                )
-    return moments
-
-
-def _check_stats_match(
-    moments: Mapping[str, SecondMoments], parents: Mapping[str, Checkpoint]
-) -> None:
-    for task, moment in moments.items():
-        made_for = moment.metadata.get("model_sha256", "")
-        if made_for and made_for != parents[task].sha256:
-            raise MergeError(
-                f"second moments of {task} were made with other weights (model {made_for[:12]}, "
-                f"{parents[task].source} is {parents[task].sha256[:12]}); calibrate again"
-            )
+def _n_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 # ---- apply
 
 
-def _write_weights(
-    folder: Path,
+class _Run:
+    """One merge being written: its unfinished folder, journal, output files and workers."""
+
+    def __init__(
+        self,
+        plan: MergePlan,
+        parents: Mapping[str, Checkpoint],
+        statistics: Mapping[tuple[str, str], Stats],
+        files: Sequence[OutputFile],
+        output: Path,
+        threads: int,
+    ) -> None:
+        self._plan = plan
+        self._parents = parents
+        self._files = files
+        self._output = output
+        self._threads = threads
+        self._writer = TensorWriter(parents, statistics, threads)
+        self.part = output.with_name(f".{output.name}.part")
+        self._journal = Journal(self.part, _digest(plan, parents, statistics, files))
+
+    def apply(self, budgets: Sequence[Sequence[PlannedTensor]]) -> dict[str, dict[str, Any]]:
+        """Writes every tensor; returns the journal's entries by name.
+
+        An interruption leaves the unfinished folder, from which the next call goes on; an error
+        removes it.
+        """
+        try:
+            with _writers(self.part, self._files) as writers:
+                self._drop_damaged(writers)
+                missing = [t for t in self._plan.tensors if t.name not in self._journal.finished]
+                if len(missing) < len(self._plan.tensors):
+                    n_done = len(self._plan.tensors) - len(missing)
+                    logger.info("goes on: %d of %d tensors", n_done, len(self._plan.tensors))
+                with ThreadPoolExecutor(self._threads) as executor:
+                    open_names = {tensor.name for tensor in missing}
+                    for group in budgets:
+                        if any(tensor.name in open_names for tensor in group):
+                            shared = find_shared_cuts(
+                                group, self._writer.with_reader, self._writer.kernels, executor
+                            )
+                            self._writer.cuts.update(shared)
+                    self._write_all(missing, writers, executor)
+            return self._journal.finished
+        except Exception:
+            self._journal.abandon()
+            raise
+        except BaseException:
+            self._journal.close()
+            raise
+
+    def finish(self, record: dict[str, Any], overwrite: bool) -> None:
+        """Adds what lies beside the weights, and moves the folder into its place."""
+        try:
+            copy_companions(self._parents["vlm"].folder, self.part)
+            write_index(self.part, self._files)
+            card = render_card(record, self._output.name)
+            (self.part / "README.md").write_text(card, encoding="utf-8")
+            text = json.dumps(record, indent=2) + "\n"
+            (self.part / RECORD_NAME).write_text(text, encoding="utf-8")
+            self._journal.remove()
+            move_into_place(self.part, self._output, overwrite)
+        except OSError as error:
+            self._journal.abandon()
+            raise MergeError(
+                f"{self._output}: cannot be written ({error}); free space or choose another output"
+            ) from error
+        except Exception:
+            self._journal.abandon()
+            raise
+        finally:
+            self._journal.close()
+
+    def _drop_damaged(self, writers: Mapping[str, ShardWriter]) -> None:
+        """Forgets journal entries whose bytes are not in the file."""
+        known = {tensor.name for tensor in self._plan.tensors}
+        for name, entry in list(self._journal.finished.items()):
+            if name not in known or writers[name].checksum(name) != entry["checksum"]:
+                del self._journal.finished[name]
+
+    def _write_all(
+        self,
+        tensors: Sequence[PlannedTensor],
+        writers: Mapping[str, ShardWriter],
+        executor: ThreadPoolExecutor,
+    ) -> None:
+        # disable=None: a bar on a terminal, silence in a log
+        bar = tqdm(total=len(self._plan.tensors), desc="merge", unit="tensor", disable=None)
+        bar.update(len(self._plan.tensors) - len(tensors))
+        waiting = list(reversed(tensors))
+        running: dict[Future[dict[str, Any]], PlannedTensor] = {}
+        with bar:
+            try:
+                while waiting or running:
+                    while waiting and len(running) < 2 * self._threads:
+                        tensor = waiting.pop()
+                        for role, name in tensor.sources.items():
+                            self._parents[role].file_of(name).will_need(name)
+                        writer = writers[tensor.name]
+                        running[executor.submit(self._writer.write, tensor, writer)] = tensor
+                    for future in wait(running, return_when=FIRST_COMPLETED).done:
+                        tensor = running.pop(future)
+                        entry = future.result()
+                        self._journal.add(tensor.name, entry)
+                        self._journal.finished[tensor.name] = entry
+                        bar.update()
+            except BaseException:
+                for future in running:
+                    future.cancel()
+                raise
+
+
+@contextmanager
+def _writers(folder: Path, files: Sequence[OutputFile]) -> Iterator[dict[str, ShardWriter]]:
+    """Opens the output's files, headers written: name of a tensor -> writer."""
+    writers: list[ShardWriter] = []
+    of_tensor: dict[str, ShardWriter] = {}
+    try:
+        for file in files:
+            layout = [(t.name, t.dtype, t.shape) for t in file.tensors]
+            writers.append(ShardWriter(folder / file.name, layout, file.metadata))
+            of_tensor.update(dict.fromkeys((t.name for t in file.tensors), writers[-1]))
+        yield of_tensor
+    finally:
+        for writer in writers:
+            writer.close()
+
+
+def _digest(
     plan: MergePlan,
     parents: Mapping[str, Checkpoint],
-    moments: Mapping[str, SecondMoments],
-    settings: MethodSettings,
-) -> dict[str, Statistics]:
-    """Writes one output shard for each of the VLM's; returns counts of the merged tensors."""
-    vlm = parents["vlm"]
-    planned = {tensor.name: tensor for tensor in plan.tensors}
-    counts: dict[str, Statistics] = {}
-    # disable=None: a bar on a terminal, silence in a log
-    bar = tqdm(total=len(planned), desc="merge", unit="tensor", disable=None)
+    statistics: Mapping[tuple[str, str], Stats],
+    files: Sequence[OutputFile],
+) -> str:
+    """One hash of all that decides the output's bytes, without reading the weights."""
 
-    def read(name: str) -> Iterable[bytes]:
-        tensor = planned[name]
-        bar.update()
-        if tensor.action == "vlm":
-            return vlm.read_chunks(name)
-        if tensor.action == "base":
-            assert tensor.base_name is not None
-            return [_encode(parents["base"].read(tensor.base_name), tensor)]
-        merged, counts[name] = _merge_tensor(tensor, parents, moments, settings)
-        return [_encode(merged, tensor)]
+    def stamp(path: Path) -> list[Any]:
+        status = path.stat()
+        return [str(path.resolve()), status.st_size, status.st_mtime_ns]
 
-    with bar:
-        for file in vlm.files:
-            infos = [file.tensors[t.name] for t in plan.tensors if t.name in file.tensors]
-            write_safetensors(
-                folder / file.path.name, infos, read, file.metadata or {"format": "pt"}
-            )
-    return counts
-
-
-def _merge_tensor(
-    tensor: PlannedTensor,
-    parents: Mapping[str, Checkpoint],
-    moments: Mapping[str, SecondMoments],
-    settings: MethodSettings,
-) -> tuple[Tensor, Statistics]:
-    assert tensor.base_name is not None
-    assert tensor.agent_name is not None
-    stored = {"base": tensor.base_name, "vlm": tensor.name, "agent": tensor.agent_name}
-    values = {role: parents[role].read(name).float() for role, name in stored.items()}
-    for role, value in values.items():
-        if not bool(torch.isfinite(value).all()):
-            raise MergeError(
-                f"{role} {parents[role].source}: tensor {stored[role]} holds NaN or infinity; "
-                "use a checkpoint that is sound"
-            )
-    base = values["base"]
-    deltas = {task: values[task] - base for task in TASKS}
-    linear = tensor.canonical.removesuffix(".weight")
-    second_moments = {task: moment[linear] for task, moment in moments.items() if linear in moment}
-    merged, count = METHODS[tensor.action](
-        base,
-        deltas,
-        second_moments or None,
-        MethodSettings(
-            weights=settings.weights,
-            density=settings.density,
-            normalization=settings.normalization,
-            combine=settings.combine,
-            seed=settings.seed,
-            tensor_name=tensor.canonical,
-        ),
-    )
-    return restore_parents(merged, base, [values[task] for task in TASKS]), count
-
-
-def restore_parents(merged: Tensor, base: Tensor, parents: Iterable[Tensor]) -> Tensor:
-    """Undoes the rounding of entries that are a parent's own.
-
-    In fp32, base + (parent - base) may miss the parent's value by the last bit (or, where base is
-    far larger, by more). Where the merged value is what fp32 makes of base + (parent - base), the
-    parent's value is exact and is taken; where it equals the base, the base's (a signed zero).
-    So an agent that equals the base leaves the VLM's bits untouched.
-
-    Args:
-        merged: fp32, any shape.
-        base: fp32, same shape.
-        parents: fp32, same shape; the first one has precedence.
-
-    Returns:
-        fp32, same shape.
-    """
-    result = torch.where(merged == base, base, merged)
-    for parent in reversed(list(parents)):
-        result = torch.where(merged == base + (parent - base), parent, result)
-    return result
-
-
-def _encode(value: Tensor, tensor: PlannedTensor) -> bytes:
-    """Rounds to the output's dtype (to nearest even) and returns the bytes."""
-    encoded = value.float().to(DTYPES[tensor.dtype])
-    if not bool(torch.isfinite(encoded).all()):
-        raise MergeError(
-            f"{tensor.name}: a merged value does not fit {tensor.dtype}; lower merge.weights"
-        )
-    return tensor_bytes(encoded)
-
-
-def _version() -> str:
-    with suppress(importlib.metadata.PackageNotFoundError):
-        return importlib.metadata.version("obm-warmstart")
-    return "not installed"
+    content = {
+        "version": [SCHEMA_VERSION, package_version()],
+        "tensors": [asdict(tensor) for tensor in plan.tensors],
+        "parents": {role: [stamp(f.path) for f in p.files] for role, p in parents.items()},
+        "stats": {"/".join(key): stamp(stats.path) for key, stats in statistics.items()},
+        "files": [[file.name, [t.name for t in file.tensors]] for file in files],
+    }
+    return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True, default=list).encode())

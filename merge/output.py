@@ -1,15 +1,18 @@
-"""The output folder: may it be written, what comes along from the VLM, and moving it into place."""
+"""The output folder: its files, may it be written, what comes along, and moving it into place."""
 
 import json
 import os
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from merge.checkpoint import INDEX_NAME, Checkpoint
 from merge.errors import MergeError
-from merge.shards import SafetensorsFile
+from merge.plan import MergePlan, PlannedTensor
+from merge.shards import ITEM_SIZES
 
 RECORD_NAME = "merge.json"
 
@@ -26,8 +29,103 @@ NOT_COPIED = (
 )
 
 
-def check_output(output: Path, parents: Mapping[str, Checkpoint], overwrite: bool) -> None:
+UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+@dataclass(frozen=True)
+class OutputTensor:
+    """One tensor of an output file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def n_bytes(self) -> int:
+        n_bytes = ITEM_SIZES[self.dtype]
+        for length in self.shape:
+            n_bytes *= length
+        return n_bytes
+
+
+@dataclass(frozen=True)
+class OutputFile:
+    """One safetensors file of the output, and what it holds in order."""
+
+    name: str
+    tensors: tuple[OutputTensor, ...]
+    metadata: Mapping[str, str]
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of the tensors, without the header."""
+        return sum(tensor.n_bytes for tensor in self.tensors)
+
+
+def plan_files(plan: MergePlan, vlm: Checkpoint, shard_size: str | int | None) -> list[OutputFile]:
+    """Decides which file each tensor goes to.
+
+    Args:
+        plan: What is written.
+        vlm: Its files' names and metadata are taken over where no size is given.
+        shard_size: Largest number of bytes of tensors in a file, or text such as `5GB`; a tensor
+            that is larger gets a file of its own.
+
+    Raises:
+        MergeError: The size cannot be read.
+    """
+    if shard_size is None:
+        planned = {tensor.name: tensor for tensor in plan.tensors}
+        return [
+            OutputFile(
+                file.path.name,
+                tuple(_output(planned[t.name]) for t in plan.tensors if t.name in file.tensors),
+                file.metadata or {"format": "pt"},
+            )
+            for file in vlm.files
+        ]
+    limit = parse_size(shard_size)
+    groups: list[list[OutputTensor]] = [[]]
+    for tensor in map(_output, plan.tensors):
+        if groups[-1] and sum(t.n_bytes for t in groups[-1]) + tensor.n_bytes > limit:
+            groups.append([])
+        groups[-1].append(tensor)
+    n = len(groups)
+    names = [f"model-{i:05d}-of-{n:05d}.safetensors" for i in range(1, n + 1)]
+    if n == 1:
+        names = ["model.safetensors"]
+    return [
+        OutputFile(name, tuple(group), {"format": "pt"})
+        for name, group in zip(names, groups, strict=True)
+    ]
+
+
+def parse_size(size: str | int) -> int:
+    """Reads a number of bytes, such as 5000000, `5GB` or `500 MB`.
+
+    Raises:
+        MergeError: It is no such thing.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) *(KB|MB|GB|TB|)", str(size).strip().upper())
+    if match is None or float(match[1]) == 0:
+        raise MergeError(f"merge.shard_size: {size!r} is no size; write one such as 5GB or 500MB")
+    return int(float(match[1]) * UNITS.get(match[2], 1))
+
+
+def _output(tensor: PlannedTensor) -> OutputTensor:
+    return OutputTensor(tensor.name, tensor.dtype, tensor.shape)
+
+
+def check_output(
+    output: Path, parents: Mapping[str, Checkpoint], n_bytes: int, overwrite: bool
+) -> None:
     """Checks that the output may be written, before anything is.
+
+    Args:
+        output: Folder to write.
+        parents: Must not be the output or lie in it.
+        n_bytes: How much will be written.
+        overwrite: Whether an earlier merge may be replaced.
 
     Raises:
         MergeError: It is a file, a parent or above one, exists (unless `overwrite` and an earlier
@@ -38,18 +136,19 @@ def check_output(output: Path, parents: Mapping[str, Checkpoint], overwrite: boo
             raise MergeError(f"{output}: is or holds the {role} itself; choose another output")
     if output.is_file():
         raise MergeError(f"{output}: is a file; choose another output")
+    existing = next(p for p in (output, *output.absolute().parents) if p.exists())
+    part = output.with_name(f".{output.name}.part")
+    n_there = sum(path.stat().st_blocks * 512 for path in part.glob("*.safetensors"))
+    n_free = shutil.disk_usage(existing).free + n_there
+    if n_free < n_bytes:
+        raise MergeError(
+            f"{output}: needs {n_bytes / 1e9:.1f} GB, the disk has {n_free / 1e9:.1f} GB free; "
+            "free space or choose another output"
+        )
     if not output.exists() or not any(output.iterdir()):
-        n_needed = sum(path.path.stat().st_size for path in parents["vlm"].files)
-        existing = next(p for p in (output, *output.absolute().parents) if p.exists())
-        n_free = shutil.disk_usage(existing).free
-        if n_free < n_needed:
-            raise MergeError(
-                f"{output}: needs {n_needed / 1e9:.1f} GB, the disk has {n_free / 1e9:.1f} GB "
-                "free; free space or choose another output"
-            )
         return
     if not overwrite:
-        raise MergeError(f"{output}: exists; choose another output, or pass --overwrite")
+        raise _exists(output)
     if not (output / RECORD_NAME).exists():
         raise MergeError(
             f"{output}: exists and was not written by a merge (no {RECORD_NAME}), so it is not "
@@ -61,34 +160,36 @@ def copy_companions(source: Path, folder: Path) -> None:
     """Copies configuration, tokenizer, processor, chat template and licence; no weights."""
     for path in sorted(source.iterdir()):
         is_wanted = path.suffix in COPIED_SUFFIXES or path.name in COPIED_NAMES
-        is_index = path.name.endswith(".index.json") and path.name != INDEX_NAME
+        is_index = path.name.endswith(".index.json")
         if path.is_file() and is_wanted and path.name not in NOT_COPIED and not is_index:
             shutil.copyfile(path, folder / path.name)
         elif path.is_dir() and path.name in COPIED_FOLDERS:
-            shutil.copytree(path, folder / path.name)
-    _write_index(folder)
+            shutil.copytree(path, folder / path.name, dirs_exist_ok=True)
 
 
-def _write_index(folder: Path) -> None:
-    """Gives shards that came without an index one, since transformers cannot find them without."""
-    shards = sorted(folder.glob("model-*-of-*.safetensors"))
-    if not shards or (folder / INDEX_NAME).exists():
+def write_index(folder: Path, files: Sequence[OutputFile]) -> None:
+    """Writes the index that transformers needs to find several files."""
+    if [file.name for file in files] == ["model.safetensors"]:
         return
-    weight_map = {
-        name: shard.name for shard in shards for name in sorted(SafetensorsFile(shard).tensors)
+    weight_map = {tensor.name: file.name for file in files for tensor in file.tensors}
+    index = {
+        "metadata": {"total_size": sum(file.n_bytes for file in files)},
+        "weight_map": dict(sorted(weight_map.items())),
     }
-    n_bytes = sum(
-        info.n_bytes for shard in shards for info in SafetensorsFile(shard).tensors.values()
-    )
-    index = {"metadata": {"total_size": n_bytes}, "weight_map": weight_map}
     (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def move_into_place(part: Path, output: Path) -> None:
-    """Renames a finished folder to its place; an earlier one stays until the new one is there."""
+def move_into_place(part: Path, output: Path, overwrite: bool) -> None:
+    """Renames a finished folder to its place; an earlier one stays until the new one is there.
+
+    Raises:
+        MergeError: Something came to lie there meanwhile.
+    """
     if not output.exists() or not any(output.iterdir()):
         part.replace(output)
         return
+    if not overwrite:
+        raise _exists(output)
     old = output.with_name(f".{output.name}.old-{os.getpid()}")
     output.replace(old)
     try:
@@ -98,3 +199,7 @@ def move_into_place(part: Path, output: Path) -> None:
             old.replace(output)
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _exists(output: Path) -> MergeError:
+    return MergeError(f"{output}: exists; choose another output, or pass --overwrite")

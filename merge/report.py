@@ -1,16 +1,107 @@
-"""The figures of merge.json: counts of single tensors, added up and turned into shares."""
+"""The content of merge.json: what went in, what was done to every tensor, and figures."""
 
+import importlib.metadata
 import math
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import asdict
 from typing import Any
 
-from merge.methods import Statistics
-from merge.plan import COPIES, MergePlan
+import numpy as np
+import xxhash
+
+from merge.checkpoint import Checkpoint
+from merge.methods import METHODS, MethodSettings
+from merge.plan import MergePlan
+from merge.stats import Stats
+
+SCHEMA_VERSION = 2
+
+Counted = Mapping[str, Any]
+"""Counts of one tensor: entries, kept, conflicts, conflicts_won, delta_square, update_square."""
 
 
-def total_figures(plan: MergePlan, counts: Mapping[str, Statistics]) -> dict[str, Any]:
+def make_record(
+    plan: MergePlan,
+    parents: Mapping[str, Checkpoint],
+    statistics: Mapping[tuple[str, str], Stats],
+    entries: Mapping[str, Mapping[str, Any]],
+    method: str,
+    settings: MethodSettings,
+    actions: Mapping[str, str],
+) -> dict[str, Any]:
+    """Puts merge.json together.
+
+    Args:
+        plan: What was merged.
+        parents: Role -> checkpoint.
+        statistics: (task, kind) -> statistics that were used.
+        entries: Name of a tensor -> the journal's entry.
+        method: The merge's method.
+        settings: The merge's settings.
+        actions: The resolved scope.
+    """
+    tensors = {}
+    for tensor in plan.tensors:
+        entry = entries[tensor.name]
+        tensors[tensor.name] = {
+            "group": tensor.group,
+            "action": tensor.action,
+            "reason": tensor.reason,
+            "dtype": tensor.dtype,
+            "shape": list(tensor.shape),
+            "checksum": entry["checksum"],
+            "inputs": entry["inputs"],
+            **(figures(entry["counts"]) if "counts" in entry else {}),
+        }
+    counts = {name: entry["counts"] for name, entry in entries.items() if "counts" in entry}
+    ordered = {t.name: counts[t.name] for t in plan.tensors if t.name in counts}
+    recipe = asdict(settings)
+    del recipe["tensor_name"]
+    tasks = [role for role in parents if role != "base"]
+    recipe["weights"] = {task: settings.weights.get(task, 1.0) for task in tasks}
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "method": method,
+        "settings": {**recipe, "scope": dict(actions)},
+        "parents": {
+            role: {
+                "source": parent.source,
+                "revision": parent.revision,
+                "checksum": _parent_checksum(role, tensors),
+                "files": {file.path.name: file.path.stat().st_size for file in parent.files},
+            }
+            for role, parent in parents.items()
+        },
+        "stats": {
+            f"{task}/{kind}": {
+                "source": str(stats.path),
+                **{k: v for k, v in stats.metadata.items() if k not in ("weights", "aliases")},
+            }
+            for (task, kind), stats in statistics.items()
+        },
+        "totals": total_figures(plan, ordered),
+        "groups": group_figures(plan, ordered),
+        "unused": [list(entry) for entry in plan.unused],
+        "notes": list(plan.notes),
+        "tensors": tensors,
+        "versions": {"obm-warmstart": package_version(), "numpy": np.__version__},
+    }
+
+
+def _parent_checksum(role: str, tensors: Mapping[str, Mapping[str, Any]]) -> str:
+    """xxh3_128 of the lines `<checksum>  <tensor>` of all tensors that were read of a parent."""
+    lines = [
+        f"{tensor['inputs'][role]}  {name}\n"
+        for name, tensor in sorted(tensors.items())
+        if role in tensor["inputs"]
+    ]
+    return xxhash.xxh3_128_hexdigest("".join(lines).encode())
+
+
+def total_figures(plan: MergePlan, counts: Mapping[str, Counted]) -> dict[str, Any]:
     """Returns the figures over all merged tensors, and how many were merged and copied."""
-    n_copied = sum(tensor.action in COPIES for tensor in plan.tensors)
+    n_copied = sum(tensor.action not in METHODS for tensor in plan.tensors)
     return {
         "tensors_merged": len(plan.tensors) - n_copied,
         "tensors_copied": n_copied,
@@ -18,7 +109,7 @@ def total_figures(plan: MergePlan, counts: Mapping[str, Statistics]) -> dict[str
     }
 
 
-def group_figures(plan: MergePlan, counts: Mapping[str, Statistics]) -> dict[str, Any]:
+def group_figures(plan: MergePlan, counts: Mapping[str, Counted]) -> dict[str, Any]:
     """Returns the figures over each group of tensors that had any merged."""
     group_of = {tensor.name: tensor.group for tensor in plan.tensors}
     groups = sorted({group_of[name] for name in counts})
@@ -28,8 +119,11 @@ def group_figures(plan: MergePlan, counts: Mapping[str, Statistics]) -> dict[str
     }
 
 
-def figures(count: Statistics) -> dict[str, Any]:
-    """Turns the counts that a method returns into the shares and norms of merge.json."""
+def figures(count: Counted) -> dict[str, Any]:
+    """Turns counts into the shares and norms of merge.json.
+
+    Norms are rounded to six digits: further ones depend on the order of summing.
+    """
     entries, conflicts = count["entries"], count["conflicts"]
     won = count["conflicts_won"]
     return {
@@ -37,14 +131,14 @@ def figures(count: Statistics) -> dict[str, Any]:
         "density": {task: n / max(entries, 1) for task, n in count["kept"].items()},
         "conflicts": conflicts,
         "conflicts_won": {task: n / max(conflicts, 1) for task, n in won.items()},
-        "delta_norm": {task: math.sqrt(square) for task, square in count["delta_square"].items()},
-        "update_norm": math.sqrt(count["update_square"]),
+        "delta_norm": {task: _norm(square) for task, square in count["delta_square"].items()},
+        "update_norm": _norm(count["update_square"]),
     }
 
 
-def _add_up(counts: Iterable[Statistics]) -> Statistics:
+def _add_up(counts: Iterable[Counted]) -> Counted:
     counts = list(counts)
-    total: Statistics = {
+    total: dict[str, Any] = {
         "entries": sum(count["entries"] for count in counts),
         "conflicts": sum(count["conflicts"] for count in counts),
         "update_square": math.fsum(count["update_square"] for count in counts),
@@ -53,3 +147,14 @@ def _add_up(counts: Iterable[Statistics]) -> Statistics:
         tasks = counts[0][key] if counts else ()
         total[key] = {task: math.fsum(count[key][task] for count in counts) for task in tasks}
     return total
+
+
+def _norm(square: float) -> float:
+    return float(f"{math.sqrt(square):.6g}")
+
+
+def package_version() -> str:
+    """Version of this package, for records."""
+    with suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version("obm-warmstart")
+    return "not installed"

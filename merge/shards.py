@@ -1,43 +1,59 @@
-"""One safetensors file: a checked header, tensors on demand, and writing front to back.
+"""One safetensors file: a checked header, and tensors by offset. No torch.
 
 A safetensors file is an 8-byte length, a JSON header, and the tensors' bytes. Headers are parsed
 and checked here, before anything else happens, so that a truncated download gives one clear message
-and not a half-written output. Tensors are read one at a time, by offset; a written file gets its
-header first and then its tensors in order, so no shard is ever held in memory. Equal input gives
-equal bytes.
+and not a half-written output. Tensors are read by offset, whole or in pieces, into memory that the
+caller owns; an output's header is encoded before any of its tensors exists, so that each has its
+final place and no shard is ever held in memory.
 """
 
-import hashlib
 import json
 import os
 import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
+import xxhash
 
 from merge.errors import MergeError
 
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
+ITEM_SIZES = {
+    "F64": 8,
+    "F32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "I64": 8,
+    "I32": 4,
+    "I16": 2,
+    "I8": 1,
+    "U64": 8,
+    "U32": 4,
+    "U16": 2,
+    "U8": 1,
+    "BOOL": 1,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+    "F8_E8M0": 1,
+    "F8_E4M3FNUZ": 1,
+    "F8_E5M2FNUZ": 1,
+    "C64": 8,
 }
 MERGEABLE_DTYPES = ("F64", "F32", "F16", "BF16")
+# What numpy calls the stored items; bf16, which numpy does not know, travels as its bits.
+NUMPY_DTYPES: dict[str, np.dtype[Any]] = {
+    "F64": np.dtype("<f8"),
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype("<u2"),
+}
+# The bits of an item's exponent: all set in NaN and infinity, in nothing else.
+EXPONENTS = {"F64": 0x7FF0 << 48, "F32": 0x7F80 << 16, "F16": 0x7C00, "BF16": 0x7F80}
 
 MAX_HEADER_BYTES = 100_000_000
-COPY_CHUNK_BYTES = 16 * 1024 * 1024
+COPY_CHUNK_BYTES = 4 * 1024 * 1024
 
 
 @dataclass(frozen=True)
@@ -60,6 +76,9 @@ class TensorInfo:
 class SafetensorsFile:
     """One safetensors file: its checked header, and its tensors on demand.
 
+    The file is opened for each read sequence through `descriptor`, which is kept; reads are by
+    offset, so any number of threads may read at once.
+
     Raises:
         MergeError: The file is missing, truncated, or its header does not fit its size.
     """
@@ -67,33 +86,114 @@ class SafetensorsFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.metadata, self.tensors = _read_header(path)
+        self._descriptor: int | None = None
 
-    def read_chunks(self, name: str) -> Iterator[bytes]:
-        """Yields the bytes of a tensor as they lie in the file."""
-        info = self.tensors[name]
-        with self.path.open("rb") as file:
-            file.seek(info.begin)
-            n_left = info.n_bytes
-            while n_left:
-                chunk = file.read(min(n_left, COPY_CHUNK_BYTES))
-                if not chunk:
-                    raise MergeError(f"{self.path}: ends inside tensor {name}; copy it again")
-                n_left -= len(chunk)
-                yield chunk
+    @property
+    def descriptor(self) -> int:
+        """A file descriptor for positioned reads."""
+        if self._descriptor is None:
+            self._descriptor = os.open(self.path, os.O_RDONLY)
+        return self._descriptor
 
-    def read(self, name: str) -> torch.Tensor:
-        """Reads a tensor into memory, in its stored dtype and shape."""
-        info = self.tensors[name]
-        if info.dtype not in DTYPES:
-            raise MergeError(f"{self.path}: tensor {name} has the unknown dtype {info.dtype}")
-        if info.n_bytes == 0:
-            return torch.empty(info.shape, dtype=DTYPES[info.dtype])
-        buffer = bytearray(info.n_bytes)
-        with self.path.open("rb") as file:
-            file.seek(info.begin)
-            if file.readinto(buffer) != info.n_bytes:
+    def close(self) -> None:
+        """Closes the descriptor; it is opened again when needed."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def __del__(self) -> None:
+        if getattr(self, "_descriptor", None) is not None:
+            self.close()
+
+    def read_into(self, name: str, begin: int, buffer: Any) -> None:
+        """Fills a buffer with bytes of a tensor.
+
+        Args:
+            name: Tensor.
+            begin: Offset in the tensor, in bytes.
+            buffer: Writable and contiguous; its size says how much is read.
+
+        Raises:
+            MergeError: The file ends before, or the disk fails.
+        """
+        view = memoryview(buffer).cast("B")
+        offset, n_read = self.tensors[name].begin + begin, 0
+        while n_read < len(view):
+            try:
+                n = os.preadv(self.descriptor, [view[n_read:]], offset + n_read)
+            except OSError as error:
+                raise MergeError(
+                    f"{self.path}: tensor {name} cannot be read ({error.strerror}); check the disk"
+                ) from error
+            if n == 0:
                 raise MergeError(f"{self.path}: ends inside tensor {name}; copy it again")
-        return torch.frombuffer(buffer, dtype=DTYPES[info.dtype]).reshape(info.shape)
+            n_read += n
+
+    def will_need(self, name: str) -> None:
+        """Tells the system that a tensor is read soon, so that a cold disk works ahead."""
+        info = self.tensors[name]
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self.descriptor, info.begin, info.n_bytes, os.POSIX_FADV_WILLNEED)
+
+    def read_bytes(self, name: str, begin: int = 0, n: int | None = None) -> bytearray:
+        """Reads the bytes of a tensor, or `n` of them from `begin` on."""
+        buffer = bytearray(self.tensors[name].n_bytes - begin if n is None else n)
+        if buffer:
+            self.read_into(name, begin, buffer)
+        return buffer
+
+    def read_chunks(self, name: str) -> Iterator[bytearray]:
+        """Yields the bytes of a tensor as they lie in the file, in pieces."""
+        n_bytes = self.tensors[name].n_bytes
+        for begin in range(0, n_bytes, COPY_CHUNK_BYTES):
+            yield self.read_bytes(name, begin, min(COPY_CHUNK_BYTES, n_bytes - begin))
+
+    def read(self, name: str) -> np.ndarray:
+        """Reads a floating-point tensor into memory as fp32, in its shape.
+
+        Raises:
+            MergeError: Another dtype, or the file ends before.
+        """
+        info = self.tensors[name]
+        if info.dtype not in MERGEABLE_DTYPES:
+            raise MergeError(
+                f"{self.path}: tensor {name} is {info.dtype}; "
+                f"needed is one of {', '.join(MERGEABLE_DTYPES)}"
+            )
+        stored = np.frombuffer(self.read_bytes(name), NUMPY_DTYPES[info.dtype])
+        return to_float(stored, info.dtype).reshape(info.shape)
+
+    def checksum(self, name: str) -> str:
+        """Returns the xxh3_128 of a tensor's bytes as hexadecimal text."""
+        digest = xxhash.xxh3_128()
+        for chunk in self.read_chunks(name):
+            digest.update(chunk)
+        return digest.hexdigest()
+
+
+def to_float(stored: np.ndarray, dtype: str) -> np.ndarray:
+    """Decodes stored items to fp32; fp32 is returned as it is, without a copy."""
+    if dtype == "BF16":
+        return (stored.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    with np.errstate(over="ignore"):  # an fp64 value beyond fp32 becomes infinite, and is refused
+        return stored.astype(np.float32, copy=False)
+
+
+def from_float(values: np.ndarray, dtype: str) -> np.ndarray:
+    """Encodes fp32 as stored items, rounded to nearest even; fp32 is returned as it is."""
+    if dtype == "BF16":
+        bits = values.view(np.uint32)
+        rounded = bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
+        return (rounded >> np.uint32(16)).astype(np.uint16)
+    with np.errstate(over="ignore"):
+        return values.astype(NUMPY_DTYPES[dtype], copy=False)
+
+
+def is_finite(stored: np.ndarray, dtype: str) -> bool:
+    """Whether no stored item of a floating-point dtype is NaN or infinite."""
+    bits = stored.view(f"<u{ITEM_SIZES[dtype]}")
+    exponent = bits.dtype.type(EXPONENTS[dtype])
+    return not bool(((bits & exponent) == exponent).any())
 
 
 def _read_header(path: Path) -> tuple[dict[str, str], dict[str, TensorInfo]]:
@@ -124,104 +224,153 @@ def _read_header(path: Path) -> tuple[dict[str, str], dict[str, TensorInfo]]:
 
     start = 8 + n_header
     try:
-        metadata = dict(header.pop("__metadata__", {}))
+        metadata = {str(key): str(value) for key, value in header.pop("__metadata__", {}).items()}
         tensors = {
             name: TensorInfo(
                 name=name,
-                dtype=entry["dtype"],
-                shape=tuple(entry["shape"]),
-                begin=start + entry["data_offsets"][0],
-                end=start + entry["data_offsets"][1],
+                dtype=str(entry["dtype"]),
+                shape=tuple(int(length) for length in entry["shape"]),
+                begin=start + int(entry["data_offsets"][0]),
+                end=start + int(entry["data_offsets"][1]),
             )
             for name, entry in header.items()
         }
-    except (AttributeError, KeyError, IndexError, TypeError) as error:
+    except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
         raise MergeError(f"{path}: has a broken safetensors header; copy it again") from error
+    _check_layout(path, tensors, start, n_file)
+    return metadata, tensors
 
+
+def _check_layout(path: Path, tensors: Mapping[str, TensorInfo], start: int, n_file: int) -> None:
+    """Checks that every tensor has the bytes its shape needs, inside the file, each its own."""
     n_needed = max((info.end for info in tensors.values()), default=start)
     if n_needed > n_file:
         raise MergeError(
             f"{path}: is truncated (tensors need {n_needed} bytes, file has {n_file}); "
             "copy it again"
         )
-    for info in tensors.values():
+    end = start
+    for info in sorted(tensors.values(), key=lambda info: (info.begin, info.end)):
         n_items = 1
         for length in info.shape:
             n_items *= length
-        if info.dtype in DTYPES and info.n_bytes != n_items * DTYPES[info.dtype].itemsize:
+        if info.dtype not in ITEM_SIZES:
+            raise MergeError(
+                f"{path}: tensor {info.name} has dtype {info.dtype}, which can neither be merged "
+                f"nor copied; use a checkpoint in one of {', '.join(MERGEABLE_DTYPES)}"
+            )
+        if info.n_bytes != n_items * ITEM_SIZES[info.dtype]:
             raise MergeError(
                 f"{path}: tensor {info.name} of shape {list(info.shape)} and dtype {info.dtype} "
                 f"cannot have {info.n_bytes} bytes; copy the file again"
             )
-    return metadata, tensors
+        if info.begin < end or min(info.shape, default=0) < 0:
+            raise MergeError(
+                f"{path}: tensor {info.name} lies over another one; copy the file again"
+            )
+        end = info.end
 
 
-def write_safetensors(
-    path: Path,
-    tensors: Sequence[TensorInfo],
-    read: Callable[[str], Iterable[bytes]],
-    metadata: Mapping[str, str],
-) -> None:
-    """Writes a safetensors file tensor by tensor.
+def encode_header(
+    tensors: Sequence[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str]
+) -> tuple[bytes, dict[str, TensorInfo]]:
+    """Lays out a safetensors file before any of its tensors exists.
 
     Args:
-        path: File to write; the caller renames it into place.
-        tensors: What to write, in this order; offsets are computed anew.
-        read: Gives the bytes of the tensor of a name, in pieces.
+        tensors: (name, dtype, shape) in the order in which they lie in the file.
+        metadata: Text entries of the header.
+
+    Returns:
+        The bytes that come before the first tensor, and where each tensor goes.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    sizes = []
+    offset = 0
+    for name, dtype, shape in tensors:
+        n_bytes = ITEM_SIZES[dtype]
+        for length in shape:
+            n_bytes *= length
+        header[name] = {
+            "dtype": dtype,
+            "shape": list(shape),
+            "data_offsets": [offset, offset + n_bytes],
+        }
+        sizes.append((name, dtype, shape, offset, offset + n_bytes))
+        offset += n_bytes
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)  # tensors start at a multiple of 8
+    start = 8 + len(encoded)
+    infos = {
+        name: TensorInfo(name, dtype, shape, start + begin, start + end)
+        for name, dtype, shape, begin, end in sizes
+    }
+    return struct.pack("<Q", len(encoded)) + encoded, infos
+
+
+class ShardWriter:
+    """A safetensors file whose header is written first, and whose tensors come in any order.
+
+    The file has its final length from the start, so tensors can be written by several threads at
+    once, and a write that was broken off can go on.
+
+    Args:
+        path: File; kept as it is when it has this header and length already.
+        tensors: (name, dtype, shape) in file order.
         metadata: Text entries of the header.
 
     Raises:
         MergeError: The disk is full or not writable.
     """
-    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    offset = 0
-    for info in tensors:
-        header[info.name] = {
-            "dtype": info.dtype,
-            "shape": list(info.shape),
-            "data_offsets": [offset, offset + info.n_bytes],
-        }
-        offset += info.n_bytes
-    encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)  # tensors start at a multiple of 8
 
-    try:
-        with path.open("wb") as file:
-            file.write(struct.pack("<Q", len(encoded)))
-            file.write(encoded)
-            for info in tensors:
-                n_written = sum(file.write(chunk) for chunk in read(info.name))
-                if n_written != info.n_bytes:
-                    raise AssertionError(f"{info.name}: {n_written} bytes, not {info.n_bytes}")
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise MergeError(
-            f"{path}: cannot be written ({error.strerror}); free space or choose another output"
-        ) from error
+    def __init__(
+        self,
+        path: Path,
+        tensors: Sequence[tuple[str, str, tuple[int, ...]]],
+        metadata: Mapping[str, str],
+    ) -> None:
+        self.path = path
+        header, self.tensors = encode_header(tensors, metadata)
+        n_bytes = max((info.end for info in self.tensors.values()), default=len(header))
+        try:
+            self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            os.ftruncate(self._descriptor, n_bytes)
+            _write_all(self._descriptor, header, 0)
+        except OSError as error:
+            raise _cannot_write(path, error) from error
 
+    def write(self, name: str, begin: int, data: Any) -> None:
+        """Writes bytes of a tensor from an offset in it on.
 
-def tensor_bytes(tensor: torch.Tensor) -> bytes:
-    """Returns the bytes of a tensor in row-major order."""
-    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        Raises:
+            MergeError: The disk is full or fails.
+        """
+        try:
+            _write_all(self._descriptor, data, self.tensors[name].begin + begin)
+        except OSError as error:
+            raise _cannot_write(self.path, error) from error
 
+    def checksum(self, name: str) -> str:
+        """Returns the xxh3_128 of what the file holds in a tensor's place."""
+        info, digest = self.tensors[name], xxhash.xxh3_128()
+        for begin in range(info.begin, info.end, COPY_CHUNK_BYTES):
+            digest.update(
+                os.pread(self._descriptor, min(COPY_CHUNK_BYTES, info.end - begin), begin)
+            )
+        return digest.hexdigest()
 
-def write_tensors(
-    path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str]
-) -> None:
-    """Writes tensors that are in memory, in the order of their names."""
-    names = {dtype: name for name, dtype in DTYPES.items()}
-    infos = [
-        TensorInfo(name, names[value.dtype], tuple(value.shape), 0, value.numel() * value.itemsize)
-        for name, value in sorted(tensors.items())
-    ]
-    write_safetensors(path, infos, lambda name: [tensor_bytes(tensors[name])], metadata)
+    def close(self) -> None:
+        """Closes the file. Its bytes reach the disk when the system finds time to write them."""
+        os.close(self._descriptor)
 
 
-def hash_file(path: Path) -> str:
-    """Returns the sha256 of a file as hexadecimal text."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(COPY_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
+def _write_all(descriptor: int, data: Any, offset: int) -> None:
+    view = memoryview(data).cast("B")
+    n_written = 0
+    while n_written < len(view):
+        n_written += os.pwrite(descriptor, view[n_written:], offset + n_written)
+
+
+def _cannot_write(path: Path, error: OSError) -> MergeError:
+    return MergeError(
+        f"{path}: cannot be written ({error.strerror}); free space or choose another output"
+    )

@@ -1,6 +1,10 @@
 """Measure what the documentation promises about this tool itself.
 
-cli   processor time of every verb's --help, target 0.5 s each
+cli           processor time of every verb's --help, target 0.5 s each (the default)
+merge         the merge beside mergekit and beside a raw copy of the same bytes
+calibration   what collecting statistics adds to a forward pass
+
+Each writes bench-NAME.json, merge a page as well. The exit code is 1 if a target is missed.
 """
 
 from __future__ import annotations
@@ -10,24 +14,63 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
-EXAMPLES = ("obm bench", "obm bench --output runs/bench")
+from launch.errors import LaunchError
+
+EXAMPLES = (
+    "obm bench",
+    "obm bench merge --sizes 0.5b,1.5b,7b --output runs/bench",
+    "obm bench cli merge --sizes tiny --peer none --output runs/bench",
+)
+NAMES = ("cli", "merge", "calibration")
 HELP_TARGET_S = 0.5
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Where to write."""
+    """What to measure, and where to write."""
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(NAMES)}")
     parser.add_argument(
         "--output", metavar="DIR", default="docs/results", help="default: docs/results"
     )
+    merge = parser.add_argument_group("merge")
+    merge.add_argument(
+        "--sizes", default="0.5b,1.5b,7b", metavar="LIST",
+        help="of tiny, 0.5b, 1.5b, 7b (default: 0.5b,1.5b,7b)",
+    )  # fmt: skip
+    merge.add_argument(
+        "--peer", choices=("mergekit", "none"), default="mergekit",
+        help="installed into .cache/mergekit-venv when it is missing",
+    )  # fmt: skip
+    merge.add_argument(
+        "--repeats", type=int, default=3, help="measurements of ours and the copy (default: 3)"
+    )
+    merge.add_argument(
+        "--peer-repeats", type=int, default=1, help="measurements of the peer (default: 1)"
+    )
+    merge.add_argument(
+        "--work", metavar="DIR", default="runs", help="disk for the files (default: runs)"
+    )
+    merge.add_argument("--keep", action="store_true", help="leave the files for another run")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Measure, print, write bench-cli.json; exit code 1 if a target is missed."""
-    from compare.provenance import code_commit, hardware
-    from launch.arguments import command_line
+    """Measure, print, write bench-NAME.json; exit code 1 if a target is missed."""
+    for name in options.names:
+        if name not in NAMES:
+            raise LaunchError(f"there is no bench {name!r}; choose of {', '.join(NAMES)}")
+    measure = {"cli": bench_cli, "merge": _bench_merge, "calibration": _bench_calibration}
+    all_met = True
+    for name in dict.fromkeys(options.names or ["cli"]):
+        record = measure[name](options)
+        _write(Path(options.output), name, record)
+        all_met &= all(target["met"] for target in record["targets"])
+    return 0 if all_met else 1
+
+
+def bench_cli(options: argparse.Namespace) -> dict[str, Any]:
+    """Processor time of every --help."""
     from launch.cli import VERBS
-    from train.run import write_json
 
     targets = []
     for arguments in ([], *([verb] for verb in VERBS)):
@@ -38,16 +81,7 @@ def run(options: argparse.Namespace) -> int:
             {"name": name, "value": round(seconds, 3), "target": HELP_TARGET_S, "met": met}
         )
         print(f"{name.ljust(24)} {seconds:.3f} s")
-    record = {
-        "command": command_line(),
-        "commit": code_commit(),
-        "hardware": hardware(),
-        "targets": targets,
-    }
-    output = Path(options.output)
-    output.mkdir(parents=True, exist_ok=True)
-    write_json(output / "bench-cli.json", record)
-    return 0 if all(target["met"] for target in targets) else 1
+    return {"targets": targets}
 
 
 def cpu_seconds(arguments: list[str]) -> float:
@@ -60,3 +94,68 @@ def cpu_seconds(arguments: list[str]) -> float:
     )
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def _bench_merge(options: argparse.Namespace) -> dict[str, Any]:
+    from launch.bench_files import SIZES
+    from launch.bench_merge import DENSITY, bench_merge, versions
+    from launch.bench_report import judge
+
+    sizes = list(dict.fromkeys(options.sizes.lower().split(",")))
+    for size in sizes:
+        if size not in SIZES:
+            raise LaunchError(f"--sizes: {size!r} is unknown; choose of {', '.join(SIZES)}")
+    if options.repeats < 1 or options.peer_repeats < 1:
+        raise LaunchError("--repeats and --peer-repeats have to be 1 or more")
+    peer = options.peer != "none"
+    runs, compiled = bench_merge(
+        sizes,
+        Path(options.work) / "bench-merge",
+        peer=peer,
+        repeats=options.repeats,
+        peer_repeats=options.peer_repeats,
+        keep=options.keep,
+    )
+    return {
+        "targets": judge(runs),
+        "density": DENSITY,
+        "versions": versions(peer),
+        "compiled": compiled,
+        "runs": runs,
+    }
+
+
+def _bench_calibration(options: argparse.Namespace) -> dict[str, Any]:
+    from launch.bench_calibration import bench_calibration
+
+    targets = bench_calibration()
+    _print_targets(targets)
+    return {"targets": targets}
+
+
+def _print_targets(targets: list[dict[str, Any]]) -> None:
+    for target in targets:
+        word = "met" if target["met"] else "MISSED"
+        print(f"{target['name']}: {target['value']} (target {target['target']:g}, {word})")
+
+
+def _write(output: Path, name: str, record: dict[str, Any]) -> None:
+    """Writes bench-NAME.json, and for the merge the page, which is printed, too."""
+    from compare.provenance import code_commit, hardware
+    from launch.arguments import command_line
+    from train.run import write_json, write_text
+
+    record = {
+        "command": command_line(),
+        "commit": code_commit(),
+        "hardware": hardware(),
+        **record,
+    }
+    output.mkdir(parents=True, exist_ok=True)
+    write_json(output / f"bench-{name}.json", record)
+    if name == "merge":
+        from launch.bench_report import medians, render_page, render_table
+
+        print(f"\n{render_table(medians(record['runs']))}\n")
+        _print_targets(record["targets"])
+        write_text(output / "bench-merge.md", render_page(record))

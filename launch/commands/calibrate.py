@@ -1,16 +1,19 @@
-"""Second moments of every linear input of both parents' language modules.
+"""Statistics of every linear input of the parents' language modules.
 
-The VLM answers questions with pictures, through its vision tower; the agent searches for text
-questions of the training split. Padding does not count. Writes vlm/stats.safetensors and
-agent/stats.safetensors, which `obm merge` finds by itself.
+The VLM answers questions with pictures, through its vision tower; the agent and the donors search
+for text questions of the training split. Or each gets samples of a data set, of a file, or of
+recorded rollouts: calibration.vlm_data and calibration.agent_data. Padding does not count. Writes
+vlm/stats.safetensors, agent/stats.safetensors and so on, which `obm merge` finds by itself; other
+statistics than second moments by calibration.kinds. A run that was killed goes on where it was.
+
+Several machines share the work: `--shard 0/2` and `--shard 1/2`, then `--merge-shards`.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from launch.arguments import add_config_arguments, read_config
 from launch.errors import LaunchError
@@ -21,149 +24,149 @@ if TYPE_CHECKING:
 EXAMPLES = (
     "obm calibrate --config configs/demo.yaml",
     "obm calibrate --parent vlm calibration.samples=128 calibration.output=runs/stats",
+    "obm calibrate --dry-run calibration.kinds=[diagonal,inverse] calibration.streaming=true",
+    "obm calibrate --parent agent calibration.agent_data.source=runs/agent/trajectories.jsonl",
 )
 ROLES = ("vlm", "agent")
-MAX_ANSWER_TOKENS = 48
+WHOLE = (0, 1)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Which parents; everything else is configuration."""
     add_config_arguments(parser)
-    parser.add_argument("--parent", choices=(*ROLES, "both"), default="both")
+    parser.add_argument(
+        "--parent", metavar="NAME", default="all",
+        help="vlm, agent or the name of a donor (default: all of them)",
+    )  # fmt: skip
     parser.add_argument("--overwrite", action="store_true", help="replace statistics")
     parser.add_argument("--dry-run", action="store_true", help="say what would be measured")
+    parser.add_argument(
+        "--shard", metavar="RANK/N", help="measure every N-th batch, from the RANK-th on"
+    )
+    parser.add_argument(
+        "--merge-shards", action="store_true", help="add up what the shards have measured"
+    )
 
 
 def run(options: argparse.Namespace) -> int:
     """Calibrate the chosen parents."""
     config = read_config(options)
-    roles = ROLES if options.parent == "both" else (options.parent,)
+    shard = _parse_shard(options.shard)
+    if options.merge_shards and options.shard:
+        raise LaunchError("--shard measures, --merge-shards adds up afterwards; give one of them")
+    roles = _chosen_roles(config, options.parent)
     for role in roles:
-        path = stats_path(config, role)
-        if path.exists() and not options.overwrite:
-            raise LaunchError(
-                f"{path} exists; pass --overwrite, or another calibration.output=FOLDER"
-            )
+        parent_folder(config, role)  # a missing setting is found before anything has run
+        for path in _targets(config, role, shard):
+            if path.exists() and not options.overwrite:
+                raise LaunchError(
+                    f"{path} exists; pass --overwrite, or another calibration.output=FOLDER"
+                )
+    for role in roles:
         if options.dry_run:
-            kinds = config.calibration.vlm_kinds if role == "vlm" else ["text"]
-            print(
-                f"{role}: {config.calibration.samples} questions ({', '.join(kinds)}) through "
-                f"{parent_folder(config, role)} into {path}"
-            )
-    if not options.dry_run:
-        for role in roles:
-            print(f"{role}: {calibrate_parent(config, role)}")
+            print(f"{role}: {describe(config, role, shard)}")
+        elif options.merge_shards:
+            print(f"{role}: {merge_parent_shards(config, role)}")
+        else:
+            print(f"{role}: {calibrate_parent(config, role, shard=shard)}")
     return 0
 
 
 def stats_path(config: Config, role: str) -> Path:
-    """Where a parent's statistics lie."""
+    """Where a parent's second moments lie; other kinds lie beside them."""
     folder = Path(config.calibration.output or Path(config.output) / "calibration")
     return folder / role / "stats.safetensors"
 
 
 def parent_folder(config: Config, role: str) -> str:
-    """Folder or hub id of base, vlm or agent.
+    """Folder or hub id of base, vlm, agent or a donor.
 
     Raises:
         LaunchError: the settings name none.
     """
     from configs.schema import resolve_model
 
-    name = getattr(config.models, role)
+    if role in config.models.donors:
+        return resolve_model(config.models.donors[role])
+    name = getattr(config.models, role, None)
     if not name:
         raise LaunchError(f"models.{role} is not set; give a folder, a hub id or atlas://{role}")
     return resolve_model(name)
 
 
-def calibrate_parent(config: Config, role: str) -> Path:
+def calibrate_parent(config: Config, role: str, *, shard: tuple[int, int] = WHOLE) -> Path:
     """Run one parent's calibration data through it and save the statistics.
 
     Args:
-        config: models, calibration and environment are used.
-        role: vlm or agent.
+        config: models, calibration, environment and merge.families are used.
+        role: vlm, agent or the name of a donor.
+        shard: (rank, world): which share of the batches.
 
     Returns:
-        The statistics file.
+        The file of the first of calibration.kinds.
     """
-    from launch.models import load_for_inference
-    from merge.calibration import collect_second_moments, save_stats
-    from merge.checkpoint import hash_checkpoint
+    from launch.calibration_run import Parent, measure_fisher, measure_inputs
 
-    folder = parent_folder(config, role)
-    model, processor = load_for_inference(folder)
-    make_batches = _vlm_batches if role == "vlm" else _agent_batches
-    # All data first: what the model generates on the way must not count as calibration tokens.
-    batches = list(make_batches(config, model, processor))
-    stats = collect_second_moments(model, batches)
-    path = stats_path(config, role)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_stats(stats, path, model_sha256=hash_checkpoint(folder))
-    return path
+    parent = Parent(config, role, parent_folder(config, role))
+    folder = stats_path(config, role).parent
+    inputs = [kind for kind in config.calibration.kinds if kind != "fisher"]
+    if inputs:
+        measure_inputs(parent, inputs, folder, shard)
+    if "fisher" in config.calibration.kinds:
+        measure_fisher(parent, folder, shard)
+    return _targets(config, role, shard)[0]
 
 
-def _vlm_batches(config: Config, model: Any, processor: Any) -> Iterator[dict[str, Any]]:
-    """Questions with photos and the VLM's own greedy answers, a batch at a time."""
-    import torch
+def merge_parent_shards(config: Config, role: str) -> Path:
+    """Add up the sums of all shards of one parent.
 
-    from environments.dialects import get_dialect
-    from train.worlds import load_questions
+    Returns:
+        The file of the first of calibration.kinds.
+    """
+    from merge.sums import merge_shards
 
-    dialect = get_dialect(config.environment.dialect)
-    questions = load_questions(
-        config, "train", config.calibration.vlm_kinds, config.calibration.samples,
-        seed=config.calibration.seed,
-    )  # fmt: skip
-    pad_id = processor.tokenizer.pad_token_id
-    for chunk in _chunks(questions, config.calibration.batch_size):
-        texts = [
-            processor.apply_chat_template(
-                dialect.direct_prompt(question["question"], True),
-                add_generation_prompt=True,
-                tokenize=False,
-            )
-            for question in chunk
-        ]
-        images = [[question["image"]] for question in chunk]
-        inputs = dict(processor(text=texts, images=images, padding=True, return_tensors="pt"))
-        with torch.inference_mode():
-            tokens = model.generate(
-                **inputs, max_new_tokens=MAX_ANSWER_TOKENS, do_sample=False, pad_token_id=pad_id
-            )
-        # generate pads rows that ended early; what follows the first end token is no data.
-        answers = tokens[:, inputs["input_ids"].shape[1] :]
-        mask = torch.cat([inputs["attention_mask"], (answers != pad_id).long()], dim=1)
-        batch = {**inputs, "input_ids": tokens, "attention_mask": mask}
-        if "mm_token_type_ids" in inputs:
-            kinds = torch.zeros_like(tokens)
-            kinds[:, : inputs["input_ids"].shape[1]] = inputs["mm_token_type_ids"]
-            batch["mm_token_type_ids"] = kinds
-        yield batch
+    folder = stats_path(config, role).parent
+    for kind in config.calibration.kinds:
+        merge_shards(folder, kind, damping=config.calibration.damping)
+    return _targets(config, role, WHOLE)[0]
 
 
-def _agent_batches(config: Config, model: Any, processor: Any) -> Iterator[dict[str, Any]]:
-    """The agent's own search trajectories on text questions: prompt, turns and observations."""
-    import torch
+def describe(config: Config, role: str, shard: tuple[int, int] = WHOLE) -> str:
+    """What calibrating a parent would measure, and what it would take."""
+    from launch.calibration_run import Parent
 
-    from train.worlds import build_engine, load_questions
-
-    questions = load_questions(
-        config, "train", ["text"], config.calibration.samples, seed=config.calibration.seed
+    parent = Parent(config, role, parent_folder(config, role))
+    kinds = config.calibration.kinds
+    streams = parent.streams and kinds != ["fisher"]
+    share = "" if shard == WHOLE else f", batches {shard[0]}, {sum(shard)}, ... of them"
+    return (
+        f"{config.calibration.samples} {parent.data_words}{share} through {parent.folder}, "
+        f"{'a layer at a time' if streams else 'the whole model'}; "
+        f"{parent.estimate.describe(streams, kinds)}; into {stats_path(config, role).parent}"
     )
-    engine = build_engine(config, model, processor)
-    trajectories = engine.rollout(questions, 1, greedy=True)
-    pad_id = getattr(processor, "tokenizer", processor).pad_token_id
-    for chunk in _chunks(trajectories, config.calibration.batch_size):
-        rows = [[*item.prompt_ids, *item.completion_ids] for item in chunk]
-        length = max(map(len, rows))
-        yield {
-            "input_ids": torch.tensor([[pad_id] * (length - len(row)) + row for row in rows]),
-            "attention_mask": torch.tensor(
-                [[0] * (length - len(row)) + [1] * len(row) for row in rows]
-            ),
-        }
 
 
-def _chunks(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
-    for start in range(0, len(items), size):
-        yield items[start : start + size]
+def _chosen_roles(config: Config, parent: str) -> tuple[str, ...]:
+    roles = (*ROLES, *config.models.donors)
+    if parent in ("all", "both"):
+        return roles
+    if parent not in roles:
+        raise LaunchError(f"--parent {parent}: no such parent; choose {', '.join(roles)} or all")
+    return (parent,)
+
+
+def _targets(config: Config, role: str, shard: tuple[int, int]) -> list[Path]:
+    """Files that a calibration writes, in the order of calibration.kinds."""
+    from merge.sums import shard_name
+
+    folder = stats_path(config, role).parent
+    return [folder / shard_name(kind, shard) for kind in config.calibration.kinds]
+
+
+def _parse_shard(text: str | None) -> tuple[int, int]:
+    if text is None:
+        return WHOLE
+    rank, slash, world = text.partition("/")
+    if slash and rank.isdecimal() and world.isdecimal() and int(rank) < int(world):
+        return int(rank), int(world)
+    raise LaunchError(f"--shard {text}: write RANK/N with RANK from 0 to N - 1, such as 0/2")

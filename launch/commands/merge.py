@@ -1,7 +1,9 @@
 """Merge base, VLM and agent into one checkpoint that loads as the VLM does.
 
-Methods: obm (needs `obm calibrate` first), task_arithmetic, ties, dare. Every tensor is planned
-before anything is written; --dry-run prints the plan.
+Every tensor is planned before anything is written; --dry-run prints the plan and what it will cost.
+A merge that was interrupted goes on when it is run again. `obm merge verify FOLDER` checks every
+byte of a merged checkpoint. --sweep merges and evaluates a grid on held-out questions and keeps the
+best. The methods, with formulas and sources, are in docs/merge.md.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch.arguments import add_config_arguments, read_config
+from launch.errors import LaunchError
 
 if TYPE_CHECKING:
     from configs.schema import Config
@@ -19,11 +22,15 @@ if TYPE_CHECKING:
 EXAMPLES = (
     "obm merge --config configs/demo.yaml --dry-run",
     "obm merge merge.method=ties merge.density=0.3 --output runs/merged/ties",
+    "obm merge verify runs/merged/ties",
+    "obm merge --sweep density=0.2,0.35,0.5 weights.agent=0.7,1 --output runs/merged/swept",
 )
+NOT_SETTINGS = ("method", "weights", "scope", "rules", "vocabulary", "threads", "shard_size")
+"""Keys of `merge:` that are arguments of the engine by themselves; the others are a method's."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Output and the three statistics; the recipe is configuration."""
+    """Output and the statistics; the recipe is configuration."""
     add_config_arguments(parser)
     parser.add_argument(
         "--output", metavar="DIR", help="default: merged/METHOD beside the settings' output"
@@ -33,18 +40,61 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier merge")
     parser.add_argument("--dry-run", action="store_true", help="print the plan, write nothing")
+    parser.add_argument(
+        "--sweep", nargs="+", metavar="KEY=V1,V2", default=[],
+        help="settings of `merge:` to try; every combination is merged and evaluated",
+    )  # fmt: skip
+    parser.add_argument(
+        "--agreement", action="store_true",
+        help="with --sweep: pick without labels, the setting whose answers its neighbours share",
+    )  # fmt: skip
+    parser.add_argument("--push-to-hub", metavar="OWNER/NAME", help="upload the merged checkpoint")
+    parser.add_argument("--private", action="store_true", help="with --push-to-hub: a private one")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Plan or merge."""
+    """Plan, merge, sweep or verify."""
+    if options.overrides[:1] == ["verify"]:
+        return _verify(options.overrides[1:])
     extra = [f"calibration.output={options.stats}"] if options.stats else []
     config = read_config(options, *extra)
     output = Path(options.output or Path(config.output).parent / "merged" / config.merge.method)
+    if options.agreement and not options.sweep:
+        raise LaunchError("--agreement chooses among the settings of --sweep; give it too")
+    if options.sweep:
+        from launch.sweep import sweep
+
+        # before hours of measuring, not after
+        if output.exists() and any(output.iterdir()) and not (options.overwrite or options.dry_run):
+            raise LaunchError(f"{output} exists; pass --overwrite, or another --output")
+        config = sweep(
+            config, options.sweep, output, by_agreement=options.agreement, dry_run=options.dry_run
+        )
+        if options.dry_run:
+            return 0
     record = merge_checkpoints(config, output, overwrite=options.overwrite, dry_run=options.dry_run)
     if options.dry_run:
         print(record["table"])
-    else:
-        print(f"{config.merge.method}: {output}")
+        return 0
+    print(f"{config.merge.method}: {output}")
+    if options.push_to_hub:
+        from merge.hub import push_folder
+
+        print(push_folder(output, options.push_to_hub, private=options.private))
+    return 0
+
+
+def _verify(folders: list[str]) -> int:
+    from merge.verify import verify_folder
+
+    if not folders:
+        raise LaunchError("obm merge verify: which folder? give what `obm merge` wrote")
+    for folder in folders:
+        found = verify_folder(folder)
+        vision = f"{found['vision']} vision tensors as recorded"
+        if found["vlm"]:
+            vision = f"{found['vision']} vision tensors as in {found['vlm']}"
+        print(f"{folder}: {found['tensors']} tensors sound, {vision}")
     return 0
 
 
@@ -62,26 +112,23 @@ def merge_checkpoints(
     Returns:
         What `merge.engine.merge` returns: the content of merge.json, or the plan.
     """
-    from launch.commands.calibrate import ROLES, parent_folder, stats_path
+    from configs.schema import resolve_model
+    from launch.commands.calibrate import parent_folder, stats_path
     from merge.engine import merge
 
-    settings = config.merge
-    stats = {role: stats_path(config, role) for role in ROLES}
-    needs_stats = settings.method == "obm" or settings.scope["linear"] == "obm"
+    settings = asdict(config.merge)
+    own = {key: settings.pop(key) for key in (*NOT_SETTINGS, "families")}
+    donors = {name: resolve_model(source) for name, source in config.models.donors.items()}
     return merge(
         parent_folder(config, "base"),
         parent_folder(config, "vlm"),
         parent_folder(config, "agent"),
         output,
-        method=settings.method,
-        density=settings.density,
-        weights=asdict(settings)["weights"],
-        saliency=settings.saliency,
-        normalization=settings.normalization,
-        combine=settings.combine,
-        scope=asdict(settings)["scope"],
-        stats=stats if needs_stats else None,
-        seed=settings.seed,
+        donors=donors,
+        # the engine opens those that the method needs, and says which are missing
+        stats={role: stats_path(config, role).parent for role in ("vlm", "agent", *donors)},
         overwrite=overwrite,
         dry_run=dry_run,
+        **own,
+        **settings,
     )

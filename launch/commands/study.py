@@ -2,7 +2,8 @@
 
 A study file names the training settings, the arms (each a checkpoint or a merge recipe) and the
 seeds. What is finished is reused, a broken training goes on from its last checkpoint; settings that
-have changed since are refused unless --redo is given.
+have changed since are refused unless --redo is given. A study of floors trains nothing: it shows
+what every start does as it is.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from pathlib import Path
 
 EXAMPLES = (
     "obm study convergence --dry-run",
+    "obm study floors --dry-run",
     "obm study my_study.yaml --parallel 2 grpo.max_steps=50",
 )
 
@@ -27,7 +29,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--report", metavar="DIR", help="where the report goes (default: as the file says)"
     )
     parser.add_argument(
-        "--parallel", type=int, metavar="N", help="trainings at a time (default: GPUs, else cores)"
+        "--parallel",
+        type=int,
+        metavar="N",
+        help="trainings, or evaluations, at a time (default: GPUs, else cores)",
     )
     parser.add_argument("--redo", action="store_true", help="make changed stages again")
     parser.add_argument("--dry-run", action="store_true", help="check and list, run nothing")
@@ -36,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Run what is missing, write the report."""
     from launch.arguments import check_overrides, command_line
+    from launch.floors import run_floors
     from launch.study import describe_study, load_study, run_study
 
     check_overrides(options.overrides)
@@ -47,7 +53,8 @@ def run(options: argparse.Namespace) -> int:
     if options.dry_run:
         print(describe_study(study, options.overrides))
         return 0
-    run_study(
+    run_any = run_floors if study.floors else run_study
+    run_any(
         study,
         command=command_line(),
         overrides=options.overrides,

@@ -1,17 +1,19 @@
 """Tune merges on held-out questions: every setting of a grid is merged, evaluated and ranked.
 
-The grid file maps a method to the values of density, vlm, agent (the weights), normalization and
-combine. Each method must have the same number of settings, so that none is tuned harder than
-another. Missing second moments are made first. Writes PATH.json, PATH.csv and PATH.md, and with
---recipes the best setting of each method as a file that studies read.
+The grid file maps a name to the values of any keys of `merge:`, and of weights by the name of the
+model. A name that is no method says `method: NAME`. Each entry must have the same number of
+settings, so that none is tuned harder than another. Missing statistics are made first; a tuning
+that was broken off goes on where it stopped. Writes PATH.json, PATH.csv and PATH.md, and with
+--recipes the best setting of each entry as a file that studies read.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import io
+import os
+import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,21 +27,40 @@ EXAMPLES = (
     "obm tune --grid configs/studies/grid.yaml --dry-run",
     "obm tune --grid my_grid.yaml --output runs/tuning --recipes runs/recipes.yaml",
 )
-GRID_KEYS = ("density", "vlm", "agent", "normalization", "combine")
-METHODS = ("obm", "task_arithmetic", "ties", "dare")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One entry of a grid file."""
+
+    name: str
+    """of the recipe"""
+    method: str
+    grid: dict[str, list[Any]]
+    """full key of `merge:` -> values"""
+
+    def settings(self, tasks: Sequence[str]) -> list[dict[str, Any]]:
+        """Every setting; models whose weight the grid does not name get 1."""
+        from compare.tuning import expand_grid
+
+        weights = {f"weights.{task}": 1.0 for task in tasks}
+        return [{**weights, **setting, "method": self.method} for setting in expand_grid(self.grid)]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The grid and where results go."""
     add_config_arguments(parser)
-    parser.add_argument("--grid", metavar="FILE", required=True, help="method -> key -> values")
+    parser.add_argument("--grid", metavar="FILE", required=True, help="name -> key -> values")
     parser.add_argument(
         "--output", metavar="PATH", default="runs/tuning",
         help="file name without suffix (default: runs/tuning)",
     )  # fmt: skip
-    parser.add_argument("--recipes", metavar="FILE", help="write each method's best setting here")
+    parser.add_argument("--recipes", metavar="FILE", help="write each entry's best setting here")
     parser.add_argument(
-        "--uneven", action="store_true", help="allow methods with unequal numbers of settings"
+        "--uneven", action="store_true", help="allow entries with unequal numbers of settings"
+    )
+    parser.add_argument(
+        "--parallel", type=int, metavar="N", help="settings at a time (default: one a core)"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace earlier results")
     parser.add_argument("--dry-run", action="store_true", help="check and count, merge nothing")
@@ -48,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Check the grid, tune, rank, write."""
     config = read_config(options)
-    grids = read_grid(Path(options.grid), uneven=options.uneven)
+    entries = read_grid(Path(options.grid), config, uneven=options.uneven)
     output = Path(options.output)
     written = [output.with_suffix(suffix) for suffix in (".json", ".csv", ".md")]
     written += [Path(options.recipes)] if options.recipes else []
@@ -56,90 +77,143 @@ def run(options: argparse.Namespace) -> int:
     if present and not options.overwrite:
         raise LaunchError(f"{present[0]} exists; pass --overwrite or another --output")
     if options.dry_run:
-        for method, grid in grids.items():
-            print(f"{method}: {count_settings(grid)} settings of {', '.join(grid)}")
+        for entry in entries:
+            n_settings = len(entry.settings(()))
+            print(f"{entry.name}: {n_settings} settings of {', '.join(entry.grid) or entry.method}")
         return 0
 
-    from compare.tuning import best_settings, tune
+    from compare.tuning import best_settings
+    from compare.tuning_report import recipes_text, tuning_csv, tuning_markdown
     from train.run import write_json, write_text
 
-    rows = tune(config, _stats(config), grids)
+    finished = Path(config.output).parent / "tuning" / f"{output.name}.jsonl"
+    parallel = options.parallel or len(os.sched_getaffinity(0))
+    rows = tune(config, entries, finished, options.grid, parallel=parallel)
     best = best_settings(rows)
     record = _record(config, rows, best)
     output.parent.mkdir(parents=True, exist_ok=True)
     write_json(output.with_suffix(".json"), record)
-    write_text(output.with_suffix(".csv"), _csv(rows))
-    write_text(output.with_suffix(".md"), _markdown(record))
+    write_text(output.with_suffix(".csv"), tuning_csv(rows))
+    write_text(output.with_suffix(".md"), tuning_markdown(record))
     if options.recipes:
         write_text(Path(options.recipes), recipes_text(best, record["command"]))
     print("\n".join(_best_lines(best)))
     return 0
 
 
-def read_grid(path: Path, *, uneven: bool = False) -> dict[str, dict[str, list[Any]]]:
+def read_grid(path: Path, config: Config, *, uneven: bool = False) -> list[Entry]:
     """Read and check a grid file.
 
     Args:
-        path: YAML: method -> key -> list of values.
+        path: YAML: name -> key -> list of values, and `method` where the name is none.
+        config: what the settings are laid over.
         uneven: allow unequal numbers of settings.
 
     Raises:
-        ConfigError: the file cannot be read.
-        LaunchError: an unknown method or key, no values, or methods tuned unequally hard.
+        ConfigError: the file cannot be read, or a value that its key cannot have.
+        CompareError: an unknown key.
+        LaunchError: an unknown method, no values, or entries tuned unequally hard.
     """
-    from configs.checks import nearest
+    from compare.tuning import lay_over
     from configs.reader import read_yaml
+    from launch.tasks import merged_roles
 
-    grids = read_yaml(path)
-    for method, grid in grids.items():
-        if method not in METHODS:
-            raise LaunchError(f"{path}:{method}: unknown method; {nearest(method, METHODS)}")
-        for key, values in (grid or {}).items():
-            if key not in GRID_KEYS:
-                hint = nearest(key, GRID_KEYS)
-                raise LaunchError(f"{path}:{method}.{key}: cannot be tuned; {hint}")
-            if not isinstance(values, list) or not values:
-                raise LaunchError(f"{path}:{method}.{key}: expected a list of values")
-    counts = {method: count_settings(grid or {}) for method, grid in grids.items()}
+    entries = [
+        _read_entry(name, content or {}, path, config) for name, content in read_yaml(path).items()
+    ]
+    if not entries:
+        raise LaunchError(f"{path}: names nothing to tune; add `obm: {{density: [0.2, 0.5]}}`")
+    for entry in entries:
+        for setting in entry.settings(merged_roles(config)):
+            lay_over(config, setting, f"{path}:{entry.name}")
+    counts = {entry.name: len(entry.settings(())) for entry in entries}
     if len(set(counts.values())) > 1 and not uneven:
-        words = ", ".join(f"{method} {count}" for method, count in counts.items())
+        words = ", ".join(f"{name} {count}" for name, count in counts.items())
         raise LaunchError(
-            f"{path}: methods have unequal numbers of settings ({words}); give each as many, or "
-            "pass --uneven"
+            f"{path}: unequal numbers of settings ({words}); give each as many, or pass --uneven"
         )
-    return {method: dict(grid or {}) for method, grid in grids.items()}
+    return entries
 
 
-def count_settings(grid: Mapping[str, Sequence[Any]]) -> int:
-    """Combinations of a grid; 1 for an empty one."""
-    count = 1
-    for values in grid.values():
-        count *= len(values)
-    return count
+def _read_entry(name: str, content: dict[str, Any], path: Path, config: Config) -> Entry:
+    from compare.errors import CompareError
+    from compare.tuning import merge_key
+    from configs.checks import nearest
+    from merge.methods import METHODS
+
+    content = dict(content)
+    method = content.pop("method", name)
+    if method not in METHODS:
+        raise LaunchError(
+            f"{path}:{name}: {method!r} is no method; {nearest(str(method), METHODS)} "
+            "An entry of another name says `method: NAME`"
+        )
+    grid = {}
+    for key, values in content.items():
+        try:
+            full = merge_key(key, config)
+        except CompareError as error:
+            raise CompareError(f"{path}:{name}.{error}") from error
+        if not isinstance(values, list) or not values:
+            raise LaunchError(f"{path}:{name}.{key}: expected a list of values")
+        grid[full] = values
+    return Entry(name, method, grid)
 
 
-def recipes_text(best: Mapping[str, Mapping[str, Any]], command: str) -> str:
-    """The best settings as a file of recipes for `obm study`."""
-    from configs.reader import write_yaml
+def tune(
+    config: Config, entries: Sequence[Entry], finished: Path, where: str, *, parallel: int = 1
+) -> list[dict[str, Any]]:
+    """Merge and evaluate every setting of every entry on `config.environment.eval_split`.
 
-    recipes = {}
-    for method, row in best.items():
-        weights = {role: float(row.get(role, 1.0)) for role in ("vlm", "agent")}
-        others = {key: row[key] for key in ("density", "normalization", "combine") if key in row}
-        recipes[method] = {"method": method, **others, "weights": weights}
-    return (
-        "# Merge recipes, one a method: the best of as many settings each on dev. A study's arm\n"
-        f"# names one: `merge: obm`. Made by:\n#   {command}\n\n{write_yaml(recipes)}"
-    )
+    Args:
+        config: models, merge and the evaluation's questions.
+        entries: of the grid.
+        finished: JSON lines of finished settings.
+        where: the grid's name, for messages.
+        parallel: settings at a time.
+
+    Returns:
+        One row a setting, in the grid's order: name, method, setting, then score, four parts, and
+        the accuracy on seen and on unseen places.
+    """
+    from compare.tuning import lay_over, setting_text, table_parts
+    from compare.zero_shot import Results, measure_all
+    from launch.commands.merge import merge_checkpoints
+    from launch.tasks import check_merges, make_statistics, make_task, merged_roles, needed_kinds
+
+    named = [(entry, s) for entry in entries for s in entry.settings(merged_roles(config))]
+    configs = [lay_over(config, setting, where) for _, setting in named]
+    make_statistics(config, sorted({kind for c in configs for kind in needed_kinds(c.merge)}))
+    tasks = [
+        make_task(f"{entry.name}: {setting_text(_without_method(setting))}", own)
+        for (entry, setting), own in zip(named, configs, strict=True)
+    ]
+    results = Results(finished)
+    missing = [task for task in tasks if task.key not in results]
+    check_merges(missing, Path(tempfile.gettempdir()))
+    print(f"{len(tasks)} settings, {len(tasks) - len(missing)} of them finished before")
+    count = 0
+
+    def report(name: str, result: dict[str, Any]) -> None:
+        nonlocal count
+        count += 1
+        parts = "  ".join(f"{k}={v}" for k, v in table_parts(result["metrics"]).items())
+        print(f"[{count}/{len(missing)}] {name}  {parts}", flush=True)
+
+    measured = measure_all(tasks, results, merge_checkpoints, parallel=parallel, report=report)
+    return [
+        {
+            "name": entry.name,
+            "method": entry.method,
+            "setting": _without_method(setting),
+            **table_parts(result["metrics"]),
+        }
+        for (entry, setting), result in zip(named, measured, strict=True)
+    ]
 
 
-def _stats(config: Config) -> dict[str, str]:
-    from launch.commands.calibrate import ROLES, calibrate_parent, stats_path
-
-    for role in ROLES:
-        if not stats_path(config, role).exists():
-            calibrate_parent(config, role)
-    return {role: str(stats_path(config, role)) for role in ROLES}
+def _without_method(setting: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in setting.items() if key != "method"}
 
 
 def _record(config: Config, rows: list[dict[str, Any]], best: dict[str, Any]) -> dict[str, Any]:
@@ -157,39 +231,10 @@ def _record(config: Config, rows: list[dict[str, Any]], best: dict[str, Any]) ->
     }
 
 
-def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
-    buffer = io.StringIO()
-    names = list(dict.fromkeys(key for row in rows for key in row))
-    writer = csv.DictWriter(buffer, names, restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return buffer.getvalue()
-
-
-def _markdown(record: Mapping[str, Any]) -> str:
-    rows = record["rows"]
-    names = list(dict.fromkeys(key for row in rows for key in row))
-    lines = ["| " + " | ".join(names) + " |", "| " + " | ".join("---" for _ in names) + " |"]
-    for row in sorted(rows, key=lambda row: (row["method"], -row["score"])):
-        lines.append("| " + " | ".join(str(row.get(name, "")) for name in names) + " |")
-    settings = record["environment"]
-    return "\n".join([
-        "# Tuning of the merges",
-        "",
-        f"{settings['eval_size']} {settings['eval_split']} questions (kinds: "
-        f"{', '.join(settings['eval_kinds'])}), greedy, no training. Score: mean of accuracy and "
-        "gold passage retrieved. Best first within a method.",
-        "",
-        *lines,
-        "",
-        f"Made by `{record['command']}` at commit {record['commit']} on {record['hardware']}.",
-        "",
-    ])  # fmt: skip
-
-
 def _best_lines(best: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    lines = []
-    for method, row in best.items():
-        settings = ", ".join(f"{key} {row[key]}" for key in GRID_KEYS if key in row)
-        lines.append(f"best {method}: {settings or 'defaults'}; score {row['score']:.3f}")
-    return lines
+    from compare.tuning import setting_text
+
+    return [
+        f"best {name}: {setting_text(row['setting'])}; score {row['score']:.3f}"
+        for name, row in best.items()
+    ]

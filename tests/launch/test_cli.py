@@ -59,7 +59,8 @@ def test_every_verb_has_two_examples_that_its_parser_takes(verb):
         assert (program, example_verb) == ("obm", verb)
         options = parser.parse_intermixed_args(arguments)
         assert options.debug is False
-        assert all("=" in override for override in getattr(options, "overrides", []))
+        words = getattr(options, "overrides", [])
+        assert words[:1] == ["verify"] or all("=" in word for word in words)
 
 
 def test_overrides_may_stand_anywhere(obm):

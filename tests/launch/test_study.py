@@ -11,7 +11,7 @@ from launch.commands import calibrate as calibrate_module
 from launch.commands import eval as eval_module
 from launch.commands import merge as merge_module
 from launch.errors import LaunchError
-from launch.study import NOT_STUDIES, _flatten, load_study, run_study
+from launch.study import NOT_STUDIES, Plan, _flatten, load_study, run_study
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -137,6 +137,22 @@ def test_an_arm_may_have_a_parent_of_its_own(study_file, scripted_stages, tmp_pa
     assert config["calibration"]["output"] == str(tmp_path / "out" / "calibration" / "own")
 
 
+def test_all_kinds_of_statistics_that_any_arm_needs_are_made_at_once(study_file):
+    content = yaml.safe_load(study_file.read_text())
+    inverse = {"method": "obm", "saliency": "inverse"}
+    own = {"method": "fisher"}
+    content["arms"] += [
+        {"name": "inverse", "merge": inverse, "train": False},
+        {"name": "own", "merge": own, "models": {"vlm": "atlas://vlm"}, "train": False},
+    ]
+    study_file.write_text(yaml.safe_dump(content))
+    study = load_study(study_file)
+    plan = Plan(study, [])
+    kinds = {arm.name: plan.config(arm).calibration.kinds for arm in study.arms}
+    assert kinds["obm"] == kinds["ties"] == kinds["inverse"] == ["diagonal", "inverse"]
+    assert kinds["own"] == ["fisher"]
+
+
 def test_a_second_run_reuses_everything(study_file, scripted_stages):
     run_study(load_study(study_file), command="c")
     n_made = len(scripted_stages)
@@ -205,7 +221,7 @@ def test_a_wrong_study_file_is_refused(study_file, change, words):
         load_study(study_file)
 
 
-@pytest.mark.parametrize("name", ["demo", "convergence"])
+@pytest.mark.parametrize("name", ["demo", "convergence", "floors"])
 def test_shipped_studies_load_and_describe_themselves(name):
     study = load_study(name)
     assert study.config.is_file()

@@ -1,74 +1,115 @@
-"""Tuning: grids that are fair, results and recipes that studies read."""
+"""Tuning: grids that are fair, recipes that studies read, statistics that merges need."""
 
 from pathlib import Path
 
 import pytest
 import yaml
 
-from compare import tuning
-from launch.commands import tune as tune_module
-from launch.commands.tune import count_settings, read_grid, recipes_text
-from launch.errors import LaunchError
+from compare.zero_shot import Evaluator
+from configs.schema import load_config
+from launch import tasks as tasks_module
+from launch.commands import calibrate as calibrate_module
+from launch.commands.tune import read_grid
 from launch.study import load_study
+from launch.tasks import make_statistics, make_task, needed_kinds
+from merge.methods import METHODS
 
 ROOT = Path(__file__).resolve().parents[2]
+DEMO = ROOT / "configs" / "demo.yaml"
+
+
+def demo(*overrides):
+    return load_config(DEMO, overrides)
+
+
+def merge_settings(*overrides):
+    return demo(*(f"merge.{override}" for override in overrides)).merge
 
 
 def test_the_shipped_grid_tunes_every_method_alike():
-    grids = read_grid(ROOT / "configs" / "studies" / "grid.yaml")
-    assert len({count_settings(grid) for grid in grids.values()}) == 1
-    assert set(grids) == {"obm", "task_arithmetic", "ties", "dare"}
+    entries = read_grid(ROOT / "configs" / "studies" / "grid.yaml", demo())
+    assert {len(entry.settings(())) for entry in entries} == {18}
+    assert {entry.method for entry in entries} == set(METHODS)
+    assert {entry.name for entry in entries} - set(METHODS) == {"obm_inverse"}
+
+
+def test_the_shipped_floors_study_has_an_arm_for_every_entry_of_the_grid():
+    entries = read_grid(ROOT / "configs" / "studies" / "grid.yaml", demo())
+    study = load_study("floors")
+    assert study.floors
+    assert {arm.name for arm in study.arms} == {*(e.name for e in entries), "vlm", "agent"}
 
 
 @pytest.mark.parametrize(
     ("grid", "words"),
     [
         ({"obn": {}}, "did you mean 'obm'"),
-        ({"obm": {"densty": [1]}}, "did you mean 'density'"),
+        ({"mine": {"density": [0.2]}}, "says `method: NAME`"),
+        ({"mine": {"method": "tie"}}, "did you mean 'ties'"),
+        ({"obm": {"densty": [1]}}, "obm.densty: .*did you mean 'density'"),
         ({"obm": {"density": 0.5}}, "expected a list"),
         ({"obm": {"density": []}}, "expected a list"),
+        ({"obm": {"density": [0.2, 1.5]}}, r"obm:merge\.density: 1\.5 is out of range"),
+        ({"obm": {"scope.norm_bias": ["regmean"]}}, "scope.norm_bias"),
         ({"obm": {"density": [0.2, 0.5]}, "ties": {"density": [0.2]}}, "obm 2, ties 1"),
+        ({}, "nothing to tune"),
     ],
 )
 def test_a_wrong_grid_is_refused(tmp_path, grid, words):
     (tmp_path / "grid.yaml").write_text(yaml.safe_dump(grid))
-    with pytest.raises(LaunchError, match=words):
-        read_grid(tmp_path / "grid.yaml")
+    with pytest.raises(ValueError, match=words) as caught:
+        read_grid(tmp_path / "grid.yaml", demo())
+    assert caught.value.exit_code == 2
 
 
 def test_unequal_numbers_are_allowed_on_request(tmp_path):
     (tmp_path / "grid.yaml").write_text("obm: {density: [0.1, 0.2]}\nties: {}\n")
-    grids = read_grid(tmp_path / "grid.yaml", uneven=True)
-    assert grids == {"obm": {"density": [0.1, 0.2]}, "ties": {}}
+    entries = read_grid(tmp_path / "grid.yaml", demo(), uneven=True)
+    assert [entry.name for entry in entries] == ["obm", "ties"]
+
+
+def test_weights_that_a_grid_does_not_name_are_one_whatever_the_settings_say(tmp_path):
+    (tmp_path / "grid.yaml").write_text("mine: {method: ties, agent: [2]}\n")
+    (entry,) = read_grid(tmp_path / "grid.yaml", demo("merge.weights.vlm=3"))
+    assert entry.settings(("vlm", "agent")) == [
+        {"weights.vlm": 1.0, "weights.agent": 2, "method": "ties"}
+    ]
 
 
 def test_the_best_settings_become_recipes_that_a_study_reads(obm, tmp_path, monkeypatch):
-    rows = [
-        {"method": "obm", "density": 0.2, "agent": 1.5, "score": 0.4, "accuracy": 0.3},
-        {"method": "obm", "density": 0.5, "agent": 1.5, "score": 0.6, "accuracy": 0.5},
-        {"method": "ties", "density": 0.2, "vlm": 0.7, "score": 0.1, "accuracy": 0.1},
-    ]
-    monkeypatch.setattr(tuning, "tune", lambda config, stats, grids: rows)
-    monkeypatch.setattr(tune_module, "_stats", lambda config: {})
-    (tmp_path / "grid.yaml").write_text("obm: {density: [0.2, 0.5]}\nties: {density: [1, 0.2]}\n")
+    asked = []
+
+    def measure(self, task):
+        merge = task.config.merge
+        asked.append((merge.method, merge.density))
+        accuracy = merge.density / 2 if merge.method == "ties" else 0.75 - merge.density / 2
+        parts = ("searched", "entity", "passage", "accuracy")
+        return {"metrics": dict.fromkeys(parts, accuracy), "answers": ["x"], "has_labels": True}
+
+    monkeypatch.setattr(Evaluator, "measure", measure)
+    (tmp_path / "grid.yaml").write_text(
+        "mine: {method: ties, density: [0.2, 0.5], agent: [1.5]}\ndare: {density: [0.5, 1]}\n"
+    )
     arguments = (
         "tune", "--grid", tmp_path / "grid.yaml", "--output", tmp_path / "results",
-        "--recipes", tmp_path / "recipes.yaml",
+        "--recipes", tmp_path / "recipes.yaml", "--parallel", "1", f"output={tmp_path / 'run'}",
     )  # fmt: skip
     code, out, _ = obm(*arguments)
     assert code == 0
-    assert "best obm: density 0.5, agent 1.5; score 0.600" in out
+    assert "best mine: vlm 1, agent 1.5, density 0.5; score 0.250" in out
+    assert asked == [("ties", 0.2), ("ties", 0.5), ("dare", 0.5), ("dare", 1.0)]
     recipes = yaml.safe_load((tmp_path / "recipes.yaml").read_text())
     assert recipes == {
-        "obm": {"method": "obm", "density": 0.5, "weights": {"vlm": 1.0, "agent": 1.5}},
-        "ties": {"method": "ties", "density": 0.2, "weights": {"vlm": 0.7, "agent": 1.0}},
+        "mine": {"method": "ties", "density": 0.5, "weights": {"vlm": 1.0, "agent": 1.5}},
+        "dare": {"method": "dare", "density": 0.5, "weights": {"vlm": 1.0, "agent": 1.0}},
     }
-    table = (tmp_path / "results.md").read_text()
-    assert table.index("| obm | 0.5 |") < table.index("| obm | 0.2 |")
-    assert len((tmp_path / "results.csv").read_text().splitlines()) == 4
+    assert (
+        "| mine | vlm 1, agent 1.5, density 0.5 | 0.2500 |" in (tmp_path / "results.md").read_text()
+    )
+    assert len((tmp_path / "results.csv").read_text().splitlines()) == 5
     study = {
-        "title": "t", "config": str(ROOT / "configs" / "demo.yaml"), "output": "x", "seeds": [0],
-        "recipes": "recipes.yaml", "arms": [{"name": "a", "merge": "obm"}],
+        "title": "t", "config": str(DEMO), "output": "x", "seeds": [0], "recipes": "recipes.yaml",
+        "arms": [{"name": "a", "merge": "mine"}],
     }  # fmt: skip
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(study))
     assert load_study(tmp_path / "study.yaml").arms[0].merge["density"] == 0.5
@@ -76,8 +117,79 @@ def test_the_best_settings_become_recipes_that_a_study_reads(obm, tmp_path, monk
     code, _, err = obm(*arguments)
     assert code == 2
     assert "--overwrite" in err
+    code, out, _ = obm(*arguments, "--overwrite")
+    assert code == 0
+    assert "4 settings, 4 of them finished before" in out
+    assert len(asked) == 4
 
 
-def test_numbers_stay_numbers_in_a_recipe():
-    text = recipes_text({"obm": {"method": "obm", "density": 1, "agent": 2}}, "obm tune")
-    assert yaml.safe_load(text)["obm"]["weights"] == {"vlm": 1.0, "agent": 2.0}
+def test_a_setting_that_cannot_be_merged_is_refused_before_any_is_measured(
+    obm, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(Evaluator, "measure", lambda self, task: pytest.fail("measured"))
+    (tmp_path / "grid.yaml").write_text("della: {density: [0.5, 0.95]}\n")
+    code, _, err = obm(
+        "tune", "--grid", tmp_path / "grid.yaml", "--output", tmp_path / "results",
+        "--parallel", "1", f"output={tmp_path / 'run'}",
+    )  # fmt: skip
+    assert code == 2
+    assert "window" in err
+
+
+@pytest.mark.parametrize(
+    ("settings", "kinds"),
+    [
+        (["method=obm"], ["diagonal"]),
+        (["method=obm", "saliency=inverse"], ["inverse"]),
+        (["method=regmean_diagonal", "saliency=inverse"], ["diagonal"]),
+        (["method=regmean", "scope.norm_bias=fisher"], ["fisher", "gram"]),
+        (["method=ties"], []),
+        (["method=obm", "scope.linear=vlm"], []),
+        (["method=ties", "rules=[{match: mlp, method: obm}]"], ["diagonal"]),
+    ],
+)
+def test_a_merge_needs_the_statistics_of_every_method_in_it(settings, kinds):
+    assert needed_kinds(merge_settings(*settings)) == kinds
+
+
+def test_only_missing_statistics_are_made(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(
+        calibrate_module, "calibrate_parent",
+        lambda config, role: made.append((role, config.calibration.kinds)),
+    )  # fmt: skip
+    (tmp_path / "vlm").mkdir()
+    (tmp_path / "vlm" / "inverse.safetensors").touch()
+    config = demo(f"calibration.output={tmp_path}", "models.donors.coder=x")
+    make_statistics(config, ["fisher", "inverse"])
+    assert made == [
+        ("vlm", ["fisher"]), ("agent", ["fisher", "inverse"]), ("coder", ["fisher", "inverse"])
+    ]  # fmt: skip
+
+
+def test_a_result_is_kept_until_something_that_decides_it_changes(tmp_path, monkeypatch):
+    def key(*overrides):
+        config = demo(f"calibration.output={tmp_path}", *overrides)
+        return make_task("x", config).key
+
+    same = key()
+    assert key("merge.threads=1", "output=elsewhere", "calibration.samples=3") == same
+    changed = {
+        key("merge.density=0.1"),
+        key("environment.data_seed=1"),
+        key("grpo.max_completion_length=8"),
+        key("models.agent=atlas://base"),
+    }
+    (tmp_path / "agent").mkdir()
+    (tmp_path / "agent" / "stats.safetensors").touch()
+    changed.add(key())
+    monkeypatch.setattr(tasks_module, "_code_digest", lambda: "other code")
+    changed.add(key())
+    assert len(changed - {same}) == 6
+
+
+def test_a_dry_run_counts_the_settings(obm, tmp_path):
+    (tmp_path / "grid.yaml").write_text("obm_inverse: {method: obm, density: [0.2, 0.5]}\n")
+    code, out, _ = obm("tune", "--grid", tmp_path / "grid.yaml", "--dry-run")
+    assert code == 0
+    assert out == "obm_inverse: 2 settings of density\n"

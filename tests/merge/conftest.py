@@ -13,6 +13,8 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from tests.merge.folders import write_stats
+
 VOCABULARY = 64
 IMAGE_TOKEN, VISION_START, VISION_END = 60, 61, 62
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
@@ -142,20 +144,13 @@ def fresh_trio(tmp_path: Path) -> Trio:
 
 
 @pytest.fixture(scope="session")
-def stats(
-    make_trio: Callable[..., Trio], tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, str]:
-    """Second moments of the tied fp32 trio, for any trio of these shapes (no hash)."""
-    from merge.calibration import collect_second_moments, save_stats
-
-    trio = make_trio()
-    folder = tmp_path_factory.mktemp("stats")
-    text = {"input_ids": torch.arange(2, 42).reshape(2, 20)}
-    batches = {"vlm": [make_image_batch(seed) for seed in range(2)], "agent": [text]}
-    for task, task_batches in batches.items():
-        moments = collect_second_moments(trio.models[task], task_batches)
-        save_stats(moments, folder / f"{task}.safetensors")
-    return {task: str(folder / f"{task}.safetensors") for task in batches}
+def stats(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Task -> folder of statistics of all kinds, which fit any trio of these shapes."""
+    shapes = {name: value.shape for name, value in make_text_model().state_dict().items()}
+    folders = {task: tmp_path_factory.mktemp("stats") / task for task in ("vlm", "agent", "donor")}
+    for seed, folder in enumerate(folders.values()):
+        write_stats(folder, seed, shapes)
+    return {task: str(folder) for task, folder in folders.items()}
 
 
 @pytest.fixture(scope="session")

@@ -3,8 +3,10 @@
 import pytest
 import torch
 
-from merge.calibration import SecondMoments, collect_second_moments, load_stats, save_stats
+from merge.calibration import collect_second_moments, save_stats
 from merge.errors import MergeError
+from merge.stats import open_stats
+from merge.sums import merge_shards, shard_name
 
 LINEARS = (
     *(f"self_attn.{part}_proj" for part in "qkvo"),
@@ -38,11 +40,16 @@ def slow_moments(model, language_module, batches, masks=None):
 
 
 def assert_close(moments, expected):
-    assert set(moments) == set(expected)
-    for name, vector in moments.items():
+    assert set(moments.vectors()) == set(expected)
+    for name, vector in moments.vectors().items():
         assert vector.dtype == torch.float32
         # fp32 activations differ by rounding between batched and single runs
         torch.testing.assert_close(vector.double(), expected[name], rtol=2e-5, atol=1e-9)
+
+
+def equal_vectors(first, second):
+    theirs = second.vectors()
+    return {name: torch.equal(vector, theirs[name]) for name, vector in first.vectors().items()}
 
 
 def padded(sequences, side):
@@ -70,9 +77,9 @@ def test_moments_equal_a_slow_reference_and_exclude_padding(make_trio, role, sid
     batches = [padded(SEQUENCES[:2], side), padded(SEQUENCES[2:], side)]
     moments = collect_second_moments(model, batches)
     assert_close(moments, expected)
-    assert moments.metadata["tokens"] == "16"
-    assert moments.metadata["batches"] == "2"
-    assert moments.metadata["mask_rule"] == "attention_mask"
+    assert moments.record.tokens == 16
+    assert moments.record.sequences == 3
+    assert moments.record.mask_rule == "attention_mask"
 
 
 def test_images_pass_through_the_vision_tower_and_count(make_trio, builders):
@@ -82,8 +89,8 @@ def test_images_pass_through_the_vision_tower_and_count(make_trio, builders):
     assert_close(moments, slow_moments(model, model.model.language_model, batches))
     other = [{**batch, "pixel_values": batch["pixel_values"].flip(0) * 3} for batch in batches]
     changed = collect_second_moments(model, other)
-    assert all(not torch.equal(moments[name], changed[name]) for name in moments)
-    assert moments.metadata["data_sha256"] != changed.metadata["data_sha256"]
+    assert not any(equal_vectors(moments, changed).values())
+    assert moments.record.digests != changed.record.digests
 
 
 def test_a_calibration_mask_leaves_out_tokens_that_still_are_attended_to(make_trio):
@@ -93,8 +100,8 @@ def test_a_calibration_mask_leaves_out_tokens_that_still_are_attended_to(make_tr
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "calibration_mask": mask}
     moments = collect_second_moments(model, [batch])
     assert_close(moments, slow_moments(model, model.model, [{"input_ids": ids}], [mask]))
-    assert moments.metadata["tokens"] == "4"
-    assert moments.metadata["mask_rule"] == "attention_mask and calibration_mask"
+    assert moments.record.tokens == 4
+    assert moments.record.mask_rule == "attention_mask and calibration_mask"
 
 
 def test_padding_that_holds_nan_does_no_harm(make_trio):
@@ -109,7 +116,7 @@ def test_padding_that_holds_nan_does_no_harm(make_trio):
     )
     dirty = collect_second_moments(model, [batch])
     hook.remove()
-    assert all(torch.equal(clean[name], dirty[name]) for name in clean)
+    assert all(equal_vectors(clean, dirty).values())
 
 
 def test_collecting_leaves_the_model_as_it_was(make_trio):
@@ -126,7 +133,7 @@ def test_an_explicit_language_module_gives_the_same(make_trio):
     batch = padded(SEQUENCES, "left")
     found = collect_second_moments(model, [batch])
     given = collect_second_moments(model, [batch], language_module=model.model.language_model)
-    assert all(torch.equal(found[name], given[name]) for name in found)
+    assert all(equal_vectors(found, given).values())
 
 
 def test_what_cannot_be_calibrated_is_an_error(make_trio):
@@ -150,38 +157,100 @@ def test_what_cannot_be_calibrated_is_an_error(make_trio):
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
-def test_stats_survive_the_file_bit_by_bit(make_trio, tmp_path):
+def test_the_file_holds_the_vectors_and_what_they_were_made_with(make_trio, tmp_path):
+    moments = collect_second_moments(make_trio().models["agent"], [padded(SEQUENCES, "left")])
+    path = save_stats(moments, tmp_path / "stats.safetensors", weights={"a.weight": "ab"})
+    stats = open_stats(path, "diagonal")
+    vectors = moments.vectors()
+    assert stats.names == sorted(f"{name}.weight" for name in vectors)
+    for name, vector in vectors.items():
+        assert torch.equal(torch.from_numpy(stats.vector(f"{name}.weight")), vector)
+    assert stats.weights == {"a.weight": "ab"}
+    assert stats.metadata["tokens"] == "16"
+    assert stats.metadata["batches"] == "1"
+    assert stats.metadata["mask_rule"] == "attention_mask"
+    assert len(stats.metadata["data_sha256"]) == 64
+
+
+def test_linears_that_share_an_input_share_their_vector_in_the_file(make_trio, tmp_path):
+    moments = collect_second_moments(make_trio().models["agent"], [padded(SEQUENCES, "left")])
+    save_stats(moments, tmp_path / "stats.safetensors")
+    # two layers, four places each: inputs of 64, 64, 64 and 96 channels
+    assert (tmp_path / "stats.safetensors").stat().st_size < 2 * (3 * 64 + 96) * 4 + 4000
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_shards_add_up_to_the_bytes_of_one_run(make_trio, tmp_path, world):
     model = make_trio().models["agent"]
-    moments = collect_second_moments(model, [padded(SEQUENCES, "left")])
-    path = tmp_path / "deep" / "stats.safetensors"
-    save_stats(moments, path, model_sha256="abc")
-    loaded = load_stats(path)
-    assert isinstance(loaded, SecondMoments)
-    assert set(loaded) == set(moments)
-    assert all(torch.equal(loaded[name], moments[name]) for name in moments)
-    assert loaded.metadata == {**moments.metadata, "model_sha256": "abc"}
-    written = path.read_bytes()
-    save_stats(moments, path, model_sha256="abc")
-    assert path.read_bytes() == written
-    assert [entry.name for entry in path.parent.iterdir()] == ["stats.safetensors"]
+    batches = [padded([sequence], "left") for sequence in [*SEQUENCES, [40, 41, 42]]]
+    whole = save_stats(collect_second_moments(model, batches), tmp_path / "whole.safetensors")
+    for rank in range(world):
+        share = collect_second_moments(model, batches[rank::world], shard=(rank, world))
+        save_stats(share, tmp_path / shard_name("diagonal", (rank, world)))
+    assert merge_shards(tmp_path, "diagonal").read_bytes() == whole.read_bytes()
 
 
-def test_stats_that_are_no_stats_are_an_error(make_trio, tmp_path):
-    with pytest.raises(MergeError, match="cannot be read"):
-        load_stats(tmp_path / "none.safetensors")
-    with pytest.raises(MergeError, match="no second moments"):
-        load_stats(make_trio().paths["agent"] + "/model.safetensors")
-    path = tmp_path / "stats.safetensors"
-    save_stats(SecondMoments({"a": torch.tensor([-1.0])}, {}), path)
-    with pytest.raises(MergeError, match="not a vector of squares"):
-        load_stats(path)
-    path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(MergeError, match="truncated"):
-        load_stats(path)
+def test_shards_that_do_not_belong_together_are_refused(make_trio, tmp_path):
+    model = make_trio().models["agent"]
+    batches = [padded([sequence], "left") for sequence in SEQUENCES]
+
+    def save(rank, world, own, **weights):
+        share = collect_second_moments(model, own, shard=(rank, world))
+        save_stats(share, tmp_path / shard_name("diagonal", (rank, world)), weights=weights)
+
+    with pytest.raises(MergeError, match="holds no sums of diagonal"):
+        merge_shards(tmp_path, "diagonal")
+    save(0, 2, batches[0::2])
+    with pytest.raises(MergeError, match=r"shard-1-of-2.*is missing; run .*--shard 1/2"):
+        merge_shards(tmp_path, "diagonal")
+    save(1, 2, batches[1::2], a="other")
+    with pytest.raises(MergeError, match="another checkpoint"):
+        merge_shards(tmp_path, "diagonal")
+    masked = [
+        {**batch, "calibration_mask": torch.ones_like(batch["input_ids"])}
+        for batch in batches[1::2]
+    ]
+    save(1, 2, masked)
+    with pytest.raises(MergeError, match="counts other tokens"):
+        merge_shards(tmp_path, "diagonal")
+    save(1, 2, batches)
+    with pytest.raises(MergeError, match="do not make up one run"):
+        merge_shards(tmp_path, "diagonal")
+    save(1, 3, batches[1::3])
+    with pytest.raises(MergeError, match=r"several runs \(of 2, 3\)"):
+        merge_shards(tmp_path, "diagonal")
+
+
+def test_a_killed_run_skips_the_batches_it_has(make_trio, tmp_path):
+    model = make_trio().models["agent"]
+    batches = [padded([sequence], "left") for sequence in SEQUENCES]
+    expected = collect_second_moments(model, batches)
+    unfinished = tmp_path / "unfinished.safetensors"
+
+    def killed_after_two():
+        yield from batches[:2]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        collect_second_moments(model, killed_after_two(), unfinished=unfinished)
+    n_runs = 0
+
+    def count(*_):
+        nonlocal n_runs
+        n_runs += 1
+
+    hook = model.register_forward_pre_hook(count)
+    resumed = collect_second_moments(model, batches, unfinished=unfinished)
+    hook.remove()
+    assert n_runs == 1
+    assert all(equal_vectors(resumed, expected).values())
+    assert resumed.record == expected.record
+    with pytest.raises(MergeError, match="begun with other data"):
+        collect_second_moments(model, batches[::-1], unfinished=unfinished)
 
 
 def test_dropout_is_off_while_collecting(builders):
     model = builders["text_model"](attention_dropout=0.5).train()
     batch = padded(SEQUENCES, "left")
     first, second = (collect_second_moments(model, [batch]) for _ in range(2))
-    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert all(equal_vectors(first, second).values())

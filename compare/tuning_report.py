@@ -1,0 +1,100 @@
+"""What a tuning leaves: a page, a csv of all settings, and the recipes that studies read."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from compare.tuning import setting_text
+from configs.reader import write_yaml
+
+
+def recipes_text(best: Mapping[str, Mapping[str, Any]], command: str) -> str:
+    """The best settings as a file of recipes for `obm study`."""
+    recipes: dict[str, dict[str, Any]] = {}
+    for name, row in best.items():
+        recipe: dict[str, Any] = {"method": row["method"]}
+        for key, value in row["setting"].items():
+            *parents, last = key.split(".")
+            target = recipe
+            for parent in parents:
+                target = target.setdefault(parent, {})
+            target[last] = float(value) if parents == ["weights"] else value
+        # an empty list is what is there without it
+        recipes[name] = {key: value for key, value in recipe.items() if value != []}
+    return (
+        "# Merge recipes, one a name: the best of as many settings each on dev. A study's arm\n"
+        f"# names one: `merge: obm`. Made by:\n#   {command}\n\n{write_yaml(recipes)}"
+    )
+
+
+def tuning_csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    """One line a setting; each key of a setting is a column, lists as JSON."""
+
+    def plain(value: Any) -> Any:
+        return json.dumps(value) if isinstance(value, list | dict) else value
+
+    lines = []
+    for row in rows:
+        setting = {key: plain(value) for key, value in row["setting"].items()}
+        parts = {key: value for key, value in row.items() if key != "setting"}
+        lines.append({"name": parts.pop("name"), "method": parts.pop("method"), **setting, **parts})
+    # scores last, whatever keys the settings have
+    last = [key for key in rows[0] if key not in ("name", "method", "setting")]
+    names = dict.fromkeys(key for line in lines for key in line if key not in last)
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, [*names, *last], restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    return buffer.getvalue()
+
+
+def tuning_markdown(record: Mapping[str, Any]) -> str:
+    """The page of a tuning: the best of each, then every setting, then how it was made.
+
+    Args:
+        record: rows, best, environment, command, commit, hardware.
+    """
+    settings = record["environment"]
+    ranked = sorted(record["rows"], key=lambda row: -row["score"])
+    in_order = {name: i for i, name in enumerate(record["best"])}
+    ranked.sort(key=lambda row: in_order[row["name"]])
+    best = sorted(record["best"].values(), key=lambda row: -row["score"])
+    return "\n".join([
+        "# Tuning of the merges",
+        "",
+        f"{settings['eval_size']} {settings['eval_split']} questions (kinds: "
+        f"{', '.join(settings['eval_kinds'])}), greedy, no training. Score: mean of accuracy and "
+        "gold passage retrieved.",
+        "",
+        "## The best setting of each",
+        "",
+        *settings_table(best),
+        "",
+        "## Every setting, best first within a name",
+        "",
+        *settings_table(ranked),
+        "",
+        f"Made by `{record['command']}` at commit {record['commit']} on {record['hardware']}.",
+        "",
+    ])  # fmt: skip
+
+
+def settings_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Lines of a Markdown table: name where rows have one, setting, every number of the rows."""
+    columns = [key for key in rows[0] if key not in ("name", "method", "setting")]
+    heads = [*(["name"] if "name" in rows[0] else []), "setting"]
+    aligned = [*("---" for _ in heads), *("---:" for _ in columns)]
+    lines = [_line([*heads, *columns]), _line(aligned)]
+    for row in rows:
+        names = [row["name"]] if "name" in row else []
+        numbers = [f"{row[column]:.4f}" for column in columns]
+        lines.append(_line([*names, setting_text(row["setting"]), *numbers]))
+    return lines
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"

@@ -1,0 +1,142 @@
+"""From settings to measurements: which statistics a merge needs, and what decides a result.
+
+`obm tune`, `obm merge --sweep` and the study of floors merge by many settings and evaluate each;
+they share what is here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, replace
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from launch.stages import fingerprint, hash_inputs
+
+if TYPE_CHECKING:
+    from compare.zero_shot import Task
+    from configs.schema import Config
+    from configs.sections import Merge
+
+NOT_OF_THE_RESULT = ("threads", "shard_size")
+"""Keys of `merge:` that change no bit of the merged weights."""
+PACKAGES = ("merge", "environments", "rewards", "train")
+"""Code that decides a result; where it has changed, an earlier result is not taken again."""
+
+
+def needed_kinds(merge: Merge) -> list[str]:
+    """Kinds of statistics that a merge reads, in the order of `merge.stats.KINDS`."""
+    from merge.methods import METHODS
+    from merge.scope import resolve_scope
+    from merge.stats import KINDS
+
+    actions = [*resolve_scope(asdict(merge)["scope"], merge.method).values()]
+    actions += [rule.method for rule in merge.rules if rule.method]
+    needs = {METHODS[action].needs for action in actions if action in METHODS}
+    kinds = {need for need in needs if need in KINDS}
+    # a vector is of the kind that `saliency` names, but for RegMean, whose own it is
+    if "obm" in actions:
+        kinds.add(merge.saliency)
+    if "regmean_diagonal" in actions:
+        kinds.add("diagonal")
+    return [kind for kind in KINDS if kind in kinds]
+
+
+def merged_roles(config: Config) -> tuple[str, ...]:
+    """The models that are merged into the base, each with statistics of its own."""
+    return ("vlm", "agent", *config.models.donors)
+
+
+def statistics_files(config: Config, kinds: Iterable[str]) -> list[Path]:
+    """Files of these kinds, of every model that is merged."""
+    from launch.commands.calibrate import stats_path
+    from merge.stats import FILE_NAMES
+
+    folders = [stats_path(config, role).parent for role in merged_roles(config)]
+    return [folder / FILE_NAMES[kind] for folder in folders for kind in kinds]
+
+
+def make_statistics(config: Config, kinds: Sequence[str]) -> None:
+    """Make the statistics of these kinds that are not there."""
+    from launch.commands.calibrate import calibrate_parent, stats_path
+    from merge.stats import FILE_NAMES
+
+    for role in merged_roles(config):
+        folder = stats_path(config, role).parent
+        missing: list[Any] = [k for k in kinds if not (folder / FILE_NAMES[k]).exists()]
+        if missing:
+            print(f"calibrate {role}: {', '.join(missing)}")
+            calibrate_parent(
+                replace(config, calibration=replace(config.calibration, kinds=missing)), role
+            )
+
+
+def make_task(
+    name: str, config: Config, *, checkpoint: str | None = None, recognition: bool = False
+) -> Task:
+    """A measurement, under a key that changes with whatever decides its result.
+
+    Args:
+        name: for messages.
+        config: settings; statistics that its merge needs must be there.
+        checkpoint: evaluated as it is; None merges.
+        recognition: see `compare.zero_shot.Task`.
+    """
+    from compare.zero_shot import Task
+    from launch.commands.calibrate import parent_folder
+
+    inputs: dict[str, Any] = {
+        "environment": asdict(config.environment),
+        "grpo": config.grpo,
+        "seed": config.seed,
+        "recognition": recognition,
+        "code": _code_digest(),
+    }
+    if checkpoint is not None:
+        inputs["checkpoint"] = fingerprint(checkpoint)
+    else:
+        section = asdict(config.merge)
+        inputs["merge"] = {k: v for k, v in section.items() if k not in NOT_OF_THE_RESULT}
+        sources = [parent_folder(config, role) for role in ("base", "vlm", "agent")]
+        donors = config.models.donors.values()
+        inputs["parents"] = [fingerprint(source) for source in [*sources, *donors]]
+        files = statistics_files(config, needed_kinds(config.merge))
+        inputs["statistics"] = [_stamp(path) for path in files]
+    return Task(name, hash_inputs(inputs), config, checkpoint, recognition)
+
+
+def check_merges(tasks: Iterable[Task], scratch: Path) -> None:
+    """Plan every merge, so that a setting that cannot be merged is refused before any is measured.
+
+    Args:
+        tasks: those that merge are planned.
+        scratch: folder where the merges would be made; nothing is written.
+
+    Raises:
+        MergeError: see `merge.engine.merge`.
+    """
+    from launch.commands.merge import merge_checkpoints
+
+    for task in tasks:
+        if task.checkpoint is None:
+            merge_checkpoints(task.config, scratch / f".{task.key[:16]}", dry_run=True)
+
+
+def _stamp(path: Path) -> list[Any] | None:
+    if not path.exists():
+        return None
+    status = path.stat()
+    return [path.name, status.st_size, status.st_mtime_ns]
+
+
+@cache
+def _code_digest() -> str:
+    content = hashlib.sha256()
+    for package in PACKAGES:
+        for path in sorted(Path(str(resources.files(package))).rglob("*")):
+            if path.suffix in (".py", ".yaml"):
+                content.update(path.read_bytes())
+    return content.hexdigest()

@@ -1,0 +1,40 @@
+"""Puts a merged checkpoint on the hub."""
+
+from pathlib import Path
+from typing import Any
+
+from merge.errors import MergeError
+from merge.verify import verify_folder
+
+
+def push_folder(folder: str | Path, repository: str, *, private: bool) -> str:
+    """Uploads a merged folder, card and merge.json included, after checking every byte of it.
+
+    Args:
+        folder: What `obm merge` wrote.
+        repository: `owner/name`; made when it is not there.
+        private: Whether a new repository is private.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        MergeError: The folder is damaged, or the hub refuses.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+
+    verify_folder(folder)
+    api: Any = HfApi()
+    try:
+        api.create_repo(repository, private=private, exist_ok=True)
+        commit = api.upload_folder(
+            repo_id=repository, folder_path=str(folder), commit_message="Merged checkpoint"
+        )
+    except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise MergeError(
+            f"--push-to-hub {repository}: the hub refuses ({type(error).__name__}: {reason}); "
+            "check the name and `hf auth login`"
+        ) from error
+    return str(commit.commit_url)

@@ -1,0 +1,170 @@
+"""Pieces of a tensor, read from the parents' files into memory that is used again and again.
+
+A tensor that fits a worker's share of memory is read once and stays while its histograms and its
+result are made; a larger one is read piece by piece, once a pass. Either way the bits are the same.
+Fresh memory costs more than the arithmetic (every page faults), so a worker keeps its buffers.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from merge.checkpoint import Checkpoint
+from merge.kernels import Piece
+from merge.methods import METHODS, Rule
+from merge.plan import PlannedTensor
+from merge.shards import NUMPY_DTYPES, to_float
+from merge.stats import Stats
+from merge.tensor import needs_rows
+
+RESIDENT_BYTES = 200 * 1024 * 1024
+"""Memory for whole tensors, all workers together."""
+PIECE_BYTES = 12 * 1024 * 1024
+"""Memory for one piece of a tensor that is too large to stay, a worker."""
+
+
+class Workspace:
+    """A worker's buffers, by purpose; they grow to the largest need and stay."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, np.ndarray] = {}
+
+    def array(self, purpose: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
+        """Returns an array with any content, valid until the purpose is asked for again."""
+        n_bytes = int(np.prod(shape)) * dtype.itemsize
+        buffer = self._buffers.get(purpose)
+        if buffer is None or buffer.nbytes < n_bytes:
+            self._buffers.pop(purpose, None)  # freed before the larger one is there
+            buffer = self._buffers[purpose] = np.empty(n_bytes, np.uint8)
+        return buffer[:n_bytes].view(dtype).reshape(shape)
+
+
+class TensorReader:
+    """Reads the pieces of one planned tensor.
+
+    Args:
+        tensor: What is merged.
+        rule: Its rule.
+        parents: Role -> checkpoint.
+        statistics: Task -> statistics of the kind that the method needs; empty if it needs none.
+        workspace: Buffers.
+        resident_bytes: Tensors up to this size, all parents together, are read only once.
+        piece_bytes: Size of a piece of the larger ones.
+    """
+
+    def __init__(
+        self,
+        tensor: PlannedTensor,
+        rule: Rule,
+        parents: Mapping[str, Checkpoint],
+        statistics: Mapping[str, Stats],
+        workspace: Workspace,
+        resident_bytes: int,
+        piece_bytes: int,
+    ) -> None:
+        self.tensor = tensor
+        self.tasks = [role for role in tensor.sources if role != "base"]
+        self._roles = ["base", *self.tasks]
+        self._files = {role: parents[role].file_of(tensor.sources[role]) for role in self._roles}
+        self._dtypes = {
+            role: self._files[role].tensors[tensor.sources[role]].dtype for role in self._roles
+        }
+        self._statistics = statistics
+        self._workspace = workspace
+        self._is_bf16 = set(self._dtypes.values()) == {"BF16"}
+        self._dtype = NUMPY_DTYPES["BF16" if self._is_bf16 else "F32"]
+        self._needs_rows = needs_rows(rule)
+        self._score = rule.score
+        shape = tensor.shape
+        n_rows = shape[0] if len(shape) > 1 else 1
+        n_columns = int(np.prod(shape[1:])) if len(shape) > 1 else int(np.prod(shape))
+        if len(shape) > 2:  # rows are along the last axis, as a linear sees them
+            n_rows, n_columns = int(np.prod(shape[:-1])), shape[-1]
+        self.n_rows = n_rows if tensor.n_common_rows is None else tensor.n_common_rows
+        self.n_columns = n_columns
+        entry_bytes = 4 if METHODS[tensor.action].needs == "fisher" else 0
+        row_bytes = n_columns * (len(self._roles) * self._dtype.itemsize)
+        row_bytes += n_columns * entry_bytes * len(self.tasks)
+        is_resident = self.n_rows * row_bytes <= resident_bytes
+        self._rows_a_piece = max(1, self.n_rows if is_resident else piece_bytes // row_bytes)
+        self._loaded: Piece | None = None
+        self._digests: dict[str, xxhash.xxh3_128] = {}
+        self._is_hashed = False
+        self.protected = np.array(tensor.protected_rows, np.int64)
+
+    @property
+    def checksums(self) -> dict[str, str]:
+        """Role -> xxh3_128 of the bytes that were read; whole tensors after a first pass."""
+        return {role: digest.hexdigest() for role, digest in self._digests.items()}
+
+    def pieces(self) -> Iterator[Piece]:
+        """Reads the pieces in order; a tensor that fits is read at the first call only."""
+        if self._loaded is not None:
+            yield self._loaded
+            return
+        for first_row in range(0, self.n_rows, self._rows_a_piece):
+            n_rows = min(self._rows_a_piece, self.n_rows - first_row)
+            piece = self._read(first_row, n_rows)
+            if n_rows == self.n_rows:
+                self._loaded = piece
+            yield piece
+        self._is_hashed = True
+
+    def _read(self, first_row: int, n_rows: int) -> Piece:
+        n = n_rows * self.n_columns
+        base = self._workspace.array("base", (n,), self._dtype)
+        tasks = self._workspace.array("tasks", (len(self.tasks), n), self._dtype)
+        self._fill("base", base, first_row)
+        for k, task in enumerate(self.tasks):
+            self._fill(task, tasks[k], first_row)
+        if self.protected.size:
+            self._protect(base, tasks, first_row, n_rows)
+        empty = np.zeros((len(self.tasks), 0), np.float32)
+        vectors = entries = empty
+        name = self.tensor.canonical
+        if self._score == "saliency" and self._statistics:
+            vectors = np.stack([self._statistics[task].vector(name) for task in self.tasks])
+        elif self._score == "entry":
+            entries = self._workspace.array("entries", (len(self.tasks), n), NUMPY_DTYPES["F32"])
+            for k, task in enumerate(self.tasks):
+                entries[k] = self._statistics[task].entries(name, first_row * self.n_columns, n)
+        return Piece(
+            base=base,
+            tasks=tasks,
+            n_columns=self.n_columns if self._needs_rows else n,
+            begin=first_row * self.n_columns,
+            vectors=vectors,
+            entries=entries,
+        )
+
+    def _fill(self, role: str, out: np.ndarray, first_row: int) -> None:
+        """Reads rows of one parent, decoded to fp32 unless all parents are bf16."""
+        dtype, name = self._dtypes[role], self.tensor.sources[role]
+        stored_dtype = NUMPY_DTYPES[dtype]
+        stored = out
+        if stored_dtype != out.dtype or (dtype == "BF16" and not self._is_bf16):
+            stored = self._workspace.array("stored", out.shape, stored_dtype)
+        begin = first_row * self.n_columns * stored_dtype.itemsize
+        if stored.size:
+            self._files[role].read_into(name, begin, stored)
+        if not self._is_hashed:
+            self._digests.setdefault(role, xxhash.xxh3_128()).update(stored.data)
+        if stored is not out:
+            out[:] = to_float(stored, dtype)
+
+    def _protect(self, base: np.ndarray, tasks: np.ndarray, first_row: int, n_rows: int) -> None:
+        """Makes protected rows look unchanged, and remembers the VLM's values of them."""
+        rows = self.protected - first_row
+        rows = rows[(rows >= 0) & (rows < n_rows)]
+        base_rows = base.reshape(n_rows, self.n_columns)
+        task_rows = tasks.reshape(len(self.tasks), n_rows, self.n_columns)
+        self._saved = rows, task_rows[0, rows].copy()
+        task_rows[:, rows] = base_rows[rows]
+
+    def restore_protected(self, out: np.ndarray) -> None:
+        """Puts the VLM's values of protected rows into a piece of the result."""
+        if self.protected.size:
+            rows, values = self._saved
+            out.reshape(-1, self.n_columns)[rows] = values

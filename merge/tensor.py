@@ -1,0 +1,232 @@
+"""One tensor: from the parents' values to the merged ones, in memory or piece by piece.
+
+`merge_tensor` is every method as a pure function: arrays in, arrays out. The engine does the same
+with pieces that it reads from files: `decide` first, `kernels.apply` for each piece then.
+"""
+
+import copy
+import importlib
+import os
+from collections.abc import Mapping, Sequence
+from types import ModuleType
+
+import numpy as np
+
+from merge.dense import merge_matrix
+from merge.errors import MergeError
+from merge.kernels import Counts, Decision, Piece
+from merge.methods import METHODS, MethodSettings, Rule
+from merge.selection import (
+    Cut,
+    Pieces,
+    count_level,
+    cut_tensor,
+    make_decision,
+    score_of,
+    share_of,
+)
+
+KERNELS = {"numba": "merge.kernels", "numpy": "merge.kernels_numpy", "torch": "merge.kernels_torch"}
+# Shares of the energy are rounded, so that no order of summing can be seen in them.
+ENERGY_UNIT = 2.0**-20
+
+
+def load_kernels(name: str | None = None) -> ModuleType:
+    """Returns the kernels: numba, numpy or torch; None reads OBM_KERNELS, numba by default.
+
+    Raises:
+        MergeError: There are no kernels of this name.
+    """
+    name = name or os.environ.get("OBM_KERNELS") or "numba"
+    if name not in KERNELS:
+        raise MergeError(f"OBM_KERNELS: {name!r} is unknown; choose {', '.join(KERNELS)}")
+    return importlib.import_module(KERNELS[name])
+
+
+def needs_rows(rule: Rule) -> bool:
+    """Whether the rule looks at rows; if not, a tensor can be taken as one long row."""
+    return rule.score == "saliency" or rule.keep == "magprune"
+
+
+def decide(
+    pieces: Pieces,
+    rule: Rule,
+    settings: MethodSettings,
+    tasks: Sequence[str],
+    kernels: ModuleType,
+    cuts: Sequence[Cut] | None = None,
+) -> Decision:
+    """Finds the numbers over a whole tensor that its entries are decided by.
+
+    Args:
+        pieces: Gives the tensor's pieces; called once a pass.
+        rule: The method's rule.
+        settings: The tensor's settings.
+        tasks: Names of the tasks, in the order of the pieces' rows.
+        kernels: Module of kernels.
+        cuts: Thresholds that were found over more than this tensor (`budget`).
+
+    Returns:
+        The decision; `kernels.apply` counts down its ties, so it serves once.
+    """
+    score, level = score_of(rule), None
+    outer: Sequence[Cut] = ()
+    is_scaled = rule.elect == "saliency" and settings.normalization != "none"
+    if score is not None and (cuts is None or is_scaled):
+        level = count_level(pieces, score, len(tasks), kernels)
+    if level is not None and cuts is None:
+        n_keep = share_of(settings.density, level.n_entries)
+        n_outer = share_of(settings.outliers, level.n_entries) if rule.keep == "band" else 0
+        n_rows = len(level.leading)
+        cuts = cut_tensor(pieces, str(score), level, [n_outer + n_keep] * n_rows, kernels)
+        if n_outer:
+            outer = cut_tensor(pieces, str(score), level, [n_outer] * n_rows, kernels)
+    decision = make_decision(rule, settings, tasks, level, cuts or (), outer)
+    if rule.boost or rule.energy:
+        _weigh_kept(decision, pieces, settings, kernels)
+    return decision
+
+
+def _weigh_kept(
+    decision: Decision, pieces: Pieces, settings: MethodSettings, kernels: ModuleType
+) -> None:
+    """Sets RAM+'s boosts or SCE's energies, from a first application that is thrown away."""
+    trial = copy.deepcopy(decision)
+    total: Counts | None = None
+    for piece in pieces():
+        counts = kernels.apply(piece, trial, np.empty(piece.base.size, piece.base.dtype))
+        total = counts if total is None else add_counts(total, counts)
+    if total is None:
+        return
+    if decision.rule.boost:
+        shared = total.kept - total.alone
+        ratio = np.clip(shared / np.maximum(total.alone, 1), 0, settings.boost_limit)
+        decision.boosts[:] = 1 + settings.boost * ratio
+    if decision.rule.energy and total.kept_square.sum() > 0:
+        share = total.kept_square / total.kept_square.sum()
+        decision.weights *= (np.rint(share / ENERGY_UNIT) * ENERGY_UNIT).astype(np.float32)
+
+
+def add_counts(one: Counts, other: Counts) -> Counts:
+    """Adds what was counted over two pieces of a tensor."""
+    return Counts(
+        kept=one.kept + other.kept,
+        conflicts=one.conflicts + other.conflicts,
+        conflicts_won=one.conflicts_won + other.conflicts_won,
+        alone=one.alone + other.alone,
+        kept_square=one.kept_square + other.kept_square,
+        delta_square=one.delta_square + other.delta_square,
+        update_square=one.update_square + other.update_square,
+        not_finite=one.not_finite | other.not_finite,
+    )
+
+
+def merge_tensor(
+    method: str,
+    base: np.ndarray,
+    parents: Mapping[str, np.ndarray],
+    statistics: Mapping[str, np.ndarray] | None,
+    settings: MethodSettings,
+    *,
+    kernels: str | None = None,
+) -> tuple[np.ndarray, Counts]:
+    """Merges one tensor that is in memory: each method as a pure function.
+
+    Args:
+        method: A name in `METHODS`; not layer_swap, which copies whole tensors.
+        base: fp32 [out, in] or [n]: theta_B.
+        parents: Task -> fp32, shape of base: theta_k; the order of tasks breaks ties.
+        statistics: Task -> what the method needs: fp32 [in] for obm and regmean_diagonal, fp32 of
+            base's shape for fisher, fp32 [in, in] for regmean; None for the others.
+        settings: Weights, density and so on.
+        kernels: numba, numpy or torch; see `load_kernels`.
+
+    Returns:
+        theta_M in fp32, and counts.
+
+    Raises:
+        MergeError: Statistics are missing or of another shape, or a value is not finite.
+    """
+    rule_of = METHODS[method].rule
+    tasks = list(parents)
+    name = settings.tensor_name or "the tensor"
+    found = check_statistics(method, base.shape, tasks, statistics, name)
+    # writable, since for a read-only array the kernels would be compiled once more
+    flat_base = np.require(base, np.float32, ["C", "W"]).reshape(-1)
+    flat = np.stack([np.ascontiguousarray(parents[task], np.float32) for task in tasks])
+    flat = flat.reshape(len(tasks), -1)
+    module = load_kernels(kernels)
+    if rule_of is None:
+        merged, counts = merge_matrix(method, base, parents, found, settings)
+        check_finite(counts, ["base", *tasks], name)
+        return merged, counts
+    rule = rule_of(settings)
+    n_columns = base.shape[-1] if base.ndim and needs_rows(rule) else flat_base.size
+    empty = np.zeros((len(tasks), 0), np.float32)
+    stacked = np.stack([found[task].reshape(-1) for task in tasks]) if found else empty
+    piece = Piece(
+        base=flat_base,
+        tasks=flat,
+        n_columns=n_columns,
+        begin=0,
+        vectors=stacked if rule.score == "saliency" else empty,
+        entries=stacked if rule.score == "entry" else empty,
+    )
+    decision = decide(lambda: [piece], rule, settings, tasks, module)
+    out = np.empty_like(flat_base)
+    counts = module.apply(piece, decision, out)
+    check_finite(counts, ["base", *tasks], name)
+    return out.reshape(base.shape), counts
+
+
+def check_statistics(
+    method: str,
+    shape: tuple[int, ...],
+    tasks: Sequence[str],
+    statistics: Mapping[str, np.ndarray] | None,
+    name: str,
+) -> dict[str, np.ndarray]:
+    """Returns the statistics that a method needs for a tensor, checked; {} if it needs none."""
+    needs = METHODS[method].needs
+    if needs is None:
+        return {}
+    n_inputs = shape[-1] if shape else 1
+    expected = {"vector": (n_inputs,), "fisher": shape, "gram": (n_inputs, n_inputs)}[needs]
+    if needs != "fisher" and len(shape) != 2:
+        raise MergeError(f"{name}: {method} needs a matrix, the tensor has shape {list(shape)}")
+    found = {}
+    for task in tasks:
+        if statistics is None or task not in statistics:
+            raise MergeError(
+                f"{name}: {method} needs statistics of {task}; run `obm calibrate`, or choose "
+                "merge.method=task_arithmetic"
+            )
+        values = np.ascontiguousarray(statistics[task], np.float32)
+        if values.shape != expected:
+            raise MergeError(
+                f"{name}: statistics of {task} have shape {list(values.shape)}, needed is "
+                f"{list(expected)}; calibrate with this checkpoint"
+            )
+        found[task] = values
+    return found
+
+
+def check_finite(counts: Counts, roles: Sequence[str], name: str, dtype: str = "fp32") -> None:
+    """Refuses NaN and infinity.
+
+    Args:
+        counts: Of a piece.
+        roles: base and the tasks, in the kernels' order.
+        name: Tensor, for the message.
+        dtype: Of the output, for the message.
+
+    Raises:
+        MergeError: Names who holds a value that is not finite, or that the result does not fit.
+    """
+    for bit, role in enumerate(roles):
+        if counts.not_finite >> bit & 1:
+            raise MergeError(
+                f"{role}: tensor {name} holds NaN or infinity; use a checkpoint that is sound"
+            )
+    if counts.not_finite >> len(roles) & 1:
+        raise MergeError(f"{name}: a merged value does not fit {dtype}; lower merge.weights")

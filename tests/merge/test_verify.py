@@ -1,0 +1,216 @@
+"""A merged folder is checked to the byte, and pushed only when it is sound."""
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from merge.errors import MergeError
+from merge.hub import push_folder
+from merge.shards import SafetensorsFile
+from merge.verify import verify_folder
+from tests.merge.folders import flip_byte, run, weights_of
+
+Q = "model.layers.0.self_attn.q_proj.weight"
+VISION = "visual.patch_embed.proj.weight"
+
+
+@pytest.fixture(scope="module")
+def merged_once(make_trio, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("merged")
+    shutil.copytree(make_trio(torch.bfloat16).paths["vlm"], folder / "vlm")
+    trio = make_trio(torch.bfloat16)
+    run(trio, folder / "out", vlm=str(folder / "vlm"), method="ties", shard_size="100KB")
+    return folder
+
+
+@pytest.fixture
+def merged(merged_once, tmp_path):
+    """A merged folder in several files, to damage; its VLM lies in `vlm` beside it."""
+    shutil.copytree(merged_once, tmp_path, dirs_exist_ok=True)
+    record = json.loads((tmp_path / "out" / "merge.json").read_text())
+    record["parents"]["vlm"]["source"] = str(tmp_path / "vlm")
+    (tmp_path / "out" / "merge.json").write_text(json.dumps(record))
+    return tmp_path / "out"
+
+
+def file_of(folder: Path, name: str) -> SafetensorsFile:
+    for path in folder.glob("*.safetensors"):
+        file = SafetensorsFile(path)
+        if name in file.tensors:
+            return file
+    raise KeyError(name)
+
+
+def rewrite(path: Path, change) -> None:
+    save_file(change(load_file(path)), path, metadata={"format": "pt"})
+
+
+def edit_record(folder: Path, change) -> None:
+    record = json.loads((folder / "merge.json").read_text())
+    change(record)
+    (folder / "merge.json").write_text(json.dumps(record))
+
+
+def refuse(folder: Path, match: str) -> None:
+    with pytest.raises(MergeError, match=match) as caught:
+        verify_folder(folder)
+    assert "\n" not in str(caught.value)
+    assert str(folder) in str(caught.value)
+
+
+def test_a_sound_folder(merged):
+    names = weights_of(merged)
+    n_vision = sum(name.startswith("visual.") for name in names)
+    expected = {"tensors": len(names), "vision": n_vision, "vlm": str(merged.parent / "vlm")}
+    assert verify_folder(merged) == expected
+    assert n_vision > 5
+
+
+def test_where_the_vlm_is_gone_the_record_is_what_vision_is_compared_with(merged):
+    shutil.rmtree(merged.parent / "vlm")
+    assert verify_folder(merged)["vlm"] is None
+
+
+def test_a_flipped_byte_in_any_tensor_is_found(merged):
+    for path in merged.glob("*.safetensors"):
+        for name, info in SafetensorsFile(path).tensors.items():
+            offset = (info.begin + info.end) // 2
+            flip_byte(path, offset)
+            refuse(merged, f"tensor {name} in {path.name} has other bytes than were written")
+            flip_byte(path, offset)
+    verify_folder(merged)
+
+
+def test_many_differences_are_counted(merged):
+    for path in merged.glob("*.safetensors"):
+        for info in SafetensorsFile(path).tensors.values():
+            flip_byte(path, info.begin)
+    n_tensors = len(weights_of(merged))
+    n_vision = sum(name.startswith("visual.") for name in weights_of(merged))
+    refuse(merged, rf"; {n_tensors + n_vision - 5} more; merge again")
+
+
+def test_a_missing_and_an_added_tensor(merged):
+    index = merged / "model.safetensors.index.json"
+    index.unlink()
+    path = file_of(merged, Q).path
+    rewrite(path, lambda t: {name: value for name, value in t.items() if name != Q})
+    refuse(merged, f"tensor {Q} is missing")
+    rewrite(path, lambda t: t | {"model.extra.weight": torch.ones(2)})
+    refuse(merged, "tensor model.extra.weight is not of the merge")
+
+
+def test_a_tensor_that_the_index_promises_and_a_file_that_is_gone(merged):
+    path = file_of(merged, Q).path
+    rewrite(path, lambda t: {name: value for name, value in t.items() if name != Q})
+    refuse(merged, f"promises tensor {Q}")
+    path.unlink()
+    refuse(merged, f"{path.name} is missing")
+
+
+def test_a_tensor_of_another_shape_with_the_same_bytes(merged):
+    path = file_of(merged, Q).path
+    rewrite(path, lambda t: t | {Q: t[Q].reshape(-1).clone()})
+    refuse(merged, rf"{Q} in {path.name} is BF16 \[4096\], written was BF16 \[64, 64\]")
+
+
+def test_a_tensor_of_another_dtype_with_the_same_bytes(merged):
+    path = file_of(merged, Q).path
+    rewrite(path, lambda t: t | {Q: t[Q].view(torch.float16)})
+    refuse(merged, rf"{Q} in {path.name} is F16 \[64, 64\], written was BF16")
+
+
+def test_a_vision_tower_that_was_swapped(merged):
+    """Even where merge.json was made to fit it."""
+    path = file_of(merged, VISION).path
+    rewrite(path, lambda t: t | {VISION: t[VISION] + 1})
+    refuse(merged, f"tensor {VISION} in {path.name} has other bytes")
+    checksum = SafetensorsFile(path).checksum(VISION)
+    edit_record(merged, lambda record: record["tensors"][VISION].update(checksum=checksum))
+    refuse(merged, f"tensor {VISION} is not recorded as the VLM's own")
+    edit_record(merged, lambda r: r["tensors"][VISION].update(inputs={"vlm": checksum}))
+    refuse(merged, rf"tensor {VISION} differs from the VLM's in .*/vlm; merge again")
+
+
+def test_a_vlm_that_changed_since(merged):
+    path = merged.parent / "vlm" / "model.safetensors"
+    rewrite(path, lambda t: t | {VISION: t[VISION] * 2})
+    refuse(merged, f"tensor {VISION} differs from the VLM's in")
+
+
+def test_a_folder_that_no_merge_wrote(merged, make_trio):
+    vlm = Path(make_trio(torch.bfloat16).paths["vlm"])
+    refuse(vlm, "merge.json: is missing; give a folder that `obm merge` wrote")
+    refuse(merged / "nowhere", "merge.json: is missing")
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", "{}", '{"tensors": {"a": {}}}', '{"tensors": {}}', '{"tensors": 3}']
+)
+def test_a_record_that_is_none(merged, text):
+    (merged / "merge.json").write_text(text)
+    refuse(merged, "merge.json: is no record of a merge")
+
+
+def test_a_merge_that_is_not_finished(merged):
+    merged.rename(merged.parent / ".out.part")
+    (merged.parent / ".out.part" / "merge.json").unlink()
+    refuse(merged.parent / ".out.part", "merge.json: is missing")
+
+
+# ---- the hub
+
+
+class Api:
+    """What huggingface_hub's client was asked for."""
+
+    def __init__(self):
+        self.calls = []
+
+    def create_repo(self, repository, **options):
+        self.calls.append(("create", repository, options))
+
+    def upload_folder(self, **options):
+        self.calls.append(("upload", options.pop("repo_id"), options))
+        return SimpleNamespace(commit_url="https://hub/commit/1")
+
+
+@pytest.fixture
+def api(monkeypatch):
+    api = Api()
+    monkeypatch.setattr("huggingface_hub.HfApi", lambda: api)
+    return api
+
+
+def test_a_sound_folder_is_pushed(merged, api):
+    assert push_folder(merged, "someone/warm", private=True) == "https://hub/commit/1"
+    (create, upload) = api.calls
+    assert create == ("create", "someone/warm", {"private": True, "exist_ok": True})
+    assert upload[:2] == ("upload", "someone/warm")
+    assert upload[2]["folder_path"] == str(merged)
+
+
+def test_a_damaged_folder_is_not_pushed(merged, api):
+    path = file_of(merged, Q).path
+    flip_byte(path, -1)
+    with pytest.raises(MergeError, match="other bytes than were written"):
+        push_folder(merged, "someone/warm", private=False)
+    assert api.calls == []
+
+
+def test_a_hub_that_refuses_is_one_clear_error(merged, api):
+    from huggingface_hub.errors import HFValidationError
+
+    def refuse_name(repository, **_):
+        raise HFValidationError("Repo id must be in the form 'name'\nor 'owner/name'")
+
+    api.create_repo = refuse_name
+    with pytest.raises(MergeError, match=r"--push-to-hub a/b/c: the hub refuses") as caught:
+        push_folder(merged, "a/b/c", private=False)
+    assert "\n" not in str(caught.value)
+    assert "hf auth login" in str(caught.value)
