@@ -79,6 +79,8 @@ def estimate(checkpoint: Checkpoint, family: Family, kinds: Sequence[str], dtype
     flat = [width for layer in widths.values() for width in layer]
     squares = max(sum(width**2 for width in layer) for layer in widths.values())
     grams = 8 * squares if {"inverse", "gram"} & set(kinds) else 0
+    if "inverse" in kinds:  # the factor of the widest, and a copy of it
+        grams += 16 * max(flat) ** 2
     largest = max(layers.values())
     gradients = language * (4 + ITEM_BYTES.get(dtype, 4)) if "fisher" in kinds else 0
     hidden = int(checkpoint.text_config.get("hidden_size", flat[0]))

@@ -155,10 +155,11 @@ def stream_statistics(
         with loader.loaded(layers[index], index) as layer:
             sites = watched_linears(family, layer, index)
             sums = _run_layer(run, layer, sites, kinds, index, is_last)
-        for kind, writer in writers.items():
-            totals = sums.squares if kind == "diagonal" else sums.grams
-            for name, total in totals.items():
-                writer.write(name, total)
+        for name in sites:
+            for kind, writer in writers.items():
+                totals = sums.squares if kind == "diagonal" else sums.grams
+                writer.write(name, totals[name])
+            sums.grams.pop(name, None)  # the next layer's are as large
         run.finish_layer()
     paths = {kind: writer.finish() for kind, writer in writers.items()}
     shutil.rmtree(folder)

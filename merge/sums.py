@@ -134,7 +134,7 @@ class SumWriter:
         """Takes one sum: fp64 [in], [in, in] (overwritten for `inverse`), or as the tensor."""
         if self._is_whole:
             mean = total.div_(self._n) if self.kind == "inverse" else total / self._n
-            if not bool(torch.isfinite(mean).all()):
+            if not bool(torch.isfinite(mean.sum())):
                 raise MergeError(
                     f"calibration: inputs of {name} are not finite; load the model in bfloat16 or "
                     "float32"

@@ -119,6 +119,14 @@ def test_padding_that_holds_nan_does_no_harm(make_trio):
     assert all(equal_vectors(clean, dirty).values())
 
 
+def test_activations_that_are_not_finite_are_an_error(builders):
+    model = builders["text_model"]()
+    model.model.layers[1].mlp.up_proj.weight.data.fill_(1e30)
+    model.model.layers[1].mlp.gate_proj.weight.data.fill_(1e30)
+    with pytest.raises(MergeError, match=r"layers\.1\.mlp\.down_proj are not finite; load the mod"):
+        collect_second_moments(model, [padded(SEQUENCES, "left")])
+
+
 def test_collecting_leaves_the_model_as_it_was(make_trio):
     model = make_trio().models["agent"]
     model.train()

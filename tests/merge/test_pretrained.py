@@ -133,11 +133,11 @@ def test_a_threshold_on_such_updates_would_keep_more_than_the_density(trio):
     ("method", "density", "share"),
     [
         ("task_arithmetic", 1.0, 0.06),  # up to 0.01
-        # 0.01 to 0.02 of the VLM's habit, 0.3 of the agent's. Steps of one unit in opposite
+        # up to 0.01 of the VLM's habit, 0.31 to 0.33 of the agent's. Steps of one unit in opposite
         # directions cancel in TIES' vote, and then the first task wins.
         ("ties", 0.5, 0.45),
         ("obm", 0.5, 0.06),  # below 0.01
-        ("obm", 0.2, 0.1),  # 0.01 to 0.02
+        ("obm", 0.2, 0.1),  # 0.01 to 0.03
     ],
 )
 def test_a_merge_has_both_habits(trio, merged, losses_of, method, density, share):
@@ -153,7 +153,7 @@ def test_obm_keeps_general_language(trio, merged):
     base = measure_english(load_model(trio["base"]), tokenizer)
     after = measure_english(load_model(merged("obm", 0.5)), tokenizer)
     assert math.exp(base) < 40  # perplexity 24: the weights came out of the file right
-    assert math.exp(after - base) < 1.3  # 1.11
+    assert math.exp(after - base) < 1.3  # 1.10, 1.11
 
 
 def test_embeddings_are_the_vlms_bit_by_bit_and_stay_tied(trio, merged):
@@ -172,25 +172,24 @@ def test_embeddings_are_the_vlms_bit_by_bit_and_stay_tied(trio, merged):
 def test_the_merged_model_writes_both_answers_and_the_same_ones_again(trio, merged):
     folder = merged("obm", 0.5)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model, base = load_model(folder), load_model(trio["base"])
+    model = load_model(folder)
     for habit in HABITS.values():
         prompt, answer = habit[-1]
         written = write_answer(model, tokenizer, prompt)
         assert written == answer + END_OF_ANSWER
         assert written == write_answer(model, tokenizer, prompt)
-        assert answer not in write_answer(base, tokenizer, prompt)
 
 
 def test_at_density_a_fifth_obm_keeps_more_than_magnitude_and_far_more_than_chance(
     trio, merged, losses_of
 ):
     ones, fifths = dict.fromkeys(TASKS, 1.0), dict.fromkeys(TASKS, 0.2)
-    obm = losses_of(merged("obm", 0.2))  # 0.05 to 0.13
+    obm = losses_of(merged("obm", 0.2))  # 0.06 to 0.13
     # Breadcrumbs without outliers keeps the largest entries, and adds.
-    magnitude = losses_of(merged("breadcrumbs", 0.2, outliers=0.0))  # 0.12 to 0.24
+    magnitude = losses_of(merged("breadcrumbs", 0.2, outliers=0.0))  # 0.15 to 0.25
     # DARE divides what it keeps by the density; a weight of the density undoes that.
     norms_whole = {"match": r"norm\.weight$", "weights": ones}
-    chance = losses_of(merged("dare", 0.2, weights=fifths, rules=[norms_whole]))  # 1.7 to 1.9
+    chance = losses_of(merged("dare", 0.2, weights=fifths, rules=[norms_whole]))  # 1.8 to 1.9
     for task in TASKS:
-        assert obm[task] < 0.8 * magnitude[task]  # 0.37 to 0.52
-        assert obm[task] < 0.25 * chance[task]  # 0.03 to 0.07
+        assert obm[task] < 0.8 * magnitude[task]  # 0.43 to 0.53
+        assert obm[task] < 0.25 * chance[task]  # 0.03 to 0.08

@@ -321,6 +321,19 @@ def test_a_checkpoint_without_a_tensor_of_a_layer_is_an_error(fresh_trio, tmp_pa
         stream_statistics(Checkpoint(folder, "agent"), [batch], tmp_path / "out")
 
 
+def test_activations_that_are_not_finite_leave_no_file(builders, tmp_path):
+    model = builders["text_model"]()
+    model.model.layers[1].mlp.up_proj.weight.data.fill_(1e30)
+    model.model.layers[1].mlp.gate_proj.weight.data.fill_(1e30)
+    model.save_pretrained(tmp_path / "agent")
+    checkpoint = Checkpoint(tmp_path / "agent", "agent")
+    batch = {"input_ids": torch.arange(2, 26).reshape(2, 12)}
+    for kind in ("diagonal", "gram"):
+        with pytest.raises(MergeError, match=r"layers\.1\.mlp\.down_proj are not finite"):
+            stream_statistics(checkpoint, [batch], tmp_path / "out", kinds=[kind])
+    assert not list((tmp_path / "out").glob("[!.]*"))
+
+
 def test_nested_values_come_back_from_disk_and_shared_tensors_lie_there_once(tmp_path):
     tensor = torch.arange(6.0).reshape(2, 3)
     value = {
