@@ -505,7 +505,7 @@ def _first_nonzero(first, second, out):  # type: ignore[no-untyped-def]
 def _elect(deltas, values, scores, kept, scales, ranks, elect, votes, total, winner):  # type: ignore[no-untyped-def]
     """Decides which sign wins at each entry; see the rule that all methods share.
 
-    `votes` and `total` are scratch; the sign of what is returned won.
+    `votes` and `total` are scratch, as is `winner`; the sign of what is returned won.
     """
     m = winner.size
     votes[:] = 0
@@ -519,10 +519,9 @@ def _elect(deltas, values, scores, kept, scales, ranks, elect, votes, total, win
         for i in range(m):
             total[i] = np.float32(total[i] + value[i])
     _first_nonzero(votes, total, winner)
-    for k in range(len(deltas)):
-        _first_nonzero(winner, values[k][:m], votes)
-        winner, votes = votes, winner
-    return winner
+    total[:] = 1
+    _first_nonzero(winner, total, votes)
+    return votes
 
 
 @_jit()

@@ -201,7 +201,7 @@ def _elect(
     scores: np.ndarray,
     kept: np.ndarray,
 ) -> np.ndarray:
-    """fp32 [n] whose sign won: of the votes, else of the summed kept deltas, else the first's."""
+    """fp32 [n] whose sign won: of the votes, else of the summed kept deltas, else plus."""
     votes = np.zeros_like(values)
     if decision.rule.elect == "saliency":
         if decision.ranks.shape[1]:
@@ -213,9 +213,7 @@ def _elect(
         votes = np.where(kept, np.where(deltas < 0, -votes, votes), ZERO)
     winner = _ordered_sum(votes)
     winner = np.where(winner == 0, _ordered_sum(values), winner)
-    for value in values:
-        winner = np.where(winner == 0, value, winner)
-    return winner
+    return np.where(winner == 0, ONE, winner)
 
 
 def _combine(

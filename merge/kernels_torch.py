@@ -225,7 +225,7 @@ def _elect(
     scores: torch.Tensor,
     kept: torch.Tensor,
 ) -> torch.Tensor:
-    """fp32 [n] whose sign won: of the votes, else of the summed kept deltas, else the first's."""
+    """fp32 [n] whose sign won: of the votes, else of the summed kept deltas, else plus."""
     winner = torch.zeros_like(values[0])
     if decision.rule.elect == "saliency":
         if decision.ranks.shape[1]:
@@ -235,9 +235,7 @@ def _elect(
             votes = scores * _send(decision.scales)[:, None]
         winner = _ordered_sum(torch.where(kept, torch.where(deltas < 0, -votes, votes), 0.0))
     winner = torch.where(winner == 0, _ordered_sum(values), winner)
-    for value in values:
-        winner = torch.where(winner == 0, value, winner)
-    return winner
+    return torch.where(winner == 0, 1.0, winner)
 
 
 def _combine(

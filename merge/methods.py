@@ -18,8 +18,9 @@ What all share, where papers differ or are silent:
 * Density is exact: k = floor(density * n + 1/2) entries of n, fewer only when fewer entries are not
   zero. A zero delta is never kept. Equal scores at the threshold (the rule, not the exception, for
   bf16 weights after light training) go to the lowest row-major index.
-* Only kept entries vote on a sign. Where the votes cancel, the sign of the larger sum of kept
-  deltas wins, after that the first task's.
+* Only kept entries vote on a sign. Where the votes cancel, the sign of the sum of kept deltas wins,
+  and where that is zero too, plus: a rule that favours no task. This matters: between bf16 weights
+  that differ by one step in either direction, half of the conflicts cancel exactly.
 """
 
 from collections.abc import Callable, Mapping

@@ -158,13 +158,13 @@ def splitmix64(state: int, n: int) -> list[int]:
 def _elect(
     problem: Problem, kept: list[set[int]], values: list[dict[int, np.float32]], votes: list[dict]
 ) -> list[np.float32]:
-    """Sign of the votes, else of the sum of kept values, else of the first task that keeps."""
+    """Sign of the votes, else of the sum of kept values, else plus."""
     winners = []
     for i in range(problem.n):
         keepers = [k for k in range(len(kept)) if i in kept[k]]
         winner = _sum(votes[k][i] for k in keepers)
         winner = winner or _sum(values[k][i] for k in keepers)
-        winners.append(winner or (values[keepers[0]][i] if keepers else ZERO))
+        winners.append(winner or np.float32(1))
     return winners
 
 

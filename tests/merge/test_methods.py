@@ -165,14 +165,14 @@ def test_obm_normalisation_decides_conflicts_but_not_what_is_kept():
         assert counts.kept.tolist() == [2, 2]
 
 
-def test_obm_inputs_that_were_never_active_fall_back_to_the_larger_delta_then_the_first_task():
+def test_obm_inputs_that_were_never_active_fall_back_to_the_larger_delta_then_plus():
     for normalization in ("none", "mean", "rank"):
         merged, counts = merge_deltas(
             "obm", [1.0, -1.0, -2.0], [-3.0, 1.0, 0.0], statistics=[[0, 0, 0], [0, 0, 0]],
             density=1.0, normalization=normalization,
         )  # fmt: skip
-        assert merged == [-3.0, -1.0, -2.0]
-        assert counts.conflicts_won.tolist() == [1, 1]
+        assert merged == [-3.0, 1.0, -2.0]
+        assert counts.conflicts_won.tolist() == [0, 2]
 
 
 def test_ties_by_hand():
@@ -187,8 +187,8 @@ def test_ties_by_hand():
     assert both == [3.0, (1 + 0.5 * 4) / 2, (-2 - 0.5 * 0.5) / 2]
 
 
-def test_ties_elects_the_first_task_where_trimmed_values_cancel():
-    assert merge_deltas("ties", [-2.0], [2.0], density=1.0)[0] == [-2.0]
+def test_where_trimmed_values_cancel_plus_wins_whoever_has_it():
+    assert merge_deltas("ties", [-2.0, 2.0], [2.0, -2.0], density=1.0)[0] == [2.0, 2.0]
 
 
 def test_weights_do_not_change_who_wins():

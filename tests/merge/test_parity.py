@@ -9,7 +9,6 @@ purpose in what follows, and the settings are chosen so that it cannot show:
   counts entries that vary at all; here all do, since no entry is unchanged in both donors.)
 * which entries stay that tie at the threshold: mergekit arbitrary ones, ours the first. The fp32
   trio has no ties there; the bf16 one has many, which are left out of the comparison.
-* a sum of votes of zero elects plus in mergekit, the first task's sign here. No sum is zero.
 * mergekit's signs are voted by weighted deltas, ours by deltas. Weights are equal.
 * mergekit's DARE and DELLA rescale to the norm before (l1), ours by the probability as in the
   papers. mergekit's rescaling is off; ours is undone before comparing.

@@ -7,6 +7,7 @@ fine-tunes and both habits. Losses are nats a token of held-out answers.
 import functools
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -42,11 +43,12 @@ TASKS = tuple(HABITS)
 
 @pytest.fixture(scope="module")
 def trio(tmp_path_factory):
-    """Role -> checkpoint folder."""
+    """Role -> checkpoint folder; 0.3 GB each, so they do not outlive the tests."""
     folder = tmp_path_factory.mktemp("pretrained")
     base = save_base(find_weights(), folder / "base")
     tuned = {role: fine_tune(base, habit, folder / role) for role, habit in HABITS.items()}
-    return {"base": base, **tuned}
+    yield {"base": base, **tuned}
+    shutil.rmtree(folder)
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +78,8 @@ def merged(trio, stats, tmp_path_factory):
             merge(**trio, output=made[key], method=method, density=density, stats=stats, **options)
         return made[key]
 
-    return run
+    yield run
+    shutil.rmtree(folder)
 
 
 def stored_bits(folder, name):
@@ -133,9 +136,7 @@ def test_a_threshold_on_such_updates_would_keep_more_than_the_density(trio):
     ("method", "density", "share"),
     [
         ("task_arithmetic", 1.0, 0.06),  # up to 0.01
-        # up to 0.01 of the VLM's habit, 0.31 to 0.33 of the agent's. Steps of one unit in opposite
-        # directions cancel in TIES' vote, and then the first task wins.
-        ("ties", 0.5, 0.45),
+        ("ties", 0.5, 0.2),
         ("obm", 0.5, 0.06),  # below 0.01
         ("obm", 0.2, 0.1),  # 0.01 to 0.03
     ],
