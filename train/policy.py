@@ -94,28 +94,36 @@ class ImageOnlyProcessor(Qwen2_5_VLProcessor):
 
 def is_vision_model(folder: str | Path) -> bool:
     """True if the checkpoint's config names a vision-language architecture."""
-    return AutoConfig.from_pretrained(str(folder)).model_type in VISION_MODEL_TYPES
+    return AutoConfig.from_pretrained(**_reference(folder)).model_type in VISION_MODEL_TYPES
+
+
+def _reference(folder: str | Path) -> dict[str, str]:
+    """Arguments of `from_pretrained` for a folder, a hub id or `owner/name@revision`."""
+    name, _, revision = str(folder).partition("@")
+    if not revision or Path(folder).exists():
+        return {"pretrained_model_name_or_path": str(folder)}
+    return {"pretrained_model_name_or_path": name, "revision": revision}
 
 
 def load_processor(folder: str | Path) -> Any:
     """The processor of a VLM folder, or the tokenizer of a text model's.
 
     Args:
-        folder: local checkpoint folder or hub id.
+        folder: local checkpoint folder, hub id or `owner/name@revision`.
 
     Raises:
         PolicyLoadError: the folder has no tokenizer files.
     """
     _require_checkpoint(folder)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), padding_side="left")
+        tokenizer = AutoTokenizer.from_pretrained(**_reference(folder), padding_side="left")
     except (OSError, ValueError) as error:
         raise PolicyLoadError(
             f"{folder}: no tokenizer can be read ({error}); save it beside the weights"
         ) from error
     if not is_vision_model(folder):
         return tokenizer
-    image_processor = Qwen2VLImageProcessorPil.from_pretrained(str(folder))
+    image_processor = Qwen2VLImageProcessorPil.from_pretrained(**_reference(folder))
     return ImageOnlyProcessor(image_processor, tokenizer, chat_template=tokenizer.chat_template)
 
 
@@ -132,7 +140,9 @@ def load_policy(folder: str | Path, dtype: torch.dtype = torch.float32) -> tuple
     processor = load_processor(folder)
     auto_class = AutoModelForImageTextToText if is_vision_model(folder) else AutoModelForCausalLM
     try:
-        model = auto_class.from_pretrained(str(folder), dtype=dtype, use_safetensors=True)
+        model = auto_class.from_pretrained(
+            **_reference(folder), dtype=dtype, use_safetensors=True
+        )
     except OSError as error:
         raise PolicyLoadError(f"{folder}: the weights cannot be read ({error})") from error
     return model, processor

@@ -1,5 +1,7 @@
 """From a settings file to the world that it describes."""
 
+import pytest
+
 from configs.schema import load_config
 from environments.episode import SearchEnvironment
 from train.worlds import load_environment
@@ -19,3 +21,19 @@ def test_every_setting_of_an_episode_reaches_the_environment(tmp_path, monkeypat
     assert episode.invalid_ends is False
     assert episode.max_turns == 2
     assert episode.timeout_s == 3.0
+
+
+def test_a_revision_of_a_hub_id_reaches_the_hub(monkeypatch):
+    from train import policy
+
+    asked = []
+
+    def from_pretrained(**arguments):
+        asked.append(arguments)
+        raise OSError("no hub here")
+
+    monkeypatch.setattr(policy.AutoTokenizer, "from_pretrained", from_pretrained)
+    with pytest.raises(policy.PolicyLoadError, match="owner/name@v1"):
+        policy.load_processor("owner/name@v1")
+    assert asked[0]["pretrained_model_name_or_path"] == "owner/name"
+    assert asked[0]["revision"] == "v1"
