@@ -28,7 +28,7 @@ from launch.tasks import merged_roles, needed_kinds
 if TYPE_CHECKING:
     from configs.schema import Config
 
-NOT_STUDIES = ("recipes", "grid")
+NOT_STUDIES = ("recipes", "recipes-convergence", "grid")
 """Files in configs/studies that studies and `obm tune` read."""
 
 

@@ -18,6 +18,7 @@ import numpy as np
 from numba import njit, types
 from numba.extending import overload
 
+from merge import kernels_pair
 from merge.methods import Rule
 
 TILE = 1024
@@ -834,6 +835,12 @@ def histogram(piece: Piece, score: str, leading: np.ndarray, unchanged: np.ndarr
         _joint_histogram(piece.base, piece.tasks, leading, unchanged, -1, nothing)
         return
     code = SCORES.index(score)
+    if piece.base.dtype == np.uint16:
+        kernels_pair.histogram(
+            piece.base, piece.tasks, piece.n_columns, piece.vectors, code == SALIENCY, leading,
+            unchanged,
+        )  # fmt: skip
+        return
     _histogram(
         piece.base, piece.tasks, piece.n_columns, piece.vectors, code, leading, unchanged
     )  # fmt: skip
@@ -857,7 +864,24 @@ def refine(piece: Piece, score: str, bins: np.ndarray, trailing: np.ndarray) -> 
         )  # fmt: skip
         return
     code = SCORES.index(score)
+    if piece.base.dtype == np.uint16:
+        kernels_pair.refine(
+            piece.base, piece.tasks, piece.n_columns, piece.vectors, code == SALIENCY, bins,
+            trailing,
+        )  # fmt: skip
+        return
     _refine(piece.base, piece.tasks, piece.n_columns, piece.vectors, code, bins, trailing)
+
+
+def _pair_rule(piece: Piece, decision: Decision, out: np.ndarray) -> int | None:
+    """Number of the rule in `kernels_pair`, or None where that does not serve."""
+    rule = decision.rule
+    is_pair = len(piece.tasks) == 2 and piece.base.dtype == out.dtype == np.uint16
+    is_plain = not (rule.rescale or rule.boost or rule.energy or decision.ranks.shape[1])
+    key = (rule.keep, rule.score, rule.elect, rule.combine)
+    if not (piece.base.size and is_pair and is_plain) or key not in kernels_pair.RULES:
+        return None
+    return kernels_pair.RULES.index(key)
 
 
 def apply(piece: Piece, decision: Decision, out: np.ndarray) -> Counts:
@@ -876,7 +900,14 @@ def apply(piece: Piece, decision: Decision, out: np.ndarray) -> Counts:
     squares = np.zeros(2 * n_tasks + 1, np.float64)
     rule = decision.rule
     bad = 0
-    if piece.base.size:
+    pair_rule = _pair_rule(piece, decision, out)
+    if pair_rule is not None:
+        bad = kernels_pair.apply(
+            piece.base, piece.tasks, piece.n_columns, piece.vectors, pair_rule,
+            decision.thresholds, decision.ties, decision.scales, decision.weights, out, counts,
+            squares,
+        )  # fmt: skip
+    elif piece.base.size:
         bad = _apply(
             piece.base, piece.tasks, piece.n_columns, piece.begin, piece.vectors, piece.entries,
             out, KEEPS.index(rule.keep), SCORES.index(rule.score), rule.rescale,
