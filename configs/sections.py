@@ -182,7 +182,7 @@ class Merge:
     weights: dict[str, Annotated[float, NotNegative]] = field(
         default_factory=lambda: {"vlm": 1.0, "agent": 1.0}
     )
-    """scales lambda_k of the task vectors: vlm, agent and the names in models.donors (1 if absent)"""
+    """scales lambda_k of the task vectors: vlm, agent, names in models.donors (1 if absent)"""
     saliency: Literal["diagonal", "inverse"] = "diagonal"
     """obm's estimate of the loss change of dropping an entry; `inverse` needs calibration.kinds"""
     normalization: Literal["none", "mean", "rank"] = "none"

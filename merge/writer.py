@@ -223,9 +223,9 @@ class TensorWriter:
                 self._parents,
                 statistics,
                 self._workspace,
-                # whole arrays of the other kernels' intermediate results would not fit
+                # the other kernels' intermediate results are several times as large as the piece
                 RESIDENT_BYTES // self._threads if self.kernels is compiled else 0,
-                PIECE_BYTES,
+                PIECE_BYTES if self.kernels is compiled else PIECE_BYTES // 3,
             )
         )
 

@@ -140,9 +140,7 @@ def load_policy(folder: str | Path, dtype: torch.dtype = torch.float32) -> tuple
     processor = load_processor(folder)
     auto_class = AutoModelForImageTextToText if is_vision_model(folder) else AutoModelForCausalLM
     try:
-        model = auto_class.from_pretrained(
-            **_reference(folder), dtype=dtype, use_safetensors=True
-        )
+        model = auto_class.from_pretrained(**_reference(folder), dtype=dtype, use_safetensors=True)
     except OSError as error:
         raise PolicyLoadError(f"{folder}: the weights cannot be read ({error})") from error
     return model, processor
