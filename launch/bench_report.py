@@ -163,7 +163,7 @@ def render_page(record: dict[str, Any]) -> str:
         "* Peak is the largest resident memory that the system counted, pages of mapped files "
         "included; anonymous is what no file backs, sampled every 50 ms.",
         "* copy reads all three inputs and writes one output in blocks of 4 MiB. `fsync` waits "
-        "until the disk has the output, which neither ours nor mergekit does. Ratios are to `plain`.",
+        "until the disk has the output, which neither tool does. Ratios are to `plain`.",
         "* cold: the inputs were dropped from the page cache before. load: the system's load "
         "average at the start; other work on the machine shows here.",
         "* ours numpy: `OBM_KERNELS=numpy`, without numba.",
