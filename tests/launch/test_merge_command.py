@@ -10,6 +10,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from launch.commands import merge as merge_module
+from merge.methods import METHODS
 
 Q = "model.layers.0.self_attn.q_proj.weight"
 
@@ -204,3 +205,13 @@ def test_a_name_that_the_hub_refuses_keeps_the_merge(obm_merge, monkeypatch, tmp
     assert "--push-to-hub no good name: the hub refuses" in err
     assert err.count("\n") == 1
     assert (tmp_path / "out" / "merge.json").exists()
+
+
+def test_the_settings_allow_every_method_and_no_other():
+    from typing import get_args
+
+    from configs.sections import Elementwise, Method
+
+    assert set(get_args(Method)) == set(METHODS)
+    elementwise = {name for name, method in METHODS.items() if not method.linear_only}
+    assert set(get_args(Elementwise)) == elementwise | {"vlm", "agent", "base"}
