@@ -15,15 +15,14 @@ is in fp32; each tensor is rounded once, to nearest even, to the dtype it has in
 import json
 import logging
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
-from dataclasses import asdict
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import xxhash
-from tqdm import tqdm
 
 from merge.budget import budget_note, find_shared_cuts, group_budgets
 from merge.card import render_card
@@ -243,8 +242,7 @@ class _Run:
         writers: Mapping[str, ShardWriter],
         executor: ThreadPoolExecutor,
     ) -> None:
-        # disable=None: a bar on a terminal, silence in a log
-        bar = tqdm(total=len(self._plan.tensors), desc="merge", unit="tensor", disable=None)
+        bar = _progress(len(self._plan.tensors))
         bar.update(len(self._plan.tensors) - len(tensors))
         waiting = list(reversed(tensors))
         running: dict[Future[dict[str, Any]], PlannedTensor] = {}
@@ -267,6 +265,20 @@ class _Run:
                 for future in running:
                     future.cancel()
                 raise
+
+
+class _NoProgress(nullcontext[None]):
+    def update(self, n: int = 1) -> None:
+        """Shows nothing."""
+
+
+def _progress(n_tensors: int) -> Any:
+    """A bar on a terminal, silence in a log, where the library is not even loaded."""
+    if not sys.stderr.isatty():
+        return _NoProgress()
+    from tqdm import tqdm
+
+    return tqdm(total=n_tensors, desc="merge", unit="tensor")
 
 
 @contextmanager
@@ -299,7 +311,7 @@ def _digest(
 
     content = {
         "version": [SCHEMA_VERSION, package_version()],
-        "tensors": [asdict(tensor) for tensor in plan.tensors],
+        "tensors": [[repr(value) for value in vars(tensor).values()] for tensor in plan.tensors],
         "parents": {role: [stamp(f.path) for f in p.files] for role, p in parents.items()},
         "stats": {"/".join(key): stamp(stats.path) for key, stats in statistics.items()},
         "files": [[file.name, [t.name for t in file.tensors]] for file in files],

@@ -2,6 +2,7 @@
 
     histogram   counts scores by their leading bits, for the thresholds of `selection`
     refine      counts the trailing bits of the scores in one bin: the threshold is then exact
+    select      counts and collects the scores in a bracket, for the thresholds of `sampling`
     apply       keep, elect, combine, and rounding to the output's dtype, all in one pass
 
 Every function works on a piece of a tensor (`Piece`): whole rows, as stored in the files. A tile of
@@ -400,6 +401,40 @@ def _histogram(base, tasks, n_columns, vectors, score, leading, unchanged):  # t
         # an unchanged entry scores zero, but is not there to be kept
         leading[k, 0] -= n_zero
         unchanged[k] += n_zero
+
+
+@_jit()
+def _select(  # type: ignore[no-untyped-def]
+    base, tasks, n_columns, vectors, score, lowest, highest, above, inside, found
+):
+    delta_tile, origin_tile = np.empty(PADDED, np.float32), np.empty(PADDED, np.float32)
+    score_tile = np.empty(PADDED, np.float32)
+    n_tasks, n = tasks.shape
+    for k in range(n_tasks):
+        low, high = lowest[k], highest[k]
+        at, room = inside[k], found.shape[1]
+        for row in range(0, n, n_columns):
+            for column in range(0, n_columns, TILE):
+                m = min(TILE, n_columns - column)
+                first = row + column
+                delta, origin, scores = delta_tile[:m], origin_tile[:m], score_tile[:m]
+                _decode(base[first : first + m], origin)
+                _decode(tasks[k, first : first + m], delta)
+                _subtract(delta, origin)
+                _scores_of(delta, vectors[k, column : column + m], score, scores)
+                bits = scores.view(np.uint32)
+                n_above, n_inside = np.uint32(0), np.uint32(0)
+                for i in range(bits.size):
+                    n_above = np.uint32(n_above + np.uint32(bits[i] > high))
+                    n_inside = np.uint32(n_inside + np.uint32((bits[i] >= low) & (bits[i] <= high)))
+                above[k] += n_above
+                inside[k] += n_inside
+                if n_inside == 0 or low == high or inside[k] > room:
+                    continue
+                for i in range(bits.size):
+                    if bits[i] >= low and bits[i] <= high:
+                        found[k, at] = bits[i]
+                        at += 1
 
 
 @_jit()
@@ -867,6 +902,43 @@ def refine(piece: Piece, score: str, bins: np.ndarray, trailing: np.ndarray) -> 
         )  # fmt: skip
         return
     _refine(piece.base, piece.tasks, piece.n_columns, piece.vectors, code, bins, trailing)
+
+
+def select(
+    piece: Piece,
+    score: str,
+    lowest: np.ndarray,
+    highest: np.ndarray,
+    above: np.ndarray,
+    inside: np.ndarray,
+    found: np.ndarray,
+) -> None:
+    """Counts the piece's entries above each task's bracket and inside, and collects the latter.
+
+    Args:
+        piece: Rows.
+        score: magnitude or saliency.
+        lowest: uint32 [K], above 0: bits of the smallest score inside.
+        highest: uint32 [K]: bits of the largest score inside.
+        above: int64 [K]: entries that score more; added to.
+        inside: int64 [K]: entries that score inside; added to.
+        found: uint32 [K, room]: gets the bits of the scores inside, in any order, behind those
+            that `inside` counts already. Nothing is written where lowest and highest are equal,
+            or once there is no room.
+    """
+    if piece.base.size == 0:
+        return
+    code = SCORES.index(score)
+    if piece.base.dtype == np.uint16 and len(piece.tasks) == 2:
+        kernels_pair.select(
+            piece.base, piece.tasks, piece.n_columns, piece.vectors, code == SALIENCY, lowest,
+            highest, above, inside, found,
+        )  # fmt: skip
+        return
+    _select(
+        piece.base, piece.tasks, piece.n_columns, piece.vectors, code, lowest, highest, above,
+        inside, found,
+    )  # fmt: skip
 
 
 def _pair_rule(piece: Piece, decision: Decision, out: np.ndarray) -> int | None:

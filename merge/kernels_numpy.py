@@ -25,7 +25,7 @@ ZERO, ONE = np.float32(0), np.float32(1)
 
 def histogram(piece: Piece, score: str, leading: np.ndarray, unchanged: np.ndarray) -> None:
     """As `kernels.histogram`."""
-    for k, (scores, is_changed) in enumerate(_scored(piece, score)):
+    for k, (scores, is_changed) in enumerate(scored(piece, score)):
         bins = scores[is_changed].view(np.uint32) >> np.uint32(TRAILING_BITS)
         leading[k] += np.bincount(bins & np.uint32(N_LEADING - 1), minlength=N_LEADING)
         unchanged[k] += int((~is_changed).sum())
@@ -33,12 +33,32 @@ def histogram(piece: Piece, score: str, leading: np.ndarray, unchanged: np.ndarr
 
 def refine(piece: Piece, score: str, bins: np.ndarray, trailing: np.ndarray) -> None:
     """As `kernels.refine`."""
-    for k, (scores, is_changed) in enumerate(_scored(piece, score)):
+    for k, (scores, is_changed) in enumerate(scored(piece, score)):
         if bins[k] < 0:
             continue
         bits = scores[is_changed].view(np.uint32)
         wanted = bits[(bits >> np.uint32(TRAILING_BITS)) == np.uint32(bins[k])]
         trailing[k] += np.bincount(wanted & np.uint32(N_TRAILING - 1), minlength=N_TRAILING)
+
+
+def select(
+    piece: Piece,
+    score: str,
+    lowest: np.ndarray,
+    highest: np.ndarray,
+    above: np.ndarray,
+    inside: np.ndarray,
+    found: np.ndarray,
+) -> None:
+    """As `kernels.select`."""
+    for k, (scores, _) in enumerate(scored(piece, score)):
+        bits = scores.view(np.uint32)
+        is_inside = (bits >= lowest[k]) & (bits <= highest[k])
+        at, n_inside = inside[k], np.count_nonzero(is_inside)
+        above[k] += np.count_nonzero(bits > highest[k])
+        inside[k] += n_inside
+        if lowest[k] < highest[k] and inside[k] <= found.shape[1]:
+            found[k, at : inside[k]] = bits[is_inside]
 
 
 def apply(piece: Piece, decision: Decision, out: np.ndarray) -> Counts:
@@ -117,7 +137,7 @@ def _ordered_sum(terms: np.ndarray) -> np.ndarray:
     return total
 
 
-def _scored(piece: Piece, score: str) -> list[tuple[np.ndarray, np.ndarray]]:
+def scored(piece: Piece, score: str) -> list[tuple[np.ndarray, np.ndarray]]:
     """Scores and whether an entry is changed, task by task, or once for the variance."""
     with np.errstate(all="ignore"):
         deltas = _values(piece.tasks) - _values(piece.base)

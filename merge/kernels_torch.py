@@ -43,6 +43,28 @@ def refine(piece: Piece, score: str, bins: np.ndarray, trailing: np.ndarray) -> 
         trailing[k] += torch.bincount(wanted, minlength=N_TRAILING).cpu().numpy()
 
 
+def select(
+    piece: Piece,
+    score: str,
+    lowest: np.ndarray,
+    highest: np.ndarray,
+    above: np.ndarray,
+    inside: np.ndarray,
+    found: np.ndarray,
+) -> None:
+    """As `kernels.select`."""
+    for k, (scores, _) in enumerate(_scored(piece, score)):
+        bits = scores.view(torch.int32)
+        low, high = int(lowest[k]), int(highest[k])
+        is_inside = (bits >= low) & (bits <= high)
+        at = inside[k]
+        # a NaN whose sign bit is set counts as above, as it does where bits have no sign
+        above[k] += int(((bits > high) | (bits < 0)).sum())
+        inside[k] += int(is_inside.sum())
+        if low < high and inside[k] <= found.shape[1]:
+            found[k, at : inside[k]] = bits[is_inside].cpu().numpy().view(np.uint32)
+
+
 def apply(piece: Piece, decision: Decision, out: np.ndarray) -> Counts:
     """As `kernels.apply`."""
     rule = decision.rule

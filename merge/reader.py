@@ -15,6 +15,7 @@ from merge.checkpoint import Checkpoint
 from merge.kernels import Piece
 from merge.methods import METHODS, Rule
 from merge.plan import PlannedTensor
+from merge.sampling import Sample, as_row, n_sampled, run_starts, sample_vectors, take_sample
 from merge.shards import NUMPY_DTYPES, to_float
 from merge.stats import Stats
 from merge.tensor import needs_rows
@@ -23,6 +24,9 @@ RESIDENT_BYTES = 200 * 1024 * 1024
 """Memory for whole tensors, all workers together."""
 PIECE_BYTES = 12 * 1024 * 1024
 """Memory for one piece of a tensor that is too large to stay, a worker."""
+
+DISK_RUN = 512
+"""Entries of a sample that are read side by side."""
 
 
 class Workspace:
@@ -112,6 +116,27 @@ class TensorReader:
             yield piece
         self._is_hashed = True
 
+    def sample(self) -> Sample:
+        """Takes a sample of the tensor, for the thresholds of `sampling`."""
+        if self._rows_a_piece >= self.n_rows:
+            [piece] = self.pieces()
+            return take_sample(piece)
+        n = self.n_rows * self.n_columns
+        starts = run_starts(n_sampled(n) // DISK_RUN, DISK_RUN, n)
+        values = np.empty((len(self._roles), starts.size, DISK_RUN), self._dtype)
+        for role, runs in zip(self._roles, values, strict=True):
+            for start, run in zip(starts.tolist(), runs, strict=True):
+                self._fill_from(role, run, start)
+        values = values.reshape(len(self._roles), -1)
+        vectors = np.zeros((len(self.tasks), 0), np.float32)
+        if self._score == "saliency" and self._statistics:
+            vectors = sample_vectors(self._vectors(), starts, DISK_RUN)
+        return Sample(as_row(values[0], values[1:], vectors), n, DISK_RUN)
+
+    def _vectors(self) -> np.ndarray:
+        name = self.tensor.canonical
+        return np.stack([self._statistics[task].vector(name) for task in self.tasks])
+
     def _read(self, first_row: int, n_rows: int) -> Piece:
         n = n_rows * self.n_columns
         base = self._workspace.array("base", (n,), self._dtype)
@@ -125,7 +150,7 @@ class TensorReader:
         vectors = entries = empty
         name = self.tensor.canonical
         if self._score == "saliency" and self._statistics:
-            vectors = np.stack([self._statistics[task].vector(name) for task in self.tasks])
+            vectors = self._vectors()
         elif self._score == "entry":
             entries = self._workspace.array("entries", (len(self.tasks), n), NUMPY_DTYPES["F32"])
             for k, task in enumerate(self.tasks):
@@ -140,19 +165,27 @@ class TensorReader:
         )
 
     def _fill(self, role: str, out: np.ndarray, first_row: int) -> None:
-        """Reads rows of one parent, decoded to fp32 unless all parents are bf16."""
+        """Reads rows of one parent, and hashes what is read for the first time."""
+        stored = self._fill_from(role, out, first_row * self.n_columns)
+        if not self._is_hashed:
+            self._digests.setdefault(role, xxhash.xxh3_128()).update(stored.data)
+
+    def _fill_from(self, role: str, out: np.ndarray, first: int) -> np.ndarray:
+        """Reads entries of one parent from an index on, to fp32 unless all parents are bf16.
+
+        Returns:
+            The entries as they are stored.
+        """
         dtype, name = self._dtypes[role], self.tensor.sources[role]
         stored_dtype = NUMPY_DTYPES[dtype]
         stored = out
         if stored_dtype != out.dtype or (dtype == "BF16" and not self._is_bf16):
             stored = self._workspace.array("stored", out.shape, stored_dtype)
-        begin = first_row * self.n_columns * stored_dtype.itemsize
         if stored.size:
-            self._files[role].read_into(name, begin, stored)
-        if not self._is_hashed:
-            self._digests.setdefault(role, xxhash.xxh3_128()).update(stored.data)
+            self._files[role].read_into(name, first * stored_dtype.itemsize, stored)
         if stored is not out:
             out[:] = to_float(stored, dtype)
+        return stored
 
     def _protect(self, base: np.ndarray, tasks: np.ndarray, first_row: int, n_rows: int) -> None:
         """Makes protected rows look unchanged, and remembers the VLM's values of them."""

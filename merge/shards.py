@@ -10,6 +10,7 @@ final place and no shard is ever held in memory.
 import json
 import os
 import struct
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -329,6 +330,8 @@ class ShardWriter:
         metadata: Mapping[str, str],
     ) -> None:
         self.path = path
+        # The system writes to a file one call at a time, and lets the others spin; they sleep here.
+        self._turn = threading.Lock()
         header, self.tensors = encode_header(tensors, metadata)
         n_bytes = max((info.end for info in self.tensors.values()), default=len(header))
         try:
@@ -345,7 +348,8 @@ class ShardWriter:
             MergeError: The disk is full or fails.
         """
         try:
-            _write_all(self._descriptor, data, self.tensors[name].begin + begin)
+            with self._turn:
+                _write_all(self._descriptor, data, self.tensors[name].begin + begin)
         except OSError as error:
             raise _cannot_write(self.path, error) from error
 

@@ -7,7 +7,7 @@ with pieces that it reads from files: `decide` first, `kernels.apply` for each p
 import copy
 import importlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 
 import numpy as np
@@ -16,6 +16,7 @@ from merge.dense import merge_matrix
 from merge.errors import MergeError
 from merge.kernels import Counts, Decision, Piece
 from merge.methods import METHODS, MethodSettings, Rule
+from merge.sampling import Sample, cut_by_sample, take_sample
 from merge.selection import (
     Cut,
     Pieces,
@@ -55,6 +56,7 @@ def decide(
     tasks: Sequence[str],
     kernels: ModuleType,
     cuts: Sequence[Cut] | None = None,
+    sample: Callable[[], Sample] | None = None,
 ) -> Decision:
     """Finds the numbers over a whole tensor that its entries are decided by.
 
@@ -65,6 +67,7 @@ def decide(
         tasks: Names of the tasks, in the order of the pieces' rows.
         kernels: Module of kernels.
         cuts: Thresholds that were found over more than this tensor (`budget`).
+        sample: Takes a sample of the tensor; without it thresholds are found by histograms.
 
     Returns:
         The decision; `kernels.apply` counts down its ties, so it serves once.
@@ -72,6 +75,11 @@ def decide(
     score, level = score_of(rule), None
     outer: Sequence[Cut] = ()
     is_scaled = rule.elect == "saliency" and settings.normalization != "none"
+    is_single = rule.keep == "top" and score in ("magnitude", "saliency")
+    if sample is not None and is_single and cuts is None and not is_scaled:
+        taken = sample()
+        n_keep = share_of(settings.density, taken.n_entries)
+        cuts = cut_by_sample(pieces, str(score), taken, n_keep, kernels)
     if score is not None and (cuts is None or is_scaled):
         level = count_level(pieces, score, len(tasks), kernels)
     if level is not None and cuts is None:
@@ -172,7 +180,9 @@ def merge_tensor(
         vectors=stacked if rule.score == "saliency" else empty,
         entries=stacked if rule.score == "entry" else empty,
     )
-    decision = decide(lambda: [piece], rule, settings, tasks, module)
+    decision = decide(
+        lambda: [piece], rule, settings, tasks, module, sample=lambda: take_sample(piece)
+    )
     out = np.empty_like(flat_base)
     counts = module.apply(piece, decision, out)
     check_finite(counts, ["base", *tasks], name)

@@ -89,6 +89,7 @@ class TensorWriter:
             reader.tasks,
             self.kernels,
             self.cuts.get(tensor.name),
+            reader.sample,
         )
         digest, begin = xxhash.xxh3_128(), 0
         total: Counts | None = None

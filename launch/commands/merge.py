@@ -9,6 +9,7 @@ best. The methods, with formulas and sources, are in docs/merge.md.
 from __future__ import annotations
 
 import argparse
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -72,6 +73,8 @@ def run(options: argparse.Namespace) -> int:
         )
         if options.dry_run:
             return 0
+    # Tensors are merged side by side; threads of the library below would wait for work in a loop.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     record = merge_checkpoints(config, output, overwrite=options.overwrite, dry_run=options.dry_run)
     if options.dry_run:
         print(record["table"])
