@@ -15,7 +15,7 @@ from merge.checkpoint import Checkpoint
 from merge.kernels import Piece
 from merge.methods import METHODS, Rule
 from merge.plan import PlannedTensor
-from merge.sampling import Sample, as_row, n_sampled, run_starts, sample_vectors, take_sample
+from merge.sampling import SMALL, Sample, as_row, n_sampled, run_starts, sample_vectors, take_sample
 from merge.shards import NUMPY_DTYPES, to_float
 from merge.stats import Stats
 from merge.tensor import needs_rows
@@ -122,16 +122,18 @@ class TensorReader:
             [piece] = self.pieces()
             return take_sample(piece)
         n = self.n_rows * self.n_columns
-        starts = run_starts(n_sampled(n) // DISK_RUN, DISK_RUN, n)
-        values = np.empty((len(self._roles), starts.size, DISK_RUN), self._dtype)
+        is_whole = n <= SMALL
+        length = n if is_whole else DISK_RUN
+        starts = run_starts(1 if is_whole else n_sampled(n) // length, length, n)
+        values = np.empty((len(self._roles), starts.size, length), self._dtype)
         for role, runs in zip(self._roles, values, strict=True):
             for start, run in zip(starts.tolist(), runs, strict=True):
                 self._fill_from(role, run, start)
         values = values.reshape(len(self._roles), -1)
         vectors = np.zeros((len(self.tasks), 0), np.float32)
         if self._score == "saliency" and self._statistics:
-            vectors = sample_vectors(self._vectors(), starts, DISK_RUN)
-        return Sample(as_row(values[0], values[1:], vectors), n, DISK_RUN)
+            vectors = sample_vectors(self._vectors(), starts, length)
+        return Sample(as_row(values[0], values[1:], vectors), n, 0 if is_whole else length)
 
     def _vectors(self) -> np.ndarray:
         name = self.tensor.canonical

@@ -36,7 +36,7 @@ class Sample:
     n_entries: int
     """Entries of the whole tensor."""
     run: int
-    """Length of a run."""
+    """Length of a run; 0 where the sample is the whole tensor."""
 
 
 def run_starts(n_runs: int, run: int, n_entries: int) -> np.ndarray:
