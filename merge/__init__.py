@@ -11,10 +11,10 @@ calibrate   `shell` (a model without its layers), `inputs` and `sums` (what is w
             `stats` (the files)
 plan        `shards` and `checkpoint` (safetensors in and out), `families` (tensor names), `scope`,
             `vocabulary`, `compatibility`, `plan` with `planned` (what happens to every tensor)
-merge       `methods` (sources and rules), `selection` (thresholds), `kernels` with the fused
-            loops of `kernels_pair` and twins in numpy and torch, `dense` (methods on whole
-            matrices), `tensor` (one tensor in memory), `reader` and `writer` (one tensor of files),
-            `budget` (thresholds over many), `validate`, `engine` (plan, validate, apply) with
-            `journal` and `output`
+merge       `methods` (sources and rules), `sampling` (thresholds in one pass) and `selection`
+            (in two), `kernels` with the fused loops of `kernels_pair` and twins in numpy and torch,
+            `dense` (methods on whole matrices), `tensor` (one tensor in memory), `reader` and
+            `writer` (one tensor of files), `budget` (thresholds over many), `validate`, `engine`
+            (plan, validate, apply) with `journal` and `output`
 afterwards  `cost`, `report`, `card`, `verify`, `hub`
 """
