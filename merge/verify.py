@@ -32,19 +32,37 @@ def verify_folder(folder: str | Path) -> dict[str, Any]:
     folder = Path(folder).expanduser()
     record = _read_record(folder)
     checkpoint = Checkpoint(folder, "merged")
-    problems = list(_differences(checkpoint, record))
+    problems = list(_differences(checkpoint, record, with_bytes=True))
     vlm = _find_vlm(record)
     if vlm is not None:
         problems += _vision_differences(checkpoint, record, vlm)
-    if problems:
-        shown = "; ".join(problems[:5]) + (f"; {len(problems) - 5} more" if problems[5:] else "")
-        raise MergeError(f"{folder}: {shown}; merge again, or copy the folder again")
+    _refuse(folder, problems)
     vision = [name for name, entry in record["tensors"].items() if entry["group"] == VISION]
     return {
         "tensors": len(record["tensors"]),
         "vision": len(vision),
         "vlm": vlm.source if vlm is not None else None,
     }
+
+
+def check_folder(folder: str | Path) -> None:
+    """Compares names, dtypes and shapes with what was written; no weight is read.
+
+    Args:
+        folder: What `obm merge` wrote.
+
+    Raises:
+        MergeError: Names every tensor that differs.
+    """
+    folder = Path(folder).expanduser()
+    record = _read_record(folder)
+    _refuse(folder, list(_differences(Checkpoint(folder, "merged"), record, with_bytes=False)))
+
+
+def _refuse(folder: Path, problems: list[str]) -> None:
+    if problems:
+        shown = "; ".join(problems[:5]) + (f"; {len(problems) - 5} more" if problems[5:] else "")
+        raise MergeError(f"{folder}: {shown}; merge again, or copy the folder again")
 
 
 def _read_record(folder: Path) -> dict[str, Any]:
@@ -62,12 +80,15 @@ def _read_record(folder: Path) -> dict[str, Any]:
     return record
 
 
-def _differences(checkpoint: Checkpoint, record: dict[str, Any]) -> Iterator[str]:
+def _differences(
+    checkpoint: Checkpoint, record: dict[str, Any], *, with_bytes: bool
+) -> Iterator[str]:
     recorded = record["tensors"]
     for name in sorted(set(recorded) ^ set(checkpoint.tensors)):
         yield f"tensor {name} is {'missing' if name in recorded else 'not of the merge'}"
     names = [name for name in recorded if name in checkpoint.tensors]
-    for name in tqdm(names, desc="verify", unit="tensor", disable=None):
+    # disable=None: a bar on a terminal, silence in a log
+    for name in tqdm(names, desc="verify", unit="tensor", disable=None if with_bytes else True):
         entry, info = recorded[name], checkpoint.tensors[name]
         where = f"tensor {name} in {checkpoint.file_of(name).path.name}"
         if [info.dtype, list(info.shape)] != [entry["dtype"], entry["shape"]]:
@@ -75,7 +96,7 @@ def _differences(checkpoint: Checkpoint, record: dict[str, Any]) -> Iterator[str
                 f"{where} is {info.dtype} {list(info.shape)}, written was {entry['dtype']} "
                 f"{entry['shape']}"
             )
-        elif checkpoint.checksum(name) != entry["checksum"]:
+        elif with_bytes and checkpoint.checksum(name) != entry["checksum"]:
             yield f"{where} has other bytes than were written"
         if entry["group"] == VISION and entry["inputs"].get("vlm") != entry["checksum"]:
             yield f"tensor {name} is not recorded as the VLM's own"

@@ -89,6 +89,7 @@ def run_training(config: Config, resume: bool = False, overwrite: bool = False) 
     init = resolve_model(config.models.init)
     describe_step(config, world)
     if rank == 0:
+        check_start(init)
         prepare_folder(folder, config, init, resume, overwrite)
     _share_cores(world)
 
@@ -139,6 +140,25 @@ def run_training(config: Config, resume: bool = False, overwrite: bool = False) 
 
 
 # ---------------------------------------------------------------- the run folder
+
+
+def check_start(init: str) -> None:
+    """Checks that a merged start still holds the tensors that its merge.json records.
+
+    Raises:
+        ConfigError: A tensor is missing, added, or of another shape.
+    """
+    if not (Path(init) / "merge.json").is_file():
+        return
+    from merge.errors import MergeError
+    from merge.verify import check_folder
+
+    try:
+        check_folder(init)
+    except MergeError as error:
+        raise ConfigError(
+            f"models.init: {error}; `obm merge verify {init}` checks every byte"
+        ) from error
 
 
 def prepare_folder(folder: Path, config: Config, init: str, resume: bool, overwrite: bool) -> None:

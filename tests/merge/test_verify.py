@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from merge.errors import MergeError
 from merge.hub import push_folder
 from merge.shards import SafetensorsFile
-from merge.verify import verify_folder
+from merge.verify import check_folder, verify_folder
 from tests.merge.folders import flip_byte, run, weights_of
 
 Q = "model.layers.0.self_attn.q_proj.weight"
@@ -214,3 +214,13 @@ def test_a_hub_that_refuses_is_one_clear_error(merged, api):
         push_folder(merged, "a/b/c", private=False)
     assert "\n" not in str(caught.value)
     assert "hf auth login" in str(caught.value)
+
+
+def test_headers_alone_tell_another_dtype_but_not_a_flipped_byte(merged):
+    check_folder(merged)
+    file = file_of(merged, Q)
+    flip_byte(file.path, file.tensors[Q].begin)
+    check_folder(merged)
+    rewrite(file.path, lambda tensors: {**tensors, Q: tensors[Q].float()})
+    with pytest.raises(MergeError, match=f"tensor {Q} in .* is F32 .*, written was BF16"):
+        check_folder(merged)

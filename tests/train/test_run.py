@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from configs.errors import ConfigError
 from configs.schema import load_config
-from train.run import newest_checkpoint, run_training, train
+from merge.engine import merge
+from train.run import check_start, newest_checkpoint, run_training, train
 from train.settings import GRPO_DEFAULTS, describe_step, resolved_grpo
 
 # an untrained policy earns nothing; the entropy bonus makes every step move it all the same
@@ -212,3 +213,25 @@ def test_the_file_overrides_the_defaults(write_config):
 def test_completions_are_counted_over_processes(write_config):
     rows = dict(describe_step(load_config(write_config()), n_processes=2))
     assert rows["completions per step"].startswith("16 ")
+
+
+def test_a_damaged_warm_start_is_refused_before_anything_is_written(
+    write_config, tiny_checkpoints, tmp_path, capsys
+):
+    start = tmp_path / "start"
+    shutil.copytree(tiny_checkpoints["vlm"], start)
+    merged = tmp_path / "merged"
+    merge(
+        tiny_checkpoints["base"], start, tiny_checkpoints["agent"], merged,
+        method="task_arithmetic",
+    )  # fmt: skip
+    check_start(str(merged))
+    check_start(str(start))  # no merge, nothing to check
+    [file] = merged.glob("*.safetensors")
+    tensors = load_file(file)
+    tensors.pop("model.language_model.norm.weight", None) or tensors.pop("model.norm.weight")
+    save_file(tensors, file, metadata={"format": "pt"})
+    path = write_config()
+    assert train(["--config", str(path), f"models.init={merged}"]) == 2
+    assert "norm.weight is missing" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
