@@ -297,8 +297,10 @@ class Rewards:
     """share of the accuracy part that a right answer loses when the episode searched at all"""
     max_answer_chars: Annotated[int, Positive] = 200
     """longer answers count as wrong"""
-    infrastructure_fault: Literal["skip", "score"] = "skip"
-    """episodes in which a tool failed: `skip` leaves them unscored, `score` treats them as usual"""
+    infrastructure_fault: Literal["skip", "score", "mask"] = "skip"
+    """episodes in which a tool failed: `skip` leaves them unscored, `score` treats them as usual,
+    `mask` does so too, but after three failures in a row the tokens from the first on carry no loss
+    and what lies before is never punished"""
 
 
 @dataclass

@@ -30,6 +30,7 @@ from trl.models import unwrap_model_for_generation
 
 from environments.episode import STOP_REASONS
 from rewards.compose import score
+from rewards.trajectory import get
 from train import scoring
 from train.rollout import RolloutEngine, Script
 from train.trajectories import Trajectory
@@ -79,6 +80,7 @@ class SearchGRPOTrainer(GRPOTrainer):
         # TRL recognises a truncated episode by its last token; here the stop reason says it
         self._mask_truncated = args.mask_truncated_completions
         args.mask_truncated_completions = False
+        self._masks_fatal = get(rewards, "infrastructure_fault", "skip") == "mask"
         generation = dict(args.generation_kwargs or {})
         n_per_turn = generation.pop("max_new_tokens", args.max_completion_length)
         _refuse_unused_sampling(args, generation)
@@ -147,6 +149,13 @@ class SearchGRPOTrainer(GRPOTrainer):
         with self._timed("generate"):
             batch = super()._generate_and_score_completions(inputs)
         batch["pictures"] = self._batch_pictures
+        if self._masks_fatal:
+            is_fatal = torch.tensor([t.fatal_turn is not None for t in self.last_trajectories])
+            advantages = batch["advantages"]
+            # what a dead service cut short may be praised, but not blamed
+            batch["advantages"] = torch.where(
+                is_fatal.to(advantages.device), advantages.clamp(min=0), advantages
+            )
         missing = batch["completion_ids"].shape[1] - self._batch_entropies.shape[1]
         entropies = torch.nn.functional.pad(self._batch_entropies, (0, missing))
         batch["sampling_entropies"] = entropies.to(batch["completion_ids"].device)
@@ -171,7 +180,10 @@ class SearchGRPOTrainer(GRPOTrainer):
             check_format = self.engine.environment.dialect.check_format
             for trajectory, question in zip(trajectories, self._batch_questions, strict=True):
                 trajectory.rewards = score(trajectory, question, self.reward_settings, check_format)
-        masks = [trajectory.completion_mask for trajectory in trajectories]
+        masks = [
+            trajectory.mask_before_fatal if self._masks_fatal else trajectory.completion_mask
+            for trajectory in trajectories
+        ]
         if self._mask_truncated:
             masks = [
                 [0] * len(mask) if trajectory.stop_reason == "length" else mask
@@ -225,6 +237,7 @@ class SearchGRPOTrainer(GRPOTrainer):
                 t.count("search") + t.count("image_search") for t in trajectories
             ),
             "search/failure_rate": sum(any(u.is_error for u in t.turns) for t in trajectories),
+            "search/fatal_rate": sum(t.fatal_turn is not None for t in trajectories),
             "turns_per_episode": sum(len(t.turns) for t in trajectories),
             "completions/mean_length": sum(lengths),
             "completions/clipped_ratio": sum(t.stop_reason == "length" for t in trajectories),

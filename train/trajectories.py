@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 SCHEMA_VERSION = 1
+FATAL_FAULTS = 3
+"""Failures of a service in a row after which an episode cannot be the policy's fault any more."""
 
 
 @dataclass
@@ -106,6 +108,29 @@ class Trajectory:
     def text(self) -> str:
         """Turns and observations as one text."""
         return "".join(turn.text + (turn.observation or "") for turn in self.turns)
+
+    @property
+    def fatal_turn(self) -> int | None:
+        """Index of the first of three turns in a row in which a service failed, or None.
+
+        Source: fatal-aware GRPO of OpenSearch-VL.
+        """
+        n_in_row = 0
+        for index, turn in enumerate(self.turns):
+            n_in_row = n_in_row + 1 if turn.fault == "infrastructure" else 0
+            if n_in_row == FATAL_FAULTS:
+                return index - FATAL_FAULTS + 1
+        return None
+
+    @property
+    def mask_before_fatal(self) -> list[int]:
+        """`completion_mask` with zeros from the fatal turn on."""
+        if self.fatal_turn is None:
+            return self.completion_mask
+        before = self.turns[: self.fatal_turn]
+        n_sound = sum(len(turn.token_ids) + len(turn.observation_ids) for turn in before)
+        mask = self.completion_mask
+        return mask[:n_sound] + [0] * (len(mask) - n_sound)
 
     @property
     def n_policy_tokens(self) -> int:

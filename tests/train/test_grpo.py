@@ -30,7 +30,7 @@ class Log(TrainerCallback):
 
 @pytest.fixture
 def make_trainer(fresh_policy, environment, questions, tmp_path, request):
-    def make(script=None, peft_config=None, environment=environment, **settings):
+    def make(script=None, peft_config=None, environment=environment, rewards=REWARDS, **settings):
         model, processor = fresh_policy
         options = {
             "output_dir": str(tmp_path / "checkpoints"),
@@ -56,7 +56,7 @@ def make_trainer(fresh_policy, environment, questions, tmp_path, request):
             args=GRPOConfig(**options),
             questions=questions,
             environment=environment,
-            rewards=REWARDS,
+            rewards=rewards,
             processing_class=processor,
             callbacks=[log],
             script=script,
@@ -279,6 +279,58 @@ def test_an_episode_with_a_broken_tool_is_neither_rewarded_nor_punished(make_tra
     assert all(t.rewards["total"] is None for t in trainer.last_trajectories)
     assert batch["advantages"].tolist() == [0.0] * 4
     assert math.isnan(trainer._metrics["train"]["reward"][0])
+
+
+class BrokenIndex:
+    in_memory = True
+
+    def search(self, queries, k):
+        raise RuntimeError("down")
+
+
+def search_until_it_is_over(question, turn):
+    """One picture search that works, three text searches, then an answer, right or wrong by turns.
+
+    Every fourth episode does not search at all and is wrong.
+    """
+    if turn == 0 and next(_answers) % 4 == 0:
+        return "<think> a </think> <answer> Rome </answer>"
+    if turn == 0:
+        return "<think> a </think> <search> <img> </search>"
+    if turn <= 3:
+        return "<think> b </think> <search> capital of France </search>"
+    word = "Paris" if next(_answers) % 2 else "Rome"
+    return f"<think> c </think> <answer> {word} </answer>"
+
+
+@pytest.mark.parametrize("fault", ["mask", "score"])
+def test_after_three_failures_in_a_row_nothing_is_learnt_and_nothing_blamed(
+    make_trainer, environment, fault
+):
+    world = SearchEnvironment(BrokenIndex(), environment.image_index, text_searches=5, max_turns=6)
+    trainer = make_trainer(
+        script=search_until_it_is_over,
+        environment=world,
+        rewards={**REWARDS, "infrastructure_fault": fault},
+    )
+    batch = batch_of(trainer)
+    counted = (batch["completion_mask"] * batch["tool_mask"]).sum(dim=1).tolist()
+    fatal = [t.fatal_turn is not None for t in trainer.last_trajectories]
+    assert 0 < sum(fatal) < len(fatal)
+    for trajectory, n_counted, is_fatal in zip(
+        trainer.last_trajectories, counted, fatal, strict=True
+    ):
+        assert trajectory.rewards["total"] is not None
+        is_cut = is_fatal and fault == "mask"
+        first = len(trajectory.turns[0].token_ids)
+        assert n_counted == (first if is_cut else trajectory.n_policy_tokens)
+    blamed = [a < 0 for a, is_fatal in zip(batch["advantages"], fatal, strict=True) if is_fatal]
+    assert any(blamed) == (fault == "score")
+    # the others are judged beside them as ever
+    assert any(
+        a < 0 for a, is_fatal in zip(batch["advantages"], fatal, strict=True) if not is_fatal
+    )
+    assert trainer._metrics["train"]["search/fatal_rate"][0] == sum(fatal) / len(fatal)
 
 
 def test_truncated_episodes_can_be_left_out_of_the_loss(make_trainer):

@@ -56,6 +56,29 @@ def test_a_trajectory_lines_up_tokens_mask_and_logprobs():
     assert trajectory.text == "aobsb"
 
 
+@pytest.mark.parametrize(
+    ("faults", "expected"),
+    [
+        ("iii", 0),
+        ("oiiii", 1),
+        ("iioiii", 3),
+        ("iimii", None),  # a bad call of the policy is no failure of the service
+        ("ioioioi", None),
+        ("", None),
+    ],
+)
+def test_a_fatal_turn_is_the_first_of_three_failures_in_a_row(faults, expected):
+    names = {"i": "infrastructure", "m": "model", "o": None}
+    trajectory = make_trajectory()
+    trajectory.turns = [
+        Turn("x", [1, 2], [0.0, 0.0], {"type": "search"}, observation_ids=[3], fault=names[fault])
+        for fault in faults
+    ]
+    assert trajectory.fatal_turn == expected
+    n_sound = len(faults) if expected is None else expected
+    assert trajectory.mask_before_fatal == [1, 1, 0] * n_sound + [0] * 3 * (len(faults) - n_sound)
+
+
 def test_a_line_holds_hashes_of_pictures_and_no_pixels():
     row = make_trajectory().to_dict(step=5, arm="vlm", seed=2)
     text = json.dumps(row)
