@@ -76,6 +76,8 @@ def kill_repeatedly(settings: dict) -> list[int]:
 
 
 if __name__ == "__main__":
+    # a shell that starts tests in the background has their processes ignore Ctrl-C
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     settings = json.loads(sys.argv[1])
     slow_down(settings["pause_s"])
