@@ -311,7 +311,7 @@ def _digest(
 
     content = {
         "version": [SCHEMA_VERSION, package_version()],
-        "tensors": [[repr(value) for value in vars(tensor).values()] for tensor in plan.tensors],
+        "tensors": [repr(tensor) for tensor in plan.tensors],
         "parents": {role: [stamp(f.path) for f in p.files] for role, p in parents.items()},
         "stats": {"/".join(key): stamp(stats.path) for key, stats in statistics.items()},
         "files": [[file.name, [t.name for t in file.tensors]] for file in files],

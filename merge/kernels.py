@@ -223,6 +223,15 @@ def _scores_of(delta, vector, score, out):  # type: ignore[no-untyped-def]
 
 
 @_jit()
+def _score_tile(base, task, vector, score, origin, delta, scores):  # type: ignore[no-untyped-def]
+    """Decodes a tile of one task into `origin` and `delta`, and scores it into `scores`."""
+    _decode(base, origin)
+    _decode(task, delta)
+    _subtract(delta, origin)
+    _scores_of(delta, vector, score, scores)
+
+
+@_jit()
 def _variances_of(deltas, out, mean):  # type: ignore[no-untyped-def]
     """Population variance over tasks, entry by entry; `mean` is scratch."""
     n_tasks = np.float32(len(deltas))
@@ -381,11 +390,12 @@ def _histogram(base, tasks, n_columns, vectors, score, leading, unchanged):  # t
                 m = min(TILE, n_columns - column)
                 first = row + column
                 delta, origin, scores = delta_tile[:m], origin_tile[:m], score_tile[:m]
-                _decode(base[first : first + m], origin)
-                _decode(tasks[k, first : first + m], delta)
-                _subtract(delta, origin)
+                vector = vectors[k, column : column + m]
+                _score_tile(
+                    base[first : first + m], tasks[k, first : first + m], vector, score, origin,
+                    delta, scores,
+                )  # fmt: skip
                 n_zero += _count_zeros(delta)
-                _scores_of(delta, vectors[k, column : column + m], score, scores)
                 bits = scores.view(np.uint32)
                 for i in range(m // 4):
                     one[(bits[4 * i] >> shift) & mask] += count
@@ -418,10 +428,11 @@ def _select(  # type: ignore[no-untyped-def]
                 m = min(TILE, n_columns - column)
                 first = row + column
                 delta, origin, scores = delta_tile[:m], origin_tile[:m], score_tile[:m]
-                _decode(base[first : first + m], origin)
-                _decode(tasks[k, first : first + m], delta)
-                _subtract(delta, origin)
-                _scores_of(delta, vectors[k, column : column + m], score, scores)
+                vector = vectors[k, column : column + m]
+                _score_tile(
+                    base[first : first + m], tasks[k, first : first + m], vector, score, origin,
+                    delta, scores,
+                )  # fmt: skip
                 bits = scores.view(np.uint32)
                 n_above, n_inside = np.uint32(0), np.uint32(0)
                 for i in range(bits.size):
@@ -463,10 +474,11 @@ def _refine(base, tasks, n_columns, vectors, score, bins, trailing):  # type: ig
                 m = min(TILE, n_columns - column)
                 first = row + column
                 delta, origin, scores = delta_tile[:m], origin_tile[:m], score_tile[:m]
-                _decode(base[first : first + m], origin)
-                _decode(tasks[k, first : first + m], delta)
-                _subtract(delta, origin)
-                _scores_of(delta, vectors[k, column : column + m], score, scores)
+                vector = vectors[k, column : column + m]
+                _score_tile(
+                    base[first : first + m], tasks[k, first : first + m], vector, score, origin,
+                    delta, scores,
+                )  # fmt: skip
                 _mark_in_bin(scores, delta, wanted, hits[:m])
                 # few entries lie in the bin, so eight marks are looked at at a time
                 for word in range((m + 7) // 8):

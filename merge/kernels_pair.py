@@ -402,15 +402,17 @@ def _place_of_tie(base, task, vector, weighed, threshold, number):  # type: igno
 
 
 @njit(nogil=True, cache=True)
-def _merge_part(rule, base, one, two, v, w, limits, highest, scales, weights, out, counts, squares):  # type: ignore[no-untyped-def]
+def _merge_part(  # type: ignore[no-untyped-def]
+    rule, base, one, two, v, w, thresholds, limits, scales, weights, out, counts, squares
+):
     if rule == 0:
-        ADD(base, one, two, v, w, limits, highest, scales, weights, out, counts, squares)
+        ADD(base, one, two, v, w, thresholds, limits, scales, weights, out, counts, squares)
     elif rule == 1:
-        TIES_MEAN(base, one, two, v, w, limits, highest, scales, weights, out, counts, squares)
+        TIES_MEAN(base, one, two, v, w, thresholds, limits, scales, weights, out, counts, squares)
     elif rule == 2:
-        OBM_SUM(base, one, two, v, w, limits, highest, scales, weights, out, counts, squares)
+        OBM_SUM(base, one, two, v, w, thresholds, limits, scales, weights, out, counts, squares)
     else:
-        OBM_MEAN(base, one, two, v, w, limits, highest, scales, weights, out, counts, squares)
+        OBM_MEAN(base, one, two, v, w, thresholds, limits, scales, weights, out, counts, squares)
 
 
 @njit(nogil=True, cache=True)

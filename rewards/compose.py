@@ -31,9 +31,8 @@ def score(
         trajectory: a dict or an object with `turns` (each with text, action, fault).
         question: a dict or an object with `answers`.
         weights: a dict or an object with `accuracy`, `format`, `search_penalty` and, optionally,
-            `max_answer_chars` and `infrastructure_fault` ("skip", "score" or "mask", which
-            scores as `score` does); the section
-            `rewards` of the settings fits.
+            `max_answer_chars` and `infrastructure_fault` ("skip", "score", or
+            "mask", which scores as "score" does); the section `rewards` of the settings fits.
         check_format: a dialect's `check_format`; without it the rule all dialects share.
 
     Returns:
