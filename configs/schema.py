@@ -17,6 +17,7 @@ from configs.documentation import describe
 from configs.errors import ConfigError
 from configs.reader import parse_yaml, read_yaml, write_yaml
 from configs.sections import (
+    Algorithm,
     Calibration,
     Compare,
     Config,
@@ -30,6 +31,7 @@ from configs.sections import (
 )
 
 __all__ = [
+    "Algorithm",
     "Calibration",
     "Compare",
     "Config",

@@ -73,6 +73,8 @@ class Models:
     """further text models of the same base that are merged in: name -> checkpoint"""
     init: str | None = None
     """checkpoint that training and evaluation start from: a merged folder, or the plain VLM"""
+    reference: str = "init"
+    """checkpoint that the KL term of `grpo.beta` pulls towards; `init` = the start itself"""
 
 
 class CalibrationData(TypedDict):
@@ -268,6 +270,9 @@ class Environment:
     """seconds after which a tool call counts as failed (infrastructure)"""
     invalid_ends: bool = True
     """a turn without call or answer ends the episode; false = the policy gets a hint and goes on"""
+    long_results: Literal["end", "shorten"] = "end"
+    """a result that does not fit the token budget: the episode ends with stop reason `length`, or
+    its texts are cut until it fits, and say so"""
 
     def episode_settings(self) -> dict[str, Any]:
         """The part that a running episode needs: keyword arguments of SearchEnvironment."""
@@ -281,6 +286,7 @@ class Environment:
             "thumbnails",
             "timeout_s",
             "invalid_ends",
+            "long_results",
         )
         return {name: getattr(self, name) for name in names}
 
@@ -301,6 +307,30 @@ class Rewards:
     """episodes in which a tool failed: `skip` leaves them unscored, `score` treats them as usual,
     `mask` does so too, but after three failures in a row the tokens from the first on carry no loss
     and what lies before is never punished"""
+
+
+@dataclass
+class Algorithm:
+    """Parts that TRL lacks, each a switch on one baseline; docs/algorithms.md has the sources."""
+
+    dynamic_sampling: Annotated[int, NotNegative] = 0
+    """rounds per rollout in which groups without signal are replaced by other questions (DAPO);
+    0 = off. The discarded episodes cost time and count as tokens"""
+    hop_credit: Annotated[float, Between(0, 1)] = 0.0
+    """share w of the hop-anchored advantage (HaPO): A = (1 - w) A_episode + w A_hop"""
+    efficiency_bonus: Annotated[float, NotNegative] = 0.0
+    """added times the rank of a right episode's thrift among the right ones of its group (TRACE)"""
+    overlong_penalty: Annotated[float, NotNegative] = 0.0
+    """weight of DAPO's soft punishment of length; grpo.mask_truncated_completions leaves cut
+    episodes out of the loss instead"""
+    overlong_buffer: Annotated[int, Positive] = 64
+    """tokens before the end of the budget in which that punishment grows from 0 to 1"""
+    anchor: Annotated[float, NotNegative] = 0.0
+    """strength a of the pull a/2 sum_ij h_j (theta - theta_init)^2 on the language linears, h the
+    second moments of the merge, scaled to mean 1; not with zero3 or an adapter"""
+    anchor_stats: list[str] = field(default_factory=list)
+    """statistics of that pull, files or folders of `obm calibrate`; empty = those in the
+    merge.json of models.init"""
 
 
 @dataclass
@@ -353,6 +383,8 @@ class Config:
     """reward parts"""
     grpo: dict[str, Any] = field(default_factory=dict)
     """handed untouched to TRL's GRPOConfig"""
+    algorithm: Algorithm = field(default_factory=Algorithm)
+    """what TRL lacks"""
     deepspeed: str | None = None
     """`zero2`, `zero3`, `none` or the path of a DeepSpeed JSON file"""
     tracking: Tracking = field(default_factory=Tracking)

@@ -14,6 +14,7 @@ Differs from TRL 1.16 in what it would get wrong or slow here:
 
 from __future__ import annotations
 
+import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -23,15 +24,19 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object
 from datasets import Dataset
 from PIL import Image
 from trl import GRPOConfig, GRPOTrainer
 from trl.models import unwrap_model_for_generation
 
+from configs.sections import Algorithm
 from environments.episode import STOP_REASONS
+from environments.tools import CUT_MARK
 from rewards.compose import score
 from rewards.trajectory import get
-from train import scoring
+from train import credit, scoring
+from train.anchor import SaliencyAnchor
 from train.rollout import RolloutEngine, Script
 from train.trajectories import Trajectory
 from train.vision import EncodedImage
@@ -54,6 +59,9 @@ class SearchGRPOTrainer(GRPOTrainer):
         environment: has `start(question) -> Episode` and `dialect`.
         rewards: the section `rewards` of the settings.
         processing_class: processor of the policy.
+        algorithm: the section `algorithm` of the settings.
+        reference: folder of the reference policy of `beta`; None = where `model` was loaded from.
+        anchor: pulls the policy towards where it started.
         callbacks: transformers callbacks.
         tool_workers: threads for tool calls, 0 = in line.
         script: makes the policy say given turns (tests).
@@ -73,32 +81,46 @@ class SearchGRPOTrainer(GRPOTrainer):
         tool_workers: int = 0,
         script: Script | None = None,
         peft_config: Any = None,
+        algorithm: Algorithm | None = None,
+        reference: str | None = None,
+        anchor: SaliencyAnchor | None = None,
     ) -> None:
         self.questions = list(questions)
         self.reward_settings = rewards
+        self.algorithm = algorithm or Algorithm()
+        self.anchor = anchor
         args.reward_weights = list(REWARD_WEIGHTS)
         # TRL recognises a truncated episode by its last token; here the stop reason says it
         self._mask_truncated = args.mask_truncated_completions
         args.mask_truncated_completions = False
+        self._added_parts = [
+            part
+            for part, weight in (
+                ("efficiency", self.algorithm.efficiency_bonus),
+                ("overlong", self.algorithm.overlong_penalty),
+            )
+            if weight
+        ]
         self._masks_fatal = get(rewards, "infrastructure_fault", "skip") == "mask"
         generation = dict(args.generation_kwargs or {})
         n_per_turn = generation.pop("max_new_tokens", args.max_completion_length)
         _refuse_unused_sampling(args, generation)
         args.generation_kwargs = None
-        super().__init__(
-            model=model,
-            reward_funcs=[_read_part(part) for part in REWARD_PARTS],
-            args=args,
-            train_dataset=Dataset.from_dict(
-                {
-                    "prompt": [question["question"] for question in self.questions],
-                    "row": list(range(len(self.questions))),
-                }
-            ),
-            processing_class=processing_class,
-            callbacks=callbacks,
-            peft_config=peft_config,
-        )
+        with _reference_from(model, reference):
+            super().__init__(
+                model=model,
+                reward_funcs=[_read_part(part) for part in REWARD_PARTS],
+                args=args,
+                train_dataset=Dataset.from_dict(
+                    {
+                        "prompt": [question["question"] for question in self.questions],
+                        "row": list(range(len(self.questions))),
+                    }
+                ),
+                processing_class=processing_class,
+                callbacks=callbacks,
+                peft_config=peft_config,
+            )
         self.engine = RolloutEngine(
             self.accelerator.unwrap_model(self.model),
             processing_class,
@@ -118,7 +140,7 @@ class SearchGRPOTrainer(GRPOTrainer):
         """this process' episodes of the latest rollout"""
         self.n_policy_tokens = 0
         """tokens sampled in training so far, all processes"""
-        self._batch_questions: list[dict[str, Any]] = []
+        self._batch_rows: list[int] = []
         self._batch_pictures: list[list[EncodedImage]] = []
         self._batch_policy_mask: torch.Tensor | None = None
         self._batch_entropies = torch.empty(0)
@@ -145,17 +167,11 @@ class SearchGRPOTrainer(GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         """Rolls out, scores and gives TRL the padded batch; pictures ride along."""
-        self._batch_questions = [self.questions[example["row"]] for example in inputs]
+        self._batch_rows = [example["row"] for example in inputs]
         with self._timed("generate"):
             batch = super()._generate_and_score_completions(inputs)
         batch["pictures"] = self._batch_pictures
-        if self._masks_fatal:
-            is_fatal = torch.tensor([t.fatal_turn is not None for t in self.last_trajectories])
-            advantages = batch["advantages"]
-            # what a dead service cut short may be praised, but not blamed
-            batch["advantages"] = torch.where(
-                is_fatal.to(advantages.device), advantages.clamp(min=0), advantages
-            )
+        batch["advantages"] = self._assign_credit(batch["advantages"], batch["completion_ids"])
         missing = batch["completion_ids"].shape[1] - self._batch_entropies.shape[1]
         entropies = torch.nn.functional.pad(self._batch_entropies, (0, missing))
         batch["sampling_entropies"] = entropies.to(batch["completion_ids"].device)
@@ -170,16 +186,9 @@ class SearchGRPOTrainer(GRPOTrainer):
             completions as text, sampling log-probs, fields for the rewards, images, tool images.
             The last two stay empty: the pictures are ours.
         """
-        with self.policy_for_generation(), self._timed("rollout"):
-            trajectories = self.engine.rollout_rows(
-                self._batch_questions, first_row=self.accelerator.process_index * len(prompts)
-            )
-        for stage, seconds in self.engine.timings.items():
-            self._seconds[stage] += seconds
-        with self._timed("reward"):
-            check_format = self.engine.environment.dialect.check_format
-            for trajectory, question in zip(trajectories, self._batch_questions, strict=True):
-                trajectory.rewards = score(trajectory, question, self.reward_settings, check_format)
+        with self.policy_for_generation():
+            trajectories, replaced = self._sample_episodes()
+        prompts[:] = [self.questions[row]["question"] for row in self._batch_rows]
         masks = [
             trajectory.mask_before_fatal if self._masks_fatal else trajectory.completion_mask
             for trajectory in trajectories
@@ -199,7 +208,7 @@ class SearchGRPOTrainer(GRPOTrainer):
         self._batch_policy_mask = _pad_right(masks)
         entropies = [torch.tensor(t.completion_entropies) for t in trajectories]
         self._batch_entropies = torch.nn.utils.rnn.pad_sequence(entropies, batch_first=True)
-        self._log_episodes(trajectories)
+        self._log_episodes(trajectories, replaced)
         return (
             [trajectory.prompt_ids for trajectory in trajectories],
             completion_ids,
@@ -210,6 +219,143 @@ class SearchGRPOTrainer(GRPOTrainer):
             None,
             [],
         )
+
+    def _sample_episodes(self) -> tuple[list[Trajectory], list[Trajectory]]:
+        """One scored episode per row of the batch.
+
+        With `algorithm.dynamic_sampling` groups without signal are replaced by groups of questions
+        that this batch does not hold, round after round. Groups are those of all processes, so
+        every process takes part in every round, with or without a row of its own.
+
+        Returns:
+            The episodes to train on, and those of this process that were replaced.
+        """
+        size, n_local = self.num_generations, len(self._batch_rows)
+        before = self.accelerator.process_index * n_local
+        episodes: dict[int, Trajectory] = {}
+        replaced: list[Trajectory] = []
+        tried: set[int] = set()
+        sampled: list[float] = []
+        places, first, n_rounds, n_replaced = list(range(n_local)), before, 0, 0
+        while True:
+            new = self._roll_out([self._batch_rows[i] for i in places], first)
+            replaced += [episodes[i] for i in places if i in episodes]
+            episodes.update(zip(places, new, strict=True))
+            ordered = [episodes[i] for i in range(n_local)]
+            self._add_bonuses(ordered, new)
+            totals = self._all_rows([_total(t) for t in ordered])
+            sampled += self._all_rows([_total(t) for t in new])
+            dull = credit.groups_without_signal(totals, size)
+            tried.update(self._all_rows(self._batch_rows))
+            spare = [row for row in range(len(self.questions)) if row not in tried]
+            if not dull or not spare or n_rounds == self.algorithm.dynamic_sampling:
+                break
+            key = [self.args.seed, self.engine.n_rollouts]
+            chosen = np.random.default_rng(key).permutation(spare).tolist()
+            question_of = dict(zip(dull, chosen, strict=False))  # fewer, if questions run out
+            places = [i for i in range(n_local) if (before + i) // size in question_of]
+            for i in places:
+                self._batch_rows[i] = question_of[(before + i) // size]
+            first = sum(min(size, max(0, before - group * size)) for group in question_of)
+            n_rounds, n_replaced = n_rounds + 1, n_replaced + len(question_of)
+        if self.algorithm.dynamic_sampling:
+            self._log_sampling(n_replaced, len(dull), len(totals) // size, sampled)
+        return ordered, replaced
+
+    def _roll_out(self, rows: list[int], first_row: int) -> list[Trajectory]:
+        """Scored episodes of these questions; `first_row` is the first one's number of all rows."""
+        questions = [self.questions[row] for row in rows]
+        with self._timed("rollout"):
+            trajectories = self.engine.rollout_rows(questions, first_row=first_row)
+        for stage, seconds in self.engine.timings.items():
+            self._seconds[stage] += seconds
+        with self._timed("reward"):
+            check_format = self.engine.environment.dialect.check_format
+            for trajectory, question in zip(trajectories, questions, strict=True):
+                trajectory.rewards = score(trajectory, question, self.reward_settings, check_format)
+                self._punish_length(trajectory)
+        return trajectories
+
+    def _punish_length(self, episode: Trajectory) -> None:
+        """Adds the part `overlong` to an episode's reward, if there is one."""
+        weight, total = self.algorithm.overlong_penalty, episode.rewards["total"]
+        if weight == 0.0 or total is None:
+            return
+        penalty = weight * credit.overlong_penalty(
+            len(episode.completion_ids),
+            self.engine.max_completion_tokens,
+            self.algorithm.overlong_buffer,
+            is_cut=episode.stop_reason == "length",
+        )
+        episode.rewards |= {"overlong": penalty, "total": total + penalty}
+
+    def _add_bonuses(self, episodes: list[Trajectory], new: list[Trajectory]) -> None:
+        """Adds the part `efficiency` to the rewards of the new episodes among these.
+
+        Args:
+            episodes: one per row of this process' batch.
+            new: those without a bonus yet; whole groups.
+        """
+        if self.algorithm.efficiency_bonus == 0.0:
+            return
+        mine = [
+            (t.rewards["accuracy"] == 1.0, t.count("search") + t.count("image_search"))
+            for t in episodes
+        ]
+        is_right, n_calls = zip(*self._all_rows(mine), strict=True)
+        bonuses = credit.efficiency_bonuses(is_right, n_calls, self.num_generations)
+        start = self.accelerator.process_index * len(episodes)
+        fresh = {id(t) for t in new}
+        for episode, bonus in zip(episodes, bonuses[start:].tolist(), strict=False):
+            total = episode.rewards["total"]
+            if id(episode) in fresh and total is not None:
+                bonus *= self.algorithm.efficiency_bonus
+                episode.rewards |= {"efficiency": bonus, "total": total + bonus}
+
+    def _all_rows(self, values: list[Any]) -> list[Any]:
+        """The values of all processes, in the order of their rows."""
+        return gather_object(values) if self.accelerator.num_processes > 1 else list(values)
+
+    def _assign_credit(
+        self, advantages: torch.Tensor, completion_ids: torch.Tensor
+    ) -> torch.Tensor:
+        """TRL's advantages [B], or [B, C] with hop credit; never negative after a dead service."""
+        episodes = self.last_trajectories
+        if self.algorithm.hop_credit > 0.0:
+            advantages = self._with_hop_credit(advantages, completion_ids.shape[1])
+        if self._masks_fatal:
+            is_fatal = torch.tensor([t.fatal_turn is not None for t in episodes])
+            is_fatal = is_fatal.to(advantages.device).view(-1, *[1] * (advantages.dim() - 1))
+            # what a dead service cut short may be praised, but not blamed
+            advantages = torch.where(is_fatal, advantages.clamp(min=0), advantages)
+        return advantages
+
+    def _with_hop_credit(self, advantages: torch.Tensor, width: int) -> torch.Tensor:
+        """(1 - w) A_episode + w A_hop for every token, float [B, C]."""
+        episodes, share = self.last_trajectories, self.algorithm.hop_credit
+        mine = [
+            (_total(t), _first_hits(t, self.questions[row]), len(t.turns))
+            for t, row in zip(episodes, self._batch_rows, strict=True)
+        ]
+        rewards, retrieved, n_turns = zip(*self._all_rows(mine), strict=True)
+        hops = credit.hop_advantages(
+            rewards,
+            retrieved,
+            n_turns,
+            self.num_generations,
+            normalize=self.args.scale_rewards not in ("none", False),
+        )
+        start = self.accelerator.process_index * len(episodes)
+        per_token = advantages[:, None].repeat(1, width)
+        for row, (episode, per_turn) in enumerate(zip(episodes, hops[start:], strict=False)):
+            begin = 0
+            for turn, hop in zip(episode.turns, per_turn.tolist(), strict=True):
+                end = begin + len(turn.token_ids) + len(turn.observation_ids)
+                if not math.isnan(hop):
+                    per_token[row, begin:end] *= 1.0 - share
+                    per_token[row, begin:end] += share * hop
+                begin = end
+        return per_token
 
     @contextmanager
     def policy_for_generation(self) -> Iterator[Any]:
@@ -225,12 +371,23 @@ class SearchGRPOTrainer(GRPOTrainer):
         ) as model:
             yield model
 
-    def _log_episodes(self, trajectories: list[Trajectory]) -> None:
+    def _log_sampling(
+        self, n_replaced: int, n_dull: int, n_groups: int, totals: list[float]
+    ) -> None:
+        """What dynamic sampling did; the metric `reward` is that of the groups that were kept."""
+        metrics = self._metrics["train"]
+        metrics["dynamic_sampling/replaced"].append(n_replaced / n_groups)
+        metrics["dynamic_sampling/without_signal"].append(n_dull / n_groups)
+        scored = [total for total in totals if not math.isnan(total)]
+        metrics["dynamic_sampling/reward_of_all"].append(sum(scored) / max(1, len(scored)))
+
+    def _log_episodes(self, trajectories: list[Trajectory], replaced: list[Trajectory]) -> None:
         """Metrics of the rollout over all processes, under TRL's names where it has them."""
         lengths = [t.n_policy_tokens for t in trajectories]
+        sampled = [*trajectories, *replaced]
         totals = {
-            "tokens": sum(lengths),
-            "prompt_tokens": sum(len(t.prompt_ids) for t in trajectories),
+            "tokens": sum(t.n_policy_tokens for t in sampled),
+            "prompt_tokens": sum(len(t.prompt_ids) for t in sampled),
             "search/rate_image": sum(t.count("image_search") > 0 for t in trajectories),
             "search/rate_text": sum(t.count("search") > 0 for t in trajectories),
             "search/calls_per_episode": sum(
@@ -238,6 +395,14 @@ class SearchGRPOTrainer(GRPOTrainer):
             ),
             "search/failure_rate": sum(any(u.is_error for u in t.turns) for t in trajectories),
             "search/fatal_rate": sum(t.fatal_turn is not None for t in trajectories),
+            "search/unread_rate": sum(t.has_unread_result for t in trajectories),
+            "search/shortened_rate": sum(
+                any(CUT_MARK in (u.observation or "") for u in t.turns) for t in trajectories
+            ),
+            **{
+                f"rewards/{part}/mean": sum(t.rewards.get(part) or 0.0 for t in trajectories)
+                for part in self._added_parts
+            },
             "turns_per_episode": sum(len(t.turns) for t in trajectories),
             "completions/mean_length": sum(lengths),
             "completions/clipped_ratio": sum(t.stop_reason == "length" for t in trajectories),
@@ -270,6 +435,8 @@ class SearchGRPOTrainer(GRPOTrainer):
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
         """TRL's step, timed: what is not generation is forward and backward."""
+        if self.anchor is not None:
+            self.anchor.accumulation_steps = self.current_gradient_accumulation_steps
         start, generated = time.perf_counter(), self._seconds["generate"]
         loss = super().training_step(model, inputs, num_items_in_batch)
         generation = self._seconds["generate"] - generated
@@ -348,7 +515,7 @@ class SearchGRPOTrainer(GRPOTrainer):
         pulls_anyway = self.beta != 0.0 or self._entropy_bonus_enabled or self.aux_loss_enabled
         if pulls_anyway or self.top_entropy_quantile < 1.0:
             return everything
-        has_gradient = (inputs["advantages"] != 0).cpu()
+        has_gradient = (inputs["advantages"] != 0).view(len(everything), -1).any(dim=1).cpu()
         if not has_gradient.any():
             return inputs["completion_mask"].sum(dim=1).argmin().cpu().reshape(1)
         return everything[has_gradient]
@@ -377,6 +544,8 @@ class SearchGRPOTrainer(GRPOTrainer):
         if "loss" in logs and n_steps > 0:
             for stage, seconds in self._seconds.items():
                 logs[f"time/{stage}_s"] = round(seconds / n_steps, 4)
+            if self.anchor is not None:
+                logs["anchor/loss"] = self.anchor.loss()
             self._seconds.clear()
             self._last_logged_step = self.state.global_step
         super().log(logs, start_time)
@@ -454,6 +623,34 @@ def _read_part(part: str) -> Callable[..., list[float | None]]:
 
     reward.__name__ = part
     return reward
+
+
+def _total(episode: Trajectory) -> float:
+    """The episode's reward; NaN if it cannot be scored."""
+    total = episode.rewards["total"]
+    return math.nan if total is None else total
+
+
+def _first_hits(episode: Trajectory, question: dict[str, Any]) -> dict[str, int]:
+    """Gold documents that the episode retrieved and could read -> turn that brought each first."""
+    gold = {*question.get("gold_passages", ()), question.get("entity")}
+    found: dict[str, int] = {}
+    for number, turn in enumerate(episode.turns):
+        for document in turn.hits if turn.observation_ids else ():
+            if document in gold:
+                found.setdefault(document, number)
+    return found
+
+
+@contextmanager
+def _reference_from(model: Any, folder: str | None) -> Iterator[None]:
+    """Makes TRL load the reference policy of `beta` from this folder instead of the start."""
+    own = model.config._name_or_path
+    model.config._name_or_path = folder or own
+    try:
+        yield
+    finally:
+        model.config._name_or_path = own
 
 
 def _pad_right(masks: list[list[int]]) -> torch.Tensor:

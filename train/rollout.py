@@ -33,6 +33,9 @@ from train.cache import SLOT_ATTENTION
 from train.trajectories import Trajectory, Turn
 from train.vision import EncodedImage, ImageStore, suppressed_token_ids
 
+WORDS_PER_HIT = (20, 10, 5, 2, 0)
+"""Lengths tried in turn when a result has to be shortened to fit the token budget."""
+
 Script = Callable[[dict[str, Any], int], str | None]
 """(question, turn number) -> text that the policy is made to say, or None to let it sample."""
 
@@ -405,9 +408,15 @@ class _Wave:
             trajectory.answer = row.episode.answer
             return False
         turn.observation, turn.images = step.observation, list(step.images)
-        ids, pictures = self.engine.prepare_observation(step.observation, step.images)
-        if turn.token_ids[-1] in self.engine._end_ids and ids[:1] == turn.token_ids[-1:]:
-            ids = ids[1:]  # the policy closed its turn itself
+        ids, pictures = self._observation(turn, step)
+        if len(ids) >= room and row.episode.long_results == "shorten":
+            # what is left is shared with the turn that is to read it
+            fair_share = room - min(room // 2, self.engine.max_new_tokens_per_turn)
+            for n_words in WORDS_PER_HIT:
+                step.observation = turn.observation = row.episode.shortened(n_words)
+                ids, pictures = self._observation(turn, step)
+                if len(ids) < fair_share:
+                    break
         if len(ids) >= room:
             row.episode.stop("length")
             trajectory.stop_reason = "length"
@@ -416,6 +425,13 @@ class _Wave:
         row.pictures = pictures
         row.history = (row.history, *turn.token_ids, None, *ids, *(p.key for p in pictures))
         return True
+
+    def _observation(self, turn: Turn, step: Any) -> tuple[list[int], list[EncodedImage]]:
+        """Tokens and pictures to append after a turn."""
+        ids, pictures = self.engine.prepare_observation(step.observation, step.images)
+        if turn.token_ids[-1] in self.engine._end_ids and ids[:1] == turn.token_ids[-1:]:
+            ids = ids[1:]  # the policy closed its turn itself
+        return ids, pictures
 
     # ---------------------------------------------------------------- between tokens
 

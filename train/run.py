@@ -23,7 +23,7 @@ from typing import Any
 
 from configs.errors import ConfigError
 from configs.schema import Config, dump_config, load_config, resolve_model, shipped_config
-from train.settings import build_grpo_config, describe_step
+from train.settings import build_grpo_config, describe_step, zero_stage
 
 logger = logging.getLogger(__name__)
 
@@ -110,6 +110,7 @@ def run_training(config: Config, resume: bool = False, overwrite: bool = False) 
     if checkpoint is not None:
         logger.info("resuming at step %d of %s", resume_step, folder)
     model, processor = load_policy(init)
+    reference = config.models.reference
     trainer = SearchGRPOTrainer(
         model,
         args=args,
@@ -117,6 +118,9 @@ def run_training(config: Config, resume: bool = False, overwrite: bool = False) 
         environment=load_environment(config),
         rewards=config.rewards,
         processing_class=processor,
+        algorithm=config.algorithm,
+        reference=None if reference == "init" else resolve_model(reference),
+        anchor=make_anchor(config, init, model),
     )
     _keep_only_ours(trainer)
     trainer.add_callback(RunCallback(trainer, recorder))
@@ -159,6 +163,25 @@ def check_start(init: str) -> None:
         raise ConfigError(
             f"models.init: {error}; `obm merge verify {init}` checks every byte"
         ) from error
+
+
+def make_anchor(config: Config, init: str, model: Any) -> Any:
+    """The pull towards the start that `algorithm.anchor` asks for, or None.
+
+    Raises:
+        ConfigError: no statistics, statistics of another model, or parameters in parts (ZeRO-3).
+    """
+    if config.algorithm.anchor == 0.0:
+        return None
+    from train.anchor import SaliencyAnchor, anchor_statistics
+
+    if zero_stage(config) == 3:
+        raise ConfigError(
+            "algorithm.anchor: needs whole parameters, which ZeRO-3 does not keep; "
+            "use deepspeed: zero2, or set algorithm.anchor to 0"
+        )
+    folders = config.algorithm.anchor_stats
+    return SaliencyAnchor(model, anchor_statistics(init, folders), config.algorithm.anchor)
 
 
 def prepare_folder(folder: Path, config: Config, init: str, resume: bool, overwrite: bool) -> None:

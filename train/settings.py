@@ -7,6 +7,7 @@ at import, so a dry run is quick.
 from __future__ import annotations
 
 import difflib
+import json
 import os
 from dataclasses import fields
 from pathlib import Path
@@ -103,6 +104,15 @@ def deepspeed_json(config: Config) -> str | None:
             f"deepspeed: no file '{name}'; write zero2, zero3, none, or the path of a JSON file"
         )
     return name
+
+
+def zero_stage(config: Config) -> int:
+    """Stage of ZeRO that the DeepSpeed settings ask for; 0 without DeepSpeed."""
+    path = deepspeed_json(config)
+    if path is None:
+        return 0
+    settings = json.loads(Path(path).read_text(encoding="utf-8"))
+    return int(settings.get("zero_optimization", {}).get("stage", 0))
 
 
 def describe_step(config: Config, n_processes: int) -> list[tuple[str, str]]:

@@ -7,66 +7,14 @@ import math
 import pytest
 import torch
 from peft import LoraConfig
-from transformers import TrainerCallback
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOTrainer
 from trl.trainer.utils import shuffle_sequence_dict, split_tensor_dict
 
 from environments.episode import SearchEnvironment
 from train import scoring, trim
-from train.grpo import SearchGRPOTrainer
 
 REWARDS = {"accuracy": 1.0, "format": 0.1, "search_penalty": 0.1}
 TOLERANCE = 1e-4
-
-
-class Log(TrainerCallback):
-    def __init__(self):
-        self.lines = []
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if "loss" in logs:
-            self.lines.append(dict(logs))
-
-
-@pytest.fixture
-def make_trainer(fresh_policy, environment, questions, tmp_path, request):
-    def make(script=None, peft_config=None, environment=environment, rewards=REWARDS, **settings):
-        model, processor = fresh_policy
-        options = {
-            "output_dir": str(tmp_path / "checkpoints"),
-            "use_cpu": True,
-            "bf16": False,
-            "activation_checkpointing": False,
-            "report_to": "none",
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "disable_tqdm": True,
-            "per_device_train_batch_size": 16,
-            "num_generations": 4,
-            "max_completion_length": 300,
-            "generation_kwargs": {"max_new_tokens": 40},
-            "max_steps": 1,
-            "learning_rate": 1e-3,
-            "lr_scheduler_type": "constant",
-            **settings,
-        }
-        log = Log()
-        trainer = SearchGRPOTrainer(
-            model,
-            args=GRPOConfig(**options),
-            questions=questions,
-            environment=environment,
-            rewards=rewards,
-            processing_class=processor,
-            callbacks=[log],
-            script=script,
-            peft_config=peft_config,
-        )
-        trainer.current_gradient_accumulation_steps = 1
-        trainer.metric_lines = log.lines
-        return trainer
-
-    return make
 
 
 def right_half_the_time(question, turn):
