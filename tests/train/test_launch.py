@@ -20,7 +20,7 @@ SETTINGS = """
 output: {output}
 seed: 1
 models: {{init: {init}}}
-environment: {{train_size: 16, eval_size: 5, kinds: [two, text], eval_kinds: [two, text]}}
+environment: {{train_size: 32, eval_size: 5, kinds: [two, text], eval_kinds: [two, text]}}
 grpo:
   per_device_train_batch_size: {rows}
   num_generations: 4
@@ -31,6 +31,7 @@ grpo:
   save_total_limit: null
   entropy_coef: 0.05
   learning_rate: 1.0e-3
+algorithm: {{dynamic_sampling: 1, hop_credit: 0.5, efficiency_bonus: 0.1, overlong_penalty: 0.1}}
 compare: {{eval_every: 1}}
 tracking: {{wandb: disabled}}
 """
@@ -88,6 +89,7 @@ def test_two_processes_train_as_one_would(zero2_run, tiny_checkpoints, tmp_path)
     alone = run_training(load_config(path))
     one, two = lines_of(alone), lines_of(folder)
     assert [(r["step"], r["phase"]) for r in one] == [(r["step"], r["phase"]) for r in two]
+    assert any(line.get("dynamic_sampling/replaced", 0) > 0 for line in two)
     for single, double in zip(one, two, strict=True):
         assert single["tokens"] == double["tokens"]
         if single["phase"] == "train":
