@@ -334,6 +334,34 @@ class Algorithm:
 
 
 @dataclass
+class Rollout:
+    """Who draws the tokens of an episode: this process, or a vLLM server (docs/vllm.md)."""
+
+    backend: Literal["in_process", "vllm"] = "in_process"
+    """`in_process` = the policy in the trainer's memory; `vllm` = a server that gets the policy's
+    weights before the first rollout after each optimizer step"""
+    url: str = "http://127.0.0.1:8000"
+    """vllm: the server, `http://host:port`; one training run at a time may use it"""
+    timeout_s: Annotated[float, Between(0, above=True)] = 300.0
+    """vllm: seconds after which a request counts as failed; also for loading weights"""
+    retries: Annotated[int, NotNegative] = 3
+    """vllm: further attempts after a failed request"""
+    sync_dir: str | None = None
+    """vllm: folder where weights are handed over, which the server sees under the same path; null =
+    shared memory, for a server on the same machine"""
+    sleep: bool = False
+    """vllm: the server gives its GPU memory back between rollouts, so that it can share a GPU with
+    the trainer; start it with --enable-sleep-mode"""
+    importance_correction: Literal[
+        "none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"
+    ] = "token_truncate"
+    """vllm: weight on the loss for what the server computes otherwise than the trainer, the ratio
+    of the two probabilities of a token or of an episode: cut at the cap, or 0 above it (TRL)"""
+    importance_cap: Annotated[float, Between(0, above=True)] = 2.0
+    """vllm: cap of that weight"""
+
+
+@dataclass
 class Tracking:
     """Where numbers go, besides metrics.jsonl and trajectories.jsonl."""
 
@@ -381,6 +409,8 @@ class Config:
     """world and questions"""
     rewards: Rewards = field(default_factory=Rewards)
     """reward parts"""
+    rollout: Rollout = field(default_factory=Rollout)
+    """back end of the rollout"""
     grpo: dict[str, Any] = field(default_factory=dict)
     """handed untouched to TRL's GRPOConfig"""
     algorithm: Algorithm = field(default_factory=Algorithm)

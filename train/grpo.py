@@ -37,9 +37,10 @@ from rewards.compose import score
 from rewards.trajectory import get
 from train import credit, scoring
 from train.anchor import SaliencyAnchor
-from train.rollout import RolloutEngine, Script
+from train.episodes import Script
 from train.trajectories import Trajectory
 from train.vision import EncodedImage
+from train.worlds import engine_class
 
 REWARD_PARTS = ("total", "accuracy", "format", "search_penalty")
 REWARD_WEIGHTS = [1.0, 0.0, 0.0, 0.0]
@@ -66,6 +67,7 @@ class SearchGRPOTrainer(GRPOTrainer):
         tool_workers: threads for tool calls, 0 = in line.
         script: makes the policy say given turns (tests).
         peft_config: adapter to train instead of the whole model.
+        rollout: the section `rollout` of the settings; None = in process.
     """
 
     def __init__(
@@ -81,6 +83,7 @@ class SearchGRPOTrainer(GRPOTrainer):
         tool_workers: int = 0,
         script: Script | None = None,
         peft_config: Any = None,
+        rollout: Any = None,
         algorithm: Algorithm | None = None,
         reference: str | None = None,
         anchor: SaliencyAnchor | None = None,
@@ -121,7 +124,9 @@ class SearchGRPOTrainer(GRPOTrainer):
                 callbacks=callbacks,
                 peft_config=peft_config,
             )
-        self.engine = RolloutEngine(
+        self._correct_importance(rollout)
+        self._engine_sleeps = rollout is not None and rollout.sleep
+        self.engine = engine_class(rollout)(
             self.accelerator.unwrap_model(self.model),
             processing_class,
             environment,
@@ -147,6 +152,21 @@ class SearchGRPOTrainer(GRPOTrainer):
         self._loss_inputs: dict[str, Any] | None = None
         self._seconds: dict[str, float] = defaultdict(float)
         self._last_logged_step = 0
+
+    def _correct_importance(self, rollout: Any) -> None:
+        """Switches on TRL's correction for log-probs that another program computed.
+
+        From here on `use_vllm` decides on nothing else: TRL generates in `_generate`, which is
+        ours. Old log-probs come from our scoring, the ratio and its metrics from TRL.
+        """
+        if rollout is None or rollout.backend == "in_process":
+            return
+        self.use_vllm = self.vllm_importance_sampling_correction = (
+            rollout.importance_correction != "none"
+        )
+        self.vllm_importance_sampling_mode = rollout.importance_correction
+        self.vllm_importance_sampling_clip_max = rollout.importance_cap
+        self.vllm_importance_sampling_clip_min = None
 
     def _install_scoring(self) -> None:
         images = self.engine.images
@@ -362,14 +382,42 @@ class SearchGRPOTrainer(GRPOTrainer):
         """The bare policy with whole parameters.
 
         Under ZeRO-3 they are gathered once for the whole block, so processes may take different
-        numbers of turns inside it.
+        numbers of turns inside it. A policy on a server is brought up to date instead.
         """
+        if self.engine.is_remote:
+            with self._server_awake():
+                yield self.accelerator.unwrap_model(self.model)
+            return
         with unwrap_model_for_generation(
             self.model_wrapped,
             self.accelerator,
             gather_deepspeed3_params=self.args.ds3_gather_for_generation,
         ) as model:
             yield model
+
+    @contextmanager
+    def _server_awake(self) -> Iterator[None]:
+        """The server with the weights of this step; the first process speaks for all."""
+        is_main = self.accelerator.is_main_process
+        if self._engine_sleeps:
+            if is_main:
+                self.engine.wake()
+            self.accelerator.wait_for_everyone()
+        step = self.state.global_step
+        if self.engine.policy_version != step:
+            with (
+                self._timed("sync"),
+                unwrap_model_for_generation(self.model_wrapped, self.accelerator) as model,
+            ):
+                if is_main:
+                    self.engine.send_policy(model, step)
+                self.accelerator.wait_for_everyone()
+                self.engine.confirm_policy(step)
+        yield
+        if self._engine_sleeps:
+            self.accelerator.wait_for_everyone()
+            if is_main:
+                self.engine.sleep()
 
     def _log_sampling(
         self, n_replaced: int, n_dull: int, n_groups: int, totals: list[float]
@@ -484,7 +532,8 @@ class SearchGRPOTrainer(GRPOTrainer):
             policy_mask = inputs["completion_mask"] * inputs["tool_mask"]
             pictures, chosen = inputs["pictures"], self._rows_to_score(inputs)
             # rows without a gradient keep the values they were sampled with
-            logps = inputs["sampling_per_token_logps"] * policy_mask
+            logps = inputs.get("old_per_token_logps", inputs["sampling_per_token_logps"])
+            logps = logps * policy_mask
             entropies = inputs["sampling_entropies"] * policy_mask
         logps, entropies = logps.to(input_ids.device), entropies.to(input_ids.device)
         for part in chosen.split(batch_size or len(chosen)):

@@ -29,7 +29,9 @@ logger = logging.getLogger(__name__)
 
 PACKAGES = ("torch", "transformers", "trl", "deepspeed", "accelerate", "peft", "wandb")
 
-MAY_CHANGE = ("output", "tracking.", "compare.", "deepspeed", "grpo.max_steps", "grpo.save_")
+MAY_CHANGE = ("output", "tracking.", "compare.", "deepspeed", "grpo.max_steps", "grpo.save_",
+              "rollout.url", "rollout.timeout_s", "rollout.retries", "rollout.sync_dir",
+              "rollout.sleep")  # fmt: skip
 """Settings that may differ between a run and its continuation."""
 
 
@@ -88,6 +90,10 @@ def run_training(config: Config, resume: bool = False, overwrite: bool = False) 
         raise ConfigError("models.init: missing; name a merged folder, a VLM folder or a hub id")
     init = resolve_model(config.models.init)
     describe_step(config, world)
+    if config.rollout.backend == "vllm":
+        from train.worlds import connect
+
+        connect(config.rollout).check()  # before anything slow
     if rank == 0:
         check_start(init)
         prepare_folder(folder, config, init, resume, overwrite)
@@ -118,6 +124,7 @@ def run_training(config: Config, resume: bool = False, overwrite: bool = False) 
         environment=load_environment(config),
         rewards=config.rewards,
         processing_class=processor,
+        rollout=config.rollout,
         algorithm=config.algorithm,
         reference=None if reference == "init" else resolve_model(reference),
         anchor=make_anchor(config, init, model),

@@ -53,7 +53,7 @@ RESERVED = {
     "deepspeed": "set the top-level `deepspeed`",
     "run_name": "set `tracking.arm`",
     "reward_weights": "set the section `rewards`",
-    "use_vllm": "remove it; episodes are rolled out in process",
+    "use_vllm": "set `rollout.backend: vllm`; docs/vllm.md says how to serve",
     "eval_strategy": "set `compare.eval_every`",
     "eval_steps": "set `compare.eval_every`",
 }
@@ -83,7 +83,28 @@ def resolved_grpo(config: Config) -> dict[str, Any]:
             "grpo.epsilon_high: missing; loss_type cispo clips at epsilon_high alone and TRL would "
             "take 0.2, which stops learning; set it, 5.0 for instance"
         )
+    if config.rollout.backend == "vllm":
+        _check_for_server(config, settings)
     return settings
+
+
+def _check_for_server(config: Config, settings: dict[str, Any]) -> None:
+    """Settings that do not go with a vLLM server.
+
+    Raises:
+        ConfigError: a nucleus, or a correction that the loss cannot take.
+    """
+    if settings.get("top_p", 1.0) < 1.0:
+        raise ConfigError(
+            "grpo.top_p: a vLLM server reports the log-probs of the nucleus, not the policy's; "
+            "set it to 1.0, or rollout.backend to in_process"
+        )
+    correction = config.rollout.importance_correction
+    if settings["loss_type"] == "vespo" and correction.startswith("sequence"):
+        raise ConfigError(
+            "rollout.importance_correction: loss_type vespo weighs sequences itself; "
+            "use token_truncate, token_mask or none"
+        )
 
 
 def deepspeed_json(config: Config) -> str | None:
@@ -137,6 +158,8 @@ def describe_step(config: Config, n_processes: int) -> list[tuple[str, str]]:
         ("completions per step", f"{per_step} ({n_processes} processes x {per_device} x "
          f"{grpo['gradient_accumulation_steps']})"),
         ("questions per rollout", f"{completions // group} x {group} completions"),
+        ("rollout", config.rollout.backend if config.rollout.backend == "in_process" else
+         f"vLLM at {config.rollout.url}, correction {config.rollout.importance_correction}"),
         ("tokens per episode", f"at most {grpo['max_completion_length']}, observations included"),
         ("evaluations", f"every {config.compare.eval_every} steps, "
          f"{config.environment.eval_size} questions of {config.environment.eval_split}"),
