@@ -354,7 +354,8 @@ class Config:
     grpo: dict[str, Any] = field(default_factory=dict)
     """handed untouched to TRL's GRPOConfig"""
     deepspeed: str | None = None
-    """`zero2`, `zero3`, `none` or the path of a DeepSpeed JSON file"""
+    """`zero1`, `zero2`, `zero3`, `zero2_offload`, `zero3_offload`, `none` or the path of a JSON file;
+    docs/distributed.md says which fits"""
     tracking: Tracking = field(default_factory=Tracking)
     """W&B and logs"""
     compare: Compare = field(default_factory=Compare)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from configs.errors import ConfigError
+from train.deepspeed_json import deepspeed_path, require_compiler
 
 if TYPE_CHECKING:
     from trl import GRPOConfig
@@ -57,8 +58,6 @@ RESERVED = {
     "eval_steps": "set `compare.eval_every`",
 }
 
-SHIPPED_DEEPSPEED = ("zero2", "zero3")
-
 
 def resolved_grpo(config: Config) -> dict[str, Any]:
     """The `grpo:` section over the defaults.
@@ -83,26 +82,6 @@ def resolved_grpo(config: Config) -> dict[str, Any]:
             "take 0.2, which stops learning; set it, 5.0 for instance"
         )
     return settings
-
-
-def deepspeed_json(config: Config) -> str | None:
-    """Path of the DeepSpeed settings, or None for plain torch.
-
-    Raises:
-        ConfigError: neither a shipped name nor a file.
-    """
-    name = config.deepspeed
-    if name is None or name == "none":
-        return None
-    if name in SHIPPED_DEEPSPEED:
-        return str(
-            Path(__file__).resolve().parent.parent / "configs" / "deepspeed" / f"{name}.json"
-        )
-    if not Path(name).is_file():
-        raise ConfigError(
-            f"deepspeed: no file '{name}'; write zero2, zero3, none, or the path of a JSON file"
-        )
-    return name
 
 
 def describe_step(config: Config, n_processes: int) -> list[tuple[str, str]]:
@@ -158,8 +137,9 @@ def build_grpo_config(config: Config, checkpoints: Path) -> GRPOConfig:
         "bf16": has_gpu and torch.cuda.is_bf16_supported(),
         **resolved_grpo(config),
     }
-    path = deepspeed_json(config)
+    path = deepspeed_path(config.deepspeed)
     if path is not None:
+        require_compiler(path)
         prepare_deepspeed(has_gpu)
         settings["deepspeed"] = path
     try:
