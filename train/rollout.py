@@ -32,6 +32,7 @@ from train.batch import TokenBatch
 from train.cache import SLOT_ATTENTION
 from train.trajectories import Trajectory, Turn
 from train.vision import EncodedImage, ImageStore, suppressed_token_ids
+from train.watchdog import progress
 
 Script = Callable[[dict[str, Any], int], str | None]
 """(question, turn number) -> text that the policy is made to say, or None to let it sample."""
@@ -231,9 +232,11 @@ class RolloutEngine:
     def timed(self, stage: str) -> Iterator[None]:
         """Adds the block's seconds to `timings[stage]`."""
         start = time.perf_counter()
+        progress.enter(stage)
         try:
             yield
         finally:
+            progress.leave()
             self.timings[stage] += time.perf_counter() - start
 
     # ---------------------------------------------------------------- helpers

@@ -135,6 +135,7 @@ def build_grpo_config(config: Config, checkpoints: Path) -> GRPOConfig:
     settings = {
         "use_cpu": not has_gpu,
         "bf16": has_gpu and torch.cuda.is_bf16_supported(),
+        "ddp_timeout": collective_timeout_s(config.hang_timeout_s),
         **resolved_grpo(config),
     }
     path = deepspeed_path(config.deepspeed)
@@ -146,6 +147,16 @@ def build_grpo_config(config: Config, checkpoints: Path) -> GRPOConfig:
         return GRPOConfig(output_dir=str(checkpoints), seed=config.seed, **settings)
     except ValueError as error:
         raise ConfigError(f"grpo: {error}") from error
+
+
+def collective_timeout_s(hang_timeout_s: float | None) -> int:
+    """Seconds after which torch.distributed itself gives up on a collective.
+
+    Later than the watchdog, which says who was where; a process may wait so long for one that
+    still makes progress.
+    """
+    week = 7 * 24 * 3600
+    return week if hang_timeout_s is None else int(2 * hang_timeout_s) + 60
 
 
 def prepare_deepspeed(has_gpu: bool) -> None:

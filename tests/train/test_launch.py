@@ -12,6 +12,7 @@ import pytest
 
 from configs.schema import load_config
 from train.run import run_training
+from train.watchdog import HANG_EXIT_CODE, read_heartbeats
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "launch" / "train.sh"
@@ -142,6 +143,32 @@ def test_processes_with_unlike_episodes_do_not_wait_for_each_other(tiny_checkpoi
     assert result.returncode == 0, result.stderr[-3000:]
     for rank in (0, 1):
         assert f"process {rank} trained 2 steps" in result.stdout
+
+
+@pytest.mark.timeout(300)
+def test_a_hang_ends_the_run_and_names_process_and_stage(tiny_checkpoints, tmp_path):
+    program = Path(__file__).with_name("broken_process.py")
+    path = write_config(tmp_path, tiny_checkpoints["vlm"], rows=8)
+    result = deepspeed(
+        "sleep", "--config", str(path), "deepspeed=zero3", "hang_timeout_s=15", script=program
+    )
+    assert result.returncode == HANG_EXIT_CODE, result.stderr[-3000:]
+    [error] = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert "no progress for 15 s: rank 1 has been in 'reward' for" in error
+    assert "rank 0 waits in 'sync' for" in error
+    assert "(step 0)" in error
+    stacks = (tmp_path / "run" / "heartbeat" / "rank_1.stacks").read_text()
+    assert "in break_down" in stacks
+
+
+@pytest.mark.timeout(300)
+def test_a_process_that_dies_takes_the_others_along(tiny_checkpoints, tmp_path):
+    program = Path(__file__).with_name("broken_process.py")
+    path = write_config(tmp_path, tiny_checkpoints["vlm"], rows=8)
+    result = deepspeed("die", "--config", str(path), "deepspeed=zero2", script=program)
+    assert result.returncode not in (0, HANG_EXIT_CODE)
+    for beat in read_heartbeats(tmp_path / "run" / "heartbeat"):
+        assert not Path(f"/proc/{beat.pid}").exists()
 
 
 def test_the_shell_starts_the_same_program(tiny_checkpoints, tmp_path):
