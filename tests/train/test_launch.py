@@ -150,11 +150,11 @@ def test_a_hang_ends_the_run_and_names_process_and_stage(tiny_checkpoints, tmp_p
     program = Path(__file__).with_name("broken_process.py")
     path = write_config(tmp_path, tiny_checkpoints["vlm"], rows=8)
     result = deepspeed(
-        "sleep", "--config", str(path), "deepspeed=zero3", "hang_timeout_s=15", script=program
+        "sleep", "--config", str(path), "deepspeed=zero3", "hang_timeout_s=60", script=program
     )
     assert result.returncode == HANG_EXIT_CODE, result.stderr[-3000:]
     [error] = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert "no progress for 15 s: rank 1 has been in 'reward' for" in error
+    assert "no progress for 3 s: rank 1 has been in 'reward' for" in error
     assert "rank 0 waits in 'sync' for" in error
     assert "(step 0)" in error
     stacks = (tmp_path / "run" / "heartbeat" / "rank_1.stacks").read_text()
