@@ -416,7 +416,11 @@ class Config:
     algorithm: Algorithm = field(default_factory=Algorithm)
     """what TRL lacks"""
     deepspeed: str | None = None
-    """`zero2`, `zero3`, `none` or the path of a DeepSpeed JSON file"""
+    """`zero1`, `zero2`, `zero3`, `zero2_offload`, `zero3_offload`, `none` or the path of a JSON
+    file; docs/distributed.md says which fits"""
+    hang_timeout_s: Annotated[float, Between(0, above=True)] | None = 1800.0
+    """seconds without progress in any process after which the run ends and says who was where;
+    null = wait for ever"""
     tracking: Tracking = field(default_factory=Tracking)
     """W&B and logs"""
     compare: Compare = field(default_factory=Compare)

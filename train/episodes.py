@@ -17,6 +17,7 @@ from typing import Any, Protocol
 from environments.dialects import IMAGE_MARK, action_dict
 from train.trajectories import Trajectory, Turn
 from train.vision import EncodedImage, ImageStore, suppressed_token_ids
+from train.watchdog import progress
 
 WORDS_PER_HIT = (20, 10, 5, 2, 0)
 """Lengths tried in turn when a result has to be shortened to fit the token budget."""
@@ -246,9 +247,11 @@ class EpisodeEngine:
     def timed(self, stage: str) -> Iterator[None]:
         """Adds the block's seconds to `timings[stage]`."""
         start = time.perf_counter()
+        progress.enter(stage)
         try:
             yield
         finally:
+            progress.leave()
             self.timings[stage] += time.perf_counter() - start
 
     # ---------------------------------------------------------------- a rollout

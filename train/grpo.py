@@ -18,7 +18,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
 from PIL import Image
+from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 from trl.models import unwrap_model_for_generation
 
@@ -40,6 +41,7 @@ from train.anchor import SaliencyAnchor
 from train.episodes import Script
 from train.trajectories import Trajectory
 from train.vision import EncodedImage
+from train.watchdog import progress
 from train.worlds import engine_class
 
 REWARD_PARTS = ("total", "accuracy", "format", "search_penalty")
@@ -139,6 +141,7 @@ class SearchGRPOTrainer(GRPOTrainer):
             script=script,
         )
         self._install_scoring()
+        self.add_callback(_OptimizerStage(self))
         self.evaluate_policy: Callable[[], dict[str, float]] | None = None
         """set by the evaluation callback; runs when transformers asks for an evaluation"""
         self.last_trajectories: list[Trajectory] = []
@@ -185,6 +188,11 @@ class SearchGRPOTrainer(GRPOTrainer):
 
     # ---------------------------------------------------------------- one step: episodes
 
+    def _calculate_rewards(self, *args: Any) -> torch.Tensor:
+        """TRL's; every process waits here for the rewards of all."""
+        with self._timed("sync"):
+            return super()._calculate_rewards(*args)
+
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         """Rolls out, scores and gives TRL the padded batch; pictures ride along."""
         self._batch_rows = [example["row"] for example in inputs]
@@ -228,7 +236,8 @@ class SearchGRPOTrainer(GRPOTrainer):
         self._batch_policy_mask = _pad_right(masks)
         entropies = [torch.tensor(t.completion_entropies) for t in trajectories]
         self._batch_entropies = torch.nn.utils.rnn.pad_sequence(entropies, batch_first=True)
-        self._log_episodes(trajectories, replaced)
+        with self._timed("sync"):
+            self._log_episodes(trajectories, replaced)
         return (
             [trajectory.prompt_ids for trajectory in trajectories],
             completion_ids,
@@ -388,11 +397,14 @@ class SearchGRPOTrainer(GRPOTrainer):
             with self._server_awake():
                 yield self.accelerator.unwrap_model(self.model)
             return
-        with unwrap_model_for_generation(
+        gathered = unwrap_model_for_generation(
             self.model_wrapped,
             self.accelerator,
             gather_deepspeed3_params=self.args.ds3_gather_for_generation,
-        ) as model:
+        )
+        with ExitStack() as stack:
+            with self._timed("gather"):
+                model = stack.enter_context(gathered)
             yield model
 
     @contextmanager
@@ -482,13 +494,17 @@ class SearchGRPOTrainer(GRPOTrainer):
     # ---------------------------------------------------------------- one step: the loss
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
-        """TRL's step, timed: what is not generation is forward and backward."""
+        """TRL's step, timed: what is neither generation nor update is forward and backward."""
+
+        def elsewhere() -> float:
+            return self._seconds["generate"] + self._seconds["optimizer"]
+
         if self.anchor is not None:
             self.anchor.accumulation_steps = self.current_gradient_accumulation_steps
-        start, generated = time.perf_counter(), self._seconds["generate"]
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        generation = self._seconds["generate"] - generated
-        self._seconds["loss"] += time.perf_counter() - start - generation
+        start, before = time.perf_counter(), elsewhere()
+        with progress.stage("loss"):
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        self._seconds["loss"] += time.perf_counter() - start - (elsewhere() - before)
         return loss
 
     def compute_loss(
@@ -601,7 +617,8 @@ class SearchGRPOTrainer(GRPOTrainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Held-out evaluation by episodes, not TRL's loss on an evaluation set."""
-        metrics = self.evaluate_policy() if self.evaluate_policy is not None else {}
+        with progress.stage("evaluation"):
+            metrics = self.evaluate_policy() if self.evaluate_policy is not None else {}
         # this also takes back the request; transformers would repeat it at the end of the epoch
         self.control: Any = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
@@ -612,7 +629,12 @@ class SearchGRPOTrainer(GRPOTrainer):
         """No card per checkpoint: the run folder itself says how it was made."""
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
+        with progress.stage("save"):
+            super()._save_checkpoint(model, trial)
+            self._save_rollout_state()
+
+    def _save_rollout_state(self) -> None:
+        """What TRL's checkpoint lacks, one file a process."""
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         every = self.args.steps_per_generation * self.num_iterations
         state = {
@@ -657,10 +679,37 @@ class SearchGRPOTrainer(GRPOTrainer):
     @contextmanager
     def _timed(self, stage: str) -> Iterator[None]:
         start = time.perf_counter()
+        progress.enter(stage)
         try:
             yield
         finally:
+            progress.leave()
             self._seconds[stage] += time.perf_counter() - start
+
+
+class _OptimizerStage(TrainerCallback):
+    """Times the update: plain torch's between two events, DeepSpeed's within the backward."""
+
+    def __init__(self, trainer: SearchGRPOTrainer) -> None:
+        self.trainer, self._stack = trainer, ExitStack()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        engine = self.trainer.deepspeed
+        if engine is None:
+            return
+        step = engine.step
+
+        def timed_step(*args: Any, **kwargs: Any) -> Any:
+            with self.trainer._timed("optimizer"):
+                return step(*args, **kwargs)
+
+        engine.step = timed_step
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._stack.enter_context(self.trainer._timed("optimizer"))
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._stack.close()
 
 
 def _read_part(part: str) -> Callable[..., list[float | None]]:

@@ -24,14 +24,17 @@ from typing import Any
 from configs.errors import ConfigError
 from configs.schema import Config, dump_config, load_config, resolve_model, shipped_config
 from train.settings import build_grpo_config, describe_step, zero_stage
+from train.watchdog import Watchdog, clear_heartbeats, progress
 
 logger = logging.getLogger(__name__)
 
 PACKAGES = ("torch", "transformers", "trl", "deepspeed", "accelerate", "peft", "wandb")
 
-MAY_CHANGE = ("output", "tracking.", "compare.", "deepspeed", "grpo.max_steps", "grpo.save_",
-              "rollout.url", "rollout.timeout_s", "rollout.retries", "rollout.sync_dir",
-              "rollout.sleep")  # fmt: skip
+MAY_CHANGE = (
+    "output", "tracking.", "compare.", "deepspeed", "hang_timeout_s", "grpo.max_steps",
+    "grpo.save_", "rollout.url", "rollout.timeout_s", "rollout.retries", "rollout.sync_dir",
+    "rollout.sleep",
+)  # fmt: skip
 """Settings that may differ between a run and its continuation."""
 
 
@@ -101,6 +104,15 @@ def run_training(config: Config, resume: bool = False, overwrite: bool = False) 
 
     # torch.distributed starts here, if a launcher asked for it
     args = build_grpo_config(config, folder / "checkpoints")
+    with Watchdog(folder, rank, world, config.hang_timeout_s) as watchdog:
+        return _train(config, folder, init, args, resume, watchdog)
+
+
+def _train(
+    config: Config, folder: Path, init: str, args: Any, resume: bool, watchdog: Watchdog
+) -> Path:
+    """The part of a run that all processes go through together."""
+    rank, world = watchdog.rank, watchdog.n_processes
     checkpoint = newest_checkpoint(folder, world) if resume else None
     resume_step = int(checkpoint.name.split("-")[-1]) if checkpoint else 0
 
@@ -111,6 +123,7 @@ def run_training(config: Config, resume: bool = False, overwrite: bool = False) 
     from train.policy import load_policy
     from train.worlds import load_environment, load_eval_questions, load_train_questions
 
+    progress.begin("load")
     disable_progress_bar()
     recorder = Recorder(folder, config, rank == 0, resume_step if resume else None)
     if checkpoint is not None:
@@ -129,6 +142,7 @@ def run_training(config: Config, resume: bool = False, overwrite: bool = False) 
         reference=None if reference == "init" else resolve_model(reference),
         anchor=make_anchor(config, init, model),
     )
+    watchdog.step = lambda: trainer.state.global_step
     _keep_only_ours(trainer)
     trainer.add_callback(RunCallback(trainer, recorder))
     trainer.add_callback(
@@ -136,6 +150,7 @@ def run_training(config: Config, resume: bool = False, overwrite: bool = False) 
             trainer, recorder, load_eval_questions(config), config.compare.eval_every
         )
     )
+    progress.begin("train")
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     final = _last_policy(trainer, folder)
     if rank == 0:
@@ -213,6 +228,7 @@ def prepare_folder(folder: Path, config: Config, init: str, resume: bool, overwr
                 "output=..., or delete it with --overwrite"
             )
     folder.mkdir(parents=True, exist_ok=True)
+    clear_heartbeats(folder)
     (folder / "done.json").unlink(missing_ok=True)
     write_text(folder / "config.yaml", dump_config(config))
     write_json(folder / "environment.json", describe_machine(config))

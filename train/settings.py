@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from configs.errors import ConfigError
+from train.deepspeed_json import deepspeed_path, require_compiler
 
 if TYPE_CHECKING:
     from trl import GRPOConfig
@@ -57,8 +58,6 @@ RESERVED = {
     "eval_strategy": "set `compare.eval_every`",
     "eval_steps": "set `compare.eval_every`",
 }
-
-SHIPPED_DEEPSPEED = ("zero2", "zero3")
 
 
 def resolved_grpo(config: Config) -> dict[str, Any]:
@@ -107,29 +106,9 @@ def _check_for_server(config: Config, settings: dict[str, Any]) -> None:
         )
 
 
-def deepspeed_json(config: Config) -> str | None:
-    """Path of the DeepSpeed settings, or None for plain torch.
-
-    Raises:
-        ConfigError: neither a shipped name nor a file.
-    """
-    name = config.deepspeed
-    if name is None or name == "none":
-        return None
-    if name in SHIPPED_DEEPSPEED:
-        return str(
-            Path(__file__).resolve().parent.parent / "configs" / "deepspeed" / f"{name}.json"
-        )
-    if not Path(name).is_file():
-        raise ConfigError(
-            f"deepspeed: no file '{name}'; write zero2, zero3, none, or the path of a JSON file"
-        )
-    return name
-
-
 def zero_stage(config: Config) -> int:
     """Stage of ZeRO that the DeepSpeed settings ask for; 0 without DeepSpeed."""
-    path = deepspeed_json(config)
+    path = deepspeed_path(config.deepspeed)
     if path is None:
         return 0
     settings = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -189,16 +168,28 @@ def build_grpo_config(config: Config, checkpoints: Path) -> GRPOConfig:
     settings = {
         "use_cpu": not has_gpu,
         "bf16": has_gpu and torch.cuda.is_bf16_supported(),
+        "ddp_timeout": collective_timeout_s(config.hang_timeout_s),
         **resolved_grpo(config),
     }
-    path = deepspeed_json(config)
+    path = deepspeed_path(config.deepspeed)
     if path is not None:
+        require_compiler(path)
         prepare_deepspeed(has_gpu)
         settings["deepspeed"] = path
     try:
         return GRPOConfig(output_dir=str(checkpoints), seed=config.seed, **settings)
     except ValueError as error:
         raise ConfigError(f"grpo: {error}") from error
+
+
+def collective_timeout_s(hang_timeout_s: float | None) -> int:
+    """Seconds after which torch.distributed itself gives up on a collective.
+
+    Later than the watchdog, which says who was where; a process may wait so long for one that
+    still makes progress.
+    """
+    week = 7 * 24 * 3600
+    return week if hang_timeout_s is None else int(2 * hang_timeout_s) + 60
 
 
 def prepare_deepspeed(has_gpu: bool) -> None:
