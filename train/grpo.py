@@ -14,7 +14,6 @@ Differs from TRL 1.16 in what it would get wrong or slow here:
 
 from __future__ import annotations
 
-import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -33,6 +32,7 @@ from rewards.compose import score
 from rewards.trajectory import get
 from train import scoring
 from train.rollout import RolloutEngine, Script
+from train.timing import clock, speeds, time_forward, time_method
 from train.trajectories import Trajectory
 from train.vision import EncodedImage
 
@@ -124,7 +124,12 @@ class SearchGRPOTrainer(GRPOTrainer):
         self._batch_entropies = torch.empty(0)
         self._loss_inputs: dict[str, Any] | None = None
         self._seconds: dict[str, float] = defaultdict(float)
+        self.is_evaluating = False
+        """set by the evaluation callback: the seconds of an evaluation are its own"""
+        self._timed_stepper: Any = None
+        self._time_tower()
         self._last_logged_step = 0
+        self._last_logged_tokens = 0
 
     def _install_scoring(self) -> None:
         images = self.engine.images
@@ -140,6 +145,19 @@ class SearchGRPOTrainer(GRPOTrainer):
                 merge_size=images.merge_size if images else 2,
                 blank=blank,
             )
+
+    def _time_tower(self) -> None:
+        """The vision tower works inside several stages; each of its forwards is timed."""
+        tower = getattr(self.engine._core.model, "visual", None)
+        if tower is not None:
+            time_forward(tower, lambda seconds: self._add_seconds("vision", seconds))
+
+    def _time_optimizer(self) -> None:
+        """DeepSpeed steps inside its own backward, transformers after it."""
+        stepper = self.deepspeed or self.optimizer
+        if stepper is not self._timed_stepper:
+            self._timed_stepper = stepper
+            time_method(stepper, "step", lambda s: self._add_seconds("optimizer", s))
 
     # ---------------------------------------------------------------- one step: episodes
 
@@ -176,6 +194,8 @@ class SearchGRPOTrainer(GRPOTrainer):
             )
         for stage, seconds in self.engine.timings.items():
             self._seconds[stage] += seconds
+        with self._timed("sync"):
+            self.accelerator.wait_for_everyone()
         with self._timed("reward"):
             check_format = self.engine.environment.dialect.check_format
             for trajectory, question in zip(trajectories, self._batch_questions, strict=True):
@@ -218,11 +238,13 @@ class SearchGRPOTrainer(GRPOTrainer):
         Under ZeRO-3 they are gathered once for the whole block, so processes may take different
         numbers of turns inside it.
         """
+        start = clock()
         with unwrap_model_for_generation(
             self.model_wrapped,
             self.accelerator,
             gather_deepspeed3_params=self.args.ds3_gather_for_generation,
         ) as model:
+            self._add_seconds("sync", clock() - start)
             yield model
 
     def _log_episodes(self, trajectories: list[Trajectory]) -> None:
@@ -237,6 +259,9 @@ class SearchGRPOTrainer(GRPOTrainer):
                 t.count("search") + t.count("image_search") for t in trajectories
             ),
             "search/failure_rate": sum(any(u.is_error for u in t.turns) for t in trajectories),
+            "search/service_failure_rate": sum(
+                any(u.fault == "infrastructure" for u in t.turns) for t in trajectories
+            ),
             "search/fatal_rate": sum(t.fatal_turn is not None for t in trajectories),
             "turns_per_episode": sum(len(t.turns) for t in trajectories),
             "completions/mean_length": sum(lengths),
@@ -269,11 +294,13 @@ class SearchGRPOTrainer(GRPOTrainer):
     # ---------------------------------------------------------------- one step: the loss
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
-        """TRL's step, timed: what is not generation is forward and backward."""
-        start, generated = time.perf_counter(), self._seconds["generate"]
+        """TRL's step, timed: what is neither generation nor optimizer is forward and backward."""
+        self._time_optimizer()
+        others = ("generate", "optimizer")
+        start, before = clock(), sum(self._seconds[stage] for stage in others)
         loss = super().training_step(model, inputs, num_items_in_batch)
-        generation = self._seconds["generate"] - generated
-        self._seconds["loss"] += time.perf_counter() - start - generation
+        elsewhere = sum(self._seconds[stage] for stage in others) - before
+        self._seconds["loss"] += clock() - start - elsewhere
         return loss
 
     def compute_loss(
@@ -372,13 +399,16 @@ class SearchGRPOTrainer(GRPOTrainer):
     # ---------------------------------------------------------------- log, evaluate, resume
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds seconds per stage and step (of this process) before TRL adds its metrics."""
+        """Adds seconds per stage and step (of this process) and speeds to TRL's metrics."""
         n_steps = self.state.global_step - self._last_logged_step
         if "loss" in logs and n_steps > 0:
             for stage, seconds in self._seconds.items():
                 logs[f"time/{stage}_s"] = round(seconds / n_steps, 4)
+            n_tokens = self.n_policy_tokens - self._last_logged_tokens
+            logs |= speeds(n_tokens, self._seconds)
             self._seconds.clear()
             self._last_logged_step = self.state.global_step
+            self._last_logged_tokens = self.n_policy_tokens
         super().log(logs, start_time)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -431,6 +461,7 @@ class SearchGRPOTrainer(GRPOTrainer):
         self._buffered_inputs = state["buffer"]
         self._step = self.state.global_step * self.args.gradient_accumulation_steps
         self._last_logged_step = self.state.global_step
+        self._last_logged_tokens = self.n_policy_tokens
 
     def _state_name(self) -> str:
         path = Path(ROLLOUT_STATE)
@@ -438,11 +469,16 @@ class SearchGRPOTrainer(GRPOTrainer):
 
     @contextmanager
     def _timed(self, stage: str) -> Iterator[None]:
-        start = time.perf_counter()
+        start = clock()
         try:
             yield
         finally:
-            self._seconds[stage] += time.perf_counter() - start
+            self._add_seconds(stage, clock() - start)
+
+    def _add_seconds(self, stage: str, seconds: float) -> None:
+        """What an evaluation does is no part of a training step's time."""
+        if not self.is_evaluating:
+            self._seconds[stage] += seconds
 
 
 def _read_part(part: str) -> Callable[..., list[float | None]]:

@@ -16,7 +16,6 @@ resumed run, another number of processes or another order of tool answers draws 
 
 from __future__ import annotations
 
-import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -30,6 +29,7 @@ import torch
 from environments.dialects import IMAGE_MARK, action_dict
 from train.batch import TokenBatch
 from train.cache import SLOT_ATTENTION
+from train.timing import clock
 from train.trajectories import Trajectory, Turn
 from train.vision import EncodedImage, ImageStore, suppressed_token_ids
 
@@ -230,11 +230,11 @@ class RolloutEngine:
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
         """Adds the block's seconds to `timings[stage]`."""
-        start = time.perf_counter()
+        start = clock()
         try:
             yield
         finally:
-            self.timings[stage] += time.perf_counter() - start
+            self.timings[stage] += clock() - start
 
     # ---------------------------------------------------------------- helpers
 

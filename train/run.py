@@ -102,6 +102,7 @@ def run_training(config: Config, resume: bool = False, overwrite: bool = False) 
 
     from train.callbacks import EvaluationCallback, Recorder, RunCallback
     from train.grpo import SearchGRPOTrainer
+    from train.health import health_settings
     from train.policy import load_policy
     from train.worlds import load_environment, load_eval_questions, load_train_questions
 
@@ -119,7 +120,7 @@ def run_training(config: Config, resume: bool = False, overwrite: bool = False) 
         processing_class=processor,
     )
     _keep_only_ours(trainer)
-    trainer.add_callback(RunCallback(trainer, recorder))
+    trainer.add_callback(RunCallback(trainer, recorder, health_settings(config, init)))
     trainer.add_callback(
         EvaluationCallback(
             trainer, recorder, load_eval_questions(config), config.compare.eval_every
