@@ -1,4 +1,4 @@
-"""What a run writes while it goes: metrics.jsonl, trajectories.jsonl, W&B, and one line a step.
+"""What a run writes while it goes: metrics, trajectories and health, W&B, and one line a step.
 
 `metrics.jsonl` is the record; W&B and the console show the same numbers. Evaluation runs where
 transformers would run its own: after a step's log, before its checkpoint, so that a checkpoint of
@@ -23,6 +23,7 @@ from tqdm import tqdm
 from transformers import TrainerCallback
 
 from train.evaluation import FOUR_PARTS, summarize
+from train.health import HealthMonitor, HealthWarning, Settings
 from train.trajectories import Trajectory, append_jsonl, truncate_jsonl
 
 if TYPE_CHECKING:
@@ -57,6 +58,9 @@ class Recorder:
         self.folder, self.config, self.is_main = folder, config, is_main
         self._metrics = folder / "metrics.jsonl"
         self._trajectories = folder / "trajectories.jsonl"
+        self._health = folder / "health.jsonl"
+        self.training_lines: list[dict[str, Any]] = []
+        """training lines of metrics.jsonl before this start"""
         self._start = time.perf_counter()
         self._wandb: Any = None
         if not is_main:
@@ -64,6 +68,9 @@ class Recorder:
         if resume_step is not None:
             kept = truncate_jsonl(self._metrics, resume_step)
             truncate_jsonl(self._trajectories, resume_step)
+            if self._health.exists():
+                truncate_jsonl(self._health, resume_step)
+            self.training_lines = [line for line in kept if line["phase"] == "train"]
             self._start -= kept[-1]["time_s"] if kept else 0.0
         self._wandb = start_wandb(folder, config)
 
@@ -104,6 +111,23 @@ class Recorder:
         if self._wandb is not None and few and phase == "eval":
             self._wandb.log({"trajectories": trajectory_table(few, step)}, step=step)
 
+    def health(self, step: int, found: Sequence[HealthWarning], n_active: int) -> None:
+        """Lines of health.jsonl, alerts of W&B, and its curve `health/active`.
+
+        Args:
+            step: optimizer steps done.
+            found: warnings to say now.
+            n_active: warnings that hold, said now or before.
+        """
+        if not self.is_main:
+            return
+        if found:
+            append_jsonl(self._health, [{"step": step, **asdict(warning)} for warning in found])
+        if self._wandb is not None:
+            self._wandb.log({"health/active": n_active}, step=step)
+            for warning in found:
+                self._wandb.alert(title=warning.code, text=str(warning), level="WARN")
+
     def close(self) -> None:
         """Ends the W&B run."""
         if self._wandb is not None:
@@ -111,15 +135,17 @@ class Recorder:
 
 
 class RunCallback(TrainerCallback):
-    """Feeds the recorder from the trainer's log, and shows progress.
+    """Feeds the recorder from the trainer's log, and shows progress and health.
 
     Args:
         trainer: gives episodes and token count.
         recorder: writes.
+        health: what the health rules know of the settings.
     """
 
-    def __init__(self, trainer: SearchGRPOTrainer, recorder: Recorder) -> None:
+    def __init__(self, trainer: SearchGRPOTrainer, recorder: Recorder, health: Settings) -> None:
         self.trainer, self.recorder = trainer, recorder
+        self.monitor = HealthMonitor(health, recorder.training_lines)
         self._bar: tqdm[Any] | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -148,6 +174,10 @@ class RunCallback(TrainerCallback):
         else:
             text = "  ".join(f"{name} {value}" for name, value in shown.items())
             logger.info("step %d/%d  %s", step, state.max_steps, text)
+        found = self.monitor.check({"step": step, **values})
+        self.recorder.health(step, found, self.monitor.n_active)
+        for warning in found:
+            tqdm.write(f"health at step {step}: {warning}", file=sys.stderr)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Closes the bar."""
@@ -194,8 +224,10 @@ class EvaluationCallback(TrainerCallback):
         start = time.perf_counter()
         rank, world = accelerator.process_index, accelerator.num_processes
         mine = self.questions[rank::world]
+        trainer.is_evaluating = True
         with trainer.policy_for_generation():
             episodes = trainer.engine.rollout_rows(mine, greedy=True, number=0)
+        trainer.is_evaluating = False
         trainer.engine.release_images()
         numbered = [(rank + i * world, episode) for i, episode in enumerate(episodes)]
         gathered = gather_object(numbered) if world > 1 else numbered

@@ -7,7 +7,6 @@ in who computes the next token, and in nothing that an episode consists of.
 
 from __future__ import annotations
 
-import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from environments.dialects import IMAGE_MARK, action_dict
+from train.timing import clock
 from train.trajectories import Trajectory, Turn
 from train.vision import EncodedImage, ImageStore, suppressed_token_ids
 from train.watchdog import progress
@@ -246,13 +246,13 @@ class EpisodeEngine:
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
         """Adds the block's seconds to `timings[stage]`."""
-        start = time.perf_counter()
+        start = clock()
         progress.enter(stage)
         try:
             yield
         finally:
             progress.leave()
-            self.timings[stage] += time.perf_counter() - start
+            self.timings[stage] += clock() - start
 
     # ---------------------------------------------------------------- a rollout
 

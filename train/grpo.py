@@ -15,7 +15,6 @@ Differs from TRL 1.16 in what it would get wrong or slow here:
 from __future__ import annotations
 
 import math
-import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -39,6 +38,7 @@ from rewards.trajectory import get
 from train import credit, scoring
 from train.anchor import SaliencyAnchor
 from train.episodes import Script
+from train.timing import clock, speeds, time_forward
 from train.trajectories import Trajectory
 from train.vision import EncodedImage
 from train.watchdog import progress
@@ -154,7 +154,11 @@ class SearchGRPOTrainer(GRPOTrainer):
         self._batch_entropies = torch.empty(0)
         self._loss_inputs: dict[str, Any] | None = None
         self._seconds: dict[str, float] = defaultdict(float)
+        self.is_evaluating = False
+        """set by the evaluation callback: the seconds of an evaluation are its own"""
+        self._time_tower()
         self._last_logged_step = 0
+        self._last_logged_tokens = 0
 
     def _correct_importance(self, rollout: Any) -> None:
         """Switches on TRL's correction for log-probs that another program computed.
@@ -185,6 +189,14 @@ class SearchGRPOTrainer(GRPOTrainer):
                 merge_size=images.merge_size if images else 2,
                 blank=blank,
             )
+
+    def _time_tower(self) -> None:
+        """The vision tower works inside several stages; each of its forwards is timed."""
+        core = self.accelerator.unwrap_model(self.model)
+        core = core.get_base_model() if hasattr(core, "get_base_model") else core
+        tower = getattr(core.model, "visual", None)
+        if tower is not None:
+            time_forward(tower, lambda seconds: self._add_seconds("vision", seconds))
 
     # ---------------------------------------------------------------- one step: episodes
 
@@ -454,6 +466,9 @@ class SearchGRPOTrainer(GRPOTrainer):
                 t.count("search") + t.count("image_search") for t in trajectories
             ),
             "search/failure_rate": sum(any(u.is_error for u in t.turns) for t in trajectories),
+            "search/service_failure_rate": sum(
+                any(u.fault == "infrastructure" for u in t.turns) for t in trajectories
+            ),
             "search/fatal_rate": sum(t.fatal_turn is not None for t in trajectories),
             "search/unread_rate": sum(t.has_unread_result for t in trajectories),
             "search/shortened_rate": sum(
@@ -501,10 +516,10 @@ class SearchGRPOTrainer(GRPOTrainer):
 
         if self.anchor is not None:
             self.anchor.accumulation_steps = self.current_gradient_accumulation_steps
-        start, before = time.perf_counter(), elsewhere()
+        start, before = clock(), elsewhere()
         with progress.stage("loss"):
             loss = super().training_step(model, inputs, num_items_in_batch)
-        self._seconds["loss"] += time.perf_counter() - start - (elsewhere() - before)
+        self._seconds["loss"] += clock() - start - (elsewhere() - before)
         return loss
 
     def compute_loss(
@@ -604,15 +619,18 @@ class SearchGRPOTrainer(GRPOTrainer):
     # ---------------------------------------------------------------- log, evaluate, resume
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds seconds per stage and step (of this process) before TRL adds its metrics."""
+        """Adds seconds per stage and step (of this process) and speeds to TRL's metrics."""
         n_steps = self.state.global_step - self._last_logged_step
         if "loss" in logs and n_steps > 0:
             for stage, seconds in self._seconds.items():
                 logs[f"time/{stage}_s"] = round(seconds / n_steps, 4)
             if self.anchor is not None:
                 logs["anchor/loss"] = self.anchor.loss()
+            n_tokens = self.n_policy_tokens - self._last_logged_tokens
+            logs |= speeds(n_tokens, self._seconds)
             self._seconds.clear()
             self._last_logged_step = self.state.global_step
+            self._last_logged_tokens = self.n_policy_tokens
         super().log(logs, start_time)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -671,6 +689,7 @@ class SearchGRPOTrainer(GRPOTrainer):
         self._buffered_inputs = state["buffer"]
         self._step = self.state.global_step * self.args.gradient_accumulation_steps
         self._last_logged_step = self.state.global_step
+        self._last_logged_tokens = self.n_policy_tokens
 
     def _state_name(self) -> str:
         path = Path(ROLLOUT_STATE)
@@ -678,13 +697,18 @@ class SearchGRPOTrainer(GRPOTrainer):
 
     @contextmanager
     def _timed(self, stage: str) -> Iterator[None]:
-        start = time.perf_counter()
+        start = clock()
         progress.enter(stage)
         try:
             yield
         finally:
             progress.leave()
-            self._seconds[stage] += time.perf_counter() - start
+            self._add_seconds(stage, clock() - start)
+
+    def _add_seconds(self, stage: str, seconds: float) -> None:
+        """What an evaluation does is no part of a training step's time."""
+        if not self.is_evaluating:
+            self._seconds[stage] += seconds
 
 
 class _OptimizerStage(TrainerCallback):

@@ -120,6 +120,7 @@ def _train(
 
     from train.callbacks import EvaluationCallback, Recorder, RunCallback
     from train.grpo import SearchGRPOTrainer
+    from train.health import health_settings
     from train.policy import load_policy
     from train.worlds import load_environment, load_eval_questions, load_train_questions
 
@@ -144,7 +145,7 @@ def _train(
     )
     watchdog.step = lambda: trainer.state.global_step
     _keep_only_ours(trainer)
-    trainer.add_callback(RunCallback(trainer, recorder))
+    trainer.add_callback(RunCallback(trainer, recorder, health_settings(config, init)))
     trainer.add_callback(
         EvaluationCallback(
             trainer, recorder, load_eval_questions(config), config.compare.eval_every

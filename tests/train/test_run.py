@@ -55,7 +55,7 @@ def lines_of(folder: Path) -> list[dict]:
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     clocks = ("time_s", "eval/time_s", "step_time")
     return [
-        {k: v for k, v in row.items() if k not in clocks and not k.startswith("time/")}
+        {k: v for k, v in row.items() if k not in clocks and not k.startswith(("time/", "speed/"))}
         for row in rows
     ]
 
@@ -105,6 +105,33 @@ def test_the_run_folder_stands_alone(write_config):
     model, processor = load_policy(folder / done["policy"])
     assert processor.tokenizer.chat_template
     assert model.config.model_type == "qwen2_5_vl"
+
+
+ROLLOUT_STAGES = ("prepare", "prefill", "sample", "tools", "decode")  # `observe` needs a result
+STAGES = (*ROLLOUT_STAGES, "generate", "rollout", "vision", "reward", "sync", "loss", "optimizer")
+
+
+@pytest.mark.parametrize("deepspeed", ["none", "zero2"])
+def test_every_stage_of_a_step_is_timed(write_config, tmp_path, deepspeed):
+    folder = run_with(write_config(), "grpo.max_steps=2", f"deepspeed={deepspeed}")
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for line in [row for row in rows if row["phase"] == "train"]:
+        time_s = {stage: line[f"time/{stage}_s"] for stage in STAGES}
+        assert all(seconds >= 0 for seconds in time_s.values())
+        assert all(time_s[stage] > 0 for stage in ("rollout", "vision", "loss", "optimizer"))
+        inside = sum(time_s[stage] for stage in ROLLOUT_STAGES)
+        assert inside <= time_s["rollout"] <= time_s["generate"]
+        whole = time_s["generate"] + time_s["loss"] + time_s["optimizer"]
+        assert time_s["vision"] < whole
+        assert 0 < line["speed/tokens_per_s"] < line["speed/rollout_tokens_per_s"]
+
+
+def test_what_is_wrong_with_a_run_lies_in_its_folder(write_config):
+    """An untrained policy never answers: after three steps the run says so."""
+    folder = run_with(write_config())
+    found = [json.loads(line) for line in (folder / "health.jsonl").read_text().splitlines()]
+    assert {row["code"] for row in found} >= {"no_signal", "no_search"}
+    assert all(row["step"] >= 3 and row["message"] and row["fix"] for row in found)
 
 
 def test_two_runs_of_one_seed_are_equal(write_config, tmp_path):

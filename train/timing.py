@@ -1,0 +1,65 @@
+"""Seconds of work that no line of ours surrounds: the forward of a module.
+
+The timers of stages that our own code runs are context managers where they run (`train.grpo`,
+`train.rollout`). A GPU works on after a call has returned, so on CUDA every timer waits for the
+device first; otherwise a stage's time would be found in the next one that reads a number.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+Record = Callable[[float], None]
+"""Takes the seconds of one call."""
+
+WHOLE_STEP = ("generate", "loss", "optimizer")
+"""Stages that make up a training step; all others lie within them."""
+
+
+def clock() -> float:
+    """Seconds of a steady clock, with the device's work up to here done."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def time_forward(module: Any, record: Record) -> None:
+    """Reports the seconds of every forward of `module`; its backward is not seen."""
+    started: list[float] = []
+
+    def start(*_: Any) -> None:
+        started.append(clock())
+
+    def stop(*_: Any) -> None:
+        if started:
+            record(clock() - started.pop())
+
+    module.register_forward_pre_hook(start)
+    # also when the forward raises, so that a later call does not count from this one's start
+    module.register_forward_hook(stop, always_call=True)
+
+
+def speeds(n_tokens: int, seconds: Mapping[str, float]) -> dict[str, float]:
+    """Policy tokens per second, of all processes together.
+
+    Args:
+        n_tokens: tokens that the policies of all processes sampled.
+        seconds: of one process by stage; the processes wait for each other, so its wall is theirs.
+
+    Returns:
+        `speed/tokens_per_s` over whole training steps (evaluations and checkpoints left out) and
+        `speed/rollout_tokens_per_s` over rollouts with the wait for the slowest process; neither
+        where nothing was rolled out.
+    """
+    rollout = seconds.get("rollout", 0.0) + seconds.get("sync", 0.0)
+    step = sum(seconds.get(stage, 0.0) for stage in WHOLE_STEP)
+    if not n_tokens or not rollout or not step:
+        return {}
+    return {
+        "speed/tokens_per_s": round(n_tokens / step, 2),
+        "speed/rollout_tokens_per_s": round(n_tokens / rollout, 2),
+    }
