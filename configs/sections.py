@@ -340,6 +340,9 @@ class Rollout:
     backend: Literal["in_process", "vllm"] = "in_process"
     """`in_process` = the policy in the trainer's memory; `vllm` = a server that gets the policy's
     weights before the first rollout after each optimizer step"""
+    tool_workers: Annotated[int, NotNegative] = 0
+    """threads that call tools, so that slow services are asked at the same time and rows go on
+    decoding meanwhile; 0 = one call after another, the fastest for tools in memory"""
     url: str = "http://127.0.0.1:8000"
     """vllm: the server, `http://host:port`; one training run at a time may use it"""
     timeout_s: Annotated[float, Between(0, above=True)] = 300.0

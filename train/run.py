@@ -32,7 +32,7 @@ PACKAGES = ("torch", "transformers", "trl", "deepspeed", "accelerate", "peft", "
 
 MAY_CHANGE = (
     "output", "tracking.", "compare.", "deepspeed", "hang_timeout_s", "grpo.max_steps",
-    "grpo.save_", "rollout.url", "rollout.timeout_s", "rollout.retries", "rollout.sync_dir",
+    "grpo.save_", "rollout.tool_workers", "rollout.url", "rollout.timeout_s", "rollout.retries", "rollout.sync_dir",
     "rollout.sleep",
 )  # fmt: skip
 """Settings that may differ between a run and its continuation."""
@@ -139,6 +139,7 @@ def _train(
         rewards=config.rewards,
         processing_class=processor,
         rollout=config.rollout,
+        tool_workers=config.rollout.tool_workers,
         algorithm=config.algorithm,
         reference=None if reference == "init" else resolve_model(reference),
         anchor=make_anchor(config, init, model),

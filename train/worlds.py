@@ -83,6 +83,7 @@ def build_engine(config: Config, model: Any, processor: Any, **settings: Any) ->
         "temperature": grpo["temperature"],
         "top_p": grpo.get("top_p", 1.0),
         "seed": config.seed,
+        "tool_workers": config.rollout.tool_workers,
         **settings,
     }
     environment = options.pop("environment", None) or load_environment(config)
