@@ -14,7 +14,6 @@ Differs from TRL 1.16 in what it would get wrong or slow here:
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -38,6 +37,7 @@ from rewards.trajectory import get
 from train import credit, scoring
 from train.anchor import SaliencyAnchor
 from train.episodes import Script
+from train.groups import Groups
 from train.timing import clock, speeds, time_forward
 from train.trajectories import Trajectory
 from train.vision import EncodedImage
@@ -148,6 +148,14 @@ class SearchGRPOTrainer(GRPOTrainer):
         """this process' episodes of the latest rollout"""
         self.n_policy_tokens = 0
         """tokens sampled in training so far, all processes"""
+        self._groups = Groups(
+            self.algorithm,
+            self.num_generations,
+            len(self.questions),
+            args.seed,
+            self._all_rows,
+            self.accelerator.process_index,
+        )
         self._batch_rows: list[int] = []
         self._batch_pictures: list[list[EncodedImage]] = []
         self._batch_policy_mask: torch.Tensor | None = None
@@ -211,7 +219,9 @@ class SearchGRPOTrainer(GRPOTrainer):
         with self._timed("generate"):
             batch = super()._generate_and_score_completions(inputs)
         batch["pictures"] = self._batch_pictures
-        batch["advantages"] = self._assign_credit(batch["advantages"], batch["completion_ids"])
+        batch["advantages"] = self._assign_credit(
+            batch["advantages"], batch["completion_ids"].shape[1]
+        )
         missing = batch["completion_ids"].shape[1] - self._batch_entropies.shape[1]
         entropies = torch.nn.functional.pad(self._batch_entropies, (0, missing))
         batch["sampling_entropies"] = entropies.to(batch["completion_ids"].device)
@@ -227,7 +237,12 @@ class SearchGRPOTrainer(GRPOTrainer):
             The last two stay empty: the pictures are ours.
         """
         with self.policy_for_generation():
-            trajectories, replaced = self._sample_episodes()
+            sampled = self._groups.sample(
+                self._batch_rows, self._roll_out, lambda: self.engine.n_rollouts
+            )
+        trajectories = sampled.episodes
+        for name, value in sampled.metrics.items():
+            self._metrics["train"][name].append(value)
         prompts[:] = [self.questions[row]["question"] for row in self._batch_rows]
         masks = [
             trajectory.mask_before_fatal if self._masks_fatal else trajectory.completion_mask
@@ -249,7 +264,7 @@ class SearchGRPOTrainer(GRPOTrainer):
         entropies = [torch.tensor(t.completion_entropies) for t in trajectories]
         self._batch_entropies = torch.nn.utils.rnn.pad_sequence(entropies, batch_first=True)
         with self._timed("sync"):
-            self._log_episodes(trajectories, replaced)
+            self._log_episodes(trajectories, sampled.replaced)
         return (
             [trajectory.prompt_ids for trajectory in trajectories],
             completion_ids,
@@ -260,48 +275,6 @@ class SearchGRPOTrainer(GRPOTrainer):
             None,
             [],
         )
-
-    def _sample_episodes(self) -> tuple[list[Trajectory], list[Trajectory]]:
-        """One scored episode per row of the batch.
-
-        With `algorithm.dynamic_sampling` groups without signal are replaced by groups of questions
-        that this batch does not hold, round after round. Groups are those of all processes, so
-        every process takes part in every round, with or without a row of its own.
-
-        Returns:
-            The episodes to train on, and those of this process that were replaced.
-        """
-        size, n_local = self.num_generations, len(self._batch_rows)
-        before = self.accelerator.process_index * n_local
-        episodes: dict[int, Trajectory] = {}
-        replaced: list[Trajectory] = []
-        tried: set[int] = set()
-        sampled: list[float] = []
-        places, first, n_rounds, n_replaced = list(range(n_local)), before, 0, 0
-        while True:
-            new = self._roll_out([self._batch_rows[i] for i in places], first)
-            replaced += [episodes[i] for i in places if i in episodes]
-            episodes.update(zip(places, new, strict=True))
-            ordered = [episodes[i] for i in range(n_local)]
-            self._add_bonuses(ordered, new)
-            totals = self._all_rows([_total(t) for t in ordered])
-            sampled += self._all_rows([_total(t) for t in new])
-            dull = credit.groups_without_signal(totals, size)
-            tried.update(self._all_rows(self._batch_rows))
-            spare = [row for row in range(len(self.questions)) if row not in tried]
-            if not dull or not spare or n_rounds == self.algorithm.dynamic_sampling:
-                break
-            key = [self.args.seed, self.engine.n_rollouts]
-            chosen = np.random.default_rng(key).permutation(spare).tolist()
-            question_of = dict(zip(dull, chosen, strict=False))  # fewer, if questions run out
-            places = [i for i in range(n_local) if (before + i) // size in question_of]
-            for i in places:
-                self._batch_rows[i] = question_of[(before + i) // size]
-            first = sum(min(size, max(0, before - group * size)) for group in question_of)
-            n_rounds, n_replaced = n_rounds + 1, n_replaced + len(question_of)
-        if self.algorithm.dynamic_sampling:
-            self._log_sampling(n_replaced, len(dull), len(totals) // size, sampled)
-        return ordered, replaced
 
     def _roll_out(self, rows: list[int], first_row: int) -> list[Trajectory]:
         """Scored episodes of these questions; `first_row` is the first one's number of all rows."""
@@ -330,73 +303,25 @@ class SearchGRPOTrainer(GRPOTrainer):
         )
         episode.rewards |= {"overlong": penalty, "total": total + penalty}
 
-    def _add_bonuses(self, episodes: list[Trajectory], new: list[Trajectory]) -> None:
-        """Adds the part `efficiency` to the rewards of the new episodes among these.
-
-        Args:
-            episodes: one per row of this process' batch.
-            new: those without a bonus yet; whole groups.
-        """
-        if self.algorithm.efficiency_bonus == 0.0:
-            return
-        mine = [
-            (t.rewards["accuracy"] == 1.0, t.count("search") + t.count("image_search"))
-            for t in episodes
-        ]
-        is_right, n_calls = zip(*self._all_rows(mine), strict=True)
-        bonuses = credit.efficiency_bonuses(is_right, n_calls, self.num_generations)
-        start = self.accelerator.process_index * len(episodes)
-        fresh = {id(t) for t in new}
-        for episode, bonus in zip(episodes, bonuses[start:].tolist(), strict=False):
-            total = episode.rewards["total"]
-            if id(episode) in fresh and total is not None:
-                bonus *= self.algorithm.efficiency_bonus
-                episode.rewards |= {"efficiency": bonus, "total": total + bonus}
-
     def _all_rows(self, values: list[Any]) -> list[Any]:
         """The values of all processes, in the order of their rows."""
         return gather_object(values) if self.accelerator.num_processes > 1 else list(values)
 
-    def _assign_credit(
-        self, advantages: torch.Tensor, completion_ids: torch.Tensor
-    ) -> torch.Tensor:
+    def _assign_credit(self, advantages: torch.Tensor, width: int) -> torch.Tensor:
         """TRL's advantages [B], or [B, C] with hop credit; never negative after a dead service."""
         episodes = self.last_trajectories
         if self.algorithm.hop_credit > 0.0:
-            advantages = self._with_hop_credit(advantages, completion_ids.shape[1])
+            questions = [self.questions[row] for row in self._batch_rows]
+            normalize = self.args.scale_rewards not in ("none", False)
+            advantages = self._groups.with_hop_credit(
+                advantages, episodes, questions, width, normalize
+            )
         if self._masks_fatal:
             is_fatal = torch.tensor([t.fatal_turn is not None for t in episodes])
             is_fatal = is_fatal.to(advantages.device).view(-1, *[1] * (advantages.dim() - 1))
             # what a dead service cut short may be praised, but not blamed
             advantages = torch.where(is_fatal, advantages.clamp(min=0), advantages)
         return advantages
-
-    def _with_hop_credit(self, advantages: torch.Tensor, width: int) -> torch.Tensor:
-        """(1 - w) A_episode + w A_hop for every token, float [B, C]."""
-        episodes, share = self.last_trajectories, self.algorithm.hop_credit
-        mine = [
-            (_total(t), _first_hits(t, self.questions[row]), len(t.turns))
-            for t, row in zip(episodes, self._batch_rows, strict=True)
-        ]
-        rewards, retrieved, n_turns = zip(*self._all_rows(mine), strict=True)
-        hops = credit.hop_advantages(
-            rewards,
-            retrieved,
-            n_turns,
-            self.num_generations,
-            normalize=self.args.scale_rewards not in ("none", False),
-        )
-        start = self.accelerator.process_index * len(episodes)
-        per_token = advantages[:, None].repeat(1, width)
-        for row, (episode, per_turn) in enumerate(zip(episodes, hops[start:], strict=False)):
-            begin = 0
-            for turn, hop in zip(episode.turns, per_turn.tolist(), strict=True):
-                end = begin + len(turn.token_ids) + len(turn.observation_ids)
-                if not math.isnan(hop):
-                    per_token[row, begin:end] *= 1.0 - share
-                    per_token[row, begin:end] += share * hop
-                begin = end
-        return per_token
 
     @contextmanager
     def policy_for_generation(self) -> Iterator[Any]:
@@ -442,16 +367,6 @@ class SearchGRPOTrainer(GRPOTrainer):
             self.accelerator.wait_for_everyone()
             if is_main:
                 self.engine.sleep()
-
-    def _log_sampling(
-        self, n_replaced: int, n_dull: int, n_groups: int, totals: list[float]
-    ) -> None:
-        """What dynamic sampling did; the metric `reward` is that of the groups that were kept."""
-        metrics = self._metrics["train"]
-        metrics["dynamic_sampling/replaced"].append(n_replaced / n_groups)
-        metrics["dynamic_sampling/without_signal"].append(n_dull / n_groups)
-        scored = [total for total in totals if not math.isnan(total)]
-        metrics["dynamic_sampling/reward_of_all"].append(sum(scored) / max(1, len(scored)))
 
     def _log_episodes(self, trajectories: list[Trajectory], replaced: list[Trajectory]) -> None:
         """Metrics of the rollout over all processes, under TRL's names where it has them."""
@@ -745,23 +660,6 @@ def _read_part(part: str) -> Callable[..., list[float | None]]:
 
     reward.__name__ = part
     return reward
-
-
-def _total(episode: Trajectory) -> float:
-    """The episode's reward; NaN if it cannot be scored."""
-    total = episode.rewards["total"]
-    return math.nan if total is None else total
-
-
-def _first_hits(episode: Trajectory, question: dict[str, Any]) -> dict[str, int]:
-    """Gold documents that the episode retrieved and could read -> turn that brought each first."""
-    gold = {*question.get("gold_passages", ()), question.get("entity")}
-    found: dict[str, int] = {}
-    for number, turn in enumerate(episode.turns):
-        for document in turn.hits if turn.observation_ids else ():
-            if document in gold:
-                found.setdefault(document, number)
-    return found
 
 
 @contextmanager

@@ -175,11 +175,11 @@ def test_an_efficient_right_answer_gets_more_and_the_parts_add_up(make_trainer):
             return self.n_calls if kind == "search" else 0
 
     episodes = [Episode(n, a) for n, a in zip(calls, right, strict=True)]
-    trainer._add_bonuses(episodes, episodes)
+    trainer._groups.add_bonuses(episodes, episodes)
     assert [e.rewards["efficiency"] for e in episodes] == pytest.approx([0.1, -0.1, 0.0, 0.0])
     assert [e.rewards["total"] for e in episodes] == pytest.approx([1.1, 0.9, 0.0, 1.0])
     # a second look does not pay twice
-    trainer._add_bonuses(episodes, [])
+    trainer._groups.add_bonuses(episodes, [])
     assert episodes[0].rewards["total"] == pytest.approx(1.1)
 
 
