@@ -31,6 +31,8 @@ from tests.train.conftest import (
     make_question,
     noise_image,
 )
+from tests.train.test_launch import deepspeed
+from train.evaluation import evaluate
 from train.grpo import SearchGRPOTrainer
 from train.policy import load_policy
 from train.rollout import RolloutEngine
@@ -38,6 +40,7 @@ from train.run import run_training
 from train.tiny import make_tiny_checkpoints
 from train.vllm_client import Sampling, VLLMClient, VLLMError
 from train.vllm_rollout import VLLMRolloutEngine
+from train.worlds import build_engine
 
 ENVIRONMENT = os.environ.get("OBM_VLLM", "")
 pytestmark = [
@@ -399,14 +402,15 @@ def test_without_a_correction_no_ratio_is_computed(make_trainer):
     assert "sampling/importance_sampling_ratio/mean" not in line
 
 
-def test_a_run_from_a_settings_file_evaluates_and_trains_on_the_server(checkpoint, url, tmp_path):
+@pytest.fixture
+def settings_file(checkpoint, url, tmp_path):
     path = tmp_path / "settings.yaml"
     path.write_text(
         f"""
 output: {tmp_path / "run"}
 models: {{init: {checkpoint}}}
 environment: {{train_size: 16, eval_size: 6, kinds: [two, text], eval_kinds: [two, text]}}
-rollout: {{backend: vllm, url: "{url}", sync_dir: {tmp_path / "weights"}}}
+rollout: {{backend: vllm, url: "{url}", sync_dir: {tmp_path / "weights"}, sleep: true}}
 grpo:
   per_device_train_batch_size: 8
   num_generations: 4
@@ -418,15 +422,37 @@ compare: {{eval_every: 2}}
 tracking: {{wandb: disabled}}
 """
     )
-    folder = run_training(load_config(path, []))
+    return path
+
+
+def check_run(folder):
+    """Evaluations at both ends, and in between two steps with the weights that they should have."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert [(line["step"], line["phase"]) for line in lines] == [
-        (0, "eval"),
-        (1, "train"),
-        (2, "train"),
-        (2, "eval"),
-    ]
-    assert all(
-        line["sampling/logp_difference_max"] < 1e-4 for line in lines if line["phase"] == "train"
-    )
-    assert list((tmp_path / "weights").iterdir()) == []
+    order = [(0, "eval"), (1, "train"), (2, "train"), (2, "eval")]
+    assert [(line["step"], line["phase"]) for line in lines] == order
+    for line in lines[1:3]:
+        assert 0 < line["sampling/logp_difference_max"] < 1e-4
+        assert line["grad_norm"] > 0
+
+
+def test_a_run_from_a_settings_file_evaluates_and_trains_on_the_server(settings_file, tmp_path):
+    folder = run_training(load_config(settings_file, []))
+    check_run(folder)
+    assert list((tmp_path / "weights").iterdir()) == []  # nothing is left of the handovers
+
+
+def test_two_processes_under_zero3_send_whole_weights_once(settings_file, tmp_path):
+    result = deepspeed("--config", str(settings_file), "deepspeed=zero3")
+    assert result.returncode == 0, result.stderr[-3000:]
+    check_run(tmp_path / "run")
+
+
+def test_a_policy_can_be_evaluated_on_the_server(settings_file, policy, environment, questions):
+    config = load_config(settings_file, [])
+    engine = build_engine(config, *policy, environment=environment)
+    assert isinstance(engine, VLLMRolloutEngine)
+    metrics, trajectories = evaluate(engine, questions)
+    local = build_engine(config, *policy, environment=environment, rollout=None)
+    assert isinstance(local, RolloutEngine)
+    assert metrics == evaluate(local, questions)[0]
+    assert len(trajectories) == len(questions)

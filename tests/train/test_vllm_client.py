@@ -1,5 +1,6 @@
 """The vLLM client and engine against a small HTTP server that says what a test wants it to."""
 
+import inspect
 import json
 import math
 import socket
@@ -7,9 +8,16 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+import torch
 from PIL import Image
+from trl import GRPOConfig, GRPOTrainer
 
+from configs.errors import ConfigError
+from configs.schema import load_config, shipped_config
+from configs.sections import Rollout
+from train.grpo import SearchGRPOTrainer
 from train.rollout import RolloutEngine
+from train.settings import describe_step, resolved_grpo
 from train.vllm_client import (
     BIAS,
     Sampling,
@@ -34,7 +42,9 @@ def choice(tokens, logprobs=None, name="token_id", **more):
     """One drawn sequence, with the field name of vLLM 0.32 (`token_id`) or 0.31 (`token`)."""
     values = logprobs or [-1.0] * len(tokens)
     names = [i if name == "token_id" else f"token_id:{i}" for i in tokens]
-    content = [{name: i, "logprob": v, "top_logprobs": []} for i, v in zip(names, values, strict=True)]
+    content = [
+        {name: i, "logprob": v, "top_logprobs": []} for i, v in zip(names, values, strict=True)
+    ]
     return {"token_ids": tokens, "logprobs": {"content": content}, "finish_reason": "stop", **more}
 
 
@@ -77,8 +87,13 @@ class FakeServer:
             def log_message(self, *args):
                 pass
 
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.server.daemon_threads = True
+        class Server(ThreadingHTTPServer):
+            daemon_threads = True
+
+            def handle_error(self, *args):
+                pass  # a client that went away
+
+        self.server = Server(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server.server_port}"
         threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
 
@@ -528,3 +543,98 @@ def test_both_engines_have_the_protocols_members():
     assert {"rollout", "rollout_rows", "prepare", "send_policy"} <= set(members)
     for engine in (RolloutEngine, VLLMRolloutEngine):
         assert all(callable(getattr(engine, name)) for name in members)
+
+
+# ---------------------------------------------------------------- correction and settings
+
+
+def test_trl_still_corrects_where_we_switch_it_on():
+    made = inspect.getsource(GRPOTrainer._generate_and_score_completions)
+    assert made.count("if self.use_vllm and self.vllm_importance_sampling_correction:") >= 3
+    assert "(old_per_token_logps - sampling_per_token_logps) * mask" in made
+    used = inspect.getsource(GRPOTrainer._compute_loss)
+    assert 'per_token_loss = per_token_loss * inputs["importance_sampling_ratio"]' in used
+    assert "use_vllm" not in inspect.getsource(GRPOTrainer._prepare_inputs)
+
+
+@pytest.mark.parametrize(
+    ("correction", "expected"),
+    [
+        # tokens of row 0 are twice, of row 1 four times as probable in training as in sampling
+        ("token_truncate", lambda n: (2.0, 3.0)),
+        ("token_mask", lambda n: (2.0, 0.0)),
+        ("sequence_truncate", lambda n: (min(2.0**n, 3.0), 3.0)),
+        ("sequence_mask", lambda n: (0.0 if n > 1 else 2.0, 0.0)),
+    ],
+)
+def test_the_ratio_is_that_of_training_to_sampling(
+    fresh_policy, environment, questions, tmp_path, correction, expected
+):
+    model, processor = fresh_policy
+    args = GRPOConfig(
+        output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none",
+        activation_checkpointing=False, per_device_train_batch_size=4, num_generations=2,
+        max_completion_length=60, generation_kwargs={"max_new_tokens": 12},
+    )  # fmt: skip
+    trainer = SearchGRPOTrainer(
+        model,
+        args=args,
+        questions=questions,
+        environment=environment,
+        rewards={"accuracy": 1.0, "format": 0.1, "search_penalty": 0.1},
+        processing_class=processor,
+    )
+    trainer._correct_importance(
+        Rollout(backend="vllm", importance_correction=correction, importance_cap=3.0)
+    )
+    roll_out = trainer.engine.rollout_rows
+
+    def rollout_rows(*args, **kwargs):
+        trajectories = roll_out(*args, **kwargs)
+        for factor, trajectory in zip((2, 4, 1, 1), trajectories, strict=True):
+            for turn in trajectory.turns:
+                turn.logprobs = [value - math.log(factor) for value in turn.logprobs]
+        return trajectories
+
+    trainer.engine.rollout_rows = rollout_rows
+    trainer.model.train()
+    batch = trainer._generate_and_score_completions(
+        [trainer.train_dataset[i // 2] for i in range(4)]
+    )
+    ratio = batch["importance_sampling_ratio"]
+    mask = (batch["completion_mask"] * batch["tool_mask"]).bool()
+    ratio = ratio.expand(mask.shape)
+    for row in (0, 1):
+        wanted = expected(int(mask[row].sum()))[row]
+        assert torch.allclose(ratio[row][mask[row]], torch.tensor(wanted), rtol=1e-4)
+    assert torch.allclose(ratio[2:][mask[2:]], torch.tensor(1.0), atol=1e-4)
+    batch["advantages"] = torch.ones(4)
+    trainer.current_gradient_accumulation_steps = 1
+    loss = trainer.compute_loss(trainer.model, batch)
+    # at the first step the loss is minus the mean over tokens of ratio * advantage
+    assert loss.item() == pytest.approx(-(ratio[mask].mean()).item(), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("override", "fix"),
+    [
+        ("grpo.top_p=0.9", "set it to 1.0, or rollout.backend to in_process"),
+        ("grpo.temperature=2.5", "takes 2.0 at most"),
+        ("grpo.loss_type=vespo", "use token_truncate"),
+        ("grpo.use_vllm=true", "rollout.backend: vllm"),
+    ],
+)
+def test_settings_that_do_not_go_with_a_server_are_refused(override, fix):
+    overrides = [
+        "rollout.backend=vllm",
+        "rollout.importance_correction=sequence_mask",
+        override,
+    ]
+    with pytest.raises(ConfigError, match=fix):
+        resolved_grpo(load_config(shipped_config("demo"), overrides))
+
+
+def test_a_dry_run_says_who_draws_the_tokens():
+    config = load_config(shipped_config("demo"), ["rollout.backend=vllm"])
+    rows = dict(describe_step(config, 1))
+    assert rows["rollout"] == "vLLM at http://127.0.0.1:8000, correction token_truncate"
