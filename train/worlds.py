@@ -87,9 +87,8 @@ def build_engine(config: Config, model: Any, processor: Any, **settings: Any) ->
         **settings,
     }
     environment = options.pop("environment", None) or load_environment(config)
-    return engine_class(options.pop("rollout", config.rollout))(
-        model, processor, environment, **options
-    )
+    make_engine = engine_class(options.pop("rollout", config.rollout))
+    return make_engine(model, processor, environment, **options)
 
 
 def engine_class(rollout: Any = None) -> Callable[..., Engine]:

@@ -42,9 +42,8 @@ def choice(tokens, logprobs=None, name="token_id", **more):
     """One drawn sequence, with the field name of vLLM 0.32 (`token_id`) or 0.31 (`token`)."""
     values = logprobs or [-1.0] * len(tokens)
     names = [i if name == "token_id" else f"token_id:{i}" for i in tokens]
-    content = [
-        {name: i, "logprob": v, "top_logprobs": []} for i, v in zip(names, values, strict=True)
-    ]
+    pairs = zip(names, values, strict=True)
+    content = [{name: i, "logprob": v, "top_logprobs": []} for i, v in pairs]
     return {"token_ids": tokens, "logprobs": {"content": content}, "finish_reason": "stop", **more}
 
 
@@ -346,7 +345,8 @@ def test_a_dead_server_is_one_clear_error():
         VLLMClient(url, retries=1, wait_s=0.01).check()
 
 
-def test_a_connection_that_the_server_closed_is_opened_again(server, client):
+def test_a_connection_that_the_server_closed_is_opened_again(server):
+    client = VLLMClient(server.url, retries=0)
     client.policy_version()
     client._local.connection.sock.shutdown(socket.SHUT_RDWR)
     assert client.policy_version() == "1"
