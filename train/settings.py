@@ -91,12 +91,17 @@ def _check_for_server(config: Config, settings: dict[str, Any]) -> None:
     """Settings that do not go with a vLLM server.
 
     Raises:
-        ConfigError: a nucleus, or a correction that the loss cannot take.
+        ConfigError: a nucleus, a temperature above 2, or a correction that the loss cannot take.
     """
     if settings.get("top_p", 1.0) < 1.0:
         raise ConfigError(
             "grpo.top_p: a vLLM server reports the log-probs of the nucleus, not the policy's; "
             "set it to 1.0, or rollout.backend to in_process"
+        )
+    if settings["temperature"] > 2.0:
+        raise ConfigError(
+            f"grpo.temperature: a vLLM server takes 2.0 at most, not {settings['temperature']}; "
+            "lower it, or set rollout.backend to in_process"
         )
     correction = config.rollout.importance_correction
     if settings["loss_type"] == "vespo" and correction.startswith("sequence"):
