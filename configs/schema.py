@@ -21,6 +21,7 @@ from configs.sections import (
     Compare,
     Config,
     Environment,
+    Lora,
     Merge,
     Models,
     Rewards,
@@ -35,6 +36,7 @@ __all__ = [
     "Config",
     "ConfigError",
     "Environment",
+    "Lora",
     "Merge",
     "Models",
     "Rewards",
@@ -81,6 +83,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         if name not in tasks:
             key = f"merge.weights.{name}"
             fail(where, key, "no model of this name is merged", nearest(name, tasks))
+    if config.models.freeze_vision and config.lora.train_vision:
+        reason = "models.freeze_vision says the opposite"
+        fail(where, "lora.train_vision", reason, "remove one of the two")
     if config.deepspeed == "none":
         config.deepspeed = None
     name = config.deepspeed

@@ -112,6 +112,7 @@ def _train(
 
     from transformers.utils.logging import disable_progress_bar
 
+    from train.adapter import freeze_vision, make_lora
     from train.callbacks import EvaluationCallback, Recorder, RunCallback
     from train.grpo import SearchGRPOTrainer
     from train.policy import load_policy
@@ -123,6 +124,8 @@ def _train(
     if checkpoint is not None:
         logger.info("resuming at step %d of %s", resume_step, folder)
     model, processor = load_policy(init)
+    if config.models.freeze_vision:
+        freeze_vision(model)
     trainer = SearchGRPOTrainer(
         model,
         args=args,
@@ -130,6 +133,7 @@ def _train(
         environment=load_environment(config),
         rewards=config.rewards,
         processing_class=processor,
+        peft_config=make_lora(model, config.lora),
     )
     watchdog.step = lambda: trainer.state.global_step
     _keep_only_ours(trainer)
