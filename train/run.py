@@ -23,6 +23,7 @@ from typing import Any
 
 from configs.errors import ConfigError
 from configs.schema import Config, dump_config, load_config, resolve_model, shipped_config
+from train.resume import Start, convert, find_start
 from train.settings import build_grpo_config, describe_step
 from train.watchdog import Watchdog, clear_heartbeats, progress
 
@@ -31,7 +32,10 @@ logger = logging.getLogger(__name__)
 PACKAGES = ("torch", "transformers", "trl", "deepspeed", "accelerate", "peft", "wandb")
 
 MAY_CHANGE = (
-    "output", "tracking.", "compare.", "deepspeed", "hang_timeout_s", "grpo.max_steps", "grpo.save_"
+    "output", "tracking.", "compare.", "deepspeed", "hang_timeout_s", "grpo.max_steps",
+    "grpo.save_",
+    # train.resume checks that their product with the number of processes stays
+    "grpo.per_device_train_batch_size", "grpo.gradient_accumulation_steps",
 )  # fmt: skip
 """Settings that may differ between a run and its continuation."""
 
@@ -91,24 +95,37 @@ def run_training(config: Config, resume: bool = False, overwrite: bool = False) 
         raise ConfigError("models.init: missing; name a merged folder, a VLM folder or a hub id")
     init = resolve_model(config.models.init)
     describe_step(config, world)
+    start = find_start(folder, config, world) if resume else None
     if rank == 0:
         check_start(init)
         prepare_folder(folder, config, init, resume, overwrite)
     _share_cores(world)
 
     # torch.distributed starts here, if a launcher asked for it
-    args = build_grpo_config(config, folder / "checkpoints")
+    args = build_grpo_config(
+        config,
+        folder / "checkpoints",
+        load_universal=start is not None and start.needs_conversion,
+    )
     with Watchdog(folder, rank, world, config.hang_timeout_s) as watchdog:
-        return _train(config, folder, init, args, resume, watchdog)
+        if start is not None and start.needs_conversion:
+            convert(start, rank)
+        return _train(config, folder, init, args, resume, start, watchdog)
 
 
 def _train(
-    config: Config, folder: Path, init: str, args: Any, resume: bool, watchdog: Watchdog
+    config: Config,
+    folder: Path,
+    init: str,
+    args: Any,
+    resume: bool,
+    start: Start | None,
+    watchdog: Watchdog,
 ) -> Path:
     """The part of a run that all processes go through together."""
-    rank, world = watchdog.rank, watchdog.n_processes
-    checkpoint = newest_checkpoint(folder, world) if resume else None
-    resume_step = int(checkpoint.name.split("-")[-1]) if checkpoint else 0
+    rank = watchdog.rank
+    checkpoint = start.path if start else None
+    resume_step = start.step if start else 0
 
     from transformers.utils.logging import disable_progress_bar
 
@@ -209,16 +226,6 @@ def prepare_folder(folder: Path, config: Config, init: str, resume: bool, overwr
     recipe = Path(init) / "merge.json"
     if recipe.is_file():
         shutil.copyfile(recipe, folder / "merge.json")
-
-
-def newest_checkpoint(folder: Path, n_processes: int = 1) -> Path | None:
-    """The newest checkpoint that was written to its end by all processes."""
-    found = []
-    for path in (folder / "checkpoints").glob("checkpoint-*"):
-        states = [path / f"rollout_state_{rank}.pt" for rank in range(n_processes)]
-        if (path / "trainer_state.json").is_file() and all(s.is_file() for s in states):
-            found.append(path)
-    return max(found, key=lambda path: int(path.name.split("-")[-1]), default=None)
 
 
 def describe_machine(config: Config) -> dict[str, Any]:
