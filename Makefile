@@ -21,7 +21,7 @@ ARGS ?=
 export PYTHONSAFEPATH := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install demo test test-vllm bench bench-merge lint atlas tune study-floors study-convergence study-cold results clean
+.PHONY: help install demo test test-vllm bench bench-merge lint atlas tune study-floors study-convergence study-cold study-zero soak results clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1: /p' Makefile
@@ -83,6 +83,12 @@ study-cold: $(STAMP) ## three seeds of the plain VLM by how much tool use it has
 	done
 	$(BIN)/obm study cold $(ARGS)
 	$(BIN)/obm study cold_accuracy $(ARGS)
+
+study-zero: $(STAMP) ## one training under ZeRO-1, 2, 3, offload and LoRA, two processes, docs/results/zero.* (ten minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python -m launch.zero_study $(ARGS)
+
+soak: $(STAMP) ## 200 steps of two processes under ZeRO-3 with failing tools, docs/results/soak.* (ten minutes)
+	$(BIN)/python tests/train/soak.py $(ARGS)
 
 results: $(STAMP) ## the small tables of docs/results again: trio, retrieval
 	$(BIN)/obm atlas report

@@ -318,7 +318,7 @@ class VLLMClient:
 
     def _exchange(self, method: str, path: str, body: Any) -> tuple[int, bytes]:
         """Status and content, over this thread's connection or a new one."""
-        connection = getattr(self._local, "connection", None)
+        connection: Any = getattr(self._local, "connection", None)
         is_new = connection is None
         if is_new:
             connection = self._connect(self._host, self._port, timeout=self.timeout_s)
