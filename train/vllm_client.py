@@ -87,6 +87,8 @@ class Reply:
     """per token: id -> log-prob of the watched tokens"""
     version: str | None = None
     """version of the weights, if the server tells it"""
+    n_cached: int = 0
+    """tokens of the context that its prefix cache held; 0 if the server does not tell"""
 
 
 class VLLMClient:
@@ -318,7 +320,7 @@ class VLLMClient:
 
     def _exchange(self, method: str, path: str, body: Any) -> tuple[int, bytes]:
         """Status and content, over this thread's connection or a new one."""
-        connection = getattr(self._local, "connection", None)
+        connection: Any = getattr(self._local, "connection", None)
         is_new = connection is None
         if is_new:
             connection = self._connect(self._host, self._port, timeout=self.timeout_s)
@@ -456,7 +458,9 @@ def read_reply(reply: Any, sampling: Sampling) -> Reply:
     versions = {span["version"] for span in choice.get("weight_versions") or []}
     if len(versions) > 1:
         raise VLLMError(f"was computed with several versions of the weights: {sorted(versions)}")
-    return Reply(token_ids, logprobs, watched, versions.pop() if versions else None)
+    version = versions.pop() if versions else None
+    details = (reply.get("usage") or {}).get("prompt_tokens_details") or {}
+    return Reply(token_ids, logprobs, watched, version, int(details.get("cached_tokens") or 0))
 
 
 def _token_and_logprob(entry: Any) -> tuple[int, float]:
