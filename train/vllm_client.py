@@ -225,6 +225,10 @@ class VLLMClient:
         except VLLMError as error:
             raise self._bad(path, str(error)) from error
 
+    def forget_images(self) -> None:
+        """Sends pictures whole again, as after another client made the server forget them."""
+        self._known.clear()
+
     # ---------------------------------------------------------------- weights
 
     def update_policy(self, folder: str, version: str) -> None:
@@ -241,7 +245,7 @@ class VLLMClient:
         try:
             rpc = {"method": "load_policy", "args": [str(folder)]}
             self._request("POST", "/collective_rpc", rpc, missing="VLLM_SERVER_DEV_MODE=1")
-            self._known.clear()
+            self.forget_images()
             for cache in ("prefix", "mm", "encoder"):
                 path = f"/reset_{cache}_cache"
                 answer = self._request("POST", path, missing="VLLM_SERVER_DEV_MODE=1")
@@ -267,7 +271,6 @@ class VLLMClient:
         """Has the server give its GPU memory back, weights kept in main memory."""
         path = "/sleep?level=1"
         self._request("POST", path, missing="VLLM_SERVER_DEV_MODE=1 --enable-sleep-mode")
-        self._known.clear()
 
     # ---------------------------------------------------------------- HTTP
 
