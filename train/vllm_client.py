@@ -87,6 +87,8 @@ class Reply:
     """per token: id -> log-prob of the watched tokens"""
     version: str | None = None
     """version of the weights, if the server tells it"""
+    n_cached: int = 0
+    """tokens of the context that its prefix cache held; 0 if the server does not tell"""
 
 
 class VLLMClient:
@@ -223,6 +225,10 @@ class VLLMClient:
         except VLLMError as error:
             raise self._bad(path, str(error)) from error
 
+    def forget_images(self) -> None:
+        """Sends pictures whole again, as after another client made the server forget them."""
+        self._known.clear()
+
     # ---------------------------------------------------------------- weights
 
     def update_policy(self, folder: str, version: str) -> None:
@@ -239,7 +245,7 @@ class VLLMClient:
         try:
             rpc = {"method": "load_policy", "args": [str(folder)]}
             self._request("POST", "/collective_rpc", rpc, missing="VLLM_SERVER_DEV_MODE=1")
-            self._known.clear()
+            self.forget_images()
             for cache in ("prefix", "mm", "encoder"):
                 path = f"/reset_{cache}_cache"
                 answer = self._request("POST", path, missing="VLLM_SERVER_DEV_MODE=1")
@@ -265,7 +271,6 @@ class VLLMClient:
         """Has the server give its GPU memory back, weights kept in main memory."""
         path = "/sleep?level=1"
         self._request("POST", path, missing="VLLM_SERVER_DEV_MODE=1 --enable-sleep-mode")
-        self._known.clear()
 
     # ---------------------------------------------------------------- HTTP
 
@@ -456,7 +461,9 @@ def read_reply(reply: Any, sampling: Sampling) -> Reply:
     versions = {span["version"] for span in choice.get("weight_versions") or []}
     if len(versions) > 1:
         raise VLLMError(f"was computed with several versions of the weights: {sorted(versions)}")
-    return Reply(token_ids, logprobs, watched, versions.pop() if versions else None)
+    version = versions.pop() if versions else None
+    details = (reply.get("usage") or {}).get("prompt_tokens_details") or {}
+    return Reply(token_ids, logprobs, watched, version, int(details.get("cached_tokens") or 0))
 
 
 def _token_and_logprob(entry: Any) -> tuple[int, float]:

@@ -115,6 +115,7 @@ class VLLMRolloutEngine(EpisodeEngine):
     def confirm_policy(self, version: int) -> None:
         """Notes which weights the server has; every process calls it after an update."""
         super().confirm_policy(version)
+        self.client.forget_images()
         self._server_version = self.client.policy_version()
 
     def wake(self) -> None:
@@ -128,6 +129,7 @@ class VLLMRolloutEngine(EpisodeEngine):
     def release_images(self) -> None:
         """Forgets the pictures of past rollouts."""
         super().release_images()
+        self.client.forget_images()
         self._encoded.clear()
 
     # ---------------------------------------------------------------- rollout

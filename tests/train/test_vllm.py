@@ -59,7 +59,8 @@ OPTIONS = """
     --dtype float32 --enforce-eager --max-model-len 1024 --max-num-seqs 8
     --max-num-batched-tokens 1024 --kv-cache-memory-bytes 67108864 --block-size 32
     --enable-prefix-caching --enable-scale-out --logprobs-mode processed_logprobs
-    --max-logprobs -1 --worker-extension-cls train.vllm_worker.PolicyWorker
+    --enable-prompt-tokens-details --max-logprobs -1
+    --worker-extension-cls train.vllm_worker.PolicyWorker
 """
 VARIABLES = {
     "OMP_NUM_THREADS": "1",
@@ -262,6 +263,21 @@ def test_a_rollout_can_be_repeated_and_split_over_processes(make_engines, questi
 def test_tools_in_threads_change_no_episode(make_engines, questions):
     in_line = tokens(make_engines()[0].rollout(questions, greedy=True))
     assert tokens(make_engines(tool_workers=3)[0].rollout(questions, greedy=True)) == in_line
+
+
+def test_a_later_turn_computes_only_what_is_new(make_engines, questions):
+    """The server's prefix cache, by whole blocks of 32 tokens, and over a picture."""
+    engine, _ = make_engines()
+    (trajectory,) = engine.rollout(questions[:1], greedy=True)
+    images = [engine._encode(engine.encode_image(image)) for image in trajectory.all_images]
+    context = trajectory.prompt_ids + trajectory.completion_ids
+    sampling = Sampling(max_tokens=1, temperature=0.0)
+    reply = engine.client.generate(context, images, sampling, engine.image_token_id)
+    assert len(images) == 3
+    assert reply.n_cached >= len(context) - 32 - 1
+    engine.send_policy(engine.model, 1)
+    reply = engine.client.generate(context, images, sampling, engine.image_token_id)
+    assert reply.n_cached == 0  # the old weights' keys and values are gone
 
 
 def test_a_picture_counts_where_its_placeholders_are(make_engines, questions):

@@ -513,6 +513,14 @@ def test_weights_of_another_run_are_refused(say, questions):
         say([ANSWER], version="7").rollout([text_question(questions)])
 
 
+def test_every_process_sends_pictures_again_after_an_update_by_the_first(say, server):
+    engine = say([])
+    engine.client._known.add("h")
+    engine.confirm_policy(1)
+    assert engine.client._known == set()
+    assert server.paths.count("/collective_rpc") == 0
+
+
 def test_an_engine_without_a_trainer_sends_its_policy_first(say, server, questions):
     engine = say([ANSWER, ANSWER])
     for _ in range(2):
