@@ -17,6 +17,7 @@ from configs.documentation import describe
 from configs.errors import ConfigError
 from configs.reader import parse_yaml, read_yaml, write_yaml
 from configs.sections import (
+    Algorithm,
     Calibration,
     Compare,
     Config,
@@ -30,6 +31,7 @@ from configs.sections import (
 )
 
 __all__ = [
+    "Algorithm",
     "Calibration",
     "Compare",
     "Config",
@@ -50,6 +52,8 @@ __all__ = [
 
 COMMAND_LINE = "command line"
 ATLAS_PREFIX = "atlas://"
+SHIPPED_DEEPSPEED = ("zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
+"""Files of configs/deepspeed, by the names that the setting `deepspeed` takes."""
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -81,10 +85,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             fail(where, key, "no model of this name is merged", nearest(name, tasks))
     if config.deepspeed == "none":
         config.deepspeed = None
-    if config.deepspeed and not re.search(r"\.json$|^zero[23]$", config.deepspeed):
+    name = config.deepspeed
+    if name and name not in SHIPPED_DEEPSPEED and not name.endswith(".json"):
         raise ConfigError(
-            f"{where('deepspeed')}:deepspeed: '{config.deepspeed}' is not known; "
-            "use zero2, zero3, none or the path of a .json file"
+            f"{where('deepspeed')}:deepspeed: '{name}' is not known; "
+            f"use {', '.join(SHIPPED_DEEPSPEED)}, none or the path of a .json file"
         )
     return config
 

@@ -73,6 +73,8 @@ class Models:
     """further text models of the same base that are merged in: name -> checkpoint"""
     init: str | None = None
     """checkpoint that training and evaluation start from: a merged folder, or the plain VLM"""
+    reference: str = "init"
+    """checkpoint that the KL term of `grpo.beta` pulls towards; `init` = the start itself"""
 
 
 class CalibrationData(TypedDict):
@@ -268,6 +270,9 @@ class Environment:
     """seconds after which a tool call counts as failed (infrastructure)"""
     invalid_ends: bool = True
     """a turn without call or answer ends the episode; false = the policy gets a hint and goes on"""
+    long_results: Literal["end", "shorten"] = "end"
+    """a result that does not fit the token budget: the episode ends with stop reason `length`, or
+    its texts are cut until it fits, and say so"""
 
     def episode_settings(self) -> dict[str, Any]:
         """The part that a running episode needs: keyword arguments of SearchEnvironment."""
@@ -281,6 +286,7 @@ class Environment:
             "thumbnails",
             "timeout_s",
             "invalid_ends",
+            "long_results",
         )
         return {name: getattr(self, name) for name in names}
 
@@ -301,6 +307,61 @@ class Rewards:
     """episodes in which a tool failed: `skip` leaves them unscored, `score` treats them as usual,
     `mask` does so too, but after three failures in a row the tokens from the first on carry no loss
     and what lies before is never punished"""
+
+
+@dataclass
+class Algorithm:
+    """Parts that TRL lacks, each a switch on one baseline; docs/algorithms.md has the sources."""
+
+    dynamic_sampling: Annotated[int, NotNegative] = 0
+    """rounds per rollout in which groups without signal are replaced by other questions (DAPO);
+    0 = off. The discarded episodes cost time and count as tokens"""
+    hop_credit: Annotated[float, Between(0, 1)] = 0.0
+    """share w of the hop-anchored advantage (HaPO): A = (1 - w) A_episode + w A_hop"""
+    efficiency_bonus: Annotated[float, NotNegative] = 0.0
+    """added times the rank of a right episode's thrift among the right ones of its group (TRACE)"""
+    overlong_penalty: Annotated[float, NotNegative] = 0.0
+    """weight of DAPO's soft punishment of length; grpo.mask_truncated_completions leaves cut
+    episodes out of the loss instead"""
+    overlong_buffer: Annotated[int, Positive] = 64
+    """tokens before the end of the budget in which that punishment grows from 0 to 1"""
+    anchor: Annotated[float, NotNegative] = 0.0
+    """strength a of the pull a/2 sum_ij h_j (theta - theta_init)^2 on the language linears, h the
+    second moments of the merge, scaled to mean 1; not with zero3 or an adapter"""
+    anchor_stats: list[str] = field(default_factory=list)
+    """statistics of that pull, files or folders of `obm calibrate`; empty = those in the
+    merge.json of models.init"""
+
+
+@dataclass
+class Rollout:
+    """Who draws the tokens of an episode: this process, or a vLLM server (docs/vllm.md)."""
+
+    backend: Literal["in_process", "vllm"] = "in_process"
+    """`in_process` = the policy in the trainer's memory; `vllm` = a server that gets the policy's
+    weights before the first rollout after each optimizer step"""
+    tool_workers: Annotated[int, NotNegative] = 0
+    """threads that call tools, so that slow services are asked at the same time and rows go on
+    decoding meanwhile; 0 = one call after another, the fastest for tools in memory"""
+    url: str = "http://127.0.0.1:8000"
+    """vllm: the server, `http://host:port`; one training run at a time may use it"""
+    timeout_s: Annotated[float, Between(0, above=True)] = 300.0
+    """vllm: seconds after which a request counts as failed; also for loading weights"""
+    retries: Annotated[int, NotNegative] = 3
+    """vllm: further attempts after a failed request"""
+    sync_dir: str | None = None
+    """vllm: folder where weights are handed over, which the server sees under the same path; null =
+    shared memory, for a server on the same machine"""
+    sleep: bool = False
+    """vllm: the server gives its GPU memory back between rollouts, so that it can share a GPU with
+    the trainer; start it with --enable-sleep-mode"""
+    importance_correction: Literal[
+        "none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"
+    ] = "token_truncate"
+    """vllm: weight on the loss for what the server computes otherwise than the trainer, the ratio
+    of the two probabilities of a token or of an episode: cut at the cap, or 0 above it (TRL)"""
+    importance_cap: Annotated[float, Between(0, above=True)] = 2.0
+    """vllm: cap of that weight"""
 
 
 @dataclass
@@ -351,10 +412,18 @@ class Config:
     """world and questions"""
     rewards: Rewards = field(default_factory=Rewards)
     """reward parts"""
+    rollout: Rollout = field(default_factory=Rollout)
+    """back end of the rollout"""
     grpo: dict[str, Any] = field(default_factory=dict)
     """handed untouched to TRL's GRPOConfig"""
+    algorithm: Algorithm = field(default_factory=Algorithm)
+    """what TRL lacks"""
     deepspeed: str | None = None
-    """`zero2`, `zero3`, `none` or the path of a DeepSpeed JSON file"""
+    """`zero1`, `zero2`, `zero3`, `zero2_offload`, `zero3_offload`, `none` or the path of a JSON
+    file; docs/distributed.md says which fits"""
+    hang_timeout_s: Annotated[float, Between(0, above=True)] | None = 1800.0
+    """seconds without progress in any process after which the run ends and says who was where;
+    null = wait for ever"""
     tracking: Tracking = field(default_factory=Tracking)
     """W&B and logs"""
     compare: Compare = field(default_factory=Compare)

@@ -28,6 +28,7 @@ from environments.tools import (
     ToolResult,
     image_search,
     model_fault,
+    shorten,
     text_search,
 )
 
@@ -86,6 +87,7 @@ class Episode:
         thumbnails: bool = False,
         timeout_s: float | None = 10.0,
         invalid_ends: bool = True,
+        long_results: str = "end",
     ) -> None:
         self.question = question
         self.dialect = dialect
@@ -99,6 +101,7 @@ class Episode:
         self.thumbnails = thumbnails
         self.timeout_s = timeout_s
         self.invalid_ends = invalid_ends
+        self.long_results = long_results
 
         self.actions: list[Action] = []
         self.results: list[ToolResult | None] = []
@@ -157,6 +160,13 @@ class Episode:
             )
         if not self.done:
             self.stop_reason = reason
+
+    def shortened(self, n_words: int) -> str:
+        """The latest observation again, with at most `n_words` words of text per hit."""
+        result = self.results[-1]
+        if result is None:
+            raise RuntimeError("the latest turn has no observation to shorten")
+        return self.dialect.render_observation(shorten(result, n_words), self.question["question"])
 
     def metrics(self) -> dict[str, float]:
         """Counts of the episode so far: searches, refusals, faults and seconds spent in tools."""
@@ -224,7 +234,7 @@ class SearchEnvironment:
         image_index: back end of image search, or None.
         dialect: name of the dialect, or a Dialect.
         budgets: the keyword arguments of Episode (`image_searches`, `text_searches`, `max_turns`,
-            `top_k_text`, `top_k_image`, `thumbnails`, `timeout_s`, `invalid_ends`).
+            `top_k_text`, `top_k_image`, `thumbnails`, `timeout_s`, `invalid_ends`, `long_results`).
     """
 
     def __init__(

@@ -9,7 +9,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from environments.dialects import one_line
@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 REGIONS = ("full", "left", "right")
 SNIPPET_WORDS = 40
 """An index returns snippets of at most this many words; longer ones are cut."""
+CUT_MARK = "[cut]"
+"""Stands where a result was shortened to fit the token budget, so that the policy can tell."""
 ECHO_CHARS = 60
 """How much of a bad argument an error message repeats."""
 
@@ -145,6 +147,15 @@ def crop(picture: "Image", region: str) -> "Image":
     return picture if region == "full" else picture.crop(boxes[region])
 
 
+def shorten(result: ToolResult, n_words: int) -> ToolResult:
+    """The result with at most `n_words` words of text per hit; what was cut ends with CUT_MARK.
+
+    Titles, pictures and the ids of the hits stay.
+    """
+    documents = [replace(hit, text=_first_words(hit.text, n_words)) for hit in result.documents]
+    return replace(result, text=_first_words(result.text, n_words), documents=documents)
+
+
 def guard(
     search: Callable[[], ToolResult], tool: str, timeout_s: float | None, back_end: Any = None
 ) -> ToolResult:
@@ -194,6 +205,11 @@ def _with_limit(search: Callable[[], ToolResult], tool: str, timeout_s: float) -
         logger.warning("%s search gave no result within %g s", tool, timeout_s)
         return infrastructure_fault(f"no result within {timeout_s:g} s", tool)
     return box[0]
+
+
+def _first_words(text: str, n_words: int) -> str:
+    words = text.split()
+    return text if len(words) <= n_words else " ".join([*words[:n_words], CUT_MARK])
 
 
 def _checked(hit: Hit, n_words: int, with_image: bool) -> Hit:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from train.plan import (
     BANDWIDTH_SHARE,
+    HANDOVER,
     LAUNCH_S,
     LINK_SHARE,
     LONGEST_FILL,
@@ -28,7 +29,8 @@ def seconds(plan: Plan, machine: Machine) -> dict[str, float]:
         "decode": decode_seconds(plan, machine),
         "vision": vision_seconds(plan, machine),
         "tools": plan.tool_s * plan.rollouts,
-        "sync": sync_seconds(plan, machine),
+        "gather": gather_seconds(plan, machine),
+        "sync": sync_seconds(plan),
         "reference": reference_seconds(plan, machine),
         "loss": loss_seconds(plan, machine),
         "exchange": exchange_seconds(plan, machine),
@@ -135,15 +137,17 @@ def exchange_seconds(plan: Plan, machine: Machine) -> float:
     return times * moved * away / (machine.link * LINK_SHARE)
 
 
-def sync_seconds(plan: Plan, machine: Machine) -> float:
-    """Weights on their way to the rollout: gathered under ZeRO-3, or sent to the server."""
-    if plan.server_gpus:
-        moved = float(plan.weight_bytes * plan.n_stored)
-    elif plan.zero >= 3:
-        moved = plan.weight_bytes * plan.n_stored * (1 - 1 / plan.n_processes)
-    else:
+def gather_seconds(plan: Plan, machine: Machine) -> float:
+    """ZeRO-3 makes the weights whole for each rollout: e n (N - 1) / N over links."""
+    if plan.zero < 3:
         return 0.0
+    moved = plan.weight_bytes * plan.n_stored * (1 - 1 / plan.n_processes)
     return plan.rollouts * moved / (machine.link * LINK_SHARE)
+
+
+def sync_seconds(plan: Plan) -> float:
+    """Handing the weights to a server, once an optimizer step."""
+    return plan.weight_bytes * plan.n_stored / HANDOVER if plan.server_gpus else 0.0
 
 
 def optimizer_seconds(plan: Plan, machine: Machine) -> float:

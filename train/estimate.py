@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 from configs.errors import ConfigError
 from train import plan as assumed
+from train.deepspeed_json import deepspeed_path
 from train.duration import seconds
-from train.memory import Memory, host_bytes, memory
+from train.memory import Memory, host_bytes, memory, server_bytes
 from train.plan import GB, MACHINES, Machine, Plan
-from train.settings import deepspeed_json, resolved_grpo
+from train.settings import resolved_grpo
 from train.shapes import find_shape
 
 if TYPE_CHECKING:
@@ -44,11 +45,24 @@ def add_estimate_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"of a dry run's estimate: {', '.join(MACHINES)}; h100x8 = eight, one process each",
     )
     parser.add_argument(
+        "--server-gpus",
+        type=int,
+        metavar="N",
+        default=1,
+        help="of a dry run's estimate: accelerators of the vLLM server, beside the trainer's",
+    )
+    parser.add_argument(
         "--prompt-tokens",
         type=int,
         metavar="N",
         help="of a dry run's estimate: a prompt with its picture (default: the environment's)",
     )
+
+
+def estimate_arguments(options: argparse.Namespace) -> dict[str, Any]:
+    """Those of a parsed command line, as keyword arguments of `describe_estimate`."""
+    names = ("machine", "prompt_tokens", "server_gpus")
+    return {name: getattr(options, name) for name in names}
 
 
 @dataclass(frozen=True)
@@ -107,13 +121,16 @@ def find_machine(text: str, n_processes: int) -> tuple[Machine, int]:
 # ---------------------------------------------------------------- from settings to a plan
 
 
-def plan_of(config: Config, n_processes: int, prompt_tokens: int | None = None) -> Plan:
+def plan_of(
+    config: Config, n_processes: int, prompt_tokens: int | None = None, server_gpus: int = 1
+) -> Plan:
     """The numbers of a settings file.
 
     Args:
         config: the experiment.
         n_processes: processes of the trainer.
         prompt_tokens: tokens of a prompt with its picture; None = those of the environment.
+        server_gpus: accelerators of the rollout server, where the settings name one.
 
     Raises:
         ConfigError: the model's shape is not known here, or settings that contradict each other.
@@ -145,6 +162,7 @@ def plan_of(config: Config, n_processes: int, prompt_tokens: int | None = None) 
             grpo.get("gradient_checkpointing", grpo.get("activation_checkpointing"))
         ),
         has_reference=grpo["beta"] != 0.0,
+        server_gpus=server_gpus if config.rollout.backend == "vllm" else 0,
         **_sharding(config),
     )
 
@@ -181,7 +199,7 @@ def _steps_per_generation(grpo: dict[str, Any], rows: int) -> int:
 
 def _sharding(config: Config) -> dict[str, Any]:
     """ZeRO stage and offload of the DeepSpeed settings."""
-    path = deepspeed_json(config)
+    path = deepspeed_path(config.deepspeed)
     if path is None:
         return {"zero": 0, "has_deepspeed": False}
     zero = json.loads(Path(path).read_text(encoding="utf-8")).get("zero_optimization") or {}
@@ -259,6 +277,7 @@ def describe_estimate(
     n_processes: int,
     machine: str = DEFAULT_MACHINE,
     prompt_tokens: int | None = None,
+    server_gpus: int = 1,
 ) -> str:
     """Expected memory and time as text for a dry run.
 
@@ -270,7 +289,7 @@ def describe_estimate(
     accelerator, n_processes = find_machine(machine, n_processes)
     try:
         _, origin = find_shape(_local(config.models.init), config.models.vlm)
-        plan = plan_of(config, n_processes, prompt_tokens)
+        plan = plan_of(config, n_processes, prompt_tokens, server_gpus)
     except ConfigError as error:
         return f"no estimate of memory and time: {error}"
     found = estimate(plan, accelerator)
@@ -321,6 +340,13 @@ def _memory_lines(found: Estimate) -> list[str]:
         f"  peak        {result.peak / GB:6.1f} of {found.machine.memory / GB:.0f} ({share:.0%}), "
         f"in the {result.peak_phase}; largest: {result.largest}"
     )
+    if plan.server_gpus:
+        room = 0.9 * (found.machine.memory - server_bytes(plan))
+        cache = 4.0 * plan.shape.layers * plan.shape.kv_width / plan.server_gpus
+        lines.append(
+            f"  server      {server_bytes(plan) / GB:6.1f} of weights on each of {plan.server_gpus} "
+            f"accelerators, {room / cache:,.0f} tokens of cache in 90% of the rest"
+        )
     if not found.fits:
         changes, repaired = repair(found)
         if changes:

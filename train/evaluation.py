@@ -16,7 +16,7 @@ from typing import Any
 from environments.episode import STOP_REASONS
 from rewards.answer import exact_match, final_answer
 from rewards.normalize import contains_phrase
-from train.rollout import RolloutEngine
+from train.episodes import Engine
 from train.trajectories import Trajectory
 
 FOUR_PARTS = ("searched", "entity", "passage", "accuracy")
@@ -75,7 +75,7 @@ def summarize(
 
 
 def evaluate(
-    engine: RolloutEngine, questions: Sequence[dict[str, Any]]
+    engine: Engine, questions: Sequence[dict[str, Any]]
 ) -> tuple[dict[str, float], list[Trajectory]]:
     """One greedy episode per question.
 

@@ -16,25 +16,33 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object
 from datasets import Dataset
 from PIL import Image
+from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 from trl.models import unwrap_model_for_generation
 
+from configs.sections import Algorithm
 from environments.episode import STOP_REASONS
+from environments.tools import CUT_MARK
 from rewards.compose import score
 from rewards.trajectory import get
-from train import scoring
-from train.rollout import RolloutEngine, Script
-from train.timing import clock, speeds, time_forward, time_method
+from train import credit, scoring
+from train.anchor import SaliencyAnchor
+from train.episodes import Script
+from train.groups import Groups
+from train.timing import clock, speeds, time_forward
 from train.trajectories import Trajectory
 from train.vision import EncodedImage
+from train.watchdog import progress
+from train.worlds import engine_class
 
 REWARD_PARTS = ("total", "accuracy", "format", "search_penalty")
 REWARD_WEIGHTS = [1.0, 0.0, 0.0, 0.0]
@@ -54,10 +62,14 @@ class SearchGRPOTrainer(GRPOTrainer):
         environment: has `start(question) -> Episode` and `dialect`.
         rewards: the section `rewards` of the settings.
         processing_class: processor of the policy.
+        algorithm: the section `algorithm` of the settings.
+        reference: folder of the reference policy of `beta`; None = where `model` was loaded from.
+        anchor: pulls the policy towards where it started.
         callbacks: transformers callbacks.
         tool_workers: threads for tool calls, 0 = in line.
         script: makes the policy say given turns (tests).
         peft_config: adapter to train instead of the whole model.
+        rollout: the section `rollout` of the settings; None = in process.
     """
 
     def __init__(
@@ -73,33 +85,50 @@ class SearchGRPOTrainer(GRPOTrainer):
         tool_workers: int = 0,
         script: Script | None = None,
         peft_config: Any = None,
+        rollout: Any = None,
+        algorithm: Algorithm | None = None,
+        reference: str | None = None,
+        anchor: SaliencyAnchor | None = None,
     ) -> None:
         self.questions = list(questions)
         self.reward_settings = rewards
+        self.algorithm = algorithm or Algorithm()
+        self.anchor = anchor
         args.reward_weights = list(REWARD_WEIGHTS)
         # TRL recognises a truncated episode by its last token; here the stop reason says it
         self._mask_truncated = args.mask_truncated_completions
         args.mask_truncated_completions = False
+        self._added_parts = [
+            part
+            for part, weight in (
+                ("efficiency", self.algorithm.efficiency_bonus),
+                ("overlong", self.algorithm.overlong_penalty),
+            )
+            if weight
+        ]
         self._masks_fatal = get(rewards, "infrastructure_fault", "skip") == "mask"
         generation = dict(args.generation_kwargs or {})
         n_per_turn = generation.pop("max_new_tokens", args.max_completion_length)
         _refuse_unused_sampling(args, generation)
         args.generation_kwargs = None
-        super().__init__(
-            model=model,
-            reward_funcs=[_read_part(part) for part in REWARD_PARTS],
-            args=args,
-            train_dataset=Dataset.from_dict(
-                {
-                    "prompt": [question["question"] for question in self.questions],
-                    "row": list(range(len(self.questions))),
-                }
-            ),
-            processing_class=processing_class,
-            callbacks=callbacks,
-            peft_config=peft_config,
-        )
-        self.engine = RolloutEngine(
+        with _reference_from(model, reference):
+            super().__init__(
+                model=model,
+                reward_funcs=[_read_part(part) for part in REWARD_PARTS],
+                args=args,
+                train_dataset=Dataset.from_dict(
+                    {
+                        "prompt": [question["question"] for question in self.questions],
+                        "row": list(range(len(self.questions))),
+                    }
+                ),
+                processing_class=processing_class,
+                callbacks=callbacks,
+                peft_config=peft_config,
+            )
+        self._correct_importance(rollout)
+        self._engine_sleeps = rollout is not None and rollout.sleep
+        self.engine = engine_class(rollout)(
             self.accelerator.unwrap_model(self.model),
             processing_class,
             environment,
@@ -112,13 +141,22 @@ class SearchGRPOTrainer(GRPOTrainer):
             script=script,
         )
         self._install_scoring()
+        self.add_callback(_OptimizerStage(self))
         self.evaluate_policy: Callable[[], dict[str, float]] | None = None
         """set by the evaluation callback; runs when transformers asks for an evaluation"""
         self.last_trajectories: list[Trajectory] = []
         """this process' episodes of the latest rollout"""
         self.n_policy_tokens = 0
         """tokens sampled in training so far, all processes"""
-        self._batch_questions: list[dict[str, Any]] = []
+        self._groups = Groups(
+            self.algorithm,
+            self.num_generations,
+            len(self.questions),
+            args.seed,
+            self._all_rows,
+            self.accelerator.process_index,
+        )
+        self._batch_rows: list[int] = []
         self._batch_pictures: list[list[EncodedImage]] = []
         self._batch_policy_mask: torch.Tensor | None = None
         self._batch_entropies = torch.empty(0)
@@ -126,10 +164,24 @@ class SearchGRPOTrainer(GRPOTrainer):
         self._seconds: dict[str, float] = defaultdict(float)
         self.is_evaluating = False
         """set by the evaluation callback: the seconds of an evaluation are its own"""
-        self._timed_stepper: Any = None
         self._time_tower()
         self._last_logged_step = 0
         self._last_logged_tokens = 0
+
+    def _correct_importance(self, rollout: Any) -> None:
+        """Switches on TRL's correction for log-probs that another program computed.
+
+        From here on `use_vllm` decides on nothing else: TRL generates in `_generate`, which is
+        ours. Old log-probs come from our scoring, the ratio and its metrics from TRL.
+        """
+        if rollout is None or rollout.backend == "in_process":
+            return
+        self.use_vllm = self.vllm_importance_sampling_correction = (
+            rollout.importance_correction != "none"
+        )
+        self.vllm_importance_sampling_mode = rollout.importance_correction
+        self.vllm_importance_sampling_clip_max = rollout.importance_cap
+        self.vllm_importance_sampling_clip_min = None
 
     def _install_scoring(self) -> None:
         images = self.engine.images
@@ -148,32 +200,28 @@ class SearchGRPOTrainer(GRPOTrainer):
 
     def _time_tower(self) -> None:
         """The vision tower works inside several stages; each of its forwards is timed."""
-        tower = getattr(self.engine._core.model, "visual", None)
+        core = self.accelerator.unwrap_model(self.model)
+        core = core.get_base_model() if hasattr(core, "get_base_model") else core
+        tower = getattr(core.model, "visual", None)
         if tower is not None:
             time_forward(tower, lambda seconds: self._add_seconds("vision", seconds))
 
-    def _time_optimizer(self) -> None:
-        """DeepSpeed steps inside its own backward, transformers after it."""
-        stepper = self.deepspeed or self.optimizer
-        if stepper is not self._timed_stepper:
-            self._timed_stepper = stepper
-            time_method(stepper, "step", lambda s: self._add_seconds("optimizer", s))
-
     # ---------------------------------------------------------------- one step: episodes
+
+    def _calculate_rewards(self, *args: Any) -> torch.Tensor:
+        """TRL's; every process waits here for the rewards of all."""
+        with self._timed("sync"):
+            return super()._calculate_rewards(*args)
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         """Rolls out, scores and gives TRL the padded batch; pictures ride along."""
-        self._batch_questions = [self.questions[example["row"]] for example in inputs]
+        self._batch_rows = [example["row"] for example in inputs]
         with self._timed("generate"):
             batch = super()._generate_and_score_completions(inputs)
         batch["pictures"] = self._batch_pictures
-        if self._masks_fatal:
-            is_fatal = torch.tensor([t.fatal_turn is not None for t in self.last_trajectories])
-            advantages = batch["advantages"]
-            # what a dead service cut short may be praised, but not blamed
-            batch["advantages"] = torch.where(
-                is_fatal.to(advantages.device), advantages.clamp(min=0), advantages
-            )
+        batch["advantages"] = self._assign_credit(
+            batch["advantages"], batch["completion_ids"].shape[1]
+        )
         missing = batch["completion_ids"].shape[1] - self._batch_entropies.shape[1]
         entropies = torch.nn.functional.pad(self._batch_entropies, (0, missing))
         batch["sampling_entropies"] = entropies.to(batch["completion_ids"].device)
@@ -188,18 +236,14 @@ class SearchGRPOTrainer(GRPOTrainer):
             completions as text, sampling log-probs, fields for the rewards, images, tool images.
             The last two stay empty: the pictures are ours.
         """
-        with self.policy_for_generation(), self._timed("rollout"):
-            trajectories = self.engine.rollout_rows(
-                self._batch_questions, first_row=self.accelerator.process_index * len(prompts)
+        with self.policy_for_generation():
+            sampled = self._groups.sample(
+                self._batch_rows, self._roll_out, lambda: self.engine.n_rollouts
             )
-        for stage, seconds in self.engine.timings.items():
-            self._seconds[stage] += seconds
-        with self._timed("sync"):
-            self.accelerator.wait_for_everyone()
-        with self._timed("reward"):
-            check_format = self.engine.environment.dialect.check_format
-            for trajectory, question in zip(trajectories, self._batch_questions, strict=True):
-                trajectory.rewards = score(trajectory, question, self.reward_settings, check_format)
+        trajectories = sampled.episodes
+        for name, value in sampled.metrics.items():
+            self._metrics["train"][name].append(value)
+        prompts[:] = [self.questions[row]["question"] for row in self._batch_rows]
         masks = [
             trajectory.mask_before_fatal if self._masks_fatal else trajectory.completion_mask
             for trajectory in trajectories
@@ -219,7 +263,8 @@ class SearchGRPOTrainer(GRPOTrainer):
         self._batch_policy_mask = _pad_right(masks)
         entropies = [torch.tensor(t.completion_entropies) for t in trajectories]
         self._batch_entropies = torch.nn.utils.rnn.pad_sequence(entropies, batch_first=True)
-        self._log_episodes(trajectories)
+        with self._timed("sync"):
+            self._log_episodes(trajectories, sampled.replaced)
         return (
             [trajectory.prompt_ids for trajectory in trajectories],
             completion_ids,
@@ -231,28 +276,105 @@ class SearchGRPOTrainer(GRPOTrainer):
             [],
         )
 
+    def _roll_out(self, rows: list[int], first_row: int) -> list[Trajectory]:
+        """Scored episodes of these questions; `first_row` is the first one's number of all rows."""
+        questions = [self.questions[row] for row in rows]
+        with self._timed("rollout"):
+            trajectories = self.engine.rollout_rows(questions, first_row=first_row)
+        for stage, seconds in self.engine.timings.items():
+            self._seconds[stage] += seconds
+        with self._timed("reward"):
+            check_format = self.engine.environment.dialect.check_format
+            for trajectory, question in zip(trajectories, questions, strict=True):
+                trajectory.rewards = score(trajectory, question, self.reward_settings, check_format)
+                self._punish_length(trajectory)
+        return trajectories
+
+    def _punish_length(self, episode: Trajectory) -> None:
+        """Adds the part `overlong` to an episode's reward, if there is one."""
+        weight, total = self.algorithm.overlong_penalty, episode.rewards["total"]
+        if weight == 0.0 or total is None:
+            return
+        penalty = weight * credit.overlong_penalty(
+            len(episode.completion_ids),
+            self.engine.max_completion_tokens,
+            self.algorithm.overlong_buffer,
+            is_cut=episode.stop_reason == "length",
+        )
+        episode.rewards |= {"overlong": penalty, "total": total + penalty}
+
+    def _all_rows(self, values: list[Any]) -> list[Any]:
+        """The values of all processes, in the order of their rows."""
+        return gather_object(values) if self.accelerator.num_processes > 1 else list(values)
+
+    def _assign_credit(self, advantages: torch.Tensor, width: int) -> torch.Tensor:
+        """TRL's advantages [B], or [B, C] with hop credit; never negative after a dead service."""
+        episodes = self.last_trajectories
+        if self.algorithm.hop_credit > 0.0:
+            questions = [self.questions[row] for row in self._batch_rows]
+            normalize = self.args.scale_rewards not in ("none", False)
+            advantages = self._groups.with_hop_credit(
+                advantages, episodes, questions, width, normalize
+            )
+        if self._masks_fatal:
+            is_fatal = torch.tensor([t.fatal_turn is not None for t in episodes])
+            is_fatal = is_fatal.to(advantages.device).view(-1, *[1] * (advantages.dim() - 1))
+            # what a dead service cut short may be praised, but not blamed
+            advantages = torch.where(is_fatal, advantages.clamp(min=0), advantages)
+        return advantages
+
     @contextmanager
     def policy_for_generation(self) -> Iterator[Any]:
         """The bare policy with whole parameters.
 
         Under ZeRO-3 they are gathered once for the whole block, so processes may take different
-        numbers of turns inside it.
+        numbers of turns inside it. A policy on a server is brought up to date instead.
         """
-        start = clock()
-        with unwrap_model_for_generation(
+        if self.engine.is_remote:
+            with self._server_awake():
+                yield self.accelerator.unwrap_model(self.model)
+            return
+        gathered = unwrap_model_for_generation(
             self.model_wrapped,
             self.accelerator,
             gather_deepspeed3_params=self.args.ds3_gather_for_generation,
-        ) as model:
-            self._add_seconds("sync", clock() - start)
+        )
+        with ExitStack() as stack:
+            with self._timed("gather"):
+                model = stack.enter_context(gathered)
             yield model
 
-    def _log_episodes(self, trajectories: list[Trajectory]) -> None:
+    @contextmanager
+    def _server_awake(self) -> Iterator[None]:
+        """The server with the weights of this step; the first process speaks for all."""
+        is_main = self.accelerator.is_main_process
+        if self._engine_sleeps:
+            if is_main:
+                self.engine.wake()
+            self.accelerator.wait_for_everyone()
+        step = self.state.global_step
+        if self.engine.policy_version != step:
+            with (
+                self._timed("sync"),
+                unwrap_model_for_generation(self.model_wrapped, self.accelerator) as model,
+            ):
+                if is_main:
+                    self.engine.send_policy(model, step)
+                self.accelerator.wait_for_everyone()
+                self.engine.confirm_policy(step)
+        yield
+        if self._engine_sleeps:
+            self.accelerator.wait_for_everyone()
+            if is_main:
+                self.engine.sleep()
+
+    def _log_episodes(self, trajectories: list[Trajectory], replaced: list[Trajectory]) -> None:
         """Metrics of the rollout over all processes, under TRL's names where it has them."""
         lengths = [t.n_policy_tokens for t in trajectories]
+        sampled = [*trajectories, *replaced]
         totals = {
-            "tokens": sum(lengths),
-            "prompt_tokens": sum(len(t.prompt_ids) for t in trajectories),
+            "tokens": sum(t.n_policy_tokens for t in sampled),
+            "prompt_tokens": sum(len(t.prompt_ids) for t in sampled),
             "search/rate_image": sum(t.count("image_search") > 0 for t in trajectories),
             "search/rate_text": sum(t.count("search") > 0 for t in trajectories),
             "search/calls_per_episode": sum(
@@ -263,6 +385,14 @@ class SearchGRPOTrainer(GRPOTrainer):
                 any(u.fault == "infrastructure" for u in t.turns) for t in trajectories
             ),
             "search/fatal_rate": sum(t.fatal_turn is not None for t in trajectories),
+            "search/unread_rate": sum(t.has_unread_result for t in trajectories),
+            "search/shortened_rate": sum(
+                any(CUT_MARK in (u.observation or "") for u in t.turns) for t in trajectories
+            ),
+            **{
+                f"rewards/{part}/mean": sum(t.rewards.get(part) or 0.0 for t in trajectories)
+                for part in self._added_parts
+            },
             "turns_per_episode": sum(len(t.turns) for t in trajectories),
             "completions/mean_length": sum(lengths),
             "completions/clipped_ratio": sum(t.stop_reason == "length" for t in trajectories),
@@ -294,13 +424,17 @@ class SearchGRPOTrainer(GRPOTrainer):
     # ---------------------------------------------------------------- one step: the loss
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
-        """TRL's step, timed: what is neither generation nor optimizer is forward and backward."""
-        self._time_optimizer()
-        others = ("generate", "optimizer")
-        start, before = clock(), sum(self._seconds[stage] for stage in others)
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        elsewhere = sum(self._seconds[stage] for stage in others) - before
-        self._seconds["loss"] += clock() - start - elsewhere
+        """TRL's step, timed: what is neither generation nor update is forward and backward."""
+
+        def elsewhere() -> float:
+            return self._seconds["generate"] + self._seconds["optimizer"]
+
+        if self.anchor is not None:
+            self.anchor.accumulation_steps = self.current_gradient_accumulation_steps
+        start, before = clock(), elsewhere()
+        with progress.stage("loss"):
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        self._seconds["loss"] += clock() - start - (elsewhere() - before)
         return loss
 
     def compute_loss(
@@ -344,7 +478,8 @@ class SearchGRPOTrainer(GRPOTrainer):
             policy_mask = inputs["completion_mask"] * inputs["tool_mask"]
             pictures, chosen = inputs["pictures"], self._rows_to_score(inputs)
             # rows without a gradient keep the values they were sampled with
-            logps = inputs["sampling_per_token_logps"] * policy_mask
+            logps = inputs.get("old_per_token_logps", inputs["sampling_per_token_logps"])
+            logps = logps * policy_mask
             entropies = inputs["sampling_entropies"] * policy_mask
         logps, entropies = logps.to(input_ids.device), entropies.to(input_ids.device)
         for part in chosen.split(batch_size or len(chosen)):
@@ -375,7 +510,7 @@ class SearchGRPOTrainer(GRPOTrainer):
         pulls_anyway = self.beta != 0.0 or self._entropy_bonus_enabled or self.aux_loss_enabled
         if pulls_anyway or self.top_entropy_quantile < 1.0:
             return everything
-        has_gradient = (inputs["advantages"] != 0).cpu()
+        has_gradient = (inputs["advantages"] != 0).view(len(everything), -1).any(dim=1).cpu()
         if not has_gradient.any():
             return inputs["completion_mask"].sum(dim=1).argmin().cpu().reshape(1)
         return everything[has_gradient]
@@ -404,6 +539,8 @@ class SearchGRPOTrainer(GRPOTrainer):
         if "loss" in logs and n_steps > 0:
             for stage, seconds in self._seconds.items():
                 logs[f"time/{stage}_s"] = round(seconds / n_steps, 4)
+            if self.anchor is not None:
+                logs["anchor/loss"] = self.anchor.loss()
             n_tokens = self.n_policy_tokens - self._last_logged_tokens
             logs |= speeds(n_tokens, self._seconds)
             self._seconds.clear()
@@ -413,7 +550,8 @@ class SearchGRPOTrainer(GRPOTrainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Held-out evaluation by episodes, not TRL's loss on an evaluation set."""
-        metrics = self.evaluate_policy() if self.evaluate_policy is not None else {}
+        with progress.stage("evaluation"):
+            metrics = self.evaluate_policy() if self.evaluate_policy is not None else {}
         # this also takes back the request; transformers would repeat it at the end of the epoch
         self.control: Any = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
@@ -424,7 +562,12 @@ class SearchGRPOTrainer(GRPOTrainer):
         """No card per checkpoint: the run folder itself says how it was made."""
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
+        with progress.stage("save"):
+            super()._save_checkpoint(model, trial)
+            self._save_rollout_state()
+
+    def _save_rollout_state(self) -> None:
+        """What TRL's checkpoint lacks, one file a process."""
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         every = self.args.steps_per_generation * self.num_iterations
         state = {
@@ -470,15 +613,42 @@ class SearchGRPOTrainer(GRPOTrainer):
     @contextmanager
     def _timed(self, stage: str) -> Iterator[None]:
         start = clock()
+        progress.enter(stage)
         try:
             yield
         finally:
+            progress.leave()
             self._add_seconds(stage, clock() - start)
 
     def _add_seconds(self, stage: str, seconds: float) -> None:
         """What an evaluation does is no part of a training step's time."""
         if not self.is_evaluating:
             self._seconds[stage] += seconds
+
+
+class _OptimizerStage(TrainerCallback):
+    """Times the update: plain torch's between two events, DeepSpeed's within the backward."""
+
+    def __init__(self, trainer: SearchGRPOTrainer) -> None:
+        self.trainer, self._stack = trainer, ExitStack()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        engine = self.trainer.deepspeed
+        if engine is None:
+            return
+        step = engine.step
+
+        def timed_step(*args: Any, **kwargs: Any) -> Any:
+            with self.trainer._timed("optimizer"):
+                return step(*args, **kwargs)
+
+        engine.step = timed_step
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._stack.enter_context(self.trainer._timed("optimizer"))
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._stack.close()
 
 
 def _read_part(part: str) -> Callable[..., list[float | None]]:
@@ -490,6 +660,17 @@ def _read_part(part: str) -> Callable[..., list[float | None]]:
 
     reward.__name__ = part
     return reward
+
+
+@contextmanager
+def _reference_from(model: Any, folder: str | None) -> Iterator[None]:
+    """Makes TRL load the reference policy of `beta` from this folder instead of the start."""
+    own = model.config._name_or_path
+    model.config._name_or_path = folder or own
+    try:
+        yield
+    finally:
+        model.config._name_or_path = own
 
 
 def _pad_right(masks: list[list[int]]) -> torch.Tensor:

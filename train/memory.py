@@ -199,6 +199,11 @@ def loss_logit_bytes(plan: Plan) -> float:
     return 4.0 * plan.shape.n_head + TILE_BYTES
 
 
+def server_bytes(plan: Plan) -> float:
+    """A rollout server's weights in bf16 on each of its accelerators; the rest is its cache."""
+    return 2.0 * plan.shape.n_parameters / plan.server_gpus if plan.server_gpus else 0.0
+
+
 def host_bytes(plan: Plan, n_local: int) -> float:
     """Main memory of a node: every process loads the model in fp32; offloaded states stay there."""
     loading = 4.0 * plan.shape.n_parameters * n_local

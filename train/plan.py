@@ -34,6 +34,8 @@ LINK_SHARE = 0.70
 """Share of the link bandwidth that collectives reach."""
 LAUNCH_S = 0.0008
 """Seconds to launch one decoder layer of one token from Python: the floor of a decoding step."""
+HANDOVER = 3.0 * GB
+"""Bytes a second at which weights are written for a rollout server and read by it."""
 MEAN_FILL = 0.5
 """Share of its token budgets that an episode uses in the mean; time only, memory takes all."""
 LONGEST_FILL = 0.8

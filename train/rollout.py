@@ -16,8 +16,7 @@ resumed run, another number of processes or another order of tool answers draws 
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,25 +25,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from environments.dialects import IMAGE_MARK, action_dict
 from train.batch import TokenBatch
 from train.cache import SLOT_ATTENTION
-from train.timing import clock
+from train.episodes import EpisodeEngine, Prompt, Script
 from train.trajectories import Trajectory, Turn
-from train.vision import EncodedImage, ImageStore, suppressed_token_ids
+from train.vision import EncodedImage
 
-Script = Callable[[dict[str, Any], int], str | None]
-"""(question, turn number) -> text that the policy is made to say, or None to let it sample."""
-
-
-@dataclass
-class Prompt:
-    """A question ready for the model."""
-
-    text: str
-    token_ids: list[int]
-    pictures: list[EncodedImage]
-    images: list[Any]
+__all__ = ["Prompt", "RolloutEngine", "Script"]
 
 
 @dataclass
@@ -66,64 +53,18 @@ class _Row:
     future: Future[Any] | None = None
 
 
-class RolloutEngine:
+class RolloutEngine(EpisodeEngine):
     """Rolls out search episodes with a policy held in memory.
 
     Args:
-        model: Qwen2-VL / Qwen2.5-VL for conditional generation, or a Qwen2 causal LM for questions
-            without pictures; a PEFT wrapper around one of them is fine.
-        processor: its processor (`image_processor`, `tokenizer`), or a tokenizer.
-        environment: has `start(question) -> Episode` and `dialect`.
-        max_new_tokens_per_turn: policy tokens per turn; a turn cut there ends with reason "length".
-        max_completion_tokens: budget of an episode, observations included.
-        temperature: of sampling, and of the recorded log-probs.
-        top_p: nucleus; log-probs stay those of the full distribution.
-        seed: first part of every random number's key.
-        max_rows: episodes decoded together; more are run in waves.
-        tool_workers: threads for tool calls; 0 calls tools in line (fast, in-process tools).
-        script: makes the policy say given turns (tests, demonstrations).
+        model: see `EpisodeEngine`.
+        processor: see there.
+        environment: see there.
+        settings: its keyword arguments; `max_rows` episodes decode together, more are run in waves.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        processor: Any,
-        environment: Any,
-        *,
-        max_new_tokens_per_turn: int = 64,
-        max_completion_tokens: int = 512,
-        temperature: float = 1.0,
-        top_p: float = 1.0,
-        seed: int = 0,
-        max_rows: int = 512,
-        tool_workers: int = 0,
-        script: Script | None = None,
-    ) -> None:
-        if temperature <= 0:
-            raise ValueError(f"temperature {temperature} must be above 0; use greedy=True instead")
-        self.model = model
-        self.processor = processor
-        self.environment = environment
-        self.tokenizer = getattr(processor, "tokenizer", processor)
-        self.max_new_tokens_per_turn = max_new_tokens_per_turn
-        self.max_completion_tokens = max_completion_tokens
-        self.temperature = temperature
-        self.top_p = top_p
-        self.seed = seed
-        self.max_rows = max_rows
-        self.tool_workers = tool_workers
-        self.script = script
-        self.n_rollouts = 0
-        self.timings: dict[str, float] = defaultdict(float)
-        """seconds per stage of the latest rollout"""
-        self._observations: dict[tuple[Any, ...], list[int]] = {}
-        image_processor = getattr(processor, "image_processor", None)
-        self.images = ImageStore(image_processor) if image_processor is not None else None
-        self.image_token_id = getattr(self._core.config, "image_token_id", None)
-        self._suppressed = suppressed_token_ids(self.tokenizer)
-        self._end_ids = _end_token_ids(self._core, self.tokenizer)
-        self._stops = tuple(environment.dialect.stop_sequences)
-        self._pieces = _token_texts(self.tokenizer)
+    def __init__(self, model: Any, processor: Any, environment: Any, **settings: Any) -> None:
+        super().__init__(model, processor, environment, **settings)
         last_characters = {stop[-1] for stop in self._stops}
         self._may_stop = torch.tensor(
             [
@@ -131,30 +72,6 @@ class RolloutEngine:
                 for token, piece in enumerate(self._pieces)
             ]
         )
-
-    @property
-    def _core(self) -> Any:
-        """The causal model inside a PEFT wrapper."""
-        model = self.model
-        return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-    # ---------------------------------------------------------------- public calls
-
-    def rollout(
-        self, questions: Sequence[dict[str, Any]], group_size: int = 1, greedy: bool = False
-    ) -> list[Trajectory]:
-        """Episodes for every question.
-
-        Args:
-            questions: rows with at least `id`, `kind`, `question`, `image`.
-            group_size: episodes per question.
-            greedy: most likely tokens instead of samples.
-
-        Returns:
-            len(questions) * group_size trajectories; those of one question are neighbours.
-        """
-        rows = [question for question in questions for _ in range(group_size)]
-        return self.rollout_rows(rows, greedy=greedy)
 
     @torch.inference_mode()
     def rollout_rows(
@@ -177,84 +94,19 @@ class RolloutEngine:
         Returns:
             One trajectory per row.
         """
-        if number is None:
-            number = self.n_rollouts
-            self.n_rollouts += 1
-        self.timings.clear()
-        self._observations.clear()
+        number, prompts = self._begin(questions, number)
         uniforms = np.random.default_rng([self.seed, number]).random(
             (first_row + len(questions), self.max_completion_tokens), dtype=np.float32
         )[first_row:]
-        prompts: dict[int, Prompt] = {}
-        for question in questions:
-            if id(question) not in prompts:
-                prompts[id(question)] = self.prepare(question)
         trajectories: list[Trajectory] = []
         with self._for_generation():
             for start in range(0, len(questions), self.max_rows):
                 wave = list(questions[start : start + self.max_rows])
-                wave_prompts = [prompts[id(question)] for question in wave]
-                wave_uniforms = uniforms[start : start + len(wave)]
-                trajectories += _Wave(self, wave, wave_prompts, wave_uniforms, greedy).run()
+                rows = slice(start, start + len(wave))
+                trajectories += _Wave(self, wave, prompts[rows], uniforms[rows], greedy).run()
         return trajectories
 
-    def prepare(self, question: dict[str, Any]) -> Prompt:
-        """Chat template, tokens and pixels of one question."""
-        image = question.get("image")
-        with self.timed("prepare"):
-            messages = self.environment.dialect.prompt(question["question"], image is not None)
-            text = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True
-            )
-            pictures = [self.encode_image(image)] if image is not None else []
-            token_ids = self._tokens_with_pictures(text, "<|image_pad|>", pictures)
-            shown = [image] if image is not None else []
-            return Prompt(_user_text(messages), token_ids, pictures, shown)
-
-    def prepare_observation(
-        self, text: str, images: Sequence[Any]
-    ) -> tuple[list[int], list[EncodedImage]]:
-        """Tokens and pictures of an observation; image marks become vision placeholders."""
-        pictures = [self.encode_image(image) for image in images]
-        key = (text, *(picture.n_tokens for picture in pictures))
-        if key not in self._observations:
-            framed = text.replace(IMAGE_MARK, f"<|vision_start|>{IMAGE_MARK}<|vision_end|>")
-            self._observations[key] = self._tokens_with_pictures(framed, IMAGE_MARK, pictures)
-        return self._observations[key], pictures
-
-    def release_images(self) -> None:
-        """Forgets the pictures of past rollouts."""
-        if self.images is not None:
-            self.images.clear()
-
-    @contextmanager
-    def timed(self, stage: str) -> Iterator[None]:
-        """Adds the block's seconds to `timings[stage]`."""
-        start = clock()
-        try:
-            yield
-        finally:
-            self.timings[stage] += clock() - start
-
     # ---------------------------------------------------------------- helpers
-
-    def encode_image(self, image: Any) -> EncodedImage:
-        """Pixels and grid of one picture, made once."""
-        if self.images is None:
-            raise ValueError("the question has a picture but the policy is a text model")
-        return self.images.encode(image)
-
-    def _tokens_with_pictures(
-        self, text: str, mark: str, pictures: list[EncodedImage]
-    ) -> list[int]:
-        """Tokenises `text` with each mark widened to its picture's placeholder tokens."""
-        parts = text.split(mark)
-        if len(parts) != len(pictures) + 1:
-            raise ValueError(f"{len(parts) - 1} image marks in the text for {len(pictures)} images")
-        widened = parts[0]
-        for picture, part in zip(pictures, parts[1:], strict=True):
-            widened += "<|image_pad|>" * picture.n_tokens + part
-        return self.tokenizer(widened, add_special_tokens=False)["input_ids"]
 
     @contextmanager
     def _for_generation(self) -> Iterator[None]:
@@ -284,7 +136,7 @@ class _Wave:
         self.engine = engine
         self.prompts = prompts
         self.rows = [
-            _start_row(engine, number, question, prompt)
+            _Row(number, question, *engine._start(question, prompt), history=(id(prompt),))
             for number, (question, prompt) in enumerate(zip(questions, prompts, strict=True))
         ]
         self.trajectories = [row.trajectory for row in self.rows]
@@ -367,7 +219,7 @@ class _Wave:
             row = self.rows[place]
             turn = slice(row.turn_start, n_sampled[i])
             ids = tokens[i][turn]
-            is_complete = ids[-1] in engine._end_ids or self._at_stop(ids)
+            is_complete = engine._is_complete(ids)
             is_cut = n_in_turn[i] >= engine.max_new_tokens_per_turn or rooms[i] <= 0
             if not is_complete and not is_cut:
                 continue
@@ -381,40 +233,16 @@ class _Wave:
             (ready if self._apply(row, step, rooms[i]) else done).append(place)
         return ready, done
 
-    def _at_stop(self, ids: list[int]) -> bool:
-        """True if the turn so far ends with one of the dialect's stop sequences."""
-        longest = max(map(len, self.engine._stops))
-        tail = "".join(self.engine._pieces[i] for i in ids[-longest:]).rstrip()
-        return tail.endswith(self.engine._stops)
-
     def _apply(self, row: _Row, step: Any, room: int) -> bool:
-        """Writes a step of the episode into the trajectory; True if the episode goes on.
-
-        Args:
-            row: the episode.
-            step: what `Episode.step` returned.
-            room: tokens left in the episode's budget.
-        """
-        trajectory, turn = row.trajectory, row.trajectory.turns[-1]
-        turn.action = action_dict(step.action)
-        if step.result is not None:
-            turn.hits, turn.seconds = list(step.result.hits), step.result.seconds
-            turn.is_error, turn.fault = step.result.is_error, step.result.fault
-        if step.done:
-            trajectory.stop_reason = step.stop_reason
-            trajectory.answer = row.episode.answer
+        """Writes a step of the episode into the trajectory; True if the episode goes on."""
+        trajectory = row.trajectory
+        pictures = self.engine._apply(row.episode, trajectory, step, room)
+        if pictures is None:
             return False
-        turn.observation, turn.images = step.observation, list(step.images)
-        ids, pictures = self.engine.prepare_observation(step.observation, step.images)
-        if turn.token_ids[-1] in self.engine._end_ids and ids[:1] == turn.token_ids[-1:]:
-            ids = ids[1:]  # the policy closed its turn itself
-        if len(ids) >= room:
-            row.episode.stop("length")
-            trajectory.stop_reason = "length"
-            return False
-        turn.observation_ids = row.observation = ids
-        row.pictures = pictures
-        row.history = (row.history, *turn.token_ids, None, *ids, *(p.key for p in pictures))
+        turn = trajectory.turns[-1]
+        row.observation, row.pictures = turn.observation_ids, pictures
+        keys = (picture.key for picture in pictures)
+        row.history = (row.history, *turn.token_ids, None, *turn.observation_ids, *keys)
         return True
 
     # ---------------------------------------------------------------- between tokens
@@ -470,41 +298,5 @@ class _Wave:
         if self.engine.script is None:
             return
         for row in rows:
-            text = self.engine.script(row.question, len(row.trajectory.turns))
-            ids = text and self.engine.tokenizer(text, add_special_tokens=False)["input_ids"]
-            self.batch.force(row.number, ids or None)
-
-
-def _start_row(
-    engine: RolloutEngine, number: int, question: dict[str, Any], prompt: Prompt
-) -> _Row:
-    trajectory = Trajectory(
-        question_id=question["id"],
-        kind=question.get("kind", ""),
-        seen=bool(question.get("seen", False)),
-        prompt=prompt.text,
-        prompt_ids=prompt.token_ids,
-        images=prompt.images,
-    )
-    episode = engine.environment.start(question)
-    return _Row(number, question, episode, trajectory, history=(id(prompt),))
-
-
-def _user_text(messages: list[dict[str, Any]]) -> str:
-    content = messages[-1]["content"]
-    if isinstance(content, str):
-        return content
-    return "".join(part["text"] for part in content if part["type"] == "text")
-
-
-def _end_token_ids(core: Any, tokenizer: Any) -> set[int]:
-    """Every id that ends a turn: those of the generation config, end and pad of the tokenizer."""
-    ids = getattr(core, "generation_config", None) and core.generation_config.eos_token_id
-    listed = [] if ids is None else ids if isinstance(ids, list) else [ids]
-    return {i for i in (*listed, tokenizer.eos_token_id, tokenizer.pad_token_id) if i is not None}
-
-
-def _token_texts(tokenizer: Any) -> list[str]:
-    """Text of every token by itself, special tokens empty; enough to recognise an ASCII ending."""
-    ids = [[i] for i in range(len(tokenizer))]
-    return tokenizer.batch_decode(ids, skip_special_tokens=True)
+            ids = self.engine._scripted_ids(row.question, len(row.trajectory.turns))
+            self.batch.force(row.number, ids)

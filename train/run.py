@@ -23,14 +23,25 @@ from typing import Any
 
 from configs.errors import ConfigError
 from configs.schema import Config, dump_config, load_config, resolve_model, shipped_config
-from train.estimate import DEFAULT_MACHINE, add_estimate_arguments, describe_estimate, find_machine
-from train.settings import build_grpo_config, describe_step
+from train.estimate import (
+    DEFAULT_MACHINE,
+    add_estimate_arguments,
+    describe_estimate,
+    estimate_arguments,
+    find_machine,
+)
+from train.settings import build_grpo_config, describe_step, zero_stage
+from train.watchdog import Watchdog, clear_heartbeats, progress
 
 logger = logging.getLogger(__name__)
 
 PACKAGES = ("torch", "transformers", "trl", "deepspeed", "accelerate", "peft", "wandb")
 
-MAY_CHANGE = ("output", "tracking.", "compare.", "deepspeed", "grpo.max_steps", "grpo.save_")
+MAY_CHANGE = (
+    "output", "tracking.", "compare.", "deepspeed", "hang_timeout_s", "grpo.max_steps",
+    "grpo.save_", "rollout.tool_workers", "rollout.url", "rollout.timeout_s", "rollout.retries",
+    "rollout.sync_dir", "rollout.sleep",
+)  # fmt: skip
 """Settings that may differ between a run and its continuation."""
 
 
@@ -52,7 +63,7 @@ def train(argv: Sequence[str] | None = None) -> int:
         if options.dry_run:
             if is_main:
                 n_processes = int(os.environ.get("WORLD_SIZE", "1"))
-                print(describe_run(config, n_processes, options.machine, options.prompt_tokens))
+                print(describe_run(config, n_processes, **estimate_arguments(options)))
             return 0
         run_training(config, resume=options.resume, overwrite=options.overwrite)
     except Exception as error:
@@ -69,6 +80,7 @@ def describe_run(
     n_processes: int,
     machine: str = DEFAULT_MACHINE,
     prompt_tokens: int | None = None,
+    server_gpus: int = 1,
 ) -> str:
     """What a run would do: resolved settings, the arithmetic of a step, expected memory and time.
 
@@ -77,6 +89,7 @@ def describe_run(
         n_processes: processes that it is planned for.
         machine: see `train.estimate.find_machine`; one with a number decides on the processes.
         prompt_tokens: tokens of a prompt with its picture; None = those of the environment.
+        server_gpus: accelerators of the vLLM server, where the settings name one.
 
     Raises:
         ConfigError: settings that contradict each other.
@@ -84,7 +97,7 @@ def describe_run(
     _, n_processes = find_machine(machine, n_processes)
     rows = describe_step(config, n_processes)
     width = max(len(name) for name, _ in rows)
-    expected = describe_estimate(config, n_processes, machine, prompt_tokens)
+    expected = describe_estimate(config, n_processes, machine, prompt_tokens, server_gpus)
     return "\n".join([dump_config(config), *(f"{n:<{width}}  {v}" for n, v in rows), "", expected])
 
 
@@ -106,6 +119,10 @@ def run_training(config: Config, resume: bool = False, overwrite: bool = False) 
         raise ConfigError("models.init: missing; name a merged folder, a VLM folder or a hub id")
     init = resolve_model(config.models.init)
     describe_step(config, world)
+    if config.rollout.backend == "vllm":
+        from train.worlds import connect
+
+        connect(config.rollout).check()  # before anything slow
     if rank == 0:
         check_start(init)
         prepare_folder(folder, config, init, resume, overwrite)
@@ -113,6 +130,15 @@ def run_training(config: Config, resume: bool = False, overwrite: bool = False) 
 
     # torch.distributed starts here, if a launcher asked for it
     args = build_grpo_config(config, folder / "checkpoints")
+    with Watchdog(folder, rank, world, config.hang_timeout_s) as watchdog:
+        return _train(config, folder, init, args, resume, watchdog)
+
+
+def _train(
+    config: Config, folder: Path, init: str, args: Any, resume: bool, watchdog: Watchdog
+) -> Path:
+    """The part of a run that all processes go through together."""
+    rank, world = watchdog.rank, watchdog.n_processes
     checkpoint = newest_checkpoint(folder, world) if resume else None
     resume_step = int(checkpoint.name.split("-")[-1]) if checkpoint else 0
 
@@ -124,11 +150,13 @@ def run_training(config: Config, resume: bool = False, overwrite: bool = False) 
     from train.policy import load_policy
     from train.worlds import load_environment, load_eval_questions, load_train_questions
 
+    progress.begin("load")
     disable_progress_bar()
     recorder = Recorder(folder, config, rank == 0, resume_step if resume else None)
     if checkpoint is not None:
         logger.info("resuming at step %d of %s", resume_step, folder)
     model, processor = load_policy(init)
+    reference = config.models.reference
     trainer = SearchGRPOTrainer(
         model,
         args=args,
@@ -136,7 +164,13 @@ def run_training(config: Config, resume: bool = False, overwrite: bool = False) 
         environment=load_environment(config),
         rewards=config.rewards,
         processing_class=processor,
+        rollout=config.rollout,
+        tool_workers=config.rollout.tool_workers,
+        algorithm=config.algorithm,
+        reference=None if reference == "init" else resolve_model(reference),
+        anchor=make_anchor(config, init, model),
     )
+    watchdog.step = lambda: trainer.state.global_step
     _keep_only_ours(trainer)
     trainer.add_callback(RunCallback(trainer, recorder, health_settings(config, init)))
     trainer.add_callback(
@@ -144,6 +178,7 @@ def run_training(config: Config, resume: bool = False, overwrite: bool = False) 
             trainer, recorder, load_eval_questions(config), config.compare.eval_every
         )
     )
+    progress.begin("train")
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     final = _last_policy(trainer, folder)
     if rank == 0:
@@ -180,6 +215,25 @@ def check_start(init: str) -> None:
         ) from error
 
 
+def make_anchor(config: Config, init: str, model: Any) -> Any:
+    """The pull towards the start that `algorithm.anchor` asks for, or None.
+
+    Raises:
+        ConfigError: no statistics, statistics of another model, or parameters in parts (ZeRO-3).
+    """
+    if config.algorithm.anchor == 0.0:
+        return None
+    from train.anchor import SaliencyAnchor, anchor_statistics
+
+    if zero_stage(config) == 3:
+        raise ConfigError(
+            "algorithm.anchor: needs whole parameters, which ZeRO-3 does not keep; "
+            "use deepspeed: zero2, or set algorithm.anchor to 0"
+        )
+    folders = config.algorithm.anchor_stats
+    return SaliencyAnchor(model, anchor_statistics(init, folders), config.algorithm.anchor)
+
+
 def prepare_folder(folder: Path, config: Config, init: str, resume: bool, overwrite: bool) -> None:
     """Creates the run folder, or checks the one that shall go on.
 
@@ -202,6 +256,7 @@ def prepare_folder(folder: Path, config: Config, init: str, resume: bool, overwr
                 "output=..., or delete it with --overwrite"
             )
     folder.mkdir(parents=True, exist_ok=True)
+    clear_heartbeats(folder)
     (folder / "done.json").unlink(missing_ok=True)
     write_text(folder / "config.yaml", dump_config(config))
     write_json(folder / "environment.json", describe_machine(config))

@@ -12,6 +12,7 @@ that call.
 
 from __future__ import annotations
 
+import logging
 import types
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ from trl.trainer.utils import (
 
 from train.trim import only_at, recomputes
 from train.vision import EncodedImage, encode_pictures, mrope_positions
+
+logger = logging.getLogger(__name__)
 
 ROWS_PER_BUCKET = 32
 """Rows padded to a common length in one forward; small enough for a core's cache to matter."""
@@ -110,6 +113,23 @@ def install(model: Any, *, temperature: float, merge_size: int, blank: EncodedIm
     model.forward = types.MethodType(forward, model)
 
 
+def why_not_shared(model: Any) -> str | None:
+    """Why the prompts of a group cannot be read once for all its rows; None if they can.
+
+    A prefix needs explicit masks, and keys and values that are not thrown away. Rows of several
+    prompts, and prompts with and without pictures, are no obstacle.
+    """
+    attention = model.config.get_text_config()._attn_implementation
+    if attention != "sdpa":
+        return f"attention '{attention}' takes no mask of a prefix (attn_implementation sdpa does)"
+    if recomputes(model.model):
+        return (
+            "activation checkpointing throws keys and values away "
+            "(grpo.activation_checkpointing: false shares the prompts of a group)"
+        )
+    return None
+
+
 def score_rows(
     model: Any,
     rows: ScoredRows,
@@ -184,8 +204,11 @@ class _Reader:
         self.image_token_id = getattr(model.config, "image_token_id", None)
         self.attention = model.config.get_text_config()._attn_implementation
         self.features: dict[str, torch.Tensor] = {}
-        # a prefix needs explicit masks, and keys and values that are not thrown away
-        self.can_share = self.attention == "sdpa" and not recomputes(model.model)
+        obstacle = why_not_shared(model)
+        self.can_share = obstacle is None
+        if obstacle is not None and not getattr(model, "_said_not_shared", False):
+            logger.info("every row reads its whole prompt: %s", obstacle)
+            model._said_not_shared = True
 
     def read(
         self,

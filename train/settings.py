@@ -7,12 +7,14 @@ at import, so a dry run is quick.
 from __future__ import annotations
 
 import difflib
+import json
 import os
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from configs.errors import ConfigError
+from train.deepspeed_json import deepspeed_path, require_compiler
 
 if TYPE_CHECKING:
     from trl import GRPOConfig
@@ -52,12 +54,10 @@ RESERVED = {
     "deepspeed": "set the top-level `deepspeed`",
     "run_name": "set `tracking.arm`",
     "reward_weights": "set the section `rewards`",
-    "use_vllm": "remove it; episodes are rolled out in process",
+    "use_vllm": "set `rollout.backend: vllm`; docs/vllm.md says how to serve",
     "eval_strategy": "set `compare.eval_every`",
     "eval_steps": "set `compare.eval_every`",
 }
-
-SHIPPED_DEEPSPEED = ("zero2", "zero3")
 
 
 def resolved_grpo(config: Config) -> dict[str, Any]:
@@ -82,27 +82,37 @@ def resolved_grpo(config: Config) -> dict[str, Any]:
             "grpo.epsilon_high: missing; loss_type cispo clips at epsilon_high alone and TRL would "
             "take 0.2, which stops learning; set it, 5.0 for instance"
         )
+    if config.rollout.backend == "vllm":
+        _check_for_server(config, settings)
     return settings
 
 
-def deepspeed_json(config: Config) -> str | None:
-    """Path of the DeepSpeed settings, or None for plain torch.
+def _check_for_server(config: Config, settings: dict[str, Any]) -> None:
+    """Settings that do not go with a vLLM server.
 
     Raises:
-        ConfigError: neither a shipped name nor a file.
+        ConfigError: a nucleus, or a correction that the loss cannot take.
     """
-    name = config.deepspeed
-    if name is None or name == "none":
-        return None
-    if name in SHIPPED_DEEPSPEED:
-        return str(
-            Path(__file__).resolve().parent.parent / "configs" / "deepspeed" / f"{name}.json"
-        )
-    if not Path(name).is_file():
+    if settings.get("top_p", 1.0) < 1.0:
         raise ConfigError(
-            f"deepspeed: no file '{name}'; write zero2, zero3, none, or the path of a JSON file"
+            "grpo.top_p: a vLLM server reports the log-probs of the nucleus, not the policy's; "
+            "set it to 1.0, or rollout.backend to in_process"
         )
-    return name
+    correction = config.rollout.importance_correction
+    if settings["loss_type"] == "vespo" and correction.startswith("sequence"):
+        raise ConfigError(
+            "rollout.importance_correction: loss_type vespo weighs sequences itself; "
+            "use token_truncate, token_mask or none"
+        )
+
+
+def zero_stage(config: Config) -> int:
+    """Stage of ZeRO that the DeepSpeed settings ask for; 0 without DeepSpeed."""
+    path = deepspeed_path(config.deepspeed)
+    if path is None:
+        return 0
+    settings = json.loads(Path(path).read_text(encoding="utf-8"))
+    return int(settings.get("zero_optimization", {}).get("stage", 0))
 
 
 def describe_step(config: Config, n_processes: int) -> list[tuple[str, str]]:
@@ -127,6 +137,8 @@ def describe_step(config: Config, n_processes: int) -> list[tuple[str, str]]:
         ("completions per step", f"{per_step} ({n_processes} processes x {per_device} x "
          f"{grpo['gradient_accumulation_steps']})"),
         ("questions per rollout", f"{completions // group} x {group} completions"),
+        ("rollout", config.rollout.backend if config.rollout.backend == "in_process" else
+         f"vLLM at {config.rollout.url}, correction {config.rollout.importance_correction}"),
         ("tokens per episode", f"at most {grpo['max_completion_length']}, observations included"),
         ("evaluations", f"every {config.compare.eval_every} steps, "
          f"{config.environment.eval_size} questions of {config.environment.eval_split}"),
@@ -156,16 +168,28 @@ def build_grpo_config(config: Config, checkpoints: Path) -> GRPOConfig:
     settings = {
         "use_cpu": not has_gpu,
         "bf16": has_gpu and torch.cuda.is_bf16_supported(),
+        "ddp_timeout": collective_timeout_s(config.hang_timeout_s),
         **resolved_grpo(config),
     }
-    path = deepspeed_json(config)
+    path = deepspeed_path(config.deepspeed)
     if path is not None:
+        require_compiler(path)
         prepare_deepspeed(has_gpu)
         settings["deepspeed"] = path
     try:
         return GRPOConfig(output_dir=str(checkpoints), seed=config.seed, **settings)
     except ValueError as error:
         raise ConfigError(f"grpo: {error}") from error
+
+
+def collective_timeout_s(hang_timeout_s: float | None) -> int:
+    """Seconds after which torch.distributed itself gives up on a collective.
+
+    Later than the watchdog, which says who was where; a process may wait so long for one that
+    still makes progress.
+    """
+    week = 7 * 24 * 3600
+    return week if hang_timeout_s is None else int(2 * hang_timeout_s) + 60
 
 
 def prepare_deepspeed(has_gpu: bool) -> None:

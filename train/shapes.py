@@ -107,7 +107,7 @@ class ModelShape:
         return self.n_language + self.n_embedding + self.n_vision
 
     def n_lora(self, rank: int) -> int:
-        """An adapter on the seven linears of every layer: rank x (inputs + outputs) each."""
+        """An adapter of this rank on every layer's seven linears: rank x (inputs + outputs)."""
         return self.layers * rank * sum(inputs + outputs for inputs, outputs in self.linear_sizes)
 
 
@@ -143,7 +143,7 @@ def shape_of(config: Mapping[str, Any], origin: str) -> ModelShape:
         )
     except KeyError as error:
         raise ConfigError(
-            f"{origin}: no {error}, so shapes are unknown; take the whole config.json"
+            f"{origin}: the config has no {error}; take the model's whole config.json"
         ) from error
 
 
@@ -194,6 +194,6 @@ def find_shape(*references: str | None) -> tuple[ModelShape, str]:
             return shape_of(shape_cards()[name], name), f"card of {name}"
     named = ", ".join(reference for reference in references if reference)
     raise ConfigError(
-        f"models.init: no config.json of {named or 'any model'} here and no card in "
-        "configs/shapes; download the model, or name its folder"
+        f"models.init: no config.json of {named or 'any model'} here, no card in configs/shapes; "
+        "download the model, or name its folder"
     )

@@ -1,4 +1,4 @@
-"""Seconds of work that no line of ours surrounds: a module's forward, a method of a library.
+"""Seconds of work that no line of ours surrounds: the forward of a module.
 
 The timers of stages that our own code runs are context managers where they run (`train.grpo`,
 `train.rollout`). A GPU works on after a call has returned, so on CUDA every timer waits for the
@@ -7,7 +7,6 @@ device first; otherwise a stage's time would be found in the next one that reads
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -42,21 +41,6 @@ def time_forward(module: Any, record: Record) -> None:
     module.register_forward_pre_hook(start)
     # also when the forward raises, so that a later call does not count from this one's start
     module.register_forward_hook(stop, always_call=True)
-
-
-def time_method(owner: Any, name: str, record: Record) -> None:
-    """Reports the seconds of every call of `owner.name`, for this object only."""
-    method = getattr(owner, name)
-
-    @functools.wraps(method)  # with its attributes: a scheduler marks the `step` that it knows
-    def timed(*args: Any, **kwargs: Any) -> Any:
-        start = clock()
-        try:
-            return method(*args, **kwargs)
-        finally:
-            record(clock() - start)
-
-    setattr(owner, name, timed)
 
 
 def speeds(n_tokens: int, seconds: Mapping[str, float]) -> dict[str, float]:

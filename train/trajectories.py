@@ -133,6 +133,11 @@ class Trajectory:
         return mask[:n_sound] + [0] * (len(mask) - n_sound)
 
     @property
+    def has_unread_result(self) -> bool:
+        """A tool's result came back but did not fit the token budget any more."""
+        return any(turn.observation is not None and not turn.observation_ids for turn in self.turns)
+
+    @property
     def n_policy_tokens(self) -> int:
         """Tokens the policy sampled."""
         return sum(len(turn.token_ids) for turn in self.turns)

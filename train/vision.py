@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from train.trajectories import image_hash
 
@@ -54,6 +55,22 @@ class ImageStore:
             n_tokens = grid[0] * grid[1] * grid[2] // self.merge_size**2
             self._encoded[key] = EncodedImage(key, pixels, (grid[0], grid[1], grid[2]), n_tokens)
         return self._encoded[key]
+
+    def pixels(self, picture: EncodedImage) -> Image.Image:
+        """The picture as it was after resizing and before normalising, 8 bits a channel.
+
+        Another image processor makes the same pixel values of it, whereas two ways of *resizing*
+        differ by a few grey levels.
+        """
+        processor = self._processor
+        size, merge = int(processor.patch_size), self.merge_size
+        _, height, width = picture.grid  # one frame, repeated over the temporal patch
+        patches = picture.pixel_values.float().numpy()
+        shape = (height // merge, width // merge, merge, merge, 3, -1, size, size)
+        block = patches.reshape(shape)[:, :, :, :, :, 0]  # rows, columns, row, column, RGB, y, x
+        image = block.transpose(0, 2, 5, 1, 3, 6, 4).reshape(height * size, width * size, 3)
+        levels = (image * processor.image_std + processor.image_mean) / processor.rescale_factor
+        return Image.fromarray(levels.round().clip(0, 255).astype(np.uint8))
 
     def clear(self) -> None:
         """Forgets all pictures."""

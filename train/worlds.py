@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from configs.errors import ConfigError
@@ -10,7 +11,7 @@ from train.settings import resolved_grpo
 
 if TYPE_CHECKING:
     from configs.schema import Config
-    from train.rollout import RolloutEngine
+    from train.episodes import Engine
 
 
 def load_environment(config: Config) -> Any:
@@ -64,7 +65,7 @@ def load_eval_questions(config: Config) -> list[dict[str, Any]]:
     return load_questions(config, section.eval_split, section.eval_kinds, section.eval_size)
 
 
-def build_engine(config: Config, model: Any, processor: Any, **settings: Any) -> RolloutEngine:
+def build_engine(config: Config, model: Any, processor: Any, **settings: Any) -> Engine:
     """A rollout engine with the limits that training would use.
 
     Args:
@@ -73,8 +74,6 @@ def build_engine(config: Config, model: Any, processor: Any, **settings: Any) ->
         processor: its processor or tokenizer.
         settings: laid over, e.g. `environment` or `script`.
     """
-    from train.rollout import RolloutEngine
-
     grpo = resolved_grpo(config)
     budget = grpo["max_completion_length"]
     per_turn = (grpo["generation_kwargs"] or {}).get("max_new_tokens", budget)
@@ -84,7 +83,30 @@ def build_engine(config: Config, model: Any, processor: Any, **settings: Any) ->
         "temperature": grpo["temperature"],
         "top_p": grpo.get("top_p", 1.0),
         "seed": config.seed,
+        "tool_workers": config.rollout.tool_workers,
         **settings,
     }
     environment = options.pop("environment", None) or load_environment(config)
-    return RolloutEngine(model, processor, environment, **options)
+    return engine_class(config.rollout)(model, processor, environment, **options)
+
+
+def engine_class(rollout: Any = None) -> Callable[..., Engine]:
+    """What makes the engine of a back end, with the arguments of `EpisodeEngine`.
+
+    Args:
+        rollout: the section `rollout` of the settings; None = in process.
+    """
+    if rollout is None or rollout.backend == "in_process":
+        from train.rollout import RolloutEngine
+
+        return RolloutEngine
+    from train.vllm_rollout import VLLMRolloutEngine
+
+    return partial(VLLMRolloutEngine, client=connect(rollout), sync_folder=rollout.sync_dir)
+
+
+def connect(rollout: Any) -> Any:
+    """Client of the server that `rollout.url` names; nothing is sent yet."""
+    from train.vllm_client import VLLMClient
+
+    return VLLMClient(rollout.url, timeout_s=rollout.timeout_s, retries=rollout.retries)

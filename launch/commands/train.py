@@ -11,7 +11,7 @@ import os
 import sys
 
 from launch.arguments import add_config_arguments, config_path, read_config
-from train.estimate import add_estimate_arguments
+from train.estimate import add_estimate_arguments, estimate_arguments
 
 EXAMPLES = (
     "obm train --config configs/demo.yaml --dry-run",
@@ -42,7 +42,7 @@ def run(options: argparse.Namespace) -> int:
     if options.dry_run:
         from train.run import describe_run
 
-        print(describe_run(config, options.num_processes, options.machine, options.prompt_tokens))
+        print(describe_run(config, options.num_processes, **estimate_arguments(options)))
         return 0
     from launch.jobs import training_command, training_environment
 

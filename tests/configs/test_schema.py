@@ -140,7 +140,9 @@ def test_the_deepspeed_key_takes_presets_files_and_none(write):
     assert load_config(path, ["deepspeed=none"]).deepspeed is None
     assert load_config(path, ["deepspeed=zero3"]).deepspeed == "zero3"
     assert load_config(path, ["deepspeed=my/ds.json"]).deepspeed == "my/ds.json"
-    assert "zero2, zero3, none" in message(path, "deepspeed=zero4")
+    assert "zero1, zero2, zero3, zero2_offload, zero3_offload, none" in message(
+        path, "deepspeed=zero4"
+    )
 
 
 def test_the_arm_is_named_after_the_starting_point():

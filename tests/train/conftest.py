@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import TrainerCallback
 
 from environments.episode import SearchEnvironment
 from environments.tools import Hit
@@ -144,3 +145,74 @@ def full_forward() -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
         return chosen, torch.tensor(trajectory.completion_mask).bool()
 
     return compute
+
+
+REWARDS = {"accuracy": 1.0, "format": 0.1, "search_penalty": 0.1}
+
+
+class Log(TrainerCallback):
+    def __init__(self):
+        self.lines = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "loss" in logs:
+            self.lines.append(dict(logs))
+
+
+@pytest.fixture
+def make_trainer(fresh_policy, environment, questions, tmp_path, request):
+    def make(
+        script=None,
+        peft_config=None,
+        environment=environment,
+        rewards=REWARDS,
+        questions=questions,
+        **settings,
+    ):
+        # late, for the program of two processes, which has to set up DeepSpeed first
+        from trl import GRPOConfig
+
+        from train.grpo import SearchGRPOTrainer
+
+        model, processor = fresh_policy
+        ours = {
+            name: settings.pop(name)
+            for name in ("algorithm", "reference", "anchor")
+            if name in settings
+        }
+        options = {
+            "output_dir": str(tmp_path / "checkpoints"),
+            "use_cpu": True,
+            "bf16": False,
+            "activation_checkpointing": False,
+            "report_to": "none",
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "disable_tqdm": True,
+            "per_device_train_batch_size": 16,
+            "num_generations": 4,
+            "max_completion_length": 300,
+            "generation_kwargs": {"max_new_tokens": 40},
+            "max_steps": 1,
+            "learning_rate": 1e-3,
+            "lr_scheduler_type": "constant",
+            **settings,
+        }
+        log = Log()
+        trainer = SearchGRPOTrainer(
+            model,
+            args=GRPOConfig(**options),
+            questions=questions,
+            environment=environment,
+            rewards=rewards,
+            processing_class=processor,
+            callbacks=[log],
+            script=script,
+            peft_config=peft_config,
+            **ours,
+        )
+        trainer.current_gradient_accumulation_steps = 1
+        trainer.metric_lines = log.lines
+        return trainer
+
+    return make

@@ -7,66 +7,15 @@ import math
 import pytest
 import torch
 from peft import LoraConfig
-from transformers import TrainerCallback
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOTrainer
 from trl.trainer.utils import shuffle_sequence_dict, split_tensor_dict
 
 from environments.episode import SearchEnvironment
 from train import scoring, trim
-from train.grpo import SearchGRPOTrainer
+from train.policy import load_policy
 
 REWARDS = {"accuracy": 1.0, "format": 0.1, "search_penalty": 0.1}
-TOLERANCE = 1e-4
-
-
-class Log(TrainerCallback):
-    def __init__(self):
-        self.lines = []
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if "loss" in logs:
-            self.lines.append(dict(logs))
-
-
-@pytest.fixture
-def make_trainer(fresh_policy, environment, questions, tmp_path, request):
-    def make(script=None, peft_config=None, environment=environment, rewards=REWARDS, **settings):
-        model, processor = fresh_policy
-        options = {
-            "output_dir": str(tmp_path / "checkpoints"),
-            "use_cpu": True,
-            "bf16": False,
-            "activation_checkpointing": False,
-            "report_to": "none",
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "disable_tqdm": True,
-            "per_device_train_batch_size": 16,
-            "num_generations": 4,
-            "max_completion_length": 300,
-            "generation_kwargs": {"max_new_tokens": 40},
-            "max_steps": 1,
-            "learning_rate": 1e-3,
-            "lr_scheduler_type": "constant",
-            **settings,
-        }
-        log = Log()
-        trainer = SearchGRPOTrainer(
-            model,
-            args=GRPOConfig(**options),
-            questions=questions,
-            environment=environment,
-            rewards=rewards,
-            processing_class=processor,
-            callbacks=[log],
-            script=script,
-            peft_config=peft_config,
-        )
-        trainer.current_gradient_accumulation_steps = 1
-        trainer.metric_lines = log.lines
-        return trainer
-
-    return make
+TOLERANCE = 1e-5
 
 
 def right_half_the_time(question, turn):
@@ -109,6 +58,8 @@ def test_trl_members_that_are_overridden_have_the_known_signatures():
         "return_outputs",
         "num_items_in_batch",
     ]
+    names = list(inspect.signature(GRPOTrainer._calculate_rewards).parameters)
+    assert names == ["self", "inputs", "prompts", "completions", "completion_ids_list"]
     for name in ("_save_checkpoint", "_load_optimizer_and_scheduler", "evaluate", "log"):
         assert callable(getattr(GRPOTrainer, name))
 
@@ -399,6 +350,79 @@ def test_a_text_only_batch_still_runs_the_vision_tower(make_trainer, questions):
     trainer.compute_loss(trainer.model, batch).backward()
     grads = [p.grad for p in trainer.model.model.visual.parameters()]
     assert all(grad is not None and (grad == 0).all() for grad in grads)
+
+
+def first_update(trainer, answers):
+    """Metrics of one optimizer step, and the weights after it."""
+    answers.count = itertools.count()
+    trainer.train()
+    (line,) = trainer.metric_lines
+    return line, {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+
+
+def answers(question, turn):
+    """Asks for the picture, then answers right every third time."""
+    if turn == 0 and question["image"] is not None:
+        return "<think> a </think> <search> <img> </search>"
+    word = "Rome" if next(answers.count) % 3 else "Paris"
+    return f"<think> b </think> <answer> {word} </answer>"
+
+
+@pytest.mark.parametrize("loss_type", ["dapo", "grpo"])
+def test_one_pass_of_sixteen_rows_equals_eight_passes_of_two(
+    make_trainer, tiny_checkpoints, loss_type
+):
+    steps = []
+    for rows, n_passes in ((16, 1), (2, 8)):
+        trainer = make_trainer(
+            script=answers,
+            per_device_train_batch_size=rows,
+            gradient_accumulation_steps=n_passes,
+            loss_type=loss_type,
+            optim="sgd",  # Adam would make a sign of what is rounding
+        )
+        trainer.model.load_state_dict(load_policy(tiny_checkpoints["vlm"])[0].state_dict())
+        steps.append(first_update(trainer, answers))
+    (one, weights), (many, same_weights) = steps
+    assert one["loss"] == pytest.approx(many["loss"], abs=1e-6)
+    assert one["grad_norm"] == pytest.approx(many["grad_norm"], rel=1e-4)
+    assert one["grad_norm"] > 0
+    for name, weight in weights.items():
+        assert torch.allclose(weight, same_weights[name], atol=1e-6), name
+
+
+def test_the_shared_prefix_changes_neither_loss_nor_gradient_norm(
+    make_trainer, tiny_checkpoints, monkeypatch
+):
+    steps, shared = [], []
+    original = scoring._read_prompts
+    monkeypatch.setattr(
+        scoring, "_read_prompts", lambda *args: shared.append(True) or original(*args)
+    )
+    for is_shared in (True, False):
+        if not is_shared:
+            monkeypatch.setattr(scoring, "why_not_shared", lambda model: "a test says so")
+        trainer = make_trainer(script=answers)
+        trainer.model.load_state_dict(load_policy(tiny_checkpoints["vlm"])[0].state_dict())
+        steps.append(first_update(trainer, answers)[0])
+        assert shared == [True]
+    one, other = steps
+    assert one["loss"] == pytest.approx(other["loss"], abs=1e-6)
+    assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-5)
+
+
+def test_a_prompt_that_cannot_be_shared_is_said_once_with_the_reason(make_trainer, caplog):
+    trainer = make_trainer(script=right_half_the_time)
+    batch = batch_of(trainer)
+    batch["advantages"] = torch.ones(16)
+    trainer.model.activation_checkpointing_enable()
+    with caplog.at_level("INFO", logger="train.scoring"):
+        trainer.compute_loss(trainer.model, batch)
+        trainer.compute_loss(trainer.model, batch)
+    assert [r.message for r in caplog.records if "prompt" in r.message] == [
+        "every row reads its whole prompt: activation checkpointing throws keys and values away "
+        "(grpo.activation_checkpointing: false shares the prompts of a group)"
+    ]
 
 
 # ---------------------------------------------------------------- variants

@@ -11,7 +11,7 @@ from train.batch import fill_holes
 from train.sampling import inverse_cdf, nucleus
 
 # fp32 with sums in another order: about 1e-6 here; 1e-4 is what a position or mask error exceeds
-TOLERANCE = 1e-4
+TOLERANCE = 1e-5
 
 
 def texts(trajectories):

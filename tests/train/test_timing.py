@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from train.timing import speeds, time_forward, time_method
+from train.timing import speeds, time_forward
 
 
 def test_every_forward_is_reported_and_changes_nothing():
@@ -24,18 +24,6 @@ def test_a_forward_that_fails_does_not_shift_the_next():
         layer(torch.randn(3, 5))
     layer(torch.randn(3, 2))
     assert len(seconds) == 2
-
-
-def test_a_method_is_timed_for_one_object_only():
-    class Optimizer:
-        def step(self, closure=None):
-            return closure
-
-    seconds, one, other = [], Optimizer(), Optimizer()
-    time_method(one, "step", seconds.append)
-    assert one.step(closure=3) == 3
-    other.step()
-    assert len(seconds) == 1
 
 
 def test_speed_counts_the_step_and_the_rollout_with_its_waiting():

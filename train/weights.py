@@ -1,0 +1,96 @@
+"""The policy's weights as files: safetensors shards under the names that a checkpoint has.
+
+A LoRA adapter is merged into what is written, never into the policy itself: merging and taking back
+would round its base weights a little with every update.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+SHARD_BYTES = 2**31
+"""Tensors are collected up to this size before they are written: what main memory has to hold."""
+
+
+def write_weights(model: Any, folder: Path, shard_bytes: int = SHARD_BYTES) -> int:
+    """Writes the weights of a model with whole parameters.
+
+    Args:
+        model: the policy, or a PEFT wrapper around it; under ZeRO-3 its parameters are gathered.
+        folder: an empty folder.
+        shard_bytes: size of a file, more or less.
+
+    Returns:
+        Number of tensors.
+    """
+    shard: dict[str, torch.Tensor] = {}
+    n_bytes = n_shards = n_tensors = 0
+    for name, tensor in merged_weights(model):
+        shard[name] = tensor
+        n_bytes += tensor.nbytes
+        n_tensors += 1
+        if n_bytes >= shard_bytes:
+            save_file(shard, folder / f"weights-{n_shards:05}.safetensors")
+            shard, n_bytes, n_shards = {}, 0, n_shards + 1
+    if shard:
+        save_file(shard, folder / f"weights-{n_shards:05}.safetensors")
+    return n_tensors
+
+
+@torch.no_grad()
+def merged_weights(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, CPU copy) of every weight, adapters merged in; a tied head comes once, as embedding.
+
+    Args:
+        model: a transformers model, or a PEFT wrapper around one.
+    """
+    core = model.get_base_model() if hasattr(model, "get_base_model") else model
+    adapted = {
+        name: module
+        for name, module in core.named_modules()
+        if hasattr(module, "base_layer") and hasattr(module, "merge")
+    }
+    saved_whole = {
+        name: module for name, module in core.named_modules() if hasattr(module, "modules_to_save")
+    }
+    for name, parameter in core.named_parameters():  # a tied weight is listed once
+        owner = _owner(name, adapted)
+        if owner is not None:
+            if name == f"{owner}.base_layer.weight":
+                yield f"{owner}.weight", _merged(adapted[owner])
+            elif name.startswith(f"{owner}.base_layer."):
+                yield name.replace(".base_layer.", "."), _copy(parameter)
+            continue
+        owner = _owner(name, saved_whole)
+        if owner is None:
+            yield name, _copy(parameter)
+            continue
+        inside = f"{owner}.modules_to_save.{saved_whole[owner].active_adapter}."
+        if name.startswith(inside):
+            yield f"{owner}.{name.removeprefix(inside)}", _copy(parameter)
+
+
+def _merged(layer: Any) -> torch.Tensor:
+    """The layer's weight with its active adapters, whichever kind they are; the layer stays."""
+    weight = layer.base_layer.weight
+    before = weight.detach().clone()
+    layer.merge()
+    try:
+        return _copy(weight)
+    finally:
+        layer.unmerge()
+        weight.data.copy_(before)  # exactly: unmerge subtracts what merge had rounded
+
+
+def _owner(name: str, modules: dict[str, Any]) -> str | None:
+    """The one of `modules` that holds the parameter `name`."""
+    return next((owner for owner in modules if name.startswith(f"{owner}.")), None)
+
+
+def _copy(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().to("cpu", copy=True).contiguous()
