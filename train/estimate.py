@@ -341,11 +341,12 @@ def _memory_lines(found: Estimate) -> list[str]:
         f"in the {result.peak_phase}; largest: {result.largest}"
     )
     if plan.server_gpus:
-        room = 0.9 * (found.machine.memory - server_bytes(plan))
+        weights = server_bytes(plan)
         cache = 4.0 * plan.shape.layers * plan.shape.kv_width / plan.server_gpus
+        n_slots = 0.9 * (found.machine.memory - weights) / cache
         lines.append(
-            f"  server      {server_bytes(plan) / GB:6.1f} of weights on each of {plan.server_gpus} "
-            f"accelerators, {room / cache:,.0f} tokens of cache in 90% of the rest"
+            f"  server      {weights / GB:6.1f} of weights on each of {plan.server_gpus} accelerators, "
+            f"{n_slots:,.0f} tokens of cache in 90% of the rest"
         )
     if not found.fits:
         changes, repaired = repair(found)
