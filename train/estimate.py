@@ -345,7 +345,7 @@ def _memory_lines(found: Estimate) -> list[str]:
         cache = 4.0 * plan.shape.layers * plan.shape.kv_width / plan.server_gpus
         n_slots = 0.9 * (found.machine.memory - weights) / cache
         lines.append(
-            f"  server      {weights / GB:6.1f} of weights on each of {plan.server_gpus} accelerators, "
+            f"  server      {weights / GB:6.1f} of weights on each of {plan.server_gpus} cards, "
             f"{n_slots:,.0f} tokens of cache in 90% of the rest"
         )
     if not found.fits:
