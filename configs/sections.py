@@ -75,6 +75,8 @@ class Models:
     """checkpoint that training and evaluation start from: a merged folder, or the plain VLM"""
     reference: str = "init"
     """checkpoint that the KL term of `grpo.beta` pulls towards; `init` = the start itself"""
+    freeze_vision: bool = False
+    """training leaves vision tower and projector as they are"""
 
 
 class CalibrationData(TypedDict):
@@ -365,6 +367,22 @@ class Rollout:
 
 
 @dataclass
+class Lora:
+    """Low-rank adapters, trained in the place of the policy; `obm merge adapter` puts them in."""
+
+    r: Annotated[int, NotNegative] = 0
+    """rank; 0 = no adapter, the policy's own weights are trained"""
+    alpha: Annotated[float, Between(0, above=True)] = 32.0
+    """the adapter's product is multiplied by alpha / r"""
+    dropout: Annotated[float, Between(0, 1)] = 0.0
+    """of the adapters' input in training; above 0 the loss sees another policy than the rollout"""
+    target_modules: list[str] | None = None
+    """linears that get one, by the end of their name; null = all of the language module"""
+    train_vision: bool = False
+    """vision tower and projector get adapters, too"""
+
+
+@dataclass
 class Tracking:
     """Where numbers go, besides metrics.jsonl and trajectories.jsonl."""
 
@@ -424,6 +442,8 @@ class Config:
     deepspeed: str | None = None
     """`zero1`, `zero2`, `zero3`, `zero2_offload`, `zero3_offload`, `none` or the path of a JSON
     file; docs/distributed.md says which fits"""
+    lora: Lora = field(default_factory=Lora)
+    """adapters"""
     hang_timeout_s: Annotated[float, Between(0, above=True)] | None = 1800.0
     """seconds without progress in any process after which the run ends and says who was where;
     null = wait for ever"""

@@ -186,7 +186,7 @@ def _world_samples(parent: Parent, size: int, shard: tuple[int, int]) -> list[Sa
             samples, parent.load(), parent.processor, size=size, max_new_tokens=MAX_ANSWER_TOKENS
         )
         return samples
-    engine = build_engine(config, parent.load(), parent.processor)
+    engine = build_engine(config, parent.load(), parent.processor, rollout=None)
     return [
         Sample(item.prompt_ids, [], item.completion_ids, item.completion_mask)
         for item in engine.rollout(questions, 1, greedy=True)

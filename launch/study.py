@@ -327,7 +327,8 @@ def _train(plan: Plan, stages: Stages, parallel: int | None) -> None:
 def _missing_trainings(plan: Plan, stages: Stages) -> list[tuple[Job, dict[str, Any]]]:
     """Trainings that are not done, with what decides their result; each is marked as begun."""
     from configs.schema import dump_config
-    from train.run import newest_checkpoint, write_text
+    from train.resume import whole_checkpoints
+    from train.run import write_text
 
     trainings = []
     # Seeds outside, arms inside: a study that is stopped early has whole seeds to compare.
@@ -346,7 +347,7 @@ def _missing_trainings(plan: Plan, stages: Stages) -> list[tuple[Job, dict[str, 
         if stages.is_done(f"train-{name}", inputs, output):
             say(f"train      {name}{_reused(False)}")
             continue
-        resume = ["--resume"] if newest_checkpoint(output) else []
+        resume = ["--resume"] if whole_checkpoints(output) else []
         if not resume:
             stages.clear(f"train-{name}", output)
         stages.start(f"train-{name}", inputs)

@@ -192,8 +192,8 @@ def _list_shards(folder: Path, role: str) -> list[Path]:
         )
     if (folder / "adapter_model.safetensors").exists():
         raise MergeError(
-            f"{role} {folder}: is a LoRA adapter; merge it into its model first "
-            "(peft: merge_and_unload, then save_pretrained)"
+            f"{role} {folder}: is a LoRA adapter; put it into its model first "
+            f"(obm merge adapter {folder} --output DIR)"
         )
     raise MergeError(f"{role} {folder}: has no model.safetensors; check {_setting(role)}")
 

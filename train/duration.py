@@ -50,19 +50,21 @@ def loss_flops(plan: Plan, fill: float = MEAN_FILL) -> float:
         plan: of the step.
         fill: share of its token budgets that an episode uses.
 
-    A backward is two forwards. Checkpointed, the decoder runs once more, each layer up to its last
-    product (h f weights), and a prompt is read with every row of its group. The head works on the
-    policy's tokens alone. Left out: the last layer, too, is spared where no token is predicted.
+    A backward is two forwards, one where only an adapter is trained. Checkpointed, the decoder runs
+    once more, each layer up to its last product (h f weights), and a prompt is read with every row
+    of its group. The head works on the policy's tokens alone. Left out: the last layer, too, is
+    spared where no token is predicted.
     """
     shape = plan.shape
     completion, prompt = fill * plan.completion_tokens, plan.prompt_tokens
     n_prompts = plan.rows if plan.is_checkpointed else plan.loss_prompts
     n_tokens = n_prompts * prompt + plan.rows * completion
     forward = forward_flops(shape, n_tokens, (prompt + completion) / 2)
-    decoder = 3 * forward
+    passes = 2 if plan.lora_rank else 3
+    decoder = passes * forward
     if plan.is_checkpointed:
         decoder += forward - 2.0 * shape.layers * shape.hidden * shape.intermediate * n_tokens
-    head = 3 * 2.0 * shape.n_head * plan.rows * fill * plan.policy_tokens
+    head = passes * 2.0 * shape.n_head * plan.rows * fill * plan.policy_tokens
     return plan.accumulation * (decoder + head)
 
 
@@ -78,7 +80,7 @@ def reference_seconds(plan: Plan, machine: Machine) -> float:
     """
     is_off_policy = plan.accumulation % (plan.steps_per_generation * plan.iterations) != 0
     n_forwards = int(plan.has_reference) + int(is_off_policy or plan.server_gpus > 0)
-    passes = 4 if plan.is_checkpointed else 3
+    passes = (2 if plan.lora_rank else 3) + int(plan.is_checkpointed)
     return n_forwards * loss_seconds(plan, machine) / passes
 
 
@@ -111,12 +113,12 @@ def decode_seconds(plan: Plan, machine: Machine) -> float:
 
 
 def vision_seconds(plan: Plan, machine: Machine) -> float:
-    """2 n_vision FLOPs a patch: one forward in the rollout, three or four in the loss."""
+    """2 n_vision FLOPs a patch: a forward in the rollout, one, three or four in the loss."""
     vision = plan.shape.vision
     if vision is None:
         return 0.0
     patches = plan.picture_tokens * vision.patches_per_token
-    passes = 4 if plan.is_checkpointed else 3
+    passes = 1 if not plan.trains_vision else 4 if plan.is_checkpointed else 3
     n_read = plan.rollouts * plan.rollout_prompts + plan.accumulation * passes * plan.loss_prompts
     return n_read * patches * 2.0 * vision.n_parameters / (machine.flops * MFU_READ)
 

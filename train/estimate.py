@@ -33,8 +33,8 @@ CHARS_PER_TOKEN = 4.0
 """Of English in Qwen's vocabulary; prompts and results are counted by it."""
 QUESTION_TOKENS, TEMPLATE_TOKENS = 30, 40
 """A question, and what the chat template puts around it."""
-HIT_TOKENS = 200
-"""A text result at its cap of 800 characters (environments.dialects)."""
+LORA_RANK = 32
+"""Of the adapter that is proposed where nothing else helps."""
 
 
 def add_estimate_arguments(parser: argparse.ArgumentParser) -> None:
@@ -162,6 +162,9 @@ def plan_of(
             grpo.get("gradient_checkpointing", grpo.get("activation_checkpointing"))
         ),
         has_reference=grpo["beta"] != 0.0,
+        lora_rank=config.lora.r or None,
+        lora_targets=tuple(config.lora.target_modules) if config.lora.target_modules else None,
+        is_vision_frozen=config.models.freeze_vision,
         server_gpus=server_gpus if config.rollout.backend == "vllm" else 0,
         **_sharding(config),
     )
@@ -251,6 +254,7 @@ def _repairs(plan: Plan) -> Iterator[dict[str, Any]]:
         }
     stage = 3 if plan.zero >= 3 else 2
     yield {"zero": stage, "has_deepspeed": True, "offload_optimizer": True}
+    yield {"lora_rank": LORA_RANK}
 
 
 def _difference(before: Plan, after: Plan) -> list[str]:
@@ -266,6 +270,8 @@ def _difference(before: Plan, after: Plan) -> list[str]:
             f"grpo.per_device_train_batch_size={after.rows}",
             f"grpo.gradient_accumulation_steps={after.accumulation}",
         ]
+    if after.lora_rank != before.lora_rank:
+        changes.append(f"lora.r={after.lora_rank}")
     return changes
 
 
@@ -355,8 +361,8 @@ def _memory_lines(found: Estimate) -> list[str]:
             lines.append(f"WARNING: does not fit; with {' '.join(changes)} it needs {needs}")
         else:
             lines.append(
-                "WARNING: does not fit, and neither checkpointing, ZeRO, fewer rows nor offload "
-                "help; take more or larger accelerators, an adapter, or a smaller model"
+                "WARNING: does not fit, and neither checkpointing, ZeRO, fewer rows, offload nor "
+                "an adapter helps; take more or larger accelerators, or a smaller model"
             )
     return lines
 

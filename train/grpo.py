@@ -38,6 +38,7 @@ from train import credit, scoring
 from train.anchor import SaliencyAnchor
 from train.episodes import Script
 from train.groups import Groups
+from train.resume import Saved, state_name
 from train.timing import clock, speeds, time_forward
 from train.trajectories import Trajectory
 from train.vision import EncodedImage
@@ -47,8 +48,6 @@ from train.worlds import engine_class
 REWARD_PARTS = ("total", "accuracy", "format", "search_penalty")
 REWARD_WEIGHTS = [1.0, 0.0, 0.0, 0.0]
 """Only the total is optimised; the parts are there to be logged."""
-
-ROLLOUT_STATE = "rollout_state.pt"
 
 
 class SearchGRPOTrainer(GRPOTrainer):
@@ -569,14 +568,25 @@ class SearchGRPOTrainer(GRPOTrainer):
     def _save_rollout_state(self) -> None:
         """What TRL's checkpoint lacks, one file a process."""
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        every = self.args.steps_per_generation * self.num_iterations
+        args, n_processes = self.args, self.accelerator.num_processes
+        is_boundary = self._step % (args.steps_per_generation * self.num_iterations) == 0
         state = {
             "n_rollouts": self.engine.n_rollouts,
             "n_policy_tokens": self.n_policy_tokens,
             # inside a buffer the rest of its episodes is still to be trained on
-            "buffer": self._buffered_inputs if self._step % every else None,
+            "buffer": None if is_boundary else self._buffered_inputs,
         }
-        torch.save(state, folder / self._state_name())
+        torch.save(state, folder / state_name(self.accelerator.process_index))
+        if self.accelerator.is_main_process:
+            rows = args.per_device_train_batch_size * n_processes
+            plugin = args.deepspeed_plugin
+            Saved(
+                n_processes=n_processes,
+                is_boundary=is_boundary,
+                per_rollout=args.generation_batch_size,
+                per_step=rows * args.gradient_accumulation_steps,
+                zero_stage=plugin.zero_stage if plugin else 0,
+            ).write(folder)
         self.accelerator.wait_for_everyone()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
@@ -596,7 +606,9 @@ class SearchGRPOTrainer(GRPOTrainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
-        path = Path(checkpoint) / self._state_name()
+        path = Path(checkpoint) / state_name(self.accelerator.process_index)
+        if not path.is_file():  # of a run with fewer processes, at a boundary: all files are alike
+            path = path.with_name(state_name(0))
         # the buffer holds our own classes; the file is from this run's own folder
         state = torch.load(path, weights_only=False)
         self.engine.n_rollouts = state["n_rollouts"]
@@ -605,10 +617,6 @@ class SearchGRPOTrainer(GRPOTrainer):
         self._step = self.state.global_step * self.args.gradient_accumulation_steps
         self._last_logged_step = self.state.global_step
         self._last_logged_tokens = self.n_policy_tokens
-
-    def _state_name(self) -> str:
-        path = Path(ROLLOUT_STATE)
-        return f"{path.stem}_{self.accelerator.process_index}{path.suffix}"
 
     @contextmanager
     def _timed(self, stage: str) -> Iterator[None]:

@@ -181,7 +181,7 @@ def vision_activation_bytes(plan: Plan) -> float:
     Four patches a picture token; each distinct picture is read once a micro-batch.
     """
     vision = plan.shape.vision
-    if vision is None:
+    if vision is None or not plan.trains_vision:
         return 0.0
     n_patches = plan.loss_prompts * plan.picture_tokens * vision.patches_per_token
     e = 2 if plan.is_bf16 else 4

@@ -121,6 +121,9 @@ class Plan:
     is_checkpointed: bool = False
     """activations are computed again in the backward"""
     lora_rank: int | None = None
+    """an adapter on the language module is trained instead of the model"""
+    lora_targets: tuple[str, ...] | None = None
+    is_vision_frozen: bool = False
     has_reference: bool = False
     """beta > 0"""
     server_gpus: int = 0
@@ -132,7 +135,14 @@ class Plan:
     def n_trained(self) -> int:
         """Parameters with a gradient."""
         shape = self.shape
-        return shape.n_lora(self.lora_rank) if self.lora_rank else shape.n_parameters
+        if self.lora_rank:
+            return shape.n_lora(self.lora_rank, self.lora_targets)
+        return shape.n_parameters - (shape.n_vision if self.is_vision_frozen else 0)
+
+    @property
+    def trains_vision(self) -> bool:
+        """Whether the vision tower has a backward."""
+        return not self.is_vision_frozen and not self.lora_rank
 
     @property
     def n_stored(self) -> int:

@@ -149,6 +149,11 @@ def load_policy(folder: str | Path, dtype: torch.dtype = torch.float32) -> tuple
 def _require_checkpoint(folder: str | Path) -> None:
     path = Path(folder)
     looks_local = path.is_absolute() or path.exists() or str(folder).startswith((".", "runs/"))
+    if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
+        raise PolicyLoadError(
+            f"{folder}: is a LoRA adapter, not a policy; write one with "
+            f"`obm merge adapter {folder} --output DIR`"
+        )
     if looks_local and not (path / "config.json").is_file():
         raise PolicyLoadError(
             f"{folder}: no config.json there; give a checkpoint folder saved with save_pretrained, "

@@ -30,7 +30,8 @@ from train.estimate import (
     estimate_arguments,
     find_machine,
 )
-from train.settings import build_grpo_config, describe_step, zero_stage
+from train.resume import Start, convert, find_start
+from train.settings import build_grpo_config, describe_step, resolved_grpo, zero_stage
 from train.watchdog import Watchdog, clear_heartbeats, progress
 
 logger = logging.getLogger(__name__)
@@ -41,6 +42,8 @@ MAY_CHANGE = (
     "output", "tracking.", "compare.", "deepspeed", "hang_timeout_s", "grpo.max_steps",
     "grpo.save_", "rollout.tool_workers", "rollout.url", "rollout.timeout_s", "rollout.retries",
     "rollout.sync_dir", "rollout.sleep",
+    # train.resume checks that their product with the number of processes stays
+    "grpo.per_device_train_batch_size", "grpo.gradient_accumulation_steps",
 )  # fmt: skip
 """Settings that may differ between a run and its continuation."""
 
@@ -119,31 +122,46 @@ def run_training(config: Config, resume: bool = False, overwrite: bool = False) 
         raise ConfigError("models.init: missing; name a merged folder, a VLM folder or a hub id")
     init = resolve_model(config.models.init)
     describe_step(config, world)
+    check_pulls(config)
     if config.rollout.backend == "vllm":
         from train.worlds import connect
 
         connect(config.rollout).check()  # before anything slow
+    start = find_start(folder, config, world) if resume else None
     if rank == 0:
         check_start(init)
         prepare_folder(folder, config, init, resume, overwrite)
     _share_cores(world)
 
     # torch.distributed starts here, if a launcher asked for it
-    args = build_grpo_config(config, folder / "checkpoints")
+    args = build_grpo_config(
+        config,
+        folder / "checkpoints",
+        load_universal=start is not None and start.needs_conversion,
+    )
     with Watchdog(folder, rank, world, config.hang_timeout_s) as watchdog:
-        return _train(config, folder, init, args, resume, watchdog)
+        if start is not None and start.needs_conversion:
+            convert(start, rank)
+        return _train(config, folder, init, args, resume, start, watchdog)
 
 
 def _train(
-    config: Config, folder: Path, init: str, args: Any, resume: bool, watchdog: Watchdog
+    config: Config,
+    folder: Path,
+    init: str,
+    args: Any,
+    resume: bool,
+    start: Start | None,
+    watchdog: Watchdog,
 ) -> Path:
     """The part of a run that all processes go through together."""
-    rank, world = watchdog.rank, watchdog.n_processes
-    checkpoint = newest_checkpoint(folder, world) if resume else None
-    resume_step = int(checkpoint.name.split("-")[-1]) if checkpoint else 0
+    rank = watchdog.rank
+    checkpoint = start.path if start else None
+    resume_step = start.step if start else 0
 
     from transformers.utils.logging import disable_progress_bar
 
+    from train.adapter import freeze_vision, make_lora
     from train.callbacks import EvaluationCallback, Recorder, RunCallback
     from train.grpo import SearchGRPOTrainer
     from train.health import health_settings
@@ -156,6 +174,8 @@ def _train(
     if checkpoint is not None:
         logger.info("resuming at step %d of %s", resume_step, folder)
     model, processor = load_policy(init)
+    if config.models.freeze_vision:
+        freeze_vision(model)
     reference = config.models.reference
     trainer = SearchGRPOTrainer(
         model,
@@ -164,6 +184,7 @@ def _train(
         environment=load_environment(config),
         rewards=config.rewards,
         processing_class=processor,
+        peft_config=make_lora(model, config.lora),
         rollout=config.rollout,
         tool_workers=config.rollout.tool_workers,
         algorithm=config.algorithm,
@@ -215,21 +236,47 @@ def check_start(init: str) -> None:
         ) from error
 
 
+def check_pulls(config: Config) -> None:
+    """Checks that the pulls towards the start, KL and anchor, can do what they say.
+
+    Raises:
+        ConfigError: one of them would do nothing, or something else.
+    """
+    has_adapter = config.lora.r > 0
+    if config.models.reference != "init":
+        if not resolved_grpo(config)["beta"]:
+            raise ConfigError(
+                "models.reference: without a KL term nothing is pulled there; set grpo.beta above "
+                "0, or models.reference to init"
+            )
+        if has_adapter:
+            raise ConfigError(
+                "models.reference: with an adapter the reference is the policy without it; set "
+                "models.reference to init, or lora.r to 0"
+            )
+    if config.algorithm.anchor > 0.0:
+        if has_adapter:
+            raise ConfigError(
+                "algorithm.anchor: an adapter leaves the anchored weights alone; set "
+                "algorithm.anchor to 0, or lora.r to 0"
+            )
+        if zero_stage(config) == 3:
+            raise ConfigError(
+                "algorithm.anchor: needs whole parameters, which ZeRO-3 does not keep; use "
+                "deepspeed: zero2, or set algorithm.anchor to 0"
+            )
+
+
 def make_anchor(config: Config, init: str, model: Any) -> Any:
     """The pull towards the start that `algorithm.anchor` asks for, or None.
 
     Raises:
-        ConfigError: no statistics, statistics of another model, or parameters in parts (ZeRO-3).
+        ConfigError: no statistics, or statistics of another model.
     """
     if config.algorithm.anchor == 0.0:
         return None
     from train.anchor import SaliencyAnchor, anchor_statistics
 
-    if zero_stage(config) == 3:
-        raise ConfigError(
-            "algorithm.anchor: needs whole parameters, which ZeRO-3 does not keep; "
-            "use deepspeed: zero2, or set algorithm.anchor to 0"
-        )
     folders = config.algorithm.anchor_stats
     return SaliencyAnchor(model, anchor_statistics(init, folders), config.algorithm.anchor)
 
@@ -263,16 +310,6 @@ def prepare_folder(folder: Path, config: Config, init: str, resume: bool, overwr
     recipe = Path(init) / "merge.json"
     if recipe.is_file():
         shutil.copyfile(recipe, folder / "merge.json")
-
-
-def newest_checkpoint(folder: Path, n_processes: int = 1) -> Path | None:
-    """The newest checkpoint that was written to its end by all processes."""
-    found = []
-    for path in (folder / "checkpoints").glob("checkpoint-*"):
-        states = [path / f"rollout_state_{rank}.pt" for rank in range(n_processes)]
-        if (path / "trainer_state.json").is_file() and all(s.is_file() for s in states):
-            found.append(path)
-    return max(found, key=lambda path: int(path.name.split("-")[-1]), default=None)
 
 
 def describe_machine(config: Config) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from configs.errors import ConfigError
-from train.deepspeed_json import deepspeed_path, require_compiler
+from train.deepspeed_json import deepspeed_path, read_deepspeed, require_compiler
 
 if TYPE_CHECKING:
     from trl import GRPOConfig
@@ -91,12 +91,17 @@ def _check_for_server(config: Config, settings: dict[str, Any]) -> None:
     """Settings that do not go with a vLLM server.
 
     Raises:
-        ConfigError: a nucleus, or a correction that the loss cannot take.
+        ConfigError: a nucleus, a temperature above 2, or a correction that the loss cannot take.
     """
     if settings.get("top_p", 1.0) < 1.0:
         raise ConfigError(
             "grpo.top_p: a vLLM server reports the log-probs of the nucleus, not the policy's; "
             "set it to 1.0, or rollout.backend to in_process"
+        )
+    if settings["temperature"] > 2.0:
+        raise ConfigError(
+            f"grpo.temperature: a vLLM server takes 2.0 at most, not {settings['temperature']}; "
+            "lower it, or set rollout.backend to in_process"
         )
     correction = config.rollout.importance_correction
     if settings["loss_type"] == "vespo" and correction.startswith("sequence"):
@@ -115,6 +120,14 @@ def zero_stage(config: Config) -> int:
     return int(settings.get("zero_optimization", {}).get("stage", 0))
 
 
+def count_completions(grpo: dict[str, Any], n_processes: int) -> tuple[int, int]:
+    """Completions of a rollout and of an optimizer step, all processes together."""
+    rows = grpo["per_device_train_batch_size"] * n_processes
+    accumulated = grpo["gradient_accumulation_steps"]
+    kept = grpo.get("steps_per_generation") or accumulated
+    return grpo.get("generation_batch_size") or rows * kept, rows * accumulated
+
+
 def describe_step(config: Config, n_processes: int) -> list[tuple[str, str]]:
     """The arithmetic of one optimizer step, as (name, value) pairs for a dry run.
 
@@ -124,14 +137,13 @@ def describe_step(config: Config, n_processes: int) -> list[tuple[str, str]]:
     grpo = resolved_grpo(config)
     per_device, group = grpo["per_device_train_batch_size"], grpo["num_generations"]
     accumulated = grpo.get("steps_per_generation") or grpo["gradient_accumulation_steps"]
-    completions = grpo.get("generation_batch_size") or per_device * n_processes * accumulated
+    completions, per_step = count_completions(grpo, n_processes)
     if completions % group:
         raise ConfigError(
             f"grpo.num_generations: {completions} completions ({n_processes} processes x "
             f"{per_device} x {accumulated}) cannot be cut into groups of {group}; "
             "change one of the numbers"
         )
-    per_step = per_device * n_processes * grpo["gradient_accumulation_steps"]
     return [
         ("optimizer steps", str(grpo["max_steps"])),
         ("completions per step", f"{per_step} ({n_processes} processes x {per_device} x "
@@ -149,7 +161,9 @@ def describe_step(config: Config, n_processes: int) -> list[tuple[str, str]]:
     ]  # fmt: skip
 
 
-def build_grpo_config(config: Config, checkpoints: Path) -> GRPOConfig:
+def build_grpo_config(
+    config: Config, checkpoints: Path, *, load_universal: bool = False
+) -> GRPOConfig:
     """TRL's settings of a run.
 
     Creating them starts torch.distributed when a launcher asked for it.
@@ -157,6 +171,7 @@ def build_grpo_config(config: Config, checkpoints: Path) -> GRPOConfig:
     Args:
         config: the experiment.
         checkpoints: folder for transformers' checkpoints.
+        load_universal: DeepSpeed goes on from a checkpoint of another number of processes.
 
     Raises:
         ConfigError: a value that TRL refuses; the message is TRL's.
@@ -176,6 +191,8 @@ def build_grpo_config(config: Config, checkpoints: Path) -> GRPOConfig:
         require_compiler(path)
         prepare_deepspeed(has_gpu)
         settings["deepspeed"] = path
+        if load_universal:
+            settings["deepspeed"] = {**read_deepspeed(path), "checkpoint": {"load_universal": True}}
     try:
         return GRPOConfig(output_dir=str(checkpoints), seed=config.seed, **settings)
     except ValueError as error:

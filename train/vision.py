@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 from train.trajectories import image_hash
 
@@ -43,6 +44,7 @@ class ImageStore:
     def __init__(self, image_processor: Any) -> None:
         self._processor = image_processor
         self._encoded: dict[str, EncodedImage] = {}
+        self._sources: dict[str, Any] = {}
         self.merge_size = int(getattr(image_processor, "merge_size", 2))
 
     def encode(self, image: Any) -> EncodedImage:
@@ -54,27 +56,34 @@ class ImageStore:
             pixels = torch.as_tensor(np.asarray(features["pixel_values"]))
             n_tokens = grid[0] * grid[1] * grid[2] // self.merge_size**2
             self._encoded[key] = EncodedImage(key, pixels, (grid[0], grid[1], grid[2]), n_tokens)
+            self._sources[key] = image
         return self._encoded[key]
 
     def pixels(self, picture: EncodedImage) -> Image.Image:
         """The picture as it was after resizing and before normalising, 8 bits a channel.
 
         Another image processor makes the same pixel values of it, whereas two ways of *resizing*
-        differ by a few grey levels.
+        differ by a few grey levels. A picture whose final size the processor would change again
+        comes back as it is.
         """
         processor = self._processor
         size, merge = int(processor.patch_size), self.merge_size
         _, height, width = picture.grid  # one frame, repeated over the temporal patch
+        limits = processor.size["shortest_edge"], processor.size["longest_edge"]
+        final = height * size, width * size
+        if smart_resize(*final, size * merge, *limits) != final:
+            return self._sources[picture.key].convert("RGB")
         patches = picture.pixel_values.float().numpy()
         shape = (height // merge, width // merge, merge, merge, 3, -1, size, size)
         block = patches.reshape(shape)[:, :, :, :, :, 0]  # rows, columns, row, column, RGB, y, x
-        image = block.transpose(0, 2, 5, 1, 3, 6, 4).reshape(height * size, width * size, 3)
+        image = block.transpose(0, 2, 5, 1, 3, 6, 4).reshape(*final, 3)
         levels = (image * processor.image_std + processor.image_mean) / processor.rescale_factor
         return Image.fromarray(levels.round().clip(0, 255).astype(np.uint8))
 
     def clear(self) -> None:
         """Forgets all pictures."""
         self._encoded.clear()
+        self._sources.clear()
 
 
 def mrope_positions(

@@ -317,15 +317,26 @@ class VLLMClient:
         raise self._bad(path, f"{reason} ({n_attempts} of {self.timeout_s:g} s)")
 
     def _exchange(self, method: str, path: str, body: Any) -> tuple[int, bytes]:
-        connection = getattr(self._local, "connection", None)
-        if connection is None:
+        """Status and content, over this thread's connection or a new one."""
+        connection: Any = getattr(self._local, "connection", None)
+        is_new = connection is None
+        if is_new:
             connection = self._connect(self._host, self._port, timeout=self.timeout_s)
             self._local.connection = connection
         payload = None if body is None else json.dumps(body).encode()
         headers = {"Content-Type": "application/json", "Accept": "application/json"}
-        connection.request(method, self._path + path, body=payload, headers=headers)
-        response = connection.getresponse()
-        return response.status, response.read()
+        try:
+            connection.request(method, self._path + path, body=payload, headers=headers)
+            response = connection.getresponse()
+            content = response.read()
+        except ConnectionError:
+            if is_new:
+                raise
+            self._close()  # the server had closed an idle connection: no failure
+            return self._exchange(method, path, body)
+        if response.status >= 500:
+            self._close()  # it closes too, without saying so
+        return response.status, content
 
     def _close(self) -> None:
         connection = getattr(self._local, "connection", None)

@@ -72,7 +72,8 @@ def build_engine(config: Config, model: Any, processor: Any, **settings: Any) ->
         config: environment and `grpo:` section.
         model: policy.
         processor: its processor or tokenizer.
-        settings: laid over, e.g. `environment` or `script`.
+        settings: laid over, e.g. `environment` or `script`; `rollout=None` for a model that is not
+            the policy, and so must not go to a server.
     """
     grpo = resolved_grpo(config)
     budget = grpo["max_completion_length"]
@@ -87,7 +88,8 @@ def build_engine(config: Config, model: Any, processor: Any, **settings: Any) ->
         **settings,
     }
     environment = options.pop("environment", None) or load_environment(config)
-    return engine_class(config.rollout)(model, processor, environment, **options)
+    make_engine = engine_class(options.pop("rollout", config.rollout))
+    return make_engine(model, processor, environment, **options)
 
 
 def engine_class(rollout: Any = None) -> Callable[..., Engine]:

@@ -2,7 +2,8 @@
 
 Every tensor is planned before anything is written; --dry-run prints the plan and what it will cost.
 A merge that was interrupted goes on when it is run again. `obm merge verify FOLDER` checks every
-byte of a merged checkpoint. --sweep merges and evaluates a grid on held-out questions and keeps the
+byte of a merged checkpoint. `obm merge adapter RUN` puts the LoRA adapter of a training into the
+weights it was trained on. --sweep merges and evaluates a grid on held-out questions and keeps the
 best. The methods, with formulas and sources, are in docs/merge.md.
 """
 
@@ -24,6 +25,7 @@ EXAMPLES = (
     "obm merge --config configs/demo.yaml --dry-run",
     "obm merge merge.method=ties merge.density=0.3 --output runs/merged/ties",
     "obm merge verify runs/merged/ties",
+    "obm merge adapter runs/lora-s0 --output runs/merged/lora",
     "obm merge --sweep density=0.2,0.35,0.5 weights.agent=0.7,1 --output runs/merged/swept",
 )
 NOT_SETTINGS = ("method", "weights", "scope", "rules", "vocabulary", "threads", "shard_size")
@@ -39,6 +41,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--stats", metavar="DIR", help="folder that `obm calibrate` wrote (default: the settings')"
     )
+    parser.add_argument(
+        "--base", metavar="DIR",
+        help="with adapter: the checkpoint that it was trained on (default: as it says itself)",
+    )  # fmt: skip
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier merge")
     parser.add_argument("--dry-run", action="store_true", help="print the plan, write nothing")
     parser.add_argument(
@@ -54,9 +60,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Plan, merge, sweep or verify."""
+    """Plan, merge, sweep, verify, or merge an adapter."""
     if options.overrides[:1] == ["verify"]:
         return _verify(options.overrides[1:])
+    if options.overrides[:1] == ["adapter"]:
+        return _merge_adapter(options, options.overrides[1:])
+    if options.base:
+        raise LaunchError("--base goes with `obm merge adapter`; here set models.base=...")
     extra = [f"calibration.output={options.stats}"] if options.stats else []
     config = read_config(options, *extra)
     output = Path(options.output or Path(config.output).parent / "merged" / config.merge.method)
@@ -98,6 +108,19 @@ def _verify(folders: list[str]) -> int:
         if found["vlm"]:
             vision = f"{found['vision']} vision tensors as in {found['vlm']}"
         print(f"{folder}: {found['tensors']} tensors sound, {vision}")
+    return 0
+
+
+def _merge_adapter(options: argparse.Namespace, folders: list[str]) -> int:
+    from merge.adapter import merge_adapter
+
+    if len(folders) != 1 or not options.output:
+        raise LaunchError("write `obm merge adapter RUN_OR_ADAPTER_FOLDER --output DIR`")
+    record = merge_adapter(
+        folders[0], options.output, base=options.base, overwrite=options.overwrite
+    )
+    base = record["parents"]["vlm"]["source"]
+    print(f"{record['adapter']['tensors']} tensors of {base} changed: {options.output}")
     return 0
 
 

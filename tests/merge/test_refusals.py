@@ -139,7 +139,7 @@ def test_a_lora_adapter(fresh_trio, tmp_path):
     for path in folder.glob("*.safetensors*"):
         path.unlink()
     save_file({"a": torch.ones(1)}, folder / "adapter_model.safetensors")
-    refuse(tmp_path, "LoRA adapter.*merge_and_unload", fresh_trio)
+    refuse(tmp_path, "LoRA adapter.*obm merge adapter", fresh_trio)
 
 
 def test_a_missing_or_broken_config(fresh_trio, tmp_path):

@@ -409,12 +409,21 @@ def test_a_run_takes_the_switches_from_its_settings(tiny_checkpoints, tmp_path):
         assert {"dynamic_sampling/replaced", "rewards/overlong/mean", "kl"} <= line.keys()
 
 
-def test_an_anchor_is_refused_under_zero3(tiny_checkpoints, tmp_path):
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["algorithm.anchor=1.0", "deepspeed=zero3"], "algorithm.anchor: needs whole parameters"),
+        (["algorithm.anchor=1.0", "lora.r=4"], "algorithm.anchor: an adapter leaves"),
+        (["models.reference=atlas://vlm"], "models.reference: without a KL term"),
+        (
+            ["models.reference=atlas://vlm", "grpo.beta=0.1", "lora.r=4"],
+            "models.reference: with an adapter",
+        ),
+    ],
+)
+def test_a_pull_that_would_do_nothing_is_refused(tiny_checkpoints, tmp_path, overrides, message):
     path = tmp_path / "settings.yaml"
-    init = tiny_checkpoints["vlm"]
-    path.write_text(f"output: {tmp_path}/run\nmodels: {{init: {init}}}\n")
-    config = load_config(path, ["algorithm.anchor=1.0", "deepspeed=zero3"])
-    from train.run import make_anchor
-
-    with pytest.raises(ConfigError, match="needs whole parameters"):
-        make_anchor(config, init, None)
+    path.write_text(f"output: {tmp_path}/run\nmodels: {{init: {tiny_checkpoints['vlm']}}}\n")
+    with pytest.raises(ConfigError, match=message):
+        run_training(load_config(path, overrides))
+    assert not (tmp_path / "run").exists()

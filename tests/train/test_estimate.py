@@ -205,6 +205,14 @@ def test_an_adapter_needs_states_for_itself_alone(plan):
     )
 
 
+def test_a_frozen_tower_has_no_states_and_no_activations(plan):
+    frozen = replace(plan, is_vision_frozen=True)
+    assert plan.n_trained - frozen.n_trained == plan.shape.n_vision
+    assert memory(frozen).phases["loss"]["vision"] == 0
+    assert weight_bytes(frozen) == weight_bytes(plan)
+    assert seconds(frozen, H100)["vision"] < 0.5 * seconds(plan, H100)["vision"]
+
+
 def test_decoding_reads_all_weights_or_waits_for_python(plan):
     n_steps = 0.8 * plan.policy_tokens
     # 7.6 GB of weights at 0.6 x 3.35 TB/s is 7.6 ms; launching 28 layers takes 22.4 ms

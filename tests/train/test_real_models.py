@@ -100,6 +100,14 @@ def test_the_3b_on_one_gpu_would_not_fit_without_its_offload():
         assert not estimate(plan_of(config, 1), accelerator).fits
 
 
+def test_an_adapter_on_one_gpu_fits_without_offload():
+    overrides = ["deepspeed=zero2", "lora.r=32"]
+    config = load_config(shipped_config("qwen2.5-vl-3b-1gpu"), overrides)
+    accelerator, _ = find_machine("h100", 1)
+    assert estimate(plan_of(config, 1), accelerator).fits
+    assert "LoRA rank 32" in describe_run(config, 1)
+
+
 def test_a_dry_run_loads_no_weights_and_is_quick():
     """Torch comes with TRL's list of settings; the estimate itself must not wait for anything."""
     code = (

@@ -12,7 +12,7 @@ from configs.errors import ConfigError
 from configs.schema import load_config
 from merge.engine import merge
 from train.followed import follow
-from train.run import check_start, newest_checkpoint, run_training, train
+from train.run import check_start, run_training, train
 from train.settings import GRPO_DEFAULTS, describe_step, resolved_grpo
 
 # an untrained policy earns nothing; the entropy bonus makes every step move it all the same
@@ -172,16 +172,6 @@ def test_a_resumed_run_equals_an_uninterrupted_one(write_config, tmp_path, step,
     last = "checkpoints/checkpoint-4/model.safetensors"
     one, two = load_file(whole / last), load_file(part / last)
     assert all(torch.equal(one[name], two[name]) for name in one)
-
-
-def test_an_unfinished_checkpoint_is_not_resumed_from(tmp_path):
-    for step in (2, 4):
-        folder = tmp_path / "checkpoints" / f"checkpoint-{step}"
-        folder.mkdir(parents=True)
-        (folder / "trainer_state.json").touch()
-    (tmp_path / "checkpoints" / "checkpoint-2" / "rollout_state_0.pt").touch()
-    assert newest_checkpoint(tmp_path).name == "checkpoint-2"
-    assert newest_checkpoint(tmp_path, n_processes=2) is None
 
 
 def test_an_existing_run_is_refused_and_the_three_ways_on_are_named(write_config, tmp_path):

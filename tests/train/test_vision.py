@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from train.vision import ImageStore, encode_pictures, mrope_positions, suppressed_token_ids
 
@@ -77,3 +79,21 @@ def test_every_vision_token_is_suppressed(policy):
     assert model.config.image_token_id in ids
     assert model.config.video_token_id in ids
     assert len(ids) == 5
+
+
+@pytest.mark.parametrize(
+    ("size", "n_pixels"),
+    [((123, 77), (3136, 200_704)), ((500, 90), (3136, 12_544)), ((123, 77), (3136, 3136))],
+    ids=["rounded", "shrunk", "size not kept"],
+)
+def test_pixels_give_the_same_features_again(size, n_pixels):
+    """Also of a picture that was resized: the copy has its final size already."""
+    smallest, largest = n_pixels
+    images = ImageStore(
+        Qwen2VLImageProcessorPil(min_pixels=smallest, max_pixels=largest, patch_size=14)
+    )
+    noise = np.random.default_rng(0).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
+    picture = images.encode(Image.fromarray(noise))
+    again = images.encode(images.pixels(picture))
+    assert again.grid == picture.grid
+    assert torch.equal(again.pixel_values, picture.pixel_values)

@@ -1,0 +1,127 @@
+"""Several nodes: `deepspeed --hostfile` and the Slurm script, with two nodes of one process each.
+
+Both nodes are this machine; everything else is as on a cluster: every node starts its own launcher,
+and the processes find each other by the master's address.
+"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "launch" / "train.sh"
+SETTINGS = """
+output: {output}
+models: {{init: {init}}}
+environment: {{train_size: 8, eval_size: 2, kinds: [two], eval_kinds: [two]}}
+grpo: {{per_device_train_batch_size: 4, num_generations: 4, max_completion_length: 40,
+  generation_kwargs: {{max_new_tokens: 8}}, max_steps: 1, save_steps: 1}}
+deepspeed: zero2
+tracking: {{wandb: disabled}}
+"""
+
+FAKE_SRUN = """#!/bin/bash
+# takes srun's options, and runs the command once for every node of the allocation
+while [[ $1 == --* ]]; do echo "$1" >> "$SRUN_LOG"; shift; done
+pids=()
+for node in 0 1; do
+  SLURM_NODEID=$node SLURM_PROCID=$node "$@" & pids+=($!)
+done
+code=0
+for pid in "${pids[@]}"; do wait "$pid" || code=$?; done
+exit $code
+"""
+FAKE_SCONTROL = """#!/bin/bash
+[ "$*" = "show hostnames cluster[1-2]" ] && printf 'localhost\\n127.0.0.1\\n'
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def environment(*folders: Path, **variables: str) -> dict[str, str]:
+    programs = os.pathsep.join(map(str, (*folders, Path(sys.executable).parent)))
+    path = f"{programs}{os.pathsep}{os.environ['PATH']}"
+    return {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", **variables}
+
+
+@pytest.fixture
+def settings(tiny_checkpoints, tmp_path):
+    path = tmp_path / "settings.yaml"
+    path.write_text(SETTINGS.format(output=tmp_path / "run", init=tiny_checkpoints["vlm"]))
+    return path
+
+
+def assert_two_processes_trained(folder: Path) -> None:
+    assert json.loads((folder / "done.json").read_text())["step"] == 1
+    assert json.loads((folder / "environment.json").read_text())["world_size"] == 2
+    saved = json.loads((folder / "checkpoints" / "checkpoint-1" / "rollout.json").read_text())
+    assert saved["n_processes"] == 2
+
+
+@pytest.mark.timeout(300)
+def test_a_hostfile_names_the_nodes(settings, tmp_path):
+    hostfile = tmp_path / "hostfile"
+    example = (ROOT / "launch" / "hostfile.example").read_text()
+    hostfile.write_text(example.replace("slots=8", "slots=1"))
+    port = str(free_port())
+    nodes = []
+    for rank in ("0", "1"):
+        command = [
+            "deepspeed", "--hostfile", str(hostfile), "--no_ssh", "--node_rank", rank,
+            "--master_addr", "127.0.0.1", "--master_port", port,
+            str(SCRIPT), "--config", str(settings),
+        ]  # fmt: skip
+        log = (tmp_path / f"log{rank}").open("wb")
+        nodes.append(
+            subprocess.Popen(command, env=environment(), stdout=log, stderr=subprocess.STDOUT)
+        )
+    codes = [node.wait(timeout=250) for node in nodes]
+    assert codes == [0, 0], (tmp_path / "log0").read_text()[-3000:]
+    assert "nnodes=2, num_local_procs=1" in (tmp_path / "log1").read_text()
+    assert_two_processes_trained(tmp_path / "run")
+
+
+@pytest.mark.timeout(300)
+def test_the_slurm_script_starts_every_node_and_resumes_after_preemption(settings, tmp_path):
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    for name, text in (("srun", FAKE_SRUN), ("scontrol", FAKE_SCONTROL)):
+        (programs / name).write_text(text)
+        (programs / name).chmod(0o755)
+    variables = {
+        "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "cluster[1-2]", "SLURM_SUBMIT_DIR": str(ROOT),
+        "MASTER_PORT": str(free_port()), "SRUN_LOG": str(tmp_path / "srun.log"),
+        # the run folder is there, so without --resume this would be refused
+        "SLURM_RESTART_COUNT": "1",
+    }  # fmt: skip
+    (tmp_path / "run").mkdir()
+    written = settings.read_text()
+    (tmp_path / "run" / "config.yaml").write_text(written)
+    done = subprocess.run(
+        ["bash", str(ROOT / "launch" / "slurm.sh"), "--config", str(settings)],
+        env=environment(programs, **variables),
+        capture_output=True, text=True, timeout=280, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    assert "--kill-on-bad-exit=1" in (tmp_path / "srun.log").read_text()
+    assert_two_processes_trained(tmp_path / "run")
+    assert not list(ROOT.glob(".hostfile-*"))
+
+
+def test_the_slurm_script_says_where_it_has_to_be_submitted(tmp_path):
+    done = subprocess.run(
+        ["bash", str(ROOT / "launch" / "slurm.sh")],
+        env=environment(SLURM_SUBMIT_DIR=str(tmp_path), SLURM_JOB_ID="7"),
+        capture_output=True, text=True, timeout=20, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "submit from the checkout, or set OBM_ROOT" in done.stderr
