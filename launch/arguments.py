@@ -65,7 +65,8 @@ def config_path(name: str) -> Path:
     from configs.schema import shipped_config
 
     path = Path(name)
-    if path.is_file() or path.suffix or len(path.parts) > 1:
+    # a shipped name may hold a dot: qwen2.5-vl-3b
+    if path.is_file() or path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
         return path
     return shipped_config(name)
 

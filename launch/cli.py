@@ -22,6 +22,7 @@ VERBS = {
     "train": "train a checkpoint by GRPO on multi-step search, under DeepSpeed",
     "eval": "evaluate a checkpoint on held-out questions",
     "compare": "floor, ceiling and curves of finished runs, as tables and a picture",
+    "follow": "how a run's episodes on chosen questions changed from evaluation to evaluation",
     "study": "several starts times several seeds, then the comparison",
     "bench": "measure what the documentation promises",
     "doctor": "versions, cores, memory, devices, disk, logins, and what is missing",

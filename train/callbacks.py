@@ -22,7 +22,9 @@ from accelerate.utils import gather_object
 from tqdm import tqdm
 from transformers import TrainerCallback
 
+from rewards.compose import score
 from train.evaluation import FOUR_PARTS, summarize
+from train.followed import chosen, follow
 from train.health import HealthMonitor, HealthWarning, Settings
 from train.trajectories import Trajectory, append_jsonl, truncate_jsonl
 
@@ -59,6 +61,7 @@ class Recorder:
         self._metrics = folder / "metrics.jsonl"
         self._trajectories = folder / "trajectories.jsonl"
         self._health = folder / "health.jsonl"
+        self._followed: list[dict[str, Any]] = []
         self.training_lines: list[dict[str, Any]] = []
         """training lines of metrics.jsonl before this start"""
         self._start = time.perf_counter()
@@ -67,7 +70,8 @@ class Recorder:
             return
         if resume_step is not None:
             kept = truncate_jsonl(self._metrics, resume_step)
-            truncate_jsonl(self._trajectories, resume_step)
+            earlier = truncate_jsonl(self._trajectories, resume_step)
+            self._followed = [row for row in earlier if row.get("followed")]
             if self._health.exists():
                 truncate_jsonl(self._health, resume_step)
             self.training_lines = [line for line in kept if line["phase"] == "train"]
@@ -100,16 +104,26 @@ class Recorder:
             self._wandb.log({k: v for k, v in shown.items() if v is not None} | extra, step=step)
 
     def trajectories(self, step: int, phase: str, episodes: Sequence[Trajectory]) -> None:
-        """Lines of trajectories.jsonl: all of an evaluation, `log_trajectories` of a step."""
+        """Lines of trajectories.jsonl: all of an evaluation, `log_trajectories` of a step.
+
+        Of an evaluation the questions that are followed carry `"followed": true`.
+        """
         if not self.is_main:
             return
         config, n_shown = self.config, self.config.tracking.log_trajectories
         few = _spread(episodes, n_shown)
         kept = episodes if phase == "eval" else few
         rows = [episode.to_dict(step, config.arm_name, config.seed, phase) for episode in kept]
+        if phase == "eval":
+            for index in chosen(len(rows), config.tracking.follow, config.environment.data_seed):
+                rows[index]["followed"] = True
+            self._followed += [row for row in rows if row.get("followed")]
         append_jsonl(self._trajectories, rows)
         if self._wandb is not None and few and phase == "eval":
-            self._wandb.log({"trajectories": trajectory_table(few, step)}, step=step)
+            tables = {"trajectories": trajectory_table(few, step)}
+            if self._followed:
+                tables["followed"] = followed_table(self._followed)
+            self._wandb.log(tables, step=step)
 
     def health(self, step: int, found: Sequence[HealthWarning], n_active: int) -> None:
         """Lines of health.jsonl, alerts of W&B, and its curve `health/active`.
@@ -232,6 +246,9 @@ class EvaluationCallback(TrainerCallback):
         numbered = [(rank + i * world, episode) for i, episode in enumerate(episodes)]
         gathered = gather_object(numbered) if world > 1 else numbered
         ordered = [episode for _, episode in sorted(gathered, key=lambda pair: pair[0])]
+        check_format = trainer.engine.environment.dialect.check_format
+        for episode, question in zip(ordered, self.questions, strict=True):
+            episode.rewards = score(episode, question, trainer.reward_settings, check_format)
         metrics = summarize(ordered, self.questions)
         metrics["time_s"] = round(time.perf_counter() - start, 3)
         step = trainer.state.global_step
@@ -295,6 +312,27 @@ def trajectory_table(episodes: Sequence[Trajectory], step: int) -> Any:
             episode.stop_reason,
             *scores,
         )
+    return table
+
+
+def followed_table(rows: Sequence[dict[str, Any]]) -> Any:
+    """The followed questions as a W&B table: a question's evaluations stand below each other."""
+    import wandb
+
+    table = wandb.Table(
+        columns=["question_id", "step", "changed", "answer", "total", "searches", "episode"]
+    )
+    for question_id, visits in follow(rows).items():
+        for visit in visits:
+            table.add_data(
+                question_id,
+                visit.step,
+                ", ".join(visit.changed),
+                visit.answer,
+                visit.reward,
+                " | ".join(visit.searches),
+                visit.text,
+            )
     return table
 
 

@@ -190,8 +190,8 @@ def _no_signal(history: Sequence[Line], settings: Settings) -> Words:
         return message, "episodes of a group are copies: raise grpo.temperature"
     start = "" if settings.is_merged else ", start from a merged checkpoint (obm merge)"
     return message, (
-        f"no answer is right: raise grpo.num_generations{start}, or begin with easier questions "
-        "(environment.kinds)"
+        f"no answer is right: raise grpo.num_generations or algorithm.dynamic_sampling{start}, or "
+        "begin with easier questions (environment.kinds)"
     )
 
 
@@ -315,8 +315,8 @@ def _slow_tools(history: Sequence[Line], settings: Settings) -> Words:
         return None
     return (
         f"tools take {fmean(shares):.0%} of a step",
-        "use a nearer or faster search service, lower environment.timeout_s or "
-        "environment.text_searches",
+        "raise rollout.tool_workers so that calls overlap, use a nearer or faster search service, "
+        "or lower environment.timeout_s",
     )
 
 
@@ -325,9 +325,9 @@ def _slow_sync(history: Sequence[Line], settings: Settings) -> Words:
     if shares is None or min(shares) <= SLOW_SYNC:
         return None
     return (
-        f"processes wait for each other for {fmean(shares):.0%} of a step",
+        f"waiting for other processes or for the server takes {fmean(shares):.0%} of a step",
         "episodes differ much in length: lower grpo.generation_kwargs.max_new_tokens or give each "
-        "process more rows; under ZeRO-3 the gather of weights counts too, so zero2 if it fits",
+        "process more rows; with a server, hand weights over in memory (rollout.sync_dir)",
     )
 
 

@@ -23,6 +23,13 @@ from typing import Any
 
 from configs.errors import ConfigError
 from configs.schema import Config, dump_config, load_config, resolve_model, shipped_config
+from train.estimate import (
+    DEFAULT_MACHINE,
+    add_estimate_arguments,
+    describe_estimate,
+    estimate_arguments,
+    find_machine,
+)
 from train.resume import Start, convert, find_start
 from train.settings import build_grpo_config, describe_step, resolved_grpo, zero_stage
 from train.watchdog import Watchdog, clear_heartbeats, progress
@@ -58,7 +65,8 @@ def train(argv: Sequence[str] | None = None) -> int:
         config = load_config(path, options.overrides)
         if options.dry_run:
             if is_main:
-                print(describe_run(config))
+                n_processes = int(os.environ.get("WORLD_SIZE", "1"))
+                print(describe_run(config, n_processes, **estimate_arguments(options)))
             return 0
         run_training(config, resume=options.resume, overwrite=options.overwrite)
     except Exception as error:
@@ -70,12 +78,30 @@ def train(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def describe_run(config: Config) -> str:
-    """What a run would do: resolved settings and the arithmetic of a step."""
-    n_processes = int(os.environ.get("WORLD_SIZE", "1"))
+def describe_run(
+    config: Config,
+    n_processes: int,
+    machine: str = DEFAULT_MACHINE,
+    prompt_tokens: int | None = None,
+    server_gpus: int = 1,
+) -> str:
+    """What a run would do: resolved settings, the arithmetic of a step, expected memory and time.
+
+    Args:
+        config: the experiment.
+        n_processes: processes that it is planned for.
+        machine: see `train.estimate.find_machine`; one with a number decides on the processes.
+        prompt_tokens: tokens of a prompt with its picture; None = those of the environment.
+        server_gpus: accelerators of the vLLM server, where the settings name one.
+
+    Raises:
+        ConfigError: settings that contradict each other.
+    """
+    _, n_processes = find_machine(machine, n_processes)
     rows = describe_step(config, n_processes)
     width = max(len(name) for name, _ in rows)
-    return "\n".join([dump_config(config), *(f"{n:<{width}}  {v}" for n, v in rows)])
+    expected = describe_estimate(config, n_processes, machine, prompt_tokens, server_gpus)
+    return "\n".join([dump_config(config), *(f"{n:<{width}}  {v}" for n, v in rows), "", expected])
 
 
 def run_training(config: Config, resume: bool = False, overwrite: bool = False) -> Path:
@@ -415,7 +441,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--config", help="settings file; default: the shipped demo")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
     parser.add_argument("--overwrite", action="store_true", help="delete an existing run folder")
-    parser.add_argument("--dry-run", action="store_true", help="print the settings and stop")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")
+    add_estimate_arguments(parser)
     parser.add_argument("--debug", action="store_true", help="show tracebacks of mistakes")
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")

@@ -7,7 +7,7 @@ configs/shapes: the numbers of the hub's config.json that decide on shapes.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -70,15 +70,23 @@ class ModelShape:
         return self.kv_heads * self.head_dim
 
     @property
-    def linear_sizes(self) -> tuple[tuple[int, int], ...]:
-        """(inputs, outputs) of a layer's seven linears: q, k, v, o, gate, up, down."""
+    def linear_sizes(self) -> dict[str, tuple[int, int]]:
+        """(inputs, outputs) of a layer's seven linears, by name."""
         h, q, kv, f = self.hidden, self.query_width, self.kv_width, self.intermediate
-        return ((h, q), (h, kv), (h, kv), (q, h), (h, f), (h, f), (f, h))
+        return {
+            "q_proj": (h, q),
+            "k_proj": (h, kv),
+            "v_proj": (h, kv),
+            "o_proj": (q, h),
+            "gate_proj": (h, f),
+            "up_proj": (h, f),
+            "down_proj": (f, h),
+        }
 
     @property
     def n_linear(self) -> int:
         """Weights of the decoder's linears: what a token is multiplied by."""
-        return self.layers * sum(inputs * outputs for inputs, outputs in self.linear_sizes)
+        return self.layers * sum(inputs * outputs for inputs, outputs in self.linear_sizes.values())
 
     @property
     def n_head(self) -> int:
@@ -106,9 +114,16 @@ class ModelShape:
         """All of them."""
         return self.n_language + self.n_embedding + self.n_vision
 
-    def n_lora(self, rank: int) -> int:
-        """An adapter of this rank on every layer's seven linears: rank x (inputs + outputs)."""
-        return self.layers * rank * sum(inputs + outputs for inputs, outputs in self.linear_sizes)
+    def n_lora(self, rank: int, targets: Sequence[str] | None = None) -> int:
+        """An adapter: rank x (inputs + outputs) for each linear, in every layer.
+
+        Args:
+            rank: of the adapter.
+            targets: ends of the names of the linears that get one; None = all seven.
+        """
+        sizes = self.linear_sizes
+        chosen = [n for n in sizes if targets is None or any(n.endswith(t) for t in targets)]
+        return self.layers * rank * sum(sum(sizes[name]) for name in chosen)
 
 
 def shape_of(config: Mapping[str, Any], origin: str) -> ModelShape:

@@ -1,7 +1,7 @@
 """Train a checkpoint by GRPO on multi-step search, under DeepSpeed.
 
 The same as `deepspeed launch/train.sh --config FILE key=value ...`, with a --dry-run that prints
-the settings and the arithmetic of a step.
+the settings, the arithmetic of a step, and the memory and time to expect.
 """
 
 from __future__ import annotations
@@ -11,9 +11,11 @@ import os
 import sys
 
 from launch.arguments import add_config_arguments, config_path, read_config
+from train.estimate import add_estimate_arguments, estimate_arguments
 
 EXAMPLES = (
     "obm train --config configs/demo.yaml --dry-run",
+    "obm train --config qwen2.5-vl-7b-zero3 --dry-run --machine h100x8 --prompt-tokens 1500",
     "obm train models.init=runs/demo/merged/obm output=runs/obm-s1 seed=1 --num-processes 2",
 )
 
@@ -31,19 +33,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier run")
     parser.add_argument("--dry-run", action="store_true", help="print the plan, start nothing")
+    add_estimate_arguments(parser)
 
 
 def run(options: argparse.Namespace) -> int:
     """Check the settings here, then hand over to the launcher."""
     config = read_config(options)
     if options.dry_run:
-        from configs.schema import dump_config
-        from train.settings import describe_step
+        from train.run import describe_run
 
-        rows = describe_step(config, options.num_processes)
-        width = max(len(name) for name, _ in rows)
-        print(dump_config(config))
-        print("\n".join(f"{name.ljust(width)}  {value}" for name, value in rows))
+        print(describe_run(config, options.num_processes, **estimate_arguments(options)))
         return 0
     from launch.jobs import training_command, training_environment
 

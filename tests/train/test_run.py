@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from configs.errors import ConfigError
 from configs.schema import load_config
 from merge.engine import merge
+from train.followed import follow
 from train.run import check_start, run_training, train
 from train.settings import GRPO_DEFAULTS, describe_step, resolved_grpo
 
@@ -132,6 +133,18 @@ def test_what_is_wrong_with_a_run_lies_in_its_folder(write_config):
     found = [json.loads(line) for line in (folder / "health.jsonl").read_text().splitlines()]
     assert {row["code"] for row in found} >= {"no_signal", "no_search"}
     assert all(row["step"] >= 3 and row["message"] and row["fix"] for row in found)
+
+
+def test_the_same_questions_are_followed_at_every_evaluation(write_config):
+    folder = run_with(write_config(), "grpo.max_steps=2", "tracking.follow=2")
+    rows = [json.loads(line) for line in (folder / "trajectories.jsonl").read_text().splitlines()]
+    followed = [row for row in rows if row.get("followed")]
+    assert [row["step"] for row in followed] == [0, 0, 2, 2]
+    assert all(row["phase"] == "eval" and "total" in row["rewards"] for row in followed)
+    assert followed[0]["question_id"] == followed[2]["question_id"]
+    assert followed[0]["question_id"] != followed[1]["question_id"]
+    visits = follow(rows)[followed[0]["question_id"]]
+    assert [visit.step for visit in visits] == [0, 2]
 
 
 def test_two_runs_of_one_seed_are_equal(write_config, tmp_path):

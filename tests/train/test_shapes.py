@@ -84,7 +84,10 @@ def test_an_adapter_counts_as_pefts():
     )  # fmt: skip
     model = get_peft_model(Qwen2ForCausalLM(config), LoraConfig(r=3, target_modules="all-linear"))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert shape_of(config.to_dict(), "test").n_lora(3) == trained
+    shape = shape_of(config.to_dict(), "test")
+    assert shape.n_lora(3) == trained
+    # two layers, rank 3: q is 64 x 64, k 32 x 64
+    assert shape.n_lora(3, ["q_proj", "k_proj"]) == 2 * 3 * (64 + 64 + 64 + 32)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,81 @@
+"""How a run's episodes on chosen evaluation questions changed: answer, reward and searches by step.
+
+Reads trajectories.jsonl of a run folder, also while the run goes on. Which questions are followed
+is decided by tracking.follow and environment.data_seed, so two arms of a comparison have the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from launch.errors import LaunchError
+
+if TYPE_CHECKING:
+    from train.followed import Visit
+
+EXAMPLES = (
+    "obm follow runs/vlm-s0",
+    "obm follow runs/vlm-s0 --question two/jp/currency/0 --text",
+)
+WIDTHS = {"step": 6, "reward": 7, "answer": 24, "changed": 24}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The run, and what of it."""
+    parser.add_argument("run", metavar="RUN", help="run folder")
+    parser.add_argument("--question", metavar="ID", help="this question alone")
+    parser.add_argument("--text", action="store_true", help="whole episodes where they changed")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print a block for each question."""
+    from train.followed import follow
+
+    path = Path(options.run) / "trajectories.jsonl"
+    if not path.is_file():
+        raise LaunchError(f"{options.run} holds no trajectories.jsonl; name a run folder")
+    rows = [row for row in _read(path) if row.get("followed")]
+    prompts = {row["question_id"]: row["prompt"] for row in rows}
+    found = follow(rows)
+    if options.question:
+        found = {name: visits for name, visits in found.items() if name == options.question}
+    if not found:
+        known = f"; it follows {', '.join(prompts)}" if prompts else "; set tracking.follow above 0"
+        raise LaunchError(f"{path} has no evaluation of a followed question as asked{known}")
+    for question_id, visits in found.items():
+        print(f"{question_id}  {prompts[question_id].splitlines()[-1]}")
+        print("\n".join(_block(visits, options.text)), end="\n\n")
+    return 0
+
+
+def _block(visits: list[Visit], with_text: bool) -> Iterator[str]:
+    yield "  " + "".join(name.ljust(width) for name, width in WIDTHS.items()) + "searches"
+    for visit in visits:
+        cells = {
+            "step": str(visit.step),
+            "reward": "-" if visit.reward is None else f"{visit.reward:.2f}",
+            "answer": visit.answer if visit.answer is not None else f"({visit.stop_reason})",
+            "changed": ", ".join(visit.changed) or "-",
+        }
+        line = "".join(_cell(cells[name], width) for name, width in WIDTHS.items())
+        yield f"  {line}{' | '.join(visit.searches)}".rstrip()
+        if with_text and (visit.changed or visit is visits[0]):
+            yield from (f"      {text}" for text in visit.text.splitlines())
+
+
+def _cell(text: str, width: int) -> str:
+    flat = " ".join(text.split())
+    return (flat if len(flat) < width else flat[: width - 2] + "…").ljust(width)
+
+
+def _read(path: Path) -> Iterator[dict[str, Any]]:
+    """Lines of a file that may be written to meanwhile: a torn last line is left out."""
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError:
+            return

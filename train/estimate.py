@@ -1,0 +1,396 @@
+"""What a dry run prints of memory and time: the plan of a settings file, its estimate, the fix.
+
+`obm train --dry-run --machine h100x8` needs no GPU, no weights and no hub: shapes come from a local
+config.json or a card (`train.shapes`), the arithmetic from `train.memory` and `train.duration`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from configs.errors import ConfigError
+from train import plan as assumed
+from train.deepspeed_json import deepspeed_path
+from train.duration import seconds
+from train.memory import Memory, host_bytes, memory, server_bytes
+from train.plan import GB, MACHINES, Machine, Plan
+from train.settings import resolved_grpo
+from train.shapes import find_shape
+
+if TYPE_CHECKING:
+    from configs.schema import Config
+
+DEFAULT_MACHINE = "h100"
+NODE_PROCESSES = 8
+"""Accelerators of a node, for main memory."""
+CHARS_PER_TOKEN = 4.0
+"""Of English in Qwen's vocabulary; prompts and results are counted by it."""
+QUESTION_TOKENS, TEMPLATE_TOKENS = 30, 40
+"""A question, and what the chat template puts around it."""
+LORA_RANK = 32
+"""Of the adapter that is proposed where nothing else helps."""
+
+
+def add_estimate_arguments(parser: argparse.ArgumentParser) -> None:
+    """What a dry run needs beside the settings; both entry points have these."""
+    parser.add_argument(
+        "--machine",
+        default=DEFAULT_MACHINE,
+        help=f"of a dry run's estimate: {', '.join(MACHINES)}; h100x8 = eight, one process each",
+    )
+    parser.add_argument(
+        "--server-gpus",
+        type=int,
+        metavar="N",
+        default=1,
+        help="of a dry run's estimate: accelerators of the vLLM server, beside the trainer's",
+    )
+    parser.add_argument(
+        "--prompt-tokens",
+        type=int,
+        metavar="N",
+        help="of a dry run's estimate: a prompt with its picture (default: the environment's)",
+    )
+
+
+def estimate_arguments(options: argparse.Namespace) -> dict[str, Any]:
+    """Those of a parsed command line, as keyword arguments of `describe_estimate`."""
+    names = ("machine", "prompt_tokens", "server_gpus")
+    return {name: getattr(options, name) for name in names}
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A plan with its expected memory and time on a machine."""
+
+    plan: Plan
+    machine: Machine
+    memory: Memory
+    seconds: dict[str, float]
+
+    @property
+    def fits(self) -> bool:
+        """Whether the peak is no larger than the accelerator's memory."""
+        return self.memory.peak <= self.machine.memory
+
+    @property
+    def step_s(self) -> float:
+        """Seconds of an optimizer step."""
+        return sum(self.seconds.values())
+
+
+def estimate(plan: Plan, machine: Machine) -> Estimate:
+    """Memory and time of a plan."""
+    return Estimate(plan, machine, memory(plan), seconds(plan, machine))
+
+
+def find_machine(text: str, n_processes: int) -> tuple[Machine, int]:
+    """Reads `h100` or `h100x8`.
+
+    Args:
+        text: a name of `MACHINES`, with a number of accelerators or without.
+        n_processes: processes that are planned for.
+
+    Returns:
+        The machine and the number of processes: that of the name, if it has one.
+
+    Raises:
+        ConfigError: unknown name, or two numbers that contradict each other.
+    """
+    match = re.fullmatch(r"(\w+?)(?:x([1-9]\d*))?", text.lower())
+    if match is None or match[1] not in MACHINES:
+        raise ConfigError(
+            f"--machine: '{text}' is not known; choose one of {', '.join(MACHINES)}, with a number "
+            "of accelerators where it matters (h100x8)"
+        )
+    named = int(match[2]) if match[2] else n_processes
+    if n_processes not in (1, named):
+        raise ConfigError(
+            f"--machine: '{text}' has {named} accelerators but {n_processes} processes are asked "
+            "for; make them equal"
+        )
+    return MACHINES[match[1]], named
+
+
+# ---------------------------------------------------------------- from settings to a plan
+
+
+def plan_of(
+    config: Config, n_processes: int, prompt_tokens: int | None = None, server_gpus: int = 1
+) -> Plan:
+    """The numbers of a settings file.
+
+    Args:
+        config: the experiment.
+        n_processes: processes of the trainer.
+        prompt_tokens: tokens of a prompt with its picture; None = those of the environment.
+        server_gpus: accelerators of the rollout server, where the settings name one.
+
+    Raises:
+        ConfigError: the model's shape is not known here, or settings that contradict each other.
+    """
+    grpo = resolved_grpo(config)
+    shape, _ = find_shape(_local(config.models.init), config.models.vlm)
+    completion = grpo["max_completion_length"]
+    per_turn = (grpo.get("generation_kwargs") or {}).get("max_new_tokens", completion)
+    searches = config.environment.image_searches + config.environment.text_searches
+    turns = min(config.environment.max_turns, searches + 1)
+    text, picture = world_prompt(config)
+    prompt = text + picture if prompt_tokens is None else prompt_tokens
+    accumulation = grpo["gradient_accumulation_steps"]
+    rows = grpo["per_device_train_batch_size"]
+    return Plan(
+        shape=shape,
+        n_processes=n_processes,
+        rows=rows,
+        accumulation=accumulation,
+        group=grpo["num_generations"],
+        prompt_tokens=prompt,
+        picture_tokens=(prompt - text if prompt > text else 0) if shape.vision else 0,
+        policy_tokens=min(turns * per_turn, completion),
+        completion_tokens=completion,
+        steps_per_generation=_steps_per_generation(grpo, rows * n_processes),
+        iterations=grpo.get("num_iterations") or 1,
+        is_bf16=grpo.get("bf16", True),
+        is_checkpointed=bool(
+            grpo.get("gradient_checkpointing", grpo.get("activation_checkpointing"))
+        ),
+        has_reference=grpo["beta"] != 0.0,
+        lora_rank=config.lora.r or None,
+        lora_targets=tuple(config.lora.target_modules) if config.lora.target_modules else None,
+        is_vision_frozen=config.models.freeze_vision,
+        server_gpus=server_gpus if config.rollout.backend == "vllm" else 0,
+        **_sharding(config),
+    )
+
+
+def world_prompt(config: Config) -> tuple[int, int]:
+    """Tokens of a prompt's text and of its picture, by the environment's own sizes.
+
+    Text: the dialect's instruction by CHARS_PER_TOKEN, the question, the template. Picture: one
+    token for 28 x 28 pixels, Qwen2.5-VL's patches of 14 merged two by two.
+    """
+    from environments.atlas.photos import PHOTO_SIZE
+    from environments.dialects import DIALECTS
+
+    instruction = DIALECTS[config.environment.dialect].agent_text
+    text = round(len(instruction) / CHARS_PER_TOKEN) + QUESTION_TOKENS + TEMPLATE_TOKENS
+    return text, (PHOTO_SIZE // 28) ** 2
+
+
+def _local(reference: str | None) -> str | None:
+    """A shipped checkpoint's folder; other references as they are."""
+    if reference and reference.startswith("atlas://"):
+        from configs.schema import resolve_model
+
+        return resolve_model(reference)
+    return reference
+
+
+def _steps_per_generation(grpo: dict[str, Any], rows: int) -> int:
+    """Micro-batches that a rollout serves, as TRL derives them."""
+    if grpo.get("generation_batch_size"):
+        return max(1, grpo["generation_batch_size"] // rows)
+    return int(grpo.get("steps_per_generation") or grpo["gradient_accumulation_steps"])
+
+
+def _sharding(config: Config) -> dict[str, Any]:
+    """ZeRO stage and offload of the DeepSpeed settings."""
+    path = deepspeed_path(config.deepspeed)
+    if path is None:
+        return {"zero": 0, "has_deepspeed": False}
+    zero = json.loads(Path(path).read_text(encoding="utf-8")).get("zero_optimization") or {}
+    return {
+        "zero": zero.get("stage", 0),
+        "offload_optimizer": _is_offloaded(zero.get("offload_optimizer")),
+        "offload_parameters": _is_offloaded(zero.get("offload_param")),
+    }
+
+
+def _is_offloaded(section: dict[str, Any] | None) -> bool:
+    return bool(section) and (section or {}).get("device", "none") != "none"
+
+
+# ---------------------------------------------------------------- the fix
+
+
+def repair(found: Estimate) -> tuple[list[str], Estimate]:
+    """Changes after which a plan fits, the cheap ones first; none if it fits or nothing helps.
+
+    Returns:
+        Settings to change, in words, and the estimate with them.
+    """
+    best = found
+    for change in _repairs(found.plan):
+        if best.fits:
+            break
+        tried = estimate(replace(best.plan, **change), found.machine)
+        if tried.memory.peak < best.memory.peak:
+            best = tried
+    return (_difference(found.plan, best.plan), best) if best.fits else ([], found)
+
+
+def _repairs(plan: Plan) -> Iterator[dict[str, Any]]:
+    """Changes of a plan's fields, from the cheapest to the dearest."""
+    yield {"is_checkpointed": True}
+    if plan.n_processes > 1:
+        for stage in range(plan.zero + 1, 4):
+            if stage > 1:
+                yield {"zero": stage, "has_deepspeed": True}
+    rows, factor = plan.rows, 1
+    while rows > 1 and rows % 2 == 0:
+        # the same completions a step and a rollout, in twice as many micro-batches
+        rows, factor = rows // 2, factor * 2
+        yield {
+            "rows": rows,
+            "accumulation": plan.accumulation * factor,
+            "steps_per_generation": plan.steps_per_generation * factor,
+        }
+    stage = 3 if plan.zero >= 3 else 2
+    yield {"zero": stage, "has_deepspeed": True, "offload_optimizer": True}
+    yield {"lora_rank": LORA_RANK}
+
+
+def _difference(before: Plan, after: Plan) -> list[str]:
+    """The settings that make one plan of the other."""
+    changes = []
+    if after.is_checkpointed != before.is_checkpointed:
+        changes.append("grpo.activation_checkpointing=true")
+    if (after.zero, after.offload_optimizer) != (before.zero, before.offload_optimizer):
+        offload = "_offload" if after.offload_optimizer else ""
+        changes.append(f"deepspeed=zero{after.zero}{offload}")
+    if after.rows != before.rows:
+        changes += [
+            f"grpo.per_device_train_batch_size={after.rows}",
+            f"grpo.gradient_accumulation_steps={after.accumulation}",
+        ]
+    if after.lora_rank != before.lora_rank:
+        changes.append(f"lora.r={after.lora_rank}")
+    return changes
+
+
+# ---------------------------------------------------------------- the text
+
+
+def describe_estimate(
+    config: Config,
+    n_processes: int,
+    machine: str = DEFAULT_MACHINE,
+    prompt_tokens: int | None = None,
+    server_gpus: int = 1,
+) -> str:
+    """Expected memory and time as text for a dry run.
+
+    A model whose shape is not known here is no mistake: the text says why there is no estimate.
+
+    Raises:
+        ConfigError: an unknown machine.
+    """
+    accelerator, n_processes = find_machine(machine, n_processes)
+    try:
+        _, origin = find_shape(_local(config.models.init), config.models.vlm)
+        plan = plan_of(config, n_processes, prompt_tokens, server_gpus)
+    except ConfigError as error:
+        return f"no estimate of memory and time: {error}"
+    found = estimate(plan, accelerator)
+    return "\n".join(
+        [
+            *_head_lines(plan, accelerator, origin),
+            *_memory_lines(found),
+            *_time_lines(found, resolved_grpo(config)["max_steps"]),
+            *_assumption_lines(plan, accelerator),
+        ]
+    )
+
+
+def _head_lines(plan: Plan, machine: Machine, origin: str) -> list[str]:
+    shape = plan.shape
+    sharded = f"ZeRO-{plan.zero}" if plan.has_deepspeed else "no DeepSpeed"
+    parts = [
+        f"vision {shape.n_vision / 1e6:,.1f}",
+        f"embedding {shape.n_embedding / 1e6:,.1f}",
+        f"language {shape.n_language / 1e6:,.1f}",
+    ]
+    words = [
+        sharded + (" with offload" if plan.offload_optimizer else ""),
+        "bf16" if plan.is_bf16 else "fp32",
+        "checkpointed" if plan.is_checkpointed else "activations kept",
+    ]
+    words += [f"LoRA rank {plan.lora_rank}"] if plan.lora_rank else []
+    return [
+        f"expected on {plan.n_processes} x {machine.name} ({', '.join(words)})",
+        f"parameters    {shape.n_parameters / 1e6:,.1f} M ({', '.join(parts)}; {origin})",
+        f"an episode    prompt {plan.prompt_tokens} tokens ({plan.picture_tokens} of a picture), "
+        f"policy at most {plan.policy_tokens}, with observations {plan.completion_tokens}",
+    ]
+
+
+def _memory_lines(found: Estimate) -> list[str]:
+    result, plan = found.memory, found.plan
+    always = [f"{name} {b / GB:.1f}" for name, b in result.always.items() if b]
+    lines = [f"memory, GB    always {', '.join(always)}, context {assumed.CONTEXT_BYTES / GB:.1f}"]
+    for phase, items in result.phases.items():
+        shown = [f"{name} {b / GB:.1f}" for name, b in items.items() if b >= 0.05 * GB]
+        total = result.total(phase) / GB
+        lines.append(f"  {phase:<11} {total:6.1f} = always + {', '.join(shown) or 'little'}")
+    n_local = min(plan.n_processes, NODE_PROCESSES)
+    lines.append(f"  main memory {host_bytes(plan, n_local) / GB:6.0f} a node")
+    share = result.peak / found.machine.memory
+    lines.append(
+        f"  peak        {result.peak / GB:6.1f} of {found.machine.memory / GB:.0f} ({share:.0%}), "
+        f"in the {result.peak_phase}; largest: {result.largest}"
+    )
+    if plan.server_gpus:
+        weights = server_bytes(plan)
+        cache = 4.0 * plan.shape.layers * plan.shape.kv_width / plan.server_gpus
+        n_slots = 0.9 * (found.machine.memory - weights) / cache
+        lines.append(
+            f"  server      {weights / GB:6.1f} of weights on each of {plan.server_gpus} cards, "
+            f"{n_slots:,.0f} tokens of cache in 90% of the rest"
+        )
+    if not found.fits:
+        changes, repaired = repair(found)
+        if changes:
+            needs = f"{repaired.memory.peak / GB:.1f} GB"
+            lines.append(f"WARNING: does not fit; with {' '.join(changes)} it needs {needs}")
+        else:
+            lines.append(
+                "WARNING: does not fit, and neither checkpointing, ZeRO, fewer rows, offload nor "
+                "an adapter helps; take more or larger accelerators, or a smaller model"
+            )
+    return lines
+
+
+def _time_lines(found: Estimate, n_steps: int) -> list[str]:
+    parts = sorted(found.seconds.items(), key=lambda part: -part[1])
+    shown = [f"{name} {s:.1f}" for name, s in parts if s >= 0.01 * found.step_s]
+    plan, step_s = found.plan, found.step_s
+    n_tokens = plan.rollouts * plan.rollout_rows * plan.n_processes
+    n_tokens *= assumed.MEAN_FILL * plan.policy_tokens
+    return [
+        f"time, s       {step_s:.1f} a step: {', '.join(shown)}",
+        f"  {n_steps} steps  {n_steps * step_s / 3600:.1f} h without evaluations; "
+        f"{n_tokens / step_s:,.0f} policy tokens/s; dominated by {parts[0][0]}",
+    ]
+
+
+def _assumption_lines(plan: Plan, machine: Machine) -> list[str]:
+    reached = [
+        f"{machine.flops / 1e12:.0f} TFLOP/s x {assumed.MFU_LOSS:.0%}",
+        f"{machine.bandwidth / 1e12:.2f} TB/s x {assumed.BANDWIDTH_SHARE:.0%}",
+        f"links {machine.link / GB:.0f} GB/s x {assumed.LINK_SHARE:.0%}",
+    ]
+    launch_ms = assumed.LAUNCH_S * plan.shape.layers * 1e3
+    return [
+        f"assumed       {', '.join(reached)}; at least {launch_ms:.0f} ms a decoding step;",
+        f"  episodes use {assumed.MEAN_FILL:.0%} of their budgets, the longest "
+        f"{assumed.LONGEST_FILL:.0%} (memory: all); tools answer at once; every group has signal;",
+        f"  {assumed.FRAGMENTATION - 1:.0%} of fragmentation; rows of {plan.rows} in "
+        f"{plan.accumulation} micro-batches",
+    ]
