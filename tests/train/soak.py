@@ -32,8 +32,10 @@ import numpy as np
 ROWS = 8
 GROUP = 4
 TIMEOUT_S = 0.15
-FAILS, TOO_LATE, SLOW = 0.06, 0.03, 0.15
-"""shares of the searches that raise, that answer after the time-out, that take a while"""
+FAILS, TOO_LATE, SLOW = 0.03, 0.03, 0.15
+"""shares of the searches at which the service goes down, answers after the time-out, takes a while"""
+DOWN_FOR = 6
+"""searches until it is up again, at most"""
 SETTLED = 50
 """steps before memory is looked at: allocators and caches fill"""
 
@@ -44,11 +46,14 @@ class Unreliable:
     in_memory = False
 
     def __init__(self, index: Any, seed: int) -> None:
-        self.index, self.random = index, random.Random(seed)
+        self.index, self.random, self.down_for = index, random.Random(seed), 0
 
     def search(self, queries: list[Any], k: int) -> Any:
         fate = self.random.random()
         if fate < FAILS:
+            self.down_for = self.random.randint(1, DOWN_FOR)
+        if self.down_for > 0:
+            self.down_for -= 1
             raise ConnectionError("the service is down")
         if fate < FAILS + TOO_LATE:
             time.sleep(1.5 * TIMEOUT_S)
