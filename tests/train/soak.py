@@ -33,7 +33,7 @@ ROWS = 8
 GROUP = 4
 TIMEOUT_S = 0.15
 FAILS, TOO_LATE, SLOW = 0.03, 0.03, 0.15
-"""shares of the searches at which the service goes down, answers after the time-out, takes a while"""
+"""shares of the searches: the service goes down, answers after the time-out, takes a while"""
 DOWN_FOR = 6
 """searches until it is up again, at most"""
 SETTLED = 50
