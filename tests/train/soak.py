@@ -202,6 +202,10 @@ def summarize(folder: Path) -> dict[str, Any]:
         "memory": {
             f"rank {rank}": {
                 "rss_mb_at": {str(step): rows[step - 1]["rss_mb"] for step in shown},
+                "settled_mb": [
+                    min(row["rss_mb"] for row in rows[settled:n_steps]),
+                    max(row["rss_mb"] for row in rows[settled:n_steps]),
+                ],
                 "slope_kb_per_step": growth(rows),
                 "threads": [rows[settled]["threads"], rows[n_steps - 1]["threads"]],
             }
@@ -221,6 +225,7 @@ def render(found: dict[str, Any]) -> str:
     memory = found["memory"]
     rows = [
         f"| {rank} | {' → '.join(f'{mb:.0f}' for mb in m['rss_mb_at'].values())} "
+        f"| {m['settled_mb'][0]:.0f} to {m['settled_mb'][1]:.0f} "
         f"| {m['slope_kb_per_step']:+.1f} | {m['threads'][0]} → {m['threads'][1]} |"
         for rank, m in memory.items()
     ]
@@ -248,11 +253,11 @@ def render(found: dict[str, Any]) -> str:
             f"| seconds per step | {found['seconds_per_step']['mean']}, at most "
             f"{found['seconds_per_step']['max']} |",
             "",
-            f"Resident memory (MB at steps {at}; slope by least squares over the steps after "
-            f"{found['settled_after']}):",
+            f"Resident memory (MB at steps {at}; range, and slope by least squares, over the steps "
+            f"after {found['settled_after']}):",
             "",
-            "| process | MB | KB per step | threads |",
-            "| --- | --- | --- | --- |",
+            "| process | MB | lowest to highest | KB per step | threads |",
+            "| --- | --- | --- | --- | --- |",
             *rows,
             "",
             "`soak.json` has memory, seconds and loss of every step.",
