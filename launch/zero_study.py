@@ -1,6 +1,6 @@
 """The same training under every stage of ZeRO, with two processes, beside one process alone.
 
-A merged start (task arithmetic, which needs no statistics) trains ten steps on the atlas by
+A merged start (task arithmetic, which needs no statistics) trains eight steps on the atlas by
 `deepspeed launch/train.sh`; every arm draws the same random numbers, so that what differs is the
 arithmetic of the processes. How far two seeds of one process lie apart says what noise is.
 
@@ -22,8 +22,8 @@ from launch.jobs import Job, run_jobs
 
 COMPLETIONS = 64
 SETTINGS = (
-    "grpo.max_steps=10", "grpo.num_generations=8", "grpo.save_steps=10",
-    "environment.eval_size=64", "compare.eval_every=10", "tracking.wandb=disabled",
+    "grpo.max_steps=8", "grpo.num_generations=8", "grpo.save_steps=8",
+    "environment.eval_size=64", "compare.eval_every=8", "tracking.wandb=disabled",
 )  # fmt: skip
 MERGE = ("merge.method=task_arithmetic", "merge.weights={vlm: 0.5, agent: 0.7}")
 SHOWN = ("reward", "loss", "grad_norm")
@@ -101,7 +101,7 @@ def render(record: dict[str, Any]) -> str:
     lines = [
         "# One training under every stage of ZeRO",
         "",
-        f"Ten steps of {COMPLETIONS} episodes on the atlas from a merged start, by "
+        f"Eight steps of {COMPLETIONS} episodes on the atlas from a merged start, by "
         "`deepspeed launch/train.sh`; `make study-zero` runs it again.",
         f"Hardware: {record['hardware']}. Commit {record['commit']}.",
         "",

@@ -577,6 +577,8 @@ class SearchGRPOTrainer(GRPOTrainer):
             "buffer": None if is_boundary else self._buffered_inputs,
         }
         torch.save(state, folder / state_name(self.accelerator.process_index))
+        self.accelerator.wait_for_everyone()
+        # last of all: with it the checkpoint is whole
         if self.accelerator.is_main_process:
             rows = args.per_device_train_batch_size * n_processes
             plugin = args.deepspeed_plugin

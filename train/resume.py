@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
@@ -50,8 +51,9 @@ class Saved:
 
     def write(self, checkpoint: Path) -> None:
         """Puts it beside the weights."""
-        text = json.dumps(asdict(self)) + "\n"
-        (checkpoint / RECORD).write_text(text, encoding="utf-8")
+        temporary = checkpoint / f".{RECORD}.tmp"
+        temporary.write_text(json.dumps(asdict(self)) + "\n", encoding="utf-8")
+        temporary.replace(checkpoint / RECORD)
 
 
 @dataclass(frozen=True)
@@ -182,10 +184,13 @@ def convert(start: Start, rank: int) -> None:
 
 def _run_converter(start: Start) -> None:
     tag = (start.path / "latest").read_text(encoding="utf-8").strip()
+    output = start.path / f"{tag}_universal"
+    shutil.rmtree(output, ignore_errors=True)  # of a conversion that was interrupted
+    n_workers = str(max(1, min(4, len(os.sched_getaffinity(0)) // 2)))
     command: list[Any] = [
         sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal",
-        "--input_folder", start.path / tag, "--output_folder", start.path / f"{tag}_universal",
-        "--num_extract_workers", "1", "--num_merge_workers", "1",
+        "--input_folder", start.path / tag, "--output_folder", output,
+        "--num_extract_workers", n_workers, "--num_merge_workers", n_workers,
     ]  # fmt: skip
     if start.saved.zero_stage < 3:
         # the key that marks a checkpoint as convertible is written by other frameworks only
@@ -211,7 +216,7 @@ def _run_converter(start: Start) -> None:
             f"(exit code {code}: {tail}); go on with {start.saved.n_processes}"
         )
     log.unlink()
-    (start.path / UNIVERSAL_TAG).write_text(f"{tag}_universal", encoding="utf-8")
+    (start.path / UNIVERSAL_TAG).write_text(output.name, encoding="utf-8")
 
 
 _LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")

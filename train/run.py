@@ -1,7 +1,7 @@
 """Train a policy from a settings file: `deepspeed launch/train.sh --config configs/demo.yaml`.
 
 A run folder stands alone: config.yaml, environment.json, metrics.jsonl, trajectories.jsonl,
-checkpoints/, wandb_id, merge.json (of a merged start) and, at the end, done.json.
+checkpoints/, heartbeat/, wandb_id, merge.json (of a merged start) and, at the end, done.json.
 """
 
 from __future__ import annotations

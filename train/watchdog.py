@@ -170,7 +170,8 @@ class Watchdog:
     def __exit__(self, *exception: object) -> None:
         self._is_over.set()
         self._thread.join()
-        self._write("done")
+        with suppress(OSError):
+            self._write("done" if exception[0] is None else "failed")
 
     def _watch(self) -> None:
         while not self._is_over.wait(self.poll_s):

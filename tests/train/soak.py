@@ -32,8 +32,10 @@ import numpy as np
 ROWS = 8
 GROUP = 4
 TIMEOUT_S = 0.15
-FAILS, TOO_LATE, SLOW = 0.06, 0.03, 0.15
-"""shares of the searches that raise, that answer after the time-out, that take a while"""
+FAILS, TOO_LATE, SLOW = 0.03, 0.03, 0.15
+"""shares of the searches: the service goes down, answers after the time-out, takes a while"""
+DOWN_FOR = 6
+"""searches until it is up again, at most"""
 SETTLED = 50
 """steps before memory is looked at: allocators and caches fill"""
 
@@ -44,11 +46,14 @@ class Unreliable:
     in_memory = False
 
     def __init__(self, index: Any, seed: int) -> None:
-        self.index, self.random = index, random.Random(seed)
+        self.index, self.random, self.down_for = index, random.Random(seed), 0
 
     def search(self, queries: list[Any], k: int) -> Any:
         fate = self.random.random()
         if fate < FAILS:
+            self.down_for = self.random.randint(1, DOWN_FOR)
+        if self.down_for > 0:
+            self.down_for -= 1
             raise ConnectionError("the service is down")
         if fate < FAILS + TOO_LATE:
             time.sleep(1.5 * TIMEOUT_S)
@@ -197,6 +202,10 @@ def summarize(folder: Path) -> dict[str, Any]:
         "memory": {
             f"rank {rank}": {
                 "rss_mb_at": {str(step): rows[step - 1]["rss_mb"] for step in shown},
+                "settled_mb": [
+                    min(row["rss_mb"] for row in rows[settled:n_steps]),
+                    max(row["rss_mb"] for row in rows[settled:n_steps]),
+                ],
                 "slope_kb_per_step": growth(rows),
                 "threads": [rows[settled]["threads"], rows[n_steps - 1]["threads"]],
             }
@@ -216,6 +225,7 @@ def render(found: dict[str, Any]) -> str:
     memory = found["memory"]
     rows = [
         f"| {rank} | {' → '.join(f'{mb:.0f}' for mb in m['rss_mb_at'].values())} "
+        f"| {m['settled_mb'][0]:.0f} to {m['settled_mb'][1]:.0f} "
         f"| {m['slope_kb_per_step']:+.1f} | {m['threads'][0]} → {m['threads'][1]} |"
         for rank, m in memory.items()
     ]
@@ -243,11 +253,11 @@ def render(found: dict[str, Any]) -> str:
             f"| seconds per step | {found['seconds_per_step']['mean']}, at most "
             f"{found['seconds_per_step']['max']} |",
             "",
-            f"Resident memory (MB at steps {at}; slope by least squares over the steps after "
-            f"{found['settled_after']}):",
+            f"Resident memory (MB at steps {at}; range, and slope by least squares, over the steps "
+            f"after {found['settled_after']}):",
             "",
-            "| process | MB | KB per step | threads |",
-            "| --- | --- | --- | --- |",
+            "| process | MB | lowest to highest | KB per step | threads |",
+            "| --- | --- | --- | --- | --- |",
             *rows,
             "",
             "`soak.json` has memory, seconds and loss of every step.",

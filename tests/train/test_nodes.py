@@ -1,7 +1,7 @@
-"""Several nodes: `deepspeed --hostfile` and the Slurm script, with two nodes of one process each.
+"""Several nodes: the Slurm script starts `deepspeed --hostfile` on two nodes of one process each.
 
-Both nodes are this machine; everything else is as on a cluster: every node starts its own launcher,
-and the processes find each other by the master's address.
+Both nodes are this machine and Slurm's programs are stand-ins; everything else is as on a cluster:
+every node starts its own launcher, and the processes find each other by the master's address.
 """
 
 import json
@@ -67,27 +67,11 @@ def assert_two_processes_trained(folder: Path) -> None:
     assert saved["n_processes"] == 2
 
 
-@pytest.mark.timeout(300)
-def test_a_hostfile_names_the_nodes(settings, tmp_path):
-    hostfile = tmp_path / "hostfile"
-    example = (ROOT / "launch" / "hostfile.example").read_text()
-    hostfile.write_text(example.replace("slots=8", "slots=1"))
-    port = str(free_port())
-    nodes = []
-    for rank in ("0", "1"):
-        command = [
-            "deepspeed", "--hostfile", str(hostfile), "--no_ssh", "--node_rank", rank,
-            "--master_addr", "127.0.0.1", "--master_port", port,
-            str(SCRIPT), "--config", str(settings),
-        ]  # fmt: skip
-        log = (tmp_path / f"log{rank}").open("wb")
-        nodes.append(
-            subprocess.Popen(command, env=environment(), stdout=log, stderr=subprocess.STDOUT)
-        )
-    codes = [node.wait(timeout=250) for node in nodes]
-    assert codes == [0, 0], (tmp_path / "log0").read_text()[-3000:]
-    assert "nnodes=2, num_local_procs=1" in (tmp_path / "log1").read_text()
-    assert_two_processes_trained(tmp_path / "run")
+def test_deepspeed_reads_the_hostfile_that_is_shown():
+    from deepspeed.launcher.runner import fetch_hostfile
+
+    path = ROOT / "launch" / "hostfile.example"
+    assert fetch_hostfile(str(path)) == {"node1": 8, "node2": 8}
 
 
 @pytest.mark.timeout(300)
@@ -113,6 +97,7 @@ def test_the_slurm_script_starts_every_node_and_resumes_after_preemption(setting
     )  # fmt: skip
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     assert "--kill-on-bad-exit=1" in (tmp_path / "srun.log").read_text()
+    assert "nnodes=2, num_local_procs=1" in done.stdout + done.stderr
     assert_two_processes_trained(tmp_path / "run")
     assert not list(ROOT.glob(".hostfile-*"))
 
