@@ -1,9 +1,13 @@
 """Training against services that fail, hang, are busy, die and come back; several calls a turn."""
 
 import itertools
+import json
 import math
+import subprocess
+import sys
 import threading
 import time
+import urllib.request
 
 import numpy as np
 import pytest
@@ -156,6 +160,77 @@ def test_a_service_that_dies_and_comes_back_costs_only_the_steps_in_between(make
     # nothing is learnt from the step without a service, and nothing breaks
     assert logged(trainer, "grad_norm")[1] == 0.0
     assert all(math.isfinite(loss) for loss in logged(trainer, "loss"))
+
+
+SERVER = """
+import http.server, json, sys
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        body = json.dumps([["france/capital", "France", "the capital of France Paris"]]).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *arguments):
+        pass
+
+server = http.server.ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Handler)
+print(server.server_port, flush=True)
+server.serve_forever()
+"""
+
+
+class Server:
+    """A real process behind a real socket, and its client."""
+
+    def __init__(self):
+        self.port, self.process = 0, None
+
+    def start(self):
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", SERVER, str(self.port)], stdout=subprocess.PIPE, text=True
+        )
+        self.port = int(self.process.stdout.readline())
+
+    def kill(self):
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+            self.process.stdout.close()
+            self.process = None
+
+    def search(self, queries, k):
+        address = f"http://127.0.0.1:{self.port}"
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(
+            address, timeout=5
+        ) as reply:
+            return [[Hit(*hit) for hit in json.load(reply)][:k] for _ in queries]
+
+
+def test_a_server_is_killed_and_restarted_during_training(make_trainer):
+    server, trainers = Server(), []
+
+    def remember(**settings):
+        trainers.append(make_trainer(**settings))
+        return trainers[-1]
+
+    def by_step(question, turn):
+        is_wanted = trainers[0].state.global_step != 1
+        if is_wanted and server.process is None:
+            server.start()
+        elif not is_wanted:
+            server.kill()
+        return asks_twice(question, turn)
+
+    try:
+        trainer, _ = train(remember, server, steps=3, script=by_step, retries=1, timeout_s=10.0)
+    finally:
+        server.kill()
+    assert logged(trainer, "search/service_failure_rate") == [0.0, 1.0, 0.0]
+    assert trainer.state.global_step == 3
+    assert_nothing_is_lost(trainer)
 
 
 @pytest.mark.parametrize("tool_workers", [0, 8])
