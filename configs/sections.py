@@ -238,7 +238,7 @@ class Environment:
 
     name: Literal["atlas"] = "atlas"
     """which world"""
-    dialect: Literal["search_r1", "mmsearch_r1"] = "search_r1"
+    dialect: Literal["search_r1", "mmsearch_r1", "hermes"] = "search_r1"
     """how calls, observations and answers look as text"""
     kinds: list[Kind] = field(default_factory=lambda: ["two"])
     """question kinds to train on"""
@@ -250,6 +250,10 @@ class Environment:
     """image searches allowed per episode"""
     text_searches: Annotated[int, NotNegative] = 2
     """text searches allowed per episode"""
+    visits: Annotated[int, NotNegative] = 0
+    """web pages that may be read per episode; 0 = the tool is not offered"""
+    visit_urls: Literal["results", "any"] = "results"
+    """which pages: those that a search result of the episode showed, or any the policy names"""
     max_turns: Annotated[int, Positive] = 4
     """turns of the policy per episode, the answer included"""
     top_k_text: Annotated[int, Positive] = 2
@@ -269,7 +273,11 @@ class Environment:
     data_seed: int = 0
     """seed of the choice of questions and of the photos; the same for both arms of a comparison"""
     timeout_s: Annotated[float, Between(0, above=True)] = 10.0
-    """seconds after which a tool call counts as failed (infrastructure)"""
+    """seconds after which a tool call counts as failed (infrastructure), retries included"""
+    retries: Annotated[int, NotNegative] = 2
+    """further attempts after a fault of a service, within timeout_s; never after a bad call"""
+    backoff_s: Annotated[float, NotNegative] = 0.5
+    """mean pause in seconds before the first retry; it doubles with each"""
     invalid_ends: bool = True
     """a turn without call or answer ends the episode; false = the policy gets a hint and goes on"""
     long_results: Literal["end", "shorten"] = "end"
@@ -282,11 +290,15 @@ class Environment:
             "dialect",
             "image_searches",
             "text_searches",
+            "visits",
+            "visit_urls",
             "max_turns",
             "top_k_text",
             "top_k_image",
             "thumbnails",
             "timeout_s",
+            "retries",
+            "backoff_s",
             "invalid_ends",
             "long_results",
         )

@@ -41,9 +41,10 @@ PACKAGES = ("torch", "transformers", "trl", "deepspeed", "accelerate", "peft", "
 MAY_CHANGE = (
     "output", "tracking.", "compare.", "deepspeed", "hang_timeout_s", "grpo.max_steps",
     "grpo.save_", "rollout.tool_workers", "rollout.url", "rollout.timeout_s", "rollout.retries",
-    "rollout.sync_dir", "rollout.sleep",
     # train.resume checks that their product with the number of processes stays
     "grpo.per_device_train_batch_size", "grpo.gradient_accumulation_steps",
+    "rollout.sync_dir", "rollout.sleep", "environment.timeout_s", "environment.retries",
+    "environment.backoff_s",
 )  # fmt: skip
 """Settings that may differ between a run and its continuation."""
 
