@@ -1,0 +1,576 @@
+"""Every tool result, kept under a key of its content, so that a run replays bit for bit.
+
+    cache = ResultCache("runs/cache", mode="read")
+    index = CachedIndex(index, cache, "text_search", identity)
+
+A folder holds `results.sqlite` (write-ahead log: many processes at once, on one machine) and
+`images/`, PNG files named by their SHA-256. What is stored is what the policy gets to see: hits,
+"nothing found", a page, or the refusal of a page. Errors of infrastructure are never stored. An
+answer is given as it reads from the cache, also the first time, and of two processes that ask the
+same at once both give the answer that came to be stored.
+
+Modes:
+    read     answer from the cache; ask the service what is missing, and keep it.
+    write    ask the service every time; keep what is new, leave what is there. `counts["changed"]`
+             says how many answers differ from the kept ones by now.
+    refresh  ask again once per process, replace what is there; then as `read`.
+    offline  answer from the cache alone; what is missing is a CacheMissError.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import logging
+import os
+import re
+import sqlite3
+import tempfile
+import threading
+import time
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from environments.errors import EnvironmentSetupError
+from environments.tools import Hit
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+logger = logging.getLogger(__name__)
+
+Mode = Literal["read", "write", "refresh", "offline"]
+MODES = ("read", "write", "refresh", "offline")
+VERSION = 1
+"""Of the keys and the table; a change of either makes it another cache."""
+BUSY_TIMEOUT_S = 30.0
+TWIN_TIMEOUT_S = 60.0
+"""So long a call waits for a running one that asks the same, before it asks itself."""
+IMAGE_NAME = re.compile(r"[0-9a-f]{64}")
+_TABLE = """
+CREATE TABLE IF NOT EXISTS results (
+    key TEXT PRIMARY KEY,
+    tool TEXT NOT NULL,
+    provider TEXT NOT NULL,
+    query TEXT NOT NULL,
+    k INTEGER NOT NULL,
+    value TEXT NOT NULL,
+    created REAL NOT NULL
+) WITHOUT ROWID
+"""
+
+
+class CacheMissError(RuntimeError):
+    """Offline, and the result is not there; the message names the key."""
+
+
+class CacheError(EnvironmentSetupError):
+    """A cache folder that cannot be used; the message names it, the reason and the fix."""
+
+
+class StoredRefusalError(RuntimeError):
+    """A page that was refused when it was first asked for, and is now without asking.
+
+    Attributes:
+        fault: always the model's.
+    """
+
+    fault: Literal["model", "infrastructure"] = "model"
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a result is stored under.
+
+    Attributes:
+        tool: `text_search`, `image_search` or `visit`.
+        provider: canonical JSON of the back end's identity.
+        query: normalised text, or the hash of a picture's pixels.
+        k: number of hits asked for; 0 for pages.
+    """
+
+    tool: str
+    provider: str
+    query: str
+    k: int
+
+    @property
+    def key(self) -> str:
+        """SHA-256 of all fields and of VERSION."""
+        return sha256(canonical([VERSION, self.tool, self.provider, self.query, self.k]).encode())
+
+
+@dataclass(frozen=True)
+class Record:
+    """A stored result.
+
+    Attributes:
+        question: what was asked.
+        value: canonical JSON of the result.
+        created: Unix time.
+    """
+
+    question: Question
+    value: str
+    created: float
+
+
+class ResultCache:
+    """The store.
+
+    Args:
+        folder: made when missing.
+        mode: see the module.
+
+    Attributes:
+        counts: `hits`, `misses`, `stored`, `changed` and, of infrastructure, `errors`.
+
+    Raises:
+        CacheError: offline without a cache, a file in the way, or a cache of another version.
+    """
+
+    def __init__(self, folder: str | Path, mode: Mode = "read") -> None:
+        if mode not in MODES:
+            raise CacheError(f"cache mode '{mode}' is not known; choose among {', '.join(MODES)}")
+        self.folder, self.mode = Path(folder), mode
+        self.counts: Counter[str] = Counter()
+        self._running: dict[str, Future[str]] = {}
+        self._refreshed: set[str] = set()
+        self._lock = threading.Lock()
+        self._connection: sqlite3.Connection | None = None
+        self._pid = -1
+        if mode == "offline" and not self.database.is_file():
+            raise CacheError(
+                f"{self.database}: there is no cache to replay; make one with cache_mode read, or "
+                "bring one with obm cache import"
+            )
+        try:
+            (self.folder / "images").mkdir(parents=True, exist_ok=True)
+            self._execute("SELECT 1")
+        except (OSError, sqlite3.Error) as error:
+            raise CacheError(f"{self.folder}: no usable cache folder ({error})") from error
+
+    @property
+    def database(self) -> Path:
+        """The SQLite file."""
+        return self.folder / "results.sqlite"
+
+    # ---------------------------------------------------------------- answers
+
+    def answer(
+        self, questions: Sequence[Question], ask: Callable[[list[int]], list[str]]
+    ) -> list[str]:
+        """The value of every question, from the cache or from `ask`, as the mode says.
+
+        Args:
+            questions: of one back end.
+            ask: numbers of the questions to carry out -> their values; what it raises passes
+                through, and nothing is stored.
+
+        Raises:
+            CacheMissError: offline, and one is missing.
+        """
+        values: dict[str, str] = {}
+        mine: dict[str, int] = {}
+        others: dict[str, tuple[int, Future[str]]] = {}
+        for i, question in enumerate(questions):
+            key = question.key
+            if key in values or key in mine or key in others:
+                continue
+            known = self.look_up(question)
+            if known is not None:
+                values[key] = known
+                continue
+            with self._lock:
+                running = self._running.get(key)
+                if running is None:
+                    self._running[key] = Future()
+                    mine[key] = i
+                else:
+                    others[key] = (i, running)
+        values |= self._ask_own(questions, mine, ask)
+        for key, (i, running) in others.items():
+            try:
+                values[key] = running.result(TWIN_TIMEOUT_S)
+            except FutureTimeoutError:  # its thread hangs: do not hang with it
+                values[key] = self.keep(questions[i], ask([i])[0])
+        return [values[question.key] for question in questions]
+
+    def look_up(self, question: Question) -> str | None:
+        """The stored value, or None if the mode wants the service to be asked.
+
+        Raises:
+            CacheMissError: offline, and it is missing.
+        """
+        key = question.key
+        is_due = self.mode == "refresh" and key not in self._refreshed
+        value = None if self.mode == "write" or is_due else self.get(key)
+        if value is not None and self._lacks_images(value):
+            logger.warning("the cache lacks a picture of %s; it counts as missing", key)
+            value = None
+        if value is None and self.mode == "offline":
+            raise CacheMissError(
+                f"{question.tool} of '{question.query[:80]}' (k = {question.k}) is not in the "
+                f"cache {self.folder} under key {key}; offline nothing is asked, so run it once "
+                "with cache_mode read"
+            )
+        with self._lock:
+            self.counts["misses" if value is None else "hits"] += 1
+        return value
+
+    def _ask_own(
+        self,
+        questions: Sequence[Question],
+        mine: dict[str, int],
+        ask: Callable[[list[int]], list[str]],
+    ) -> dict[str, str]:
+        """Carries out what no other thread is carrying out, and tells those that wait for it."""
+        if not mine:
+            return {}
+        kept: dict[str, str] = {}
+        try:
+            asked = ask(list(mine.values()))
+            for (key, i), value in zip(mine.items(), asked, strict=True):
+                kept[key] = self.keep(questions[i], value)
+                self._running[key].set_result(kept[key])
+        except BaseException as error:
+            with self._lock:
+                self.counts["errors"] += 1
+            for key in mine:
+                if not self._running[key].done():
+                    self._running[key].set_exception(error)
+            raise
+        finally:
+            with self._lock:
+                for key in mine:
+                    del self._running[key]
+        return kept
+
+    def keep(self, question: Question, value: str) -> str:
+        """Stores a fresh value as the mode says; returns the one that this call answers with."""
+        key = question.key
+        record = Record(question, value, time.time())
+        if self.mode == "refresh":
+            self.put(record, replace=True)
+            with self._lock:
+                self._refreshed.add(key)
+                self.counts["stored"] += 1
+            return value
+        is_new = self.put(record, replace=False)
+        stands = value if is_new else self.get(key)
+        if stands is not None and self._lacks_images(stands):
+            self.put(record, replace=True)
+            stands = value
+        with self._lock:
+            self.counts["stored"] += is_new
+            self.counts["changed"] += stands != value
+        # another process may have been first; in write mode the fresh answer counts all the same
+        return value if self.mode == "write" or stands is None else stands
+
+    # ---------------------------------------------------------------- the table
+
+    def get(self, key: str) -> str | None:
+        """The stored value of a key."""
+        row = self._execute("SELECT value FROM results WHERE key = ?", key).fetchone()
+        return None if row is None else str(row[0])
+
+    def put(self, record: Record, replace: bool) -> bool:
+        """Stores a record; False if the key was there and stays."""
+        q = record.question
+        verb = "REPLACE" if replace else "IGNORE"
+        cursor = self._execute(
+            f"INSERT OR {verb} INTO results VALUES (?, ?, ?, ?, ?, ?, ?)",
+            *(q.key, q.tool, q.provider, q.query, q.k, record.value, record.created),
+        )
+        return cursor.rowcount > 0
+
+    def records(self) -> Iterator[Record]:
+        """Every record, by key."""
+        last = ""
+        # by pages: no long read may hold up the writers' checkpoint
+        page = "SELECT * FROM results WHERE key > ? ORDER BY key LIMIT 500"
+        while rows := self._execute(page, last).fetchall():
+            for key, tool, provider, query, k, value, created in rows:
+                yield Record(Question(tool, provider, query, k), value, created)
+                last = key
+
+    def delete(self, keys: Sequence[str]) -> None:
+        """Drops records; their pictures stay until `prune` finds them unused."""
+        for key in keys:
+            self._execute("DELETE FROM results WHERE key = ?", key)
+
+    def _execute(self, statement: str, *values: Any) -> sqlite3.Cursor:
+        """One statement, each its own transaction; SQLite waits for other processes."""
+        with self._lock:
+            if self._connection is None or self._pid != os.getpid():  # never share one over a fork
+                self._connection, self._pid = self._connect(), os.getpid()
+            return self._connection.execute(statement, values)
+
+    def _connect(self) -> sqlite3.Connection:
+        connection = sqlite3.connect(
+            self.database, timeout=BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False
+        )
+        deadline = time.monotonic() + BUSY_TIMEOUT_S
+        while True:
+            try:  # switching to the log is the one step for which SQLite itself does not wait
+                connection.execute("PRAGMA journal_mode = WAL")
+                connection.execute("PRAGMA synchronous = NORMAL")
+                connection.execute(_TABLE)
+                break
+            except sqlite3.OperationalError as error:
+                if "locked" not in str(error) or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.05)
+        version = connection.execute("PRAGMA user_version").fetchone()[0]
+        if version not in (0, VERSION):
+            raise CacheError(
+                f"{self.database}: made by another version ({version}, this one is {VERSION}); "
+                "name another folder"
+            )
+        connection.execute(f"PRAGMA user_version = {VERSION}")
+        return connection
+
+    # ---------------------------------------------------------------- pictures
+
+    def image_path(self, name: str) -> Path:
+        """File of a picture."""
+        return self.folder / "images" / name[:2] / f"{name}.png"
+
+    def save_image(self, image: Image) -> str:
+        """Stores a picture without loss; returns its name."""
+        content = encode_png(image)
+        name = sha256(content)
+        write_whole(self.image_path(name), content)
+        return name
+
+    def load_image(self, name: str) -> Image:
+        """A stored picture, checked against its name.
+
+        Raises:
+            CacheMissError: missing or damaged.
+        """
+        from PIL import Image
+
+        try:
+            content = self.image_path(name).read_bytes()
+        except OSError as error:
+            raise CacheMissError(f"{self.image_path(name)}: {error.strerror}") from error
+        if sha256(content) != name:
+            raise CacheMissError(f"{self.image_path(name)}: the file is damaged; delete it")
+        image = Image.open(io.BytesIO(content))
+        image.load()
+        image.info.clear()
+        return image.copy()  # a plain Image, not one that remembers its file
+
+    def _lacks_images(self, value: str) -> bool:
+        return any(not self.image_path(name).is_file() for name in image_names(value))
+
+
+# ---------------------------------------------------------------- back ends
+
+
+class CachedIndex:
+    """A text or image index that asks the cache first.
+
+    Args:
+        index: back end, for TextIndex or ImageIndex; never asked offline.
+        cache: the store.
+        tool: `text_search` or `image_search`.
+        identity: of the back end; None = its own `identity`, or what `identity_of` finds.
+    """
+
+    def __init__(
+        self,
+        index: Any,
+        cache: ResultCache,
+        tool: Literal["text_search", "image_search"],
+        identity: dict[str, Any] | None = None,
+    ) -> None:
+        self.index, self.cache, self.tool = index, cache, tool
+        self.identity = identity_of(index) if identity is None else identity
+        self._provider = canonical(self.identity)
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether a call needs no watchdog thread."""
+        return self.cache.mode == "offline" or bool(getattr(self.index, "in_memory", False))
+
+    def search(self, queries: list[Any], k: int) -> list[list[Hit]]:
+        """As the index does it; equal questions of several threads are asked once."""
+        is_text = self.tool == "text_search"
+        queries = [normalised(query) for query in queries] if is_text else list(queries)
+        names = queries if is_text else [picture_hash(picture) for picture in queries]
+        questions = [Question(self.tool, self._provider, name, k) for name in names]
+
+        def ask(numbers: list[int]) -> list[str]:
+            found = self.index.search([queries[i] for i in numbers], k)
+            if len(found) != len(numbers):
+                raise ValueError(f"{len(numbers)} queries brought {len(found)} lists of hits")
+            return [self._encoded(hits) for hits in found]
+
+        return [self._decoded(value) for value in self.cache.answer(questions, ask)]
+
+    def _encoded(self, hits: Sequence[Hit]) -> str:
+        rows = []
+        for hit in hits:
+            image = None if hit.image is None else self.cache.save_image(hit.image)
+            row = {"id": str(hit.id), "title": str(hit.title or ""), "text": str(hit.text or "")}
+            rows.append({**row, "score": float(hit.score), "image": image})
+        return canonical({"hits": rows})
+
+    def _decoded(self, value: str) -> list[Hit]:
+        return [
+            Hit(
+                row["id"],
+                row["title"],
+                row["text"],
+                row["score"],
+                None if row["image"] is None else self.cache.load_image(row["image"]),
+            )
+            for row in json.loads(value)["hits"]
+        ]
+
+
+class CachedReader:
+    """A page reader that asks the cache first; refusals of pages are kept as well.
+
+    Args:
+        reader: back end, for PageReader; never asked offline.
+        cache: the store.
+        page_class: makes a page of `title`, `text` and `url`.
+        identity: as for CachedIndex.
+    """
+
+    def __init__(
+        self,
+        reader: Any,
+        cache: ResultCache,
+        page_class: Callable[[str, str, str], Any],
+        identity: dict[str, Any] | None = None,
+    ) -> None:
+        self.reader, self.cache, self.page_class = reader, cache, page_class
+        self.identity = identity_of(reader) if identity is None else identity
+        self._provider = canonical(self.identity)
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether a call needs no watchdog thread."""
+        return self.cache.mode == "offline" or bool(getattr(self.reader, "in_memory", False))
+
+    def read(self, url: str, question: str) -> Any:
+        """As the reader does it.
+
+        Raises:
+            StoredRefusalError: the reader refused the page; its message is the reader's.
+        """
+        url, question = url.strip(), normalised(question)
+
+        def ask(numbers: list[int]) -> list[str]:
+            try:
+                page = self.reader.read(url, question)
+            except Exception as error:
+                if getattr(error, "fault", "infrastructure") != "model":
+                    raise
+                return [canonical({"refused": str(error)})]
+            fields = {"title": page.title, "text": page.text, "url": page.url}
+            return [canonical({"page": {name: str(text or "") for name, text in fields.items()}})]
+
+        asked = Question("visit", self._provider, canonical({"q": question, "url": url}), 0)
+        value = json.loads(self.cache.answer([asked], ask)[0])
+        if "refused" in value:
+            raise StoredRefusalError(value["refused"])
+        page = value["page"]
+        return self.page_class(page["title"], page["text"], page["url"])
+
+
+def identity_of(back_end: Any) -> dict[str, Any]:
+    """What tells a back end's answers from another's.
+
+    Its `identity`, a dict of plain settings, if it has one; otherwise, for an index in memory, its
+    class and a digest of what it holds.
+
+    Raises:
+        CacheError: it has neither.
+    """
+    own = getattr(back_end, "identity", None)
+    if own is not None:
+        return dict(own)
+    parts = [getattr(back_end, name, None) for name in ("ids", "titles", "texts", "_views")]
+    if parts[0] is None:
+        raise CacheError(
+            f"{type(back_end).__name__} has no `identity` to store its results under; give it one"
+        )
+    digest = hashlib.sha256()
+    for part in parts:
+        content = part.tobytes() if hasattr(part, "tobytes") else canonical(part).encode()
+        digest.update(len(content).to_bytes(8, "big") + content)
+    return {"index": type(back_end).__name__, "content": digest.hexdigest()}
+
+
+# ---------------------------------------------------------------- forms
+
+
+def canonical(value: Any) -> str:
+    """JSON with sorted keys, without spaces, in ASCII: equal values give equal text."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+
+
+def normalised(query: str) -> str:
+    """A query in Unicode's composed form with single spaces; case stays, some encoders need it."""
+    return " ".join(unicodedata.normalize("NFC", str(query)).split())
+
+
+def picture_hash(image: Image) -> str:
+    """Hash of a picture's size and pixels, whatever file it came from.
+
+    A region of a picture is a picture of its own, so the region is in the hash.
+    """
+    pixels = image if image.mode == "RGB" else image.convert("RGBA")
+    return sha256(canonical([pixels.mode, *pixels.size]).encode() + pixels.tobytes())
+
+
+def image_names(value: str) -> list[str]:
+    """Names of the pictures that a stored value shows."""
+    return [row["image"] for row in json.loads(value).get("hits", []) if row["image"] is not None]
+
+
+def encode_png(image: Image) -> bytes:
+    """PNG of a picture as L, RGB or RGBA, without metadata."""
+    if image.mode not in ("L", "RGB", "RGBA"):
+        has_alpha = image.mode in ("LA", "PA", "La", "RGBa") or "transparency" in image.info
+        image = image.convert("RGBA" if has_alpha else "RGB")
+    image = image.copy()
+    image.info.clear()
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def sha256(content: bytes) -> str:
+    """Hex digest."""
+    return hashlib.sha256(content).hexdigest()
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Writes a file that others see whole or not at all; one that is there is only touched."""
+    try:
+        os.utime(path)  # young files are safe from `prune`
+        return
+    except OSError:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".part-")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
