@@ -236,6 +236,9 @@ class Environment:
 
     name: Literal["atlas"] = "atlas"
     """which world"""
+    retrieval: str | None = None
+    """search server that answers the tool calls, `http://host:port` (`obm serve`, or any that
+    speaks Search-R1's protocol); null = the world's own indexes in this process"""
     dialect: Literal["search_r1", "mmsearch_r1"] = "search_r1"
     """how calls, observations and answers look as text"""
     kinds: list[Kind] = field(default_factory=lambda: ["two"])

@@ -22,6 +22,8 @@ VERBS = {
     "train": "train a checkpoint by GRPO on multi-step search, under DeepSpeed",
     "eval": "evaluate a checkpoint on held-out questions",
     "compare": "floor, ceiling and curves of finished runs, as tables and a picture",
+    "index": "build an index over passages or pictures, for search and for serve",
+    "serve": "serve text and image search over HTTP, as Search-R1's server does",
     "study": "several starts times several seeds, then the comparison",
     "bench": "measure what the documentation promises",
     "doctor": "versions, cores, memory, devices, disk, logins, and what is missing",

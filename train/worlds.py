@@ -19,6 +19,14 @@ def load_environment(config: Config) -> Any:
     section = config.environment
     if section.name != "atlas":
         raise ConfigError(f"environment.name: no world '{section.name}'; write atlas")
+    if section.retrieval:
+        from environments.episode import SearchEnvironment
+        from environments.remote import connect as connect_search
+
+        indexes = connect_search(
+            section.retrieval, timeout_s=section.timeout_s, thumbnails=section.thumbnails
+        )
+        return SearchEnvironment(*indexes, **section.episode_settings())
     from environments.atlas.world import load_environment as load_atlas
 
     return load_atlas(**section.episode_settings())
