@@ -38,6 +38,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+
 from environments.errors import EnvironmentSetupError
 from environments.tools import Hit
 
@@ -187,6 +189,8 @@ class ResultCache:
             known = self.look_up(question)
             if known is not None:
                 values[key] = known
+                with self._lock:
+                    self.counts["hits"] += 1
                 continue
             with self._lock:
                 running = self._running.get(key)
@@ -216,13 +220,13 @@ class ResultCache:
             logger.warning("the cache lacks a picture of %s; it counts as missing", key)
             value = None
         if value is None and self.mode == "offline":
+            with self._lock:
+                self.counts["misses"] += 1
             raise CacheMissError(
                 f"{question.tool} of '{question.query[:80]}' (k = {question.k}) is not in the "
                 f"cache {self.folder} under key {key}; offline nothing is asked, so run it once "
                 "with cache_mode read"
             )
-        with self._lock:
-            self.counts["misses" if value is None else "hits"] += 1
         return value
 
     def _ask_own(
@@ -236,9 +240,18 @@ class ResultCache:
             return {}
         kept: dict[str, str] = {}
         try:
-            asked = ask(list(mine.values()))
-            for (key, i), value in zip(mine.items(), asked, strict=True):
+            for key, i in mine.items():  # one that ended between the look-up and now
+                known = self.look_up(questions[i])
+                if known is not None:
+                    kept[key] = known
+            missing = {key: i for key, i in mine.items() if key not in kept}
+            with self._lock:
+                self.counts["hits"] += len(kept)
+                self.counts["misses"] += len(missing)
+            asked = ask(list(missing.values())) if missing else []
+            for (key, i), value in zip(missing.items(), asked, strict=True):
                 kept[key] = self.keep(questions[i], value)
+            for key in mine:
                 self._running[key].set_result(kept[key])
         except BaseException as error:
             with self._lock:
@@ -278,25 +291,25 @@ class ResultCache:
 
     def get(self, key: str) -> str | None:
         """The stored value of a key."""
-        row = self._execute("SELECT value FROM results WHERE key = ?", key).fetchone()
-        return None if row is None else str(row[0])
+        rows, _ = self._execute("SELECT value FROM results WHERE key = ?", key)
+        return str(rows[0][0]) if rows else None
 
     def put(self, record: Record, replace: bool) -> bool:
         """Stores a record; False if the key was there and stays."""
         q = record.question
         verb = "REPLACE" if replace else "IGNORE"
-        cursor = self._execute(
+        _, n_changed = self._execute(
             f"INSERT OR {verb} INTO results VALUES (?, ?, ?, ?, ?, ?, ?)",
             *(q.key, q.tool, q.provider, q.query, q.k, record.value, record.created),
         )
-        return cursor.rowcount > 0
+        return n_changed > 0
 
     def records(self) -> Iterator[Record]:
         """Every record, by key."""
         last = ""
         # by pages: no long read may hold up the writers' checkpoint
         page = "SELECT * FROM results WHERE key > ? ORDER BY key LIMIT 500"
-        while rows := self._execute(page, last).fetchall():
+        while rows := self._execute(page, last)[0]:
             for key, tool, provider, query, k, value, created in rows:
                 yield Record(Question(tool, provider, query, k), value, created)
                 last = key
@@ -306,12 +319,23 @@ class ResultCache:
         for key in keys:
             self._execute("DELETE FROM results WHERE key = ?", key)
 
-    def _execute(self, statement: str, *values: Any) -> sqlite3.Cursor:
-        """One statement, each its own transaction; SQLite waits for other processes."""
+    def close(self) -> None:
+        """Closes the database; the next call opens it again."""
+        with self._lock:
+            if self._connection is not None and self._pid == os.getpid():
+                self._connection.close()
+            self._connection = None
+
+    def _execute(self, statement: str, *values: Any) -> tuple[list[Any], int]:
+        """Rows and number of changed rows of one statement, which is its own transaction.
+
+        SQLite waits for other processes; a lock lets the threads of this one take turns.
+        """
         with self._lock:
             if self._connection is None or self._pid != os.getpid():  # never share one over a fork
                 self._connection, self._pid = self._connect(), os.getpid()
-            return self._connection.execute(statement, values)
+            cursor = self._connection.execute(statement, values)
+            return cursor.fetchall(), cursor.rowcount
 
     def _connect(self) -> sqlite3.Connection:
         connection = sqlite3.connect(
@@ -509,7 +533,8 @@ def identity_of(back_end: Any) -> dict[str, Any]:
         )
     digest = hashlib.sha256()
     for part in parts:
-        content = part.tobytes() if hasattr(part, "tobytes") else canonical(part).encode()
+        is_array = isinstance(part, np.ndarray)
+        content = part.tobytes() if is_array else canonical(part).encode()
         digest.update(len(content).to_bytes(8, "big") + content)
     return {"index": type(back_end).__name__, "content": digest.hexdigest()}
 

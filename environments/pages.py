@@ -251,10 +251,11 @@ def is_public(ip: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
 def content_type(headers: dict[str, str]) -> tuple[str, str]:
     """Content type and charset, lower case, of the header Content-Type; "" where there is none."""
     kind, *parameters = headers.get("content-type", "").lower().split(";")
-    named = [
-        p.partition("=")[2].strip(" \"'") for p in parameters if p.strip().startswith("charset")
-    ]
-    return kind.strip(), named[0] if named else ""
+    for parameter in parameters:
+        name, _, value = parameter.partition("=")
+        if name.strip() == "charset":
+            return kind.strip(), value.strip(" \"'")
+    return kind.strip(), ""
 
 
 def _wants_body(status: int, headers: dict[str, str], types: tuple[str, ...]) -> bool:
@@ -323,11 +324,10 @@ def extract_page(fetched: Fetched) -> Page:
         return Page(title, decode_text(fetched), fetched.url)
     # with a charset the bytes are ours to decode; without one the page's own head may name it
     html: str | bytes = decode_text(fetched) if fetched.charset else fetched.body
-    found = trafilatura.bare_extraction(html, include_comments=False, include_tables=True)
+    found: Any = trafilatura.bare_extraction(html, include_comments=False, include_tables=True)
     if found is None:
         return Page("", "", fetched.url)
-    content = found.as_dict()
-    return Page(str(content.get("title") or ""), str(content.get("text") or ""), fetched.url)
+    return Page(str(found.title or ""), str(found.text or ""), fetched.url)
 
 
 def decode_text(fetched: Fetched) -> str:

@@ -17,6 +17,7 @@ import logging
 import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -200,12 +201,10 @@ class ReadingIndex:
 
     def search(self, queries: list[str], k: int) -> list[list[Hit]]:
         """The hits of the text search, with page summaries for text."""
-        return [
-            in_parallel(lambda hit, query=query: self._read(hit, query), hits)
-            for query, hits in zip(queries, self.index.search(queries, k), strict=True)
-        ]
+        found = zip(queries, self.index.search(queries, k), strict=True)
+        return [in_parallel(partial(self._read, query), hits) for query, hits in found]
 
-    def _read(self, hit: Hit, query: str) -> Hit:
+    def _read(self, query: str, hit: Hit) -> Hit:
         try:
             page = self.reader.read(hit.id, query)
         except WebError as error:

@@ -27,8 +27,9 @@ from environments.web import Reply, UnreadableBodyError, WebError, exchange, pro
 MAX_REPLY_BYTES = 8_000_000
 FIRST_PAUSE_S = 0.5
 LONGEST_PAUSE_S = 8.0
+_SPENT = re.compile(r"credit|quota|run out|insufficient|usage limit|plan limit", re.IGNORECASE)
 LONGEST_CLOSED_S = 3600.0
-"""A service may ask to be left alone for so long; X-RateLimit-Reset beyond it means another thing."""
+"""A service may ask to be left alone for so long; a longer X-RateLimit-Reset is a moment."""
 
 
 class KeyMissingError(WebError):
@@ -239,9 +240,7 @@ class Service:
             return
         said = self.scrubbed(error_text(reply.body))
         message = f"{self.name}: HTTP {reply.status}: {said}"
-        is_spent = re.search(
-            r"credit|quota|run out|insufficient|usage limit|plan limit", said, re.I
-        )
+        is_spent = _SPENT.search(said)
         error: WebError
         if reply.status in (402, 432, 433) or (reply.status in (400, 403, 429) and is_spent):
             error = QuotaError(message)

@@ -69,7 +69,7 @@ class ModelSummary:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What the cache tells summaries apart by; the same model behind another URL is the same."""
+        """What the cache tells summaries apart by; the URL of the same model does not count."""
         return {"by": "model", "model": self.model, "instruction": INSTRUCTION}
 
     def __call__(self, text: str, question: str) -> str:
