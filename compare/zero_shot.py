@@ -149,8 +149,8 @@ class Evaluator:
             ),
             config,
         )
-        direct = replace(environment.dialect, agent_text=environment.dialect.direct_text)
-        dialect, environment.dialect = environment.dialect, direct
+        dialect = environment.dialect
+        environment.dialect = dialect.without_tools()
         try:
             engine = build_engine(config, model, processor, environment=environment)
             _, trajectories = evaluate(engine, questions)

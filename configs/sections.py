@@ -239,7 +239,20 @@ class Environment:
     retrieval: str | None = None
     """search server that answers the tool calls, `http://host:port` (`obm serve`, or any that
     speaks Search-R1's protocol); null = the world's own indexes in this process"""
-    dialect: Literal["search_r1", "mmsearch_r1"] = "search_r1"
+    text_provider: Literal["serper", "brave", "tavily"] | None = None
+    """live text search in place of the world's own; its key comes from the environment
+    (docs/live-search.md)"""
+    image_provider: Literal["serpapi"] | None = None
+    """live image search in place of the world's own; makes every searched picture public"""
+    page_reader: Literal["direct", "jina"] | None = None
+    """who reads pages: this machine, or a service"""
+    cache: str | None = None
+    """folder that keeps every tool result, so that a run can be replayed; null = nothing is kept"""
+    cache_mode: Literal["read", "write", "refresh", "offline"] = "read"
+    """`read` asks for what is missing and keeps it; `write` always asks and keeps what is new;
+    `refresh` asks once more and replaces; `offline` never asks, and a miss is a fault of
+    infrastructure"""
+    dialect: Literal["search_r1", "mmsearch_r1", "hermes"] = "search_r1"
     """how calls, observations and answers look as text"""
     kinds: list[Kind] = field(default_factory=lambda: ["two"])
     """question kinds to train on"""
@@ -251,6 +264,10 @@ class Environment:
     """image searches allowed per episode"""
     text_searches: Annotated[int, NotNegative] = 2
     """text searches allowed per episode"""
+    visits: Annotated[int, NotNegative] = 0
+    """web pages that may be read per episode; 0 = the tool is not offered"""
+    visit_urls: Literal["results", "any"] = "results"
+    """which pages: those that a search result of the episode showed, or any the policy names"""
     max_turns: Annotated[int, Positive] = 4
     """turns of the policy per episode, the answer included"""
     top_k_text: Annotated[int, Positive] = 2
@@ -270,7 +287,11 @@ class Environment:
     data_seed: int = 0
     """seed of the choice of questions and of the photos; the same for both arms of a comparison"""
     timeout_s: Annotated[float, Between(0, above=True)] = 10.0
-    """seconds after which a tool call counts as failed (infrastructure)"""
+    """seconds after which a tool call counts as failed (infrastructure), retries included"""
+    retries: Annotated[int, NotNegative] = 2
+    """further attempts after a fault of a service, within timeout_s; never after a bad call"""
+    backoff_s: Annotated[float, NotNegative] = 0.5
+    """mean pause in seconds before the first retry; it doubles with each"""
     invalid_ends: bool = True
     """a turn without call or answer ends the episode; false = the policy gets a hint and goes on"""
     long_results: Literal["end", "shorten"] = "end"
@@ -283,15 +304,58 @@ class Environment:
             "dialect",
             "image_searches",
             "text_searches",
+            "visits",
+            "visit_urls",
             "max_turns",
             "top_k_text",
             "top_k_image",
             "thumbnails",
             "timeout_s",
+            "retries",
+            "backoff_s",
             "invalid_ends",
             "long_results",
         )
         return {name: getattr(self, name) for name in names}
+
+
+@dataclass
+class Live:
+    """Live search services and page reading; used only with a provider or a reader in
+    `environment`. Keys come from environment variables alone: docs/live-search.md."""
+
+    text_url: str | None = None
+    """base URL of the text provider; null = its own"""
+    image_url: str | None = None
+    """base URL of the image provider; null = its own"""
+    page_url: str | None = None
+    """base URL of the page service; null = its own"""
+    image_host: str | None = None
+    """where pictures are put so that an image provider can fetch them: a folder that a web server
+    serves, or a URL that takes PUT (a bucket, WebDAV)"""
+    image_host_url: str | None = None
+    """public URL of what lies in image_host; null = image_host itself is that URL"""
+    country: str | None = "us"
+    """two letters; which country's results"""
+    language: str | None = "en"
+    """two letters; which language's results"""
+    requests_per_second: Annotated[float, Between(0, above=True)] = 5.0
+    """most requests to each service on average, all training processes together"""
+    retries: Annotated[int, NotNegative] = 2
+    """further attempts after a failure of a service, within environment.timeout_s"""
+    read_results: bool = False
+    """text hits carry a summary of their page instead of the search service's snippet"""
+    summary_url: str | None = None
+    """OpenAI-compatible endpoint, `http://host:port/v1`, that summarises pages in five sentences;
+    null = the five best sentences by BM25"""
+    summary_model: str | None = None
+    """name of the model behind summary_url"""
+    page_chars: Annotated[int, Positive] = 30_000
+    """characters of a page's text that are looked at"""
+    page_bytes: Annotated[int, Positive] = 2_000_000
+    """largest page or picture that is fetched, as sent and as decompressed"""
+    allow_loopback: bool = False
+    """pages of this machine may be read; for tests only"""
 
 
 @dataclass
@@ -413,6 +477,8 @@ class Config:
     """merge"""
     environment: Environment = field(default_factory=Environment)
     """world and questions"""
+    live: Live = field(default_factory=Live)
+    """search services on the net"""
     rewards: Rewards = field(default_factory=Rewards)
     """reward parts"""
     rollout: Rollout = field(default_factory=Rollout)

@@ -19,17 +19,13 @@ Modes:
 
 from __future__ import annotations
 
-import hashlib
 import io
-import json
 import logging
 import os
 import re
 import sqlite3
-import tempfile
 import threading
 import time
-import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
@@ -38,10 +34,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-
+from environments.content import canonical, encode_png, image_names, sha256, write_whole
 from environments.errors import EnvironmentSetupError
-from environments.tools import Hit
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -72,19 +66,11 @@ CREATE TABLE IF NOT EXISTS results (
 class CacheMissError(RuntimeError):
     """Offline, and the result is not there; the message names the key."""
 
+    is_permanent = True
+
 
 class CacheError(EnvironmentSetupError):
     """A cache folder that cannot be used; the message names it, the reason and the fix."""
-
-
-class StoredRefusalError(RuntimeError):
-    """A page that was refused when it was first asked for, and is now without asking.
-
-    Attributes:
-        fault: always the model's.
-    """
-
-    fault: Literal["model", "infrastructure"] = "model"
 
 
 @dataclass(frozen=True)
@@ -395,207 +381,3 @@ class ResultCache:
 
     def _lacks_images(self, value: str) -> bool:
         return any(not self.image_path(name).is_file() for name in image_names(value))
-
-
-# ---------------------------------------------------------------- back ends
-
-
-class CachedIndex:
-    """A text or image index that asks the cache first.
-
-    Args:
-        index: back end, for TextIndex or ImageIndex; never asked offline.
-        cache: the store.
-        tool: `text_search` or `image_search`.
-        identity: of the back end; None = its own `identity`, or what `identity_of` finds.
-    """
-
-    def __init__(
-        self,
-        index: Any,
-        cache: ResultCache,
-        tool: Literal["text_search", "image_search"],
-        identity: dict[str, Any] | None = None,
-    ) -> None:
-        self.index, self.cache, self.tool = index, cache, tool
-        self.identity = identity_of(index) if identity is None else identity
-        self._provider = canonical(self.identity)
-
-    @property
-    def in_memory(self) -> bool:
-        """Whether a call needs no watchdog thread."""
-        return self.cache.mode == "offline" or bool(getattr(self.index, "in_memory", False))
-
-    def search(self, queries: list[Any], k: int) -> list[list[Hit]]:
-        """As the index does it; equal questions of several threads are asked once."""
-        is_text = self.tool == "text_search"
-        queries = [normalised(query) for query in queries] if is_text else list(queries)
-        names = queries if is_text else [picture_hash(picture) for picture in queries]
-        questions = [Question(self.tool, self._provider, name, k) for name in names]
-
-        def ask(numbers: list[int]) -> list[str]:
-            found = self.index.search([queries[i] for i in numbers], k)
-            if len(found) != len(numbers):
-                raise ValueError(f"{len(numbers)} queries brought {len(found)} lists of hits")
-            return [self._encoded(hits) for hits in found]
-
-        return [self._decoded(value) for value in self.cache.answer(questions, ask)]
-
-    def _encoded(self, hits: Sequence[Hit]) -> str:
-        rows = []
-        for hit in hits:
-            image = None if hit.image is None else self.cache.save_image(hit.image)
-            row = {"id": str(hit.id), "title": str(hit.title or ""), "text": str(hit.text or "")}
-            rows.append({**row, "score": float(hit.score), "image": image})
-        return canonical({"hits": rows})
-
-    def _decoded(self, value: str) -> list[Hit]:
-        return [
-            Hit(
-                row["id"],
-                row["title"],
-                row["text"],
-                row["score"],
-                None if row["image"] is None else self.cache.load_image(row["image"]),
-            )
-            for row in json.loads(value)["hits"]
-        ]
-
-
-class CachedReader:
-    """A page reader that asks the cache first; refusals of pages are kept as well.
-
-    Args:
-        reader: back end, for PageReader; never asked offline.
-        cache: the store.
-        page_class: makes a page of `title`, `text` and `url`.
-        identity: as for CachedIndex.
-    """
-
-    def __init__(
-        self,
-        reader: Any,
-        cache: ResultCache,
-        page_class: Callable[[str, str, str], Any],
-        identity: dict[str, Any] | None = None,
-    ) -> None:
-        self.reader, self.cache, self.page_class = reader, cache, page_class
-        self.identity = identity_of(reader) if identity is None else identity
-        self._provider = canonical(self.identity)
-
-    @property
-    def in_memory(self) -> bool:
-        """Whether a call needs no watchdog thread."""
-        return self.cache.mode == "offline" or bool(getattr(self.reader, "in_memory", False))
-
-    def read(self, url: str, question: str) -> Any:
-        """As the reader does it.
-
-        Raises:
-            StoredRefusalError: the reader refused the page; its message is the reader's.
-        """
-        url, question = url.strip(), normalised(question)
-
-        def ask(numbers: list[int]) -> list[str]:
-            try:
-                page = self.reader.read(url, question)
-            except Exception as error:
-                if getattr(error, "fault", "infrastructure") != "model":
-                    raise
-                return [canonical({"refused": str(error)})]
-            fields = {"title": page.title, "text": page.text, "url": page.url}
-            return [canonical({"page": {name: str(text or "") for name, text in fields.items()}})]
-
-        asked = Question("visit", self._provider, canonical({"q": question, "url": url}), 0)
-        value = json.loads(self.cache.answer([asked], ask)[0])
-        if "refused" in value:
-            raise StoredRefusalError(value["refused"])
-        page = value["page"]
-        return self.page_class(page["title"], page["text"], page["url"])
-
-
-def identity_of(back_end: Any) -> dict[str, Any]:
-    """What tells a back end's answers from another's.
-
-    Its `identity`, a dict of plain settings, if it has one; otherwise, for an index in memory, its
-    class and a digest of what it holds.
-
-    Raises:
-        CacheError: it has neither.
-    """
-    own = getattr(back_end, "identity", None)
-    if own is not None:
-        return dict(own)
-    parts = [getattr(back_end, name, None) for name in ("ids", "titles", "texts", "_views")]
-    if parts[0] is None:
-        raise CacheError(
-            f"{type(back_end).__name__} has no `identity` to store its results under; give it one"
-        )
-    digest = hashlib.sha256()
-    for part in parts:
-        is_array = isinstance(part, np.ndarray)
-        content = part.tobytes() if is_array else canonical(part).encode()
-        digest.update(len(content).to_bytes(8, "big") + content)
-    return {"index": type(back_end).__name__, "content": digest.hexdigest()}
-
-
-# ---------------------------------------------------------------- forms
-
-
-def canonical(value: Any) -> str:
-    """JSON with sorted keys, without spaces, in ASCII: equal values give equal text."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
-
-
-def normalised(query: str) -> str:
-    """A query in Unicode's composed form with single spaces; case stays, some encoders need it."""
-    return " ".join(unicodedata.normalize("NFC", str(query)).split())
-
-
-def picture_hash(image: Image) -> str:
-    """Hash of a picture's size and pixels, whatever file it came from.
-
-    A region of a picture is a picture of its own, so the region is in the hash.
-    """
-    pixels = image if image.mode == "RGB" else image.convert("RGBA")
-    return sha256(canonical([pixels.mode, *pixels.size]).encode() + pixels.tobytes())
-
-
-def image_names(value: str) -> list[str]:
-    """Names of the pictures that a stored value shows."""
-    return [row["image"] for row in json.loads(value).get("hits", []) if row["image"] is not None]
-
-
-def encode_png(image: Image) -> bytes:
-    """PNG of a picture as L, RGB or RGBA, without metadata."""
-    if image.mode not in ("L", "RGB", "RGBA"):
-        has_alpha = image.mode in ("LA", "PA", "La", "RGBa") or "transparency" in image.info
-        image = image.convert("RGBA" if has_alpha else "RGB")
-    image = image.copy()
-    image.info.clear()
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def sha256(content: bytes) -> str:
-    """Hex digest."""
-    return hashlib.sha256(content).hexdigest()
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Writes a file that others see whole or not at all; one that is there is only touched."""
-    try:
-        os.utime(path)  # young files are safe from `prune`
-        return
-    except OSError:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".part-")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise

@@ -1,6 +1,6 @@
 """Live search behind the protocols of `environments.tools`: text, images, pages.
 
-    index = SerperSearch(Service("serper", SERPER_URL, "SERPER_API_KEY"))
+    index = SerperSearch(Service("serper", URLS["serper"], "SERPER_API_KEY"))
     index.search(["capital of France"], 3)
 
 Each provider builds a request and reads the reply of one service; `environments.services` does the
@@ -10,60 +10,25 @@ apart by: every setting that changes an answer, and never a key.
 
 from __future__ import annotations
 
-import hashlib
 import html
-import io
 import logging
 import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from environments.cache import write_whole
-from environments.pages import (
-    PAGE_CHARS,
-    Page,
-    PageRefusedError,
-    SafeFetcher,
-    Summarise,
-    check_url,
-    fetch_picture,
-    summarised,
-    summary_identity,
-)
-from environments.services import MalformedReplyError, RequestRefusedError, Service
-from environments.tools import Hit
+from environments.results import Hit
+from environments.services import URLS, MalformedReplyError, Service
 from environments.web import WebError
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
+    pass
 
 logger = logging.getLogger(__name__)
 
-SERPER_URL = "https://google.serper.dev"
-BRAVE_URL = "https://api.search.brave.com/res/v1"
-TAVILY_URL = "https://api.tavily.com"
-SERPAPI_URL = "https://serpapi.com"
-JINA_URL = "https://r.jina.ai"
-KEY_VARIABLES = {
-    "serper": "SERPER_API_KEY",
-    "brave": "BRAVE_API_KEY",
-    "tavily": "TAVILY_API_KEY",
-    "serpapi": "SERPAPI_API_KEY",
-    "jina": "JINA_API_KEY",
-    "summary": "SUMMARY_API_KEY",
-    "image_host": "IMAGE_HOST_TOKEN",
-}
-URLS = {
-    "serper": SERPER_URL,
-    "brave": BRAVE_URL,
-    "tavily": TAVILY_URL,
-    "serpapi": SERPAPI_URL,
-    "jina": JINA_URL,
-}
 MAX_PER_PAGE = 20
 MAX_SENT_SIDE = 1024
 """Longer side of a picture that is sent to an image search."""
@@ -210,208 +175,7 @@ class ReadingIndex:
         except WebError as error:
             logger.warning("a found page was not read: %s", error)
             return hit
-        return Hit(hit.id, hit.title, page.text or hit.text, hit.score)
-
-
-# ---------------------------------------------------------------- images
-
-
-class SerpApiLens:
-    """Google Lens by serpapi.com: `GET /search?engine=google_lens`, visual matches.
-
-    Lens takes the URL of a picture, not a picture: `host` has to put it where Google can fetch it.
-
-    Args:
-        service: where to ask; its key goes into the query, as SerpApi wants it.
-        host: picture -> public URL.
-        fetcher: fetches the matches' small pictures; None = titles only.
-        country, language: two letters, or None.
-    """
-
-    name = "serpapi"
-
-    def __init__(
-        self,
-        service: Service,
-        host: ImageHost,
-        fetcher: SafeFetcher | None = None,
-        country: str | None = None,
-        language: str | None = None,
-    ) -> None:
-        self.service, self.host, self.fetcher = service, host, fetcher
-        self.country, self.language = country, language
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """What the cache tells providers apart by."""
-        return {
-            "provider": self.name,
-            "engine": "google_lens",
-            "country": self.country,
-            "language": self.language,
-            "thumbnails": self.fetcher is not None,
-            **other_url(self.name, self.service),
-        }
-
-    def search(self, images: list[Image], k: int) -> list[list[Hit]]:
-        """The best `k` visual matches of every picture, best first.
-
-        Raises:
-            WebError: the service, the host or all of the small pictures failed.
-        """
-        return [self._search(image, k) for image in images]
-
-    def _search(self, image: Image, k: int) -> list[Hit]:
-        wanted = {
-            "engine": "google_lens",
-            "type": "visual_matches",
-            "url": self.host.publish(image),
-            "country": self.country,
-            "hl": self.language,
-            "api_key": self.service.key(),
-        }
-        query = {name: value for name, value in wanted.items() if value is not None}
-        reply = self.service.ask("GET", "/search", query=query)
-        said = reply.get("error") if isinstance(reply, dict) else None
-        if isinstance(said, str):
-            if "hasn't returned any results" in said:
-                return []
-            raise RequestRefusedError(f"{self.name}: {self.service.scrubbed(said)}")
-        rows = listed(reply, self.name, "visual_matches", absent_with="search_metadata")[:k]
-        hits = hits_of(rows, self.name, "link", "title", lambda row: "")
-        if self.fetcher is None or not hits:
-            return hits
-        sources = {row.get("link"): row.get("thumbnail") or row.get("image") for row in rows}
-        return self._with_pictures(hits, sources)
-
-    def _with_pictures(self, hits: list[Hit], sources: dict[Any, Any]) -> list[Hit]:
-        """The hits with their small pictures; one that cannot be had is left out."""
-        fetcher = self.fetcher
-        assert fetcher is not None
-
-        def fetch(hit: Hit) -> Hit | WebError:
-            try:
-                picture = fetch_picture(fetcher, str(sources.get(hit.id) or ""), 256)
-            except WebError as error:
-                logger.warning("no picture for a match: %s", error)
-                return error
-            return Hit(hit.id, hit.title, hit.text, hit.score, picture)
-
-        fetched = in_parallel(fetch, hits)
-        if all(isinstance(one, WebError) and one.fault == "infrastructure" for one in fetched):
-            raise next(one for one in fetched if isinstance(one, WebError))
-        return [
-            hit if isinstance(one, WebError) else one
-            for hit, one in zip(hits, fetched, strict=True)
-        ]
-
-
-class ImageHost:
-    """Makes a picture public under a URL that nobody can guess but from the picture itself.
-
-    Args:
-        public_url: what stands before the file's name when others fetch it.
-        folder: of a web server that serves it under `public_url`; None = `upload` is used.
-        upload: service to which `PUT {url}/{name}` writes a file (a bucket, WebDAV), with the key
-            as a bearer token if one is set.
-    """
-
-    def __init__(
-        self, public_url: str, folder: Path | None = None, upload: Service | None = None
-    ) -> None:
-        if (folder is None) == (upload is None):
-            raise ValueError("an image host has either a folder or an upload service")
-        self.public_url, self.folder, self.upload = public_url.rstrip("/"), folder, upload
-
-    def publish(self, image: Image) -> str:
-        """Public URL of the picture, scaled down to MAX_SENT_SIDE and freed of its metadata.
-
-        Raises:
-            WebError: the upload failed.
-        """
-        content = encode_jpeg(image)
-        name = f"{hashlib.sha256(content).hexdigest()}.jpg"
-        if self.folder is not None:
-            write_whole(self.folder / name, content)
-        elif self.upload is not None:
-            key = self.upload.key()
-            headers = {"Content-Type": "image/jpeg"}
-            if key:
-                headers["Authorization"] = f"Bearer {key}"
-            url = f"{self.upload.url}/{name}"
-            self.upload.send("PUT", url, headers, content, self.upload.check)
-        return f"{self.public_url}/{name}"
-
-
-def encode_jpeg(image: Image) -> bytes:
-    """JPEG of a picture at most MAX_SENT_SIDE large, without EXIF data."""
-    picture = image.convert("RGB")
-    picture.thumbnail((MAX_SENT_SIDE, MAX_SENT_SIDE))
-    picture.info.clear()
-    buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=92)
-    return buffer.getvalue()
-
-
-# ---------------------------------------------------------------- pages
-
-
-class JinaReader:
-    """Reads pages by r.jina.ai: `POST /` with the URL, text back.
-
-    The fetching is done by Jina, from Jina's network; local names and addresses are refused here
-    all the same, so that none of them is told to a stranger.
-
-    Args:
-        service: where to ask; the key is optional, and without one the rate is low.
-        summarise: picks what the question asks for; None = the text as it is.
-        max_chars: of the page's text that are looked at.
-    """
-
-    name = "jina"
-
-    def __init__(
-        self, service: Service, summarise: Summarise | None = None, max_chars: int = PAGE_CHARS
-    ) -> None:
-        self.service, self.summarise, self.max_chars = service, summarise, max_chars
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """What the cache tells readers apart by."""
-        return {
-            "reader": self.name,
-            **other_url(self.name, self.service),
-            **summary_identity(self.summarise, self.max_chars),
-        }
-
-    def read(self, url: str, question: str) -> Page:
-        """A page, cut down to what the question needs.
-
-        Raises:
-            PageRefusedError: the model's fault; it may read the message.
-            WebError: Jina failed.
-        """
-        url, key = check_url(url), self.service.key()
-        headers = {
-            "Accept": "application/json",
-            "Content-Type": "application/json",
-            "X-Return-Format": "text",
-        }
-        if key:
-            headers["Authorization"] = f"Bearer {key}"
-        try:
-            reply = self.service.ask("POST", "/", headers=headers, json_body={"url": url})
-        except RequestRefusedError as error:
-            # 400 and 422: Jina has no complaint about us but found no page there
-            raise PageRefusedError("The page cannot be read.", "status") from error
-        data = reply.get("data") if isinstance(reply, dict) else None
-        if not isinstance(data, dict) or not isinstance(data.get("content", data.get("text")), str):
-            raise MalformedReplyError(f"{self.name}: the reply lacks data.content")
-        if "returned error 404" in str(data.get("warning") or ""):
-            raise PageRefusedError("The page cannot be read (HTTP 404).", "status")
-        text = str(data.get("content", data.get("text")))
-        page = Page(str(data.get("title") or ""), text, str(data.get("url") or url))
-        return summarised(page, question, self.summarise, self.max_chars)
+        return replace(hit, text=page.text or hit.text)
 
 
 # ---------------------------------------------------------------- replies
@@ -455,7 +219,7 @@ def hits_of(
         if not isinstance(url, str) or urlsplit_scheme(url) not in ("http", "https"):
             continue
         title, text = str(row.get(title_key) or ""), str(text_of(row) or "")
-        hits.append(Hit(url, plain_text(title), text, 1.0 / (len(hits) + 1)))
+        hits.append(Hit(url, plain_text(title), text, 1.0 / (len(hits) + 1), None, url))
     if rows and not hits:
         raise MalformedReplyError(f"{name}: none of {len(rows)} results has a web address")
     return hits

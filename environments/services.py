@@ -20,10 +20,27 @@ from email.utils import parsedate_to_datetime
 from typing import Any
 from urllib.parse import quote, urlencode, urlsplit
 
-from environments.dialects import one_line
 from environments.errors import EnvironmentSetupError
-from environments.web import Reply, UnreadableBodyError, WebError, exchange, proxy_for
+from environments.sanitize import one_line
+from environments.web import Reply, WebError, exchange, proxy_for
 
+KEY_VARIABLES = {
+    "serper": "SERPER_API_KEY",
+    "brave": "BRAVE_API_KEY",
+    "tavily": "TAVILY_API_KEY",
+    "serpapi": "SERPAPI_API_KEY",
+    "jina": "JINA_API_KEY",
+    "summary": "SUMMARY_API_KEY",
+    "image_host": "IMAGE_HOST_TOKEN",
+}
+"""Which environment variable holds which key."""
+URLS = {
+    "serper": "https://google.serper.dev",
+    "brave": "https://api.search.brave.com/res/v1",
+    "tavily": "https://api.tavily.com",
+    "serpapi": "https://serpapi.com",
+    "jina": "https://r.jina.ai",
+}
 MAX_REPLY_BYTES = 8_000_000
 FIRST_PAUSE_S = 0.5
 LONGEST_PAUSE_S = 8.0
@@ -35,13 +52,19 @@ LONGEST_CLOSED_S = 3600.0
 class KeyMissingError(WebError):
     """The environment variable with the key is not set, or holds no key."""
 
+    is_permanent = True
+
 
 class KeyRefusedError(WebError):
     """The service does not accept the key."""
 
+    is_permanent = True
+
 
 class QuotaError(WebError):
     """What was paid for is used up."""
+
+    is_permanent = True
 
 
 class RateLimitedError(WebError):
@@ -50,6 +73,8 @@ class RateLimitedError(WebError):
 
 class RequestRefusedError(WebError):
     """The service finds the request wrong: a fault of the settings or of this code."""
+
+    is_permanent = True
 
 
 class ServiceDownError(WebError):
@@ -115,6 +140,7 @@ class Service:
         timeout_s: for a request with all its repetitions and waits.
         retries: further attempts after a failure that may pass.
         bucket: the rate; None = no limit.
+        setting: key of the settings that the URL comes from, for messages.
 
     Attributes:
         counts: requests, and failures by the name of their error.
@@ -133,13 +159,15 @@ class Service:
         timeout_s: float = 10.0,
         retries: int = 2,
         bucket: TokenBucket | None = None,
+        setting: str | None = None,
     ) -> None:
+        setting = setting or name
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise EnvironmentSetupError(f"{name}: the base URL must begin with http:// or https://")
+            raise EnvironmentSetupError(f"{setting}: a base URL begins with http:// or https://")
         if parts.username or parts.password or parts.query or parts.fragment:
             raise EnvironmentSetupError(
-                f"{name}: the base URL holds more than host and path; "
+                f"{setting}: the base URL holds more than host and path; "
                 f"put the key into the environment variable {key_variable}"
             )
         self.name, self.url = name, url.rstrip("/")
@@ -219,9 +247,10 @@ class Service:
                 return read(reply)
             except WebError as error:
                 self.counts[type(error).__name__] += 1
-                wait = max(getattr(error, "retry_after_s", 0.0), pause * random.uniform(0.5, 1.0))
+                wait = max(error.retry_after_s, pause * random.uniform(0.5, 1.0))
                 is_last = attempt == self.retries or not _may_pass(error)
                 if is_last or time.monotonic() + wait >= deadline:
+                    error.is_permanent = True  # a caller's repetitions would multiply ours
                     raise
             time.sleep(wait)
             pause = min(2 * pause, LONGEST_PAUSE_S)
@@ -254,7 +283,7 @@ class Service:
             error = RequestRefusedError(message)
         after = retry_after_s(reply.headers)
         if after is not None and isinstance(error, RateLimitedError | ServiceDownError):
-            error.retry_after_s = after  # type: ignore[union-attr]
+            error.retry_after_s = after
             if self.bucket is not None:
                 self.bucket.close(after)
         raise error
@@ -304,5 +333,4 @@ def error_text(body: bytes) -> str:
 
 def _may_pass(error: WebError) -> bool:
     """Whether another attempt makes sense."""
-    final = (KeyMissingError, KeyRefusedError, QuotaError, RequestRefusedError, UnreadableBodyError)
-    return error.fault == "infrastructure" and not isinstance(error, final)
+    return error.fault == "infrastructure" and not error.is_permanent

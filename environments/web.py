@@ -37,9 +37,13 @@ class WebError(RuntimeError):
     Attributes:
         fault: who is to blame, as in ToolResult. What is the model's fault has a message that the
             model may read.
+        is_permanent: asking again does not help, or was tried already.
+        retry_after_s: seconds that the service wants to be left alone; 0 = it did not say.
     """
 
     fault: Literal["model", "infrastructure"] = "infrastructure"
+    is_permanent = False
+    retry_after_s = 0.0
 
 
 class UnreachableError(WebError):

@@ -10,7 +10,11 @@ from rewards.trajectory import turn_texts
 MAX_ANSWER_CHARS = 200
 """Longer answers count as wrong: they only win by flooding the normalisation."""
 
-TAG = re.compile(r"</?(?:think|reason|search|text_search|answer|information|img)>")
+TAGS = (
+    "think", "reason", "search", "text_search", "image_search", "visit", "tool_call", "answer",
+    "information", "tool_response", "img",
+)  # fmt: skip
+TAG = re.compile(rf"</?(?:{'|'.join(TAGS)})>")
 """Any tag of the dialects; none may stand inside an answer."""
 
 _OPENING, _CLOSING = "<answer>", "</answer>"

@@ -1,22 +1,25 @@
 """Is the episode well-formed? Range {0, 1}.
 
-The exact rule belongs to a dialect and can be handed in; without one, the rule is what all dialects
-share: every turn is one reasoning block and one call, the last turn one reasoning block and one
-answer, with nothing empty and nothing but white space around them.
+The exact rule belongs to a dialect and can be handed in; without one, the rule is what the dialects
+with tags share: every turn is one reasoning block and one call (or several JSON calls), the last
+turn one reasoning block and one answer, with nothing empty and nothing but white space around them.
 """
 
 import re
 from collections.abc import Callable
 from typing import Any
 
+from rewards.answer import TAG
 from rewards.trajectory import turn_texts
 
 FormatCheck = Callable[[list[str]], bool]
 
-_BLOCK = r"(?P<{}>(?:(?!</?(?:think|reason|search|text_search|answer|information)>).)*)"
+_INSIDE = rf"(?:(?!{TAG.pattern.replace('|img', '')}).)*"
 _TURN = re.compile(
-    rf"\s*<(?P<think>think|reason)>{_BLOCK.format('thought')}</(?P=think)>"
-    rf"\s*<(?P<call>search|text_search|answer)>{_BLOCK.format('content')}</(?P=call)>"
+    rf"\s*<(?P<think>think|reason)>(?P<thought>{_INSIDE})</(?P=think)>"
+    rf"(?:\s*<tool_call>(?:{_INSIDE})</tool_call>)*"
+    r"\s*<(?P<call>search|text_search|image_search|visit|tool_call|answer)>"
+    rf"(?P<content>{_INSIDE})</(?P=call)>"
     r"(?:\s|<\|im_end\|>|<\|endoftext\|>)*",
     re.DOTALL,
 )

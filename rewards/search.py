@@ -6,13 +6,18 @@ from rewards.trajectory import action_types
 
 
 def count_searches(trajectory: Any) -> dict[str, int]:
-    """Number of `text` and `image` calls the policy made, refused and failed ones included."""
+    """Number of `text` and `image` searches and of visits to a `page` that the policy asked for,
+    refused and failed ones included."""
     types = action_types(trajectory)
-    return {"text": types.count("search"), "image": types.count("image_search")}
+    return {
+        "text": types.count("search"),
+        "image": types.count("image_search"),
+        "page": types.count("visit"),
+    }
 
 
 def has_searched(trajectory: Any) -> bool:
-    """Whether the policy made any search call."""
+    """Whether the policy made any call of a tool."""
     return any(count_searches(trajectory).values())
 
 

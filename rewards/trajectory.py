@@ -22,8 +22,14 @@ def turn_texts(trajectory: Any) -> list[str]:
 
 
 def action_types(trajectory: Any) -> list[str]:
-    """`search`, `image_search`, `answer` or `invalid`, turn by turn."""
-    return [(get(turn, "action") or {}).get("type", "invalid") for turn in turns_of(trajectory)]
+    """`search`, `image_search`, `visit`, `answer` or `invalid`, in order; a turn may hold several
+    calls."""
+    types = []
+    for turn in turns_of(trajectory):
+        action = get(turn, "action") or {}
+        calls = action["calls"] if action.get("type") == "parallel" else [action]
+        types += [call.get("type", "invalid") for call in calls]
+    return types
 
 
 def has_infrastructure_fault(trajectory: Any) -> bool:

@@ -24,10 +24,11 @@ FOUR_PARTS = ("searched", "entity", "passage", "accuracy")
 
 def outcome(trajectory: Trajectory, question: dict[str, Any]) -> dict[str, bool]:
     """The four parts for one episode."""
-    queries = [t.action["query"] for t in trajectory.turns if t.action["type"] == "search"]
+    queries = [a["query"] for t in trajectory.turns for a in t.actions if a["type"] == "search"]
     names = question.get("entity_names") or []
     gold = set(question.get("gold_passages") or [])
-    found = {hit for t in trajectory.turns if t.action["type"] == "search" for hit in t.hits}
+    with_query = [t for t in trajectory.turns if any(a["type"] == "search" for a in t.actions)]
+    found = {hit for turn in with_query for hit in turn.hits}
     return {
         "searched": bool(queries) or trajectory.count("image_search") > 0,
         "entity": any(contains_phrase(query, name) for query in queries for name in names),
@@ -58,8 +59,7 @@ def summarize(
     metrics |= {
         "search_rate_text": sum(t.count("search") > 0 for t in trajectories) / n,
         "search_rate_image": sum(t.count("image_search") > 0 for t in trajectories) / n,
-        "calls_per_episode": sum(t.count("search") + t.count("image_search") for t in trajectories)
-        / n,
+        "calls_per_episode": sum(t.n_calls for t in trajectories) / n,
         "tokens_per_episode": sum(t.n_policy_tokens for t in trajectories) / n,
     }
     for reason in STOP_REASONS:

@@ -339,10 +339,7 @@ class SearchGRPOTrainer(GRPOTrainer):
         """
         if self.algorithm.efficiency_bonus == 0.0:
             return
-        mine = [
-            (t.rewards["accuracy"] == 1.0, t.count("search") + t.count("image_search"))
-            for t in episodes
-        ]
+        mine = [(t.rewards["accuracy"] == 1.0, t.n_calls) for t in episodes]
         is_right, n_calls = zip(*self._all_rows(mine), strict=True)
         bonuses = credit.efficiency_bonuses(is_right, n_calls, self.num_generations)
         start = self.accelerator.process_index * len(episodes)
@@ -462,9 +459,8 @@ class SearchGRPOTrainer(GRPOTrainer):
             "prompt_tokens": sum(len(t.prompt_ids) for t in sampled),
             "search/rate_image": sum(t.count("image_search") > 0 for t in trajectories),
             "search/rate_text": sum(t.count("search") > 0 for t in trajectories),
-            "search/calls_per_episode": sum(
-                t.count("search") + t.count("image_search") for t in trajectories
-            ),
+            "search/calls_per_episode": sum(t.n_calls for t in trajectories),
+            "search/retries_per_episode": sum(u.retries for t in trajectories for u in t.turns),
             "search/failure_rate": sum(any(u.is_error for u in t.turns) for t in trajectories),
             "search/service_failure_rate": sum(
                 any(u.fault == "infrastructure" for u in t.turns) for t in trajectories

@@ -33,7 +33,8 @@ PACKAGES = ("torch", "transformers", "trl", "deepspeed", "accelerate", "peft", "
 MAY_CHANGE = (
     "output", "tracking.", "compare.", "deepspeed", "hang_timeout_s", "grpo.max_steps",
     "grpo.save_", "rollout.tool_workers", "rollout.url", "rollout.timeout_s", "rollout.retries",
-    "rollout.sync_dir", "rollout.sleep",
+    "rollout.sync_dir", "rollout.sleep", "environment.timeout_s", "environment.retries",
+    "environment.backoff_s", "environment.cache", "live.requests_per_second", "live.retries",
 )  # fmt: skip
 """Settings that may differ between a run and its continuation."""
 
