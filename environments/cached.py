@@ -141,8 +141,8 @@ class CachedReader:
 def identity_of(back_end: Any) -> dict[str, Any]:
     """What tells a back end's answers from another's.
 
-    Its `identity`, a dict of plain settings, if it has one; otherwise, for an index in memory, its
-    class and a digest of what it holds.
+    Its `identity`, a dict of plain settings, if it has one; the URL of a search server; for an
+    index in memory its class and a digest of what it holds.
 
     Raises:
         CacheError: it has neither.
@@ -150,6 +150,10 @@ def identity_of(back_end: Any) -> dict[str, Any]:
     own = getattr(back_end, "identity", None)
     if own is not None:
         return dict(own)
+    server = getattr(back_end, "server", None)
+    if server is not None:
+        options = {name: getattr(back_end, name, None) for name in ("snippet_words", "thumbnails")}
+        return {"server": server.url, **options}
     parts: list[Any] = [getattr(back_end, n, None) for n in ("ids", "titles", "texts", "_views")]
     if parts[0] is None:
         raise CacheError(

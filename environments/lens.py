@@ -37,7 +37,7 @@ class SerpApiLens:
 
     Args:
         service: where to ask; its key goes into the query, as SerpApi wants it.
-        host: picture -> public URL.
+        host: makes a picture public; None = only the cache answers.
         fetcher: fetches the matches' small pictures; None = titles only.
         country, language: two letters, or None.
     """
@@ -47,7 +47,7 @@ class SerpApiLens:
     def __init__(
         self,
         service: Service,
-        host: ImageHost,
+        host: ImageHost | None,
         fetcher: SafeFetcher | None = None,
         country: str | None = None,
         language: str | None = None,
@@ -58,14 +58,8 @@ class SerpApiLens:
     @property
     def identity(self) -> dict[str, Any]:
         """What the cache tells providers apart by."""
-        return {
-            "provider": self.name,
-            "engine": "google_lens",
-            "country": self.country,
-            "language": self.language,
-            "thumbnails": self.fetcher is not None,
-            **other_url(self.name, self.service),
-        }
+        own = lens_identity(self.country, self.language, self.fetcher is not None)
+        return {**own, **other_url(self.name, self.service)}
 
     def search(self, images: list[Image], k: int) -> list[list[Hit]]:
         """The best `k` visual matches of every picture, best first.
@@ -76,6 +70,8 @@ class SerpApiLens:
         return [self._search(image, k) for image in images]
 
     def _search(self, image: Image, k: int) -> list[Hit]:
+        if self.host is None:
+            raise RequestRefusedError(f"{self.name}: there is no place to put a picture")
         wanted = {
             "engine": "google_lens",
             "type": "visual_matches",
@@ -118,6 +114,17 @@ class SerpApiLens:
             hit if isinstance(one, WebError) else one
             for hit, one in zip(hits, fetched, strict=True)
         ]
+
+
+def lens_identity(country: str | None, language: str | None, thumbnails: bool) -> dict[str, Any]:
+    """Identity of a Google Lens search at SerpApi's own URL."""
+    return {
+        "provider": SerpApiLens.name,
+        "engine": "google_lens",
+        "country": country,
+        "language": language,
+        "thumbnails": thumbnails,
+    }
 
 
 class ImageHost:

@@ -25,6 +25,7 @@ VERBS = {
     "index": "build an index over passages or pictures, for search and for serve",
     "serve": "serve text and image search over HTTP, as Search-R1's server does",
     "study": "several starts times several seeds, then the comparison",
+    "cache": "the cache of tool results: export, import, stats, prune",
     "bench": "measure what the documentation promises",
     "doctor": "versions, cores, memory, devices, disk, logins, and what is missing",
     "init": "copy a shipped configuration to start from",

@@ -28,6 +28,11 @@ def load_environment(config: Config) -> Any:
 
 def _indexes(section: Any) -> tuple[Any, Any]:
     """The world's own text and image index, here or on a search server."""
+    if section.retrieval and section.cache and section.cache_mode == "offline":
+        from environments.remote import RemoteImageIndex, RemoteTextIndex, SearchServer
+
+        server = SearchServer(section.retrieval)  # it may be gone: the cache answers for it
+        return RemoteTextIndex(server), RemoteImageIndex(server, section.thumbnails)
     if section.retrieval:
         from environments.remote import connect as connect_search
 
