@@ -17,7 +17,7 @@ import re
 import tarfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -197,7 +197,7 @@ def _check_value(value: Any) -> None:
             raise ValueError("its value is neither hits, page nor refused")
 
 
-def _check_fields(row: dict[str, Any], types: dict[str, type]) -> None:
+def _check_fields(row: dict[str, Any], types: Mapping[str, type]) -> None:
     if set(row) != set(types) or not all(isinstance(row[k], t) for k, t in types.items()):
         raise ValueError(f"expected the fields {sorted(types)}")
 

@@ -39,12 +39,19 @@ MAX_REDIRECTS = 5
 USER_AGENT = "Mozilla/5.0 (compatible; obm-warmstart)"
 # private by name: these never leave a site's own network
 LOCAL_SUFFIXES = (".localhost", ".local", ".internal", ".intranet", ".lan", ".home.arpa", ".corp")
-# public by number, but the cloud's own service for its virtual machines
-METADATA = (ipaddress.ip_address("168.63.129.16"), ipaddress.ip_address("192.88.99.1"))
-_NAT64 = ipaddress.ip_network("64:ff9b::/96")
-_PUBLIC_V6 = ipaddress.ip_network("2000::/3")
-# tunnels that carry an IPv4 address of the sender's choice inside: 6to4, Teredo
-_TUNNELS = (ipaddress.ip_network("2002::/16"), ipaddress.ip_network("2001::/32"))
+# IANA's special-purpose blocks, written out because Python's own table differs between versions;
+# 168.63.129.16 is public by number but a cloud's service for its own machines
+_NOT_PUBLIC_V4 = tuple(map(ipaddress.IPv4Network, (
+    "0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12",
+    "192.0.0.0/24", "192.0.2.0/24", "192.88.99.0/24", "192.168.0.0/16", "198.18.0.0/15",
+    "198.51.100.0/24", "203.0.113.0/24", "224.0.0.0/4", "240.0.0.0/4", "168.63.129.16/32",
+)))  # fmt: skip
+_PUBLIC_V6 = ipaddress.IPv6Network("2000::/3")
+# 2001::/23 with Teredo and 2002::/16 (6to4) carry an IPv4 address of the sender's choice inside
+_NOT_PUBLIC_V6 = tuple(
+    map(ipaddress.IPv6Network, ("2001::/23", "2001:db8::/32", "2002::/16", "3fff::/20"))
+)
+_NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 
 
 class PageRefusedError(WebError):
@@ -211,9 +218,8 @@ def is_public(ip: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
             return is_public(ip.ipv4_mapped)
         if ip in _NAT64:
             return is_public(ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF))
-        if ip not in _PUBLIC_V6 or any(ip in tunnel for tunnel in _TUNNELS):
-            return False
-    return ip.is_global and not ip.is_multicast and not ip.is_reserved and ip not in METADATA
+        return ip in _PUBLIC_V6 and ip.is_global and not any(ip in n for n in _NOT_PUBLIC_V6)
+    return ip.is_global and not any(ip in network for network in _NOT_PUBLIC_V4)
 
 
 def content_type(headers: dict[str, str]) -> tuple[str, str]:

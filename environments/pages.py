@@ -68,7 +68,7 @@ def extract_page(fetched: Fetched) -> Page:
         return Page(title, decode_text(fetched), fetched.url)
     # with a charset the bytes are ours to decode; without one the page's own head may name it
     html: str | bytes = decode_text(fetched) if fetched.charset else fetched.body
-    found: Any = trafilatura.bare_extraction(html, include_comments=False, include_tables=True)
+    found: Any = trafilatura.bare_extraction(html, with_metadata=True, include_comments=False)
     if found is None:
         return Page("", "", fetched.url)
     return Page(str(found.title or ""), str(found.text or ""), fetched.url)

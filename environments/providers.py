@@ -113,8 +113,9 @@ class BraveSearch(_TextProvider):
             query={name: value for name, value in wanted.items() if value is not None},
         )
         # without a single result the whole part "web" is missing
-        web = reply.get("web") if isinstance(reply, dict) and "query" in reply else reply
-        rows = [] if web is None else listed(web, self.name, "results")
+        is_answer = isinstance(reply, dict) and "query" in reply
+        web = reply.get("web", {"results": []}) if is_answer else None
+        rows = listed(web, self.name, "results")
 
         def text(row: dict[str, Any]) -> str:
             extra = row.get("extra_snippets") or []

@@ -35,10 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("action", choices=("export", "import", "stats", "prune"))
     parser.add_argument("cache", help="folder of the cache (environment.cache)")
     parser.add_argument(
-        "file",
-        nargs="?",
-        help="export: what to write; import: what to read (folder, .tar, .tar.gz)",
-    )
+        "file", nargs="?",
+        help="export: what to write; import: what to read (a folder, .tar or .tar.gz)",
+    )  # fmt: skip
     parser.add_argument("--replace", action="store_true", help="import: over records of equal key")
     parser.add_argument(
         "--fvqa", metavar="PARQUET",
