@@ -26,7 +26,7 @@ from environments.actions import (
     read_region,
 )
 from environments.sanitize import IMAGE_MARK, MAX_OBSERVATION_CHARS, one_line, sanitize, with_marks
-from environments.tool_calls import read_calls, schemas
+from environments.tool_calls import MAX_CALLS, read_calls, schemas
 
 if TYPE_CHECKING:
     from environments.results import Hit, ToolResult
@@ -38,7 +38,7 @@ CALL_TAGS = ("search", "text_search", "image_search", "visit", "tool_call", "ans
 """Tags whose closing ends a turn with an action, in every dialect."""
 TAGS = ("think", "reason", *CALL_TAGS, "information", "tool_response", "img")
 _ANY_TAG = re.compile(rf"</?(?:{'|'.join(TAGS)})>")
-_END_OF_TURN = re.compile(r"(?:\s|<\|im_end\|>|<\|endoftext\|>)+\Z")
+_END_TOKENS = ("<|im_end|>", "<|endoftext|>")
 _IMAGE = "<img>"
 _JSON_OPENING, _JSON_CLOSING = "<tool_call>", "</tool_call>"
 
@@ -196,13 +196,16 @@ class Dialect:
 
 def strip_end(turn: str) -> str:
     """A turn without white space and end-of-turn tokens at its end."""
-    return _END_OF_TURN.sub("", turn)
+    turn = turn.rstrip()  # a pattern would look at every run of white space again and again
+    while turn.endswith(_END_TOKENS):
+        turn = turn[: turn.rindex("<|")].rstrip()
+    return turn
 
 
 def _json_blocks(turn: str) -> tuple[str, list[str]]:
     """What stands before the JSON calls at the end of a turn, and what stands inside each."""
     texts: list[str] = []
-    while turn.endswith(_JSON_CLOSING):
+    while turn.endswith(_JSON_CLOSING) and len(texts) <= MAX_CALLS:  # one more is refused
         start = turn.rfind(_JSON_OPENING)
         if start < 0:
             break

@@ -1,13 +1,10 @@
 """Retrieved text as data: it can hold no tag, no special token and no picture.
 
 Everything that a tool, a web page or a question brings into a prompt passes `sanitize`. Only the
-frame around it, which a dialect writes, holds tags and special tokens. Costs: linear in the text,
-about 0.1 s for ten million characters, and whoever needs a few hundred cuts first (`one_line`).
+frame around it, which a dialect writes, holds tags and special tokens. Cost: linear in the text;
+whoever needs a few hundred characters of ten million cuts first (`one_line`, `with_marks`).
 """
 
-import functools
-import re
-import sys
 import unicodedata
 from collections.abc import Iterable
 
@@ -17,16 +14,15 @@ IMAGE_MARK = "\ufffc"
 MAX_OBSERVATION_CHARS = 8000
 """Hard cap on one observation's text, whatever a tool returns."""
 
-_LOOKALIKES = str.maketrans(
+_REPLACED = {
+    "\r\n": "\n",
+    **dict.fromkeys("\r\u2028\u2029", "\n"),
     # normal forms, which some tokenizers apply, turn the wide and small forms into real brackets,
     # and take the struck-through signs apart
-    {
-        **dict.fromkeys("<＜﹤≮", "‹"),
-        **dict.fromkeys(">＞﹥≯", "›"),
-        **dict.fromkeys("\u2028\u2029", "\n"),
-        IMAGE_MARK: None,
-    }
-)
+    **dict.fromkeys("<＜﹤≮", "‹"),
+    **dict.fromkeys(">＞﹥≯", "›"),
+    IMAGE_MARK: "",
+}
 _JOINERS = "\u200c\u200d"  # part of Persian and Indic spelling and of emoji
 
 
@@ -37,10 +33,16 @@ def sanitize(text: str) -> str:
     (bidi, zero width, tags) and surrogate characters are removed; newline and tab stay. Total and
     idempotent; text without such characters comes back unchanged.
     """
-    text = text.replace("\r\n", "\n").replace("\r", "\n").translate(_LOOKALIKES)
+    for bad, good in _REPLACED.items():  # several times as fast as one table
+        text = text.replace(bad, good)
     if text.isprintable():  # the common case, much faster
         return text
-    return _invisible().sub("", text)
+    # which characters there are is soon known, and few of them are bad
+    return text.translate({ord(ch): None for ch in set(text) if not _is_harmless(ch)})
+
+
+def _is_harmless(ch: str) -> bool:
+    return ch in "\n\t" + _JOINERS or unicodedata.category(ch) not in ("Cc", "Cf", "Cs")
 
 
 def one_line(text: str, limit: int = MAX_OBSERVATION_CHARS) -> str:
@@ -78,14 +80,3 @@ def forgeable(special_tokens: Iterable[str]) -> list[str]:
     Those of the Qwen family all stand in angle brackets; `[INST]` for one would pass.
     """
     return [token for token in special_tokens if token.strip() and sanitize(token) == token]
-
-
-@functools.cache
-def _invisible() -> re.Pattern[str]:
-    """One run of control, format and surrogate characters; made when it is first needed."""
-    bad = [
-        ch
-        for ch in map(chr, range(sys.maxunicode + 1))
-        if unicodedata.category(ch) in ("Cc", "Cf", "Cs") and ch not in "\n\t" + _JOINERS
-    ]
-    return re.compile(f"[{re.escape(''.join(bad))}]+")

@@ -212,7 +212,7 @@ def _pixels(box: Box, width: int, height: int) -> tuple[int, int, int, int]:
     left, top = (max(0, math.floor(box[i] * scales[i])) for i in (0, 1))
     right = min(width, math.ceil(box[2] * scales[0]))
     bottom = min(height, math.ceil(box[3] * scales[1]))
-    if left >= right or top >= bottom:
+    if box[0] >= box[2] or box[1] >= box[3] or left >= right or top >= bottom:
         raise BadCall(
             "The box holds nothing of the picture. Write left, top, right, bottom, from 0 to 1 or "
             f"in pixels; the picture is {width} wide and {height} high."

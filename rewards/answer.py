@@ -18,7 +18,7 @@ TAG = re.compile(rf"</?(?:{'|'.join(TAGS)})>")
 """Any tag of the dialects; none may stand inside an answer."""
 
 _OPENING, _CLOSING = "<answer>", "</answer>"
-_END_OF_TURN = re.compile(r"(?:\s|<\|im_end\|>|<\|endoftext\|>)+\Z")
+_END_TOKENS = ("<|im_end|>", "<|endoftext|>")
 
 
 def extract_answer(turn: str) -> str | None:
@@ -27,7 +27,9 @@ def extract_answer(turn: str) -> str | None:
     The last pair counts; text or a call after it means that the turn was no answer. An empty pair
     is none either.
     """
-    turn = _END_OF_TURN.sub("", turn)
+    turn = turn.rstrip()
+    while turn.endswith(_END_TOKENS):
+        turn = turn[: turn.rindex("<|")].rstrip()
     start = turn.rfind(_OPENING)
     if not turn.endswith(_CLOSING) or start < 0:
         return None

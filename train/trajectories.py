@@ -220,7 +220,10 @@ def truncate_jsonl(path: Path, last_step: int) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    # not splitlines: JSON leaves U+2028 and U+0085, which a policy may write, as they are
+    for line in path.read_text(encoding="utf-8").split("\n"):
+        if not line:
+            continue
         try:
             row = json.loads(line)
         except json.JSONDecodeError:
