@@ -16,6 +16,7 @@ from typing import Any
 
 from launch.errors import LaunchError
 
+LISTEN_BACKLOG = 2048
 EXAMPLES = (
     "obm serve",
     "obm serve --text runs/wiki-bm25 --text runs/wiki-e5 --images none --port 8000",
@@ -118,6 +119,7 @@ def run(options: argparse.Namespace) -> int:
     # uvicorn sends itself the signal again once it is done; that must not end us with an error
     signal.signal(signal.SIGTERM, lambda *_: None)
     listener = server.config.bind_socket()
+    listener.listen(LISTEN_BACKLOG)  # whoever reads the line below may connect at once
     host, port = listener.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     print(f"serving on http://{shown}:{port} ({_words(text, images)})", flush=True)
