@@ -1,9 +1,10 @@
-"""The client of a search server: equal to the index behind it, patient with faults, never hanging."""
+"""The client of a search server: equal to the index behind it, patient with faults, no hangs."""
 
 import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 
 import pytest
 
@@ -75,7 +76,7 @@ def test_remote_hits_equal_those_of_the_index_itself(atlas_url):
     assert text.search(QUERIES, 3) == load_text_index().search(QUERIES, 3)
     photos = [render_photo(load_flag(iso), 9, 0.5) for iso in ("fr", "jp", "br")]
     local, far = load_image_index().search(photos, 3), images.search(photos, 3)
-    for here, there in zip(sum(local, []), sum(far, []), strict=True):
+    for here, there in zip(chain(*local), chain(*far), strict=True):
         assert (here.id, here.title, here.score) == (there.id, there.title, there.score)
         assert here.image.tobytes() == there.image.tobytes()
     assert connect(atlas_url)[1].search(photos[:1], 1)[0][0].image is None
@@ -259,7 +260,7 @@ def test_the_setting_takes_the_tools_to_the_server(atlas_url):
 
 def test_parallel_ranks_lose_nothing(atlas_url):
     """Eight clients, forty queries each, at once: every answer is the right one."""
-    expected = {query: hits for query, hits in zip(QUERIES, load_text_index().search(QUERIES, 2))}
+    expected = dict(zip(QUERIES, load_text_index().search(QUERIES, 2), strict=True))
     barrier = threading.Barrier(8)
 
     def rank(number):

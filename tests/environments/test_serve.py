@@ -88,7 +88,8 @@ class SearchR1Client:
 
 def test_the_client_of_search_r1_works_unmodified(serve, atlas_app):
     client = SearchR1Client(serve(atlas_app) + "/retrieve", topk=3)
-    france, nothing, mali = client.batch_search(["capital of France", "xylophone", "capital of Mali"])
+    queries = ["capital of France", "xylophone", "capital of Mali"]
+    france, nothing, mali = client.batch_search(queries)
     assert france.startswith(f"Doc 1(Title: France) {FRANCE}")
     assert france.count("\n") == 3
     assert re.findall(r"Doc (\d)\(Title: ", france) == ["1", "2", "3"]
@@ -154,8 +155,8 @@ def bomb(width=100_000, height=100_000):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", crc)
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    data = zlib.compress(bytes(1000))
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+    parts = [(b"IHDR", header), (b"IDAT", zlib.compress(bytes(1000))), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
 
 
 @pytest.mark.parametrize(
