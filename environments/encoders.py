@@ -78,8 +78,9 @@ class TransformerTextEncoder:
         self.query_prefix = prompts.get("query", "") if query_prefix is None else query_prefix
         named = prompts.get("document", prompts.get("passage", ""))
         self.passage_prefix = named if passage_prefix is None else passage_prefix
-        self.max_tokens = max_tokens or stored["max_tokens"]
         self._tokenizer, self._model = _load(model, "AutoTokenizer", "AutoModel", device)
+        wanted = max_tokens or stored["max_tokens"]
+        self.max_tokens = _possible_tokens(wanted, self._tokenizer, self._model)
 
     def encode_queries(self, texts: Sequence[str]) -> np.ndarray:
         """float32 [texts, dimension], each of length 1."""
@@ -158,10 +159,10 @@ class CrossEncoder:
     """
 
     def __init__(self, model: str, *, max_tokens: int = 512, device: str = "cpu"):
-        self.max_tokens = max_tokens
         self._tokenizer, self._model = _load(
             model, "AutoTokenizer", "AutoModelForSequenceClassification", device
         )
+        self.max_tokens = _possible_tokens(max_tokens, self._tokenizer, self._model)
 
     def score(self, query: str, texts: Sequence[str]) -> list[float]:
         """One number a text, higher is better."""
@@ -241,6 +242,12 @@ def _stored(model: str, name: str) -> Any:
     except (OSError, ValueError):  # no such checkpoint: loading it says so
         return None
     return json.loads(Path(path).read_text(encoding="utf-8")) if path else None
+
+
+def _possible_tokens(wanted: int, tokenizer: Any, model: Any) -> int:
+    """As many as are wanted and as the model has positions for."""
+    positions = getattr(model.config, "max_position_embeddings", None) or wanted
+    return int(min(wanted, tokenizer.model_max_length, positions))
 
 
 def _load(model: str, processor_class: str, model_class: str, device: str) -> tuple[Any, Any]:

@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from environments.building import Building, build, read_index, write_json
 from environments.corpus import Corpus, JsonLines, Row
+from environments.errors import EnvironmentSetupError
 from environments.retrieval import TITLE_WEIGHT, cut_snippet, split_words
 from environments.tools import Hit
 
@@ -242,6 +243,8 @@ def _finish(building: Building) -> dict[str, Any]:
     """Merges the shards' words, then scatters their postings into the matrix."""
     places = _merge_words(building)
     n_words = sum(1 for _ in (building.folder / WORDS_FILE).open("rb"))
+    if not n_words:
+        raise EnvironmentSetupError(f"{building.output}: the corpus has no words to index")
     frequency = np.zeros(n_words, np.int64)
     for place, by_word in zip(places, building.load(".postings.npy"), strict=True):
         frequency[place] += by_word
