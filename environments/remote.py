@@ -221,7 +221,8 @@ def connect(
     server = SearchServer(url, timeout_s=timeout_s, token=token)
     try:
         health = server.health()
-        has_text, has_images = (health.get(key, 0) is not None for key in ("text", "images"))
+        # a server without such a page is Search-R1's, which has text alone
+        has_text, has_images = health.get("text", 0) is not None, health.get("images") is not None
         if has_text:
             server.post("/retrieve", {"queries": [], "topk": 1, "return_scores": True})
     except SearchServerError as error:

@@ -12,10 +12,12 @@ import ipaddress
 import logging
 import os
 import signal
+from pathlib import Path
 from typing import Any
 
 from launch.errors import LaunchError
 
+LISTEN_BACKLOG = 2048
 EXAMPLES = (
     "obm serve",
     "obm serve --text runs/wiki-bm25 --text runs/wiki-e5 --images none --port 8000",
@@ -118,6 +120,7 @@ def run(options: argparse.Namespace) -> int:
     # uvicorn sends itself the signal again once it is done; that must not end us with an error
     signal.signal(signal.SIGTERM, lambda *_: None)
     listener = server.config.bind_socket()
+    listener.listen(LISTEN_BACKLOG)  # whoever reads the line below may connect at once
     host, port = listener.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     print(f"serving on http://{shown}:{port} ({_words(text, images)})", flush=True)
@@ -126,22 +129,45 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _text_index(options: argparse.Namespace) -> Any:
-    from environments.atlas.world import load_text_index
-
+    """The text indexes, fused if there are several, behind the cross-encoder if there is one."""
     names = [name for name in options.text or ["atlas"] if name != "none"]
     if not names:
         return None
-    indexes: list[Any] = []
-    for name in names:
-        if name == "atlas":
-            indexes.append(load_text_index(snippet_words=None))
-    return indexes[0]
+    indexes = [_one_text_index(name, options.device) for name in names]
+    index = indexes[0]
+    if len(indexes) > 1:
+        from environments.fusion import FusedTextIndex
+
+        index = FusedTextIndex(indexes)
+    if options.rerank:
+        from environments.encoders import CrossEncoder
+        from environments.fusion import RerankedTextIndex
+
+        reranker = CrossEncoder(options.rerank, device=options.device)
+        index = RerankedTextIndex(index, reranker, options.rerank_depth)
+    return index
+
+
+def _one_text_index(name: str, device: str) -> Any:
+    if name == "atlas":
+        from environments.atlas.world import load_text_index
+
+        return load_text_index(snippet_words=None)
+    from environments.indexing import open_text_index
+
+    return open_text_index(Path(name), device=device)
 
 
 def _image_index(options: argparse.Namespace) -> Any:
-    from environments.atlas.world import load_image_index
+    if options.images == "none":
+        return None
+    if options.images == "atlas":
+        from environments.atlas.world import load_image_index
 
-    return None if options.images == "none" else load_image_index()
+        return load_image_index()
+    from environments.indexing import open_image_index
+
+    return open_image_index(Path(options.images), device=options.device)
 
 
 def _words(text: Any, images: Any) -> str:
