@@ -3,7 +3,8 @@
     cache = ResultCache("runs/cache", mode="read")
     index = CachedIndex(index, cache, "text_search", identity)
 
-A folder holds `results.sqlite` (write-ahead log: many processes at once, on one machine) and
+A folder holds `results.sqlite` (write-ahead log: many processes at once, on one machine, so no
+network file system) and
 `images/`, PNG files named by their SHA-256. What is stored is what the policy gets to see: hits,
 "nothing found", a page, or the refusal of a page. Errors of infrastructure are never stored. An
 answer is given as it reads from the cache, also the first time, and of two processes that ask the

@@ -92,7 +92,8 @@ class _Builder:
 
         live = self.live
         service = self._service("serpapi", live.image_url, "live.image_url")
-        fetcher = self._fetcher() if self.environment.thumbnails else None
+        # the search itself takes seconds, and all of it together has timeout_s
+        fetcher = self._fetcher(1 / 3) if self.environment.thumbnails else None
         return SerpApiLens(service, self._image_host(), fetcher, live.country, live.language)
 
     def page_reader(self) -> Any:
@@ -100,8 +101,12 @@ class _Builder:
         from environments.pages import DirectReader, check_reading
 
         summarise = self._summary()
+        # where a search comes before or a summary after, a page may not take all the time
+        share = 0.5 if self.live.read_results or self.live.summary_url else 1.0
         if self.environment.page_reader == "jina":
-            service = self._service("jina", self.live.page_url, "live.page_url", needs_key=False)
+            service = self._service(
+                "jina", self.live.page_url, "live.page_url", needs_key=False, share=share
+            )
             return JinaReader(service, summarise, self.live.page_chars)
         if not self.is_offline:
             try:
@@ -110,7 +115,7 @@ class _Builder:
                 raise EnvironmentSetupError(
                     f"environment.page_reader: direct needs trafilatura ({error}); {INSTALL}"
                 ) from error
-        return DirectReader(self._fetcher(), summarise, self.live.page_chars)
+        return DirectReader(self._fetcher(share), summarise, self.live.page_chars)
 
     def _summary(self) -> Any:
         from environments.summaries import BestSentences, ModelSummary
@@ -144,16 +149,18 @@ class _Builder:
             )
         return ImageHost(public_url, folder=Path(place))
 
-    def _fetcher(self) -> Any:
+    def _fetcher(self, share: float) -> Any:
         from environments.fetch import SafeFetcher
 
         return SafeFetcher(
-            timeout_s=self.environment.timeout_s,
+            timeout_s=self.environment.timeout_s * share,
             max_bytes=self.live.page_bytes,
             allow_loopback=self.live.allow_loopback,
         )
 
-    def _service(self, name: str, url: str | None, key: str, needs_key: bool = True) -> Service:
+    def _service(
+        self, name: str, url: str | None, key: str, needs_key: bool = True, share: float = 1.0
+    ) -> Service:
         from environments.services import KEY_VARIABLES, URLS, KeyMissingError, Service, TokenBucket
 
         n_processes = int(os.environ.get("WORLD_SIZE", "1"))
@@ -162,7 +169,7 @@ class _Builder:
             url or URLS[name],
             KEY_VARIABLES[name],
             is_key_required=needs_key,
-            timeout_s=self.environment.timeout_s,
+            timeout_s=self.environment.timeout_s * share,
             retries=self.live.retries,
             bucket=TokenBucket(self.live.requests_per_second / n_processes),
             setting=key,

@@ -231,6 +231,17 @@ def test_a_redirect_to_this_machine_is_refused_without_the_test_setting(fake, mo
     assert fake.requests == []
 
 
+def test_no_proxy_stands_between_a_checked_address_and_its_page(fake, monkeypatch):
+    # a proxy would look the name up again, and could be led anywhere
+    monkeypatch.setenv("http_proxy", fake.url)
+    resolve_to(monkeypatch, ["93.184.216.34"])
+    tried = connections(monkeypatch)
+    with pytest.raises(UnreachableError):
+        SafeFetcher().fetch("http://example.org/")
+    assert tried == [("93.184.216.34", 80)]
+    assert fake.requests == []
+
+
 def test_no_cookie_and_no_credential_goes_along(fake, fetcher):
     fake.page("/a", "", status=302, Location="/b", Set_Cookie="session=1")
     fake.page("/b", PAGE)

@@ -233,6 +233,22 @@ def test_a_dead_service_is_unreachable(fake):
     assert index.service.counts["UnreachableError"] == 2
 
 
+def test_a_service_is_asked_through_the_proxy_that_the_environment_names(fake, monkeypatch):
+    monkeypatch.setenv("http_proxy", fake.url)
+    monkeypatch.delenv("no_proxy", raising=False)
+    far = Service("serper", "http://serper.example.org/serper", "SERPER_API_KEY")
+    assert TEXT_PROVIDERS["serper"](far).search(["x"], 2)[0]
+    (request,) = fake.requests
+    assert request.headers["host"] == "serper.example.org"
+
+
+def test_what_is_no_tls_is_not_talked_to(fake):
+    plain = Service("serper", fake.url.replace("http:", "https:"), "SERPER_API_KEY", retries=0)
+    with pytest.raises(UnreachableError):
+        TEXT_PROVIDERS["serper"](plain).search(["x"], 2)
+    assert fake.requests == []
+
+
 # ---------------------------------------------------------------- rate
 
 

@@ -143,8 +143,8 @@ def test_a_run_replays_from_its_cache_when_the_services_are_dead(
 ):
     fake.answer = answers(fake, png)
     options = {
-        "script": script_for(fake), "seed": 3, "max_completion_tokens": 900, "tool_workers": tool_workers,
-        "max_new_tokens_per_turn": 60,
+        "script": script_for(fake), "seed": 3, "max_completion_tokens": 900,
+        "max_new_tokens_per_turn": 60, "tool_workers": tool_workers,
     }  # fmt: skip
     live = ["environment.max_turns=6", "environment.visit_urls=any"]
 
