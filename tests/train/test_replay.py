@@ -1,5 +1,8 @@
 """A rollout replays bit for bit from its cache, with every service dead."""
 
+import io
+import json
+
 import pytest
 
 pytest.importorskip("httpcore", reason="needs the extra live")
@@ -8,6 +11,7 @@ pytest.importorskip("trafilatura", reason="needs the extra live")
 from configs.schema import load_config
 from environments.cache import ResultCache
 from tests.environments.fake_services import FakeServices
+from train.run import run_training
 from train.worlds import load_environment
 
 KEY = "sk-key-of-the-run"
@@ -89,8 +93,6 @@ def answers(fake, png):
 
 
 def png(seed):
-    import io
-
     from tests.train.conftest import noise_image
 
     buffer = io.BytesIO()
@@ -183,3 +185,69 @@ def test_a_replay_needs_no_key_no_host_and_no_service(fake, tmp_path, monkeypatc
     load_environment(
         config_of(tmp_path, fake, "environment.cache_mode=offline", "live.image_host=null")
     )
+
+
+RUN = """
+output: {output}
+seed: 1
+models: {{init: atlas://agent}}
+environment:
+  train_size: 8
+  eval_size: 4
+  kinds: [text]
+  eval_kinds: [text]
+  text_provider: serper
+  cache: {cache}
+live: {{text_url: "{url}/serper", requests_per_second: 1000, retries: 0}}
+grpo:
+  per_device_train_batch_size: 8
+  num_generations: 4
+  max_completion_length: 120
+  generation_kwargs: {{max_new_tokens: 40}}
+  max_steps: 2
+  learning_rate: 1.0e-4
+  temperature: 0.8
+compare: {{eval_every: 2}}
+tracking: {{wandb: disabled}}
+"""
+
+
+def lines_of(folder, name):
+    """A record of a run without what a clock decides."""
+    rows = [json.loads(line) for line in (folder / name).read_text().splitlines()]
+    for row in rows:
+        for key in list(row):
+            if key.startswith(("time", "speed/", "eval/time")) or key == "step_time":
+                del row[key]
+        for turn in row.get("turns", []):
+            turn.pop("seconds", None)
+    return rows
+
+
+@pytest.mark.slow
+def test_a_training_replays_from_its_cache_and_leaves_no_key_anywhere(fake, tmp_path):
+    def answer(request):
+        n = len(fake.requests)
+        hit = {
+            "title": f"T{n}",
+            "link": f"https://a.org/{n}",
+            "snippet": f"the currency is leu {n}",
+        }
+        return {"searchParameters": {}, "organic": [hit]}
+
+    fake.answer, fake.keys = answer, {"serper": KEY}
+    path = tmp_path / "settings.yaml"
+    values = {"cache": tmp_path / "cache", "url": fake.url}
+    path.write_text(RUN.format(output=tmp_path / "first", **values))
+    first = run_training(load_config(path))
+    assert len(fake.requests) > 3
+    fake.stop()
+    overrides = [f"output={tmp_path / 'again'}", "environment.cache_mode=offline"]
+    again = run_training(load_config(path, overrides))
+    for name in ("metrics.jsonl", "trajectories.jsonl"):
+        assert lines_of(again, name) == lines_of(first, name)
+    texts = (first / "trajectories.jsonl").read_text()
+    assert "the currency is leu" in texts
+    for file in tmp_path.rglob("*"):
+        if file.is_file():
+            assert KEY.encode() not in file.read_bytes(), file
