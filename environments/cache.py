@@ -4,11 +4,10 @@
     index = CachedIndex(index, cache, "text_search", identity)
 
 A folder holds `results.sqlite` (write-ahead log: many processes at once, on one machine, so no
-network file system) and
-`images/`, PNG files named by their SHA-256. What is stored is what the policy gets to see: hits,
-"nothing found", a page, or the refusal of a page. Errors of infrastructure are never stored. An
-answer is given as it reads from the cache, also the first time, and of two processes that ask the
-same at once both give the answer that came to be stored.
+network file system) and `images/`, PNG files named by their SHA-256. What is stored is what the
+policy gets to see: hits, "nothing found", a page, or the refusal of a page. Errors of
+infrastructure are never stored. An answer is given as it reads from the cache, also the first time,
+and of two processes that ask the same at once both give the answer that came to be stored.
 
 Modes:
     read     answer from the cache; ask the service what is missing, and keep it.
@@ -23,7 +22,6 @@ from __future__ import annotations
 import io
 import logging
 import os
-import re
 import sqlite3
 import threading
 import time
@@ -50,7 +48,6 @@ VERSION = 1
 BUSY_TIMEOUT_S = 30.0
 TWIN_TIMEOUT_S = 60.0
 """So long a call waits for a running one that asks the same, before it asks itself."""
-IMAGE_NAME = re.compile(r"[0-9a-f]{64}")
 _TABLE = """
 CREATE TABLE IF NOT EXISTS results (
     key TEXT PRIMARY KEY,

@@ -1,4 +1,4 @@
-"""Live search behind the protocols of `environments.tools`: text, images, pages.
+"""Live text search behind the protocol of `environments.tools`; images and pages: lens, jina.
 
     index = SerperSearch(Service("serper", URLS["serper"], "SERPER_API_KEY"))
     index.search(["capital of France"], 3)
@@ -17,21 +17,16 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import urlsplit
 
 from environments.results import Hit
 from environments.services import URLS, MalformedReplyError, Service
 from environments.web import WebError
 
-if TYPE_CHECKING:
-    pass
-
 logger = logging.getLogger(__name__)
 
 MAX_PER_PAGE = 20
-MAX_SENT_SIDE = 1024
-"""Longer side of a picture that is sent to an image search."""
 
 
 class _TextProvider:
