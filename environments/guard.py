@@ -16,15 +16,18 @@ import math
 import random
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from environments.results import ToolResult, infrastructure_fault, model_fault
+from environments.sanitize import one_line
 
 logger = logging.getLogger(__name__)
 
 Call = Callable[[], ToolResult]
 
+_failures: Counter[tuple[str, str]] = Counter()
 _jitter = random.Random()  # not the global one: training has seeded that
 
 
@@ -71,7 +74,7 @@ def guard(
         deadline = math.inf if timeout_s is None else start + timeout_s
         persisted = _persist(call, tool, deadline, retries, backoff_s)
         if persisted is None:
-            logger.warning("%s search gave no result within %g s", tool, timeout_s)
+            _report(tool, f"no result within {timeout_s:g} s")
             persisted = infrastructure_fault(f"no result within {timeout_s:g} s", tool)
         result = persisted
     result.seconds = time.perf_counter() - start
@@ -126,13 +129,21 @@ def _persist(
     raise AssertionError("unreachable: the last attempt is final")
 
 
+def _report(tool: str, what: str, error: Exception | None = None) -> None:
+    """Logs the 1st, 10th, 100th, ... failure of a kind: a dead service fails thousands of times."""
+    _failures[tool, what] += 1
+    n = _failures[tool, what]
+    level = logging.WARNING if str(n).strip("0") == "1" else logging.DEBUG
+    logger.log(level, "%s search failed (%d so far): %s", tool, n, repr(error) if error else what)
+
+
 def _attempt(call: Call, tool: str) -> tuple[ToolResult, Exception | None]:
     try:
         return call(), None
     except Exception as error:  # whatever a service does wrong is a result here
         if getattr(error, "fault", None) == "model":
-            return model_fault(str(error), tool), error
-        logger.warning("%s search failed: %r", tool, error)
+            return model_fault(one_line(str(error), 300), tool), error
+        _report(tool, type(error).__name__, error)
         # the message stays in the log: it may hold a key or a page's text
         return infrastructure_fault(type(error).__name__, tool), error
 

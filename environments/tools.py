@@ -52,6 +52,9 @@ MAX_ID_CHARS = 500
 """Ids of hits go into every record of the run."""
 MAX_TEXT_CHARS = 20_000
 """Of a hit's title or text no more is looked at, so that megabytes cost nothing."""
+MAX_SIDE = 1024
+"""Pixels of the longer side of a returned picture; larger ones are scaled down, so that no service
+can fill the context with one."""
 MAX_ASPECT = 100
 """Pictures of which one side is so many times the other are dropped: image processors refuse them,
 Qwen's at 200."""
@@ -259,12 +262,18 @@ def _checked(hit: Hit, n_words: int, *, with_image: bool = False, shows_url: boo
 
 
 def _readable(image: "Image") -> "Image | None":
-    """The picture, decoded now, while an error is still the service's; None for a sliver."""
+    """The picture, decoded now, while an error is still the service's, and made small; None for a
+    sliver."""
     image.load()
     short, long = sorted(image.size)
     if short < 1 or long > MAX_ASPECT * short:
         return None
-    return image if image.mode == "RGB" else image.convert("RGB")
+    if image.mode != "RGB":
+        image = image.convert("RGB")
+    if long > MAX_SIDE:
+        image = image.copy()
+        image.thumbnail((MAX_SIDE, MAX_SIDE))
+    return image
 
 
 def _result(hits: list[Hit], tool: str) -> ToolResult:

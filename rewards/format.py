@@ -9,12 +9,13 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from rewards.answer import TAG
+from rewards.answer import TAGS
 from rewards.trajectory import turn_texts
 
 FormatCheck = Callable[[list[str]], bool]
 
-_INSIDE = rf"(?:(?!{TAG.pattern.replace('|img', '')}).)*"
+_NO_TAG = rf"(?!</?(?:{'|'.join(tag for tag in TAGS if tag != 'img')})>)"
+_INSIDE = rf"(?:{_NO_TAG}.)*"
 _TURN = re.compile(
     rf"\s*<(?P<think>think|reason)>(?P<thought>{_INSIDE})</(?P=think)>"
     rf"(?:\s*<tool_call>(?:{_INSIDE})</tool_call>)*"

@@ -59,7 +59,7 @@ class Turn:
         return self.action["calls"] if self.action["type"] == "parallel" else [self.action]
 
 
-@dataclass
+@dataclass(repr=False)
 class Trajectory:
     """One episode: prompt, turns, why it ended, and its reward parts."""
 
@@ -76,6 +76,10 @@ class Trajectory:
     stop_reason: str = ""
     answer: str | None = None
     rewards: dict[str, float | None] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        # TRL prints an episode that cannot be scored; thousands of numbers would fill the log
+        return f"Trajectory({self.question_id!r}, {len(self.turns)} turns, {self.stop_reason!r})"
 
     @property
     def completion_ids(self) -> list[int]:

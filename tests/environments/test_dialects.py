@@ -17,6 +17,7 @@ from environments.dialects import (
     Answer,
     ImageSearch,
     Invalid,
+    Parallel,
     Search,
     action_dict,
     get_dialect,
@@ -162,6 +163,49 @@ def test_what_was_put_between_the_tags_comes_out(text, tag):
         assert list(action_dict(action).values()) == [tag, text]
     else:
         assert isinstance(action, Invalid)
+
+
+@given(st.text(), st.sampled_from(["text_search", "search", "web_search"]))
+def test_what_was_put_into_json_comes_out(text, name):
+    call = json.dumps({"name": name, "arguments": {"query": text}})
+    for dialect in DIALECTS.values():
+        action = dialect.parse(f"<think> t </think> <tool_call>{call}</tool_call>")
+        if text.strip():
+            assert action == Search(text.strip())
+        else:
+            assert action == Invalid("text_search: 'query' is empty", is_call=True)
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner),
+    max_leaves=8,
+)
+json_calls = st.fixed_dictionaries(
+    {},
+    optional={
+        "name": st.sampled_from(["text_search", "image_search", "visit", "search"]) | json_values,
+        "arguments": st.dictionaries(
+            st.sampled_from(["query", "region", "box", "bbox_2d", "url", "goal", "query_list"]),
+            json_values,
+        )
+        | json_values,
+    },
+)
+
+
+@given(st.lists(json_calls | json_values, min_size=1, max_size=3), st.text(max_size=5))
+def test_reading_json_is_total_and_what_it_gives_can_be_stored(calls, between):
+    turn = between.join(f"<tool_call>{json.dumps(call)}</tool_call>" for call in calls)
+    for dialect in DIALECTS.values():
+        stored = json.dumps(action_dict(dialect.parse(turn)), ensure_ascii=False, allow_nan=False)
+        stored.encode("utf-8")
+
+
+def test_of_several_json_calls_dialects_with_tags_take_the_last():
+    turn = json_call("text_search", query="a") + json_call("text_search", query="b")
+    assert SEARCH_R1.parse(turn) == MMSEARCH_R1.parse(turn) == Search("b")
+    assert HERMES.parse(turn) == Parallel((Search("a"), Search("b")))
 
 
 def test_stop_sequences_close_every_action():

@@ -3,6 +3,7 @@
 import random
 import threading
 import time
+from collections import Counter
 
 import pytest
 
@@ -147,6 +148,16 @@ def test_faults_of_several_calls_become_one(parts, is_error, fault):
     result = combined(parts, 1.5)
     assert (result.is_error, result.fault, result.seconds) == (is_error, fault, 1.5)
     assert result.each == parts
+
+
+def test_a_dead_service_does_not_fill_the_log(caplog, monkeypatch):
+    monkeypatch.setattr(guard_module, "_failures", Counter())
+    for _ in range(120):
+        guard(Service(ConnectionError("refused")), "text", None)
+    messages = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert messages == [
+        f"text search failed ({n} so far): ConnectionError('refused')" for n in (1, 10, 100)
+    ]
 
 
 def test_shortening_reaches_every_part():

@@ -369,6 +369,15 @@ def test_a_picture_that_no_image_processor_takes_is_dropped(size):
     assert IMAGE_MARK not in step.observation
 
 
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "L", "1"])
+def test_a_huge_picture_is_made_small_whatever_its_mode(mode):
+    picture = Image.new(mode, (5000, 100))
+    step, _ = observe("search_r1", "image", "x", image=picture)
+    (shown,) = step.images
+    assert (shown.size, shown.mode) == ((1024, 20), "RGB")
+    assert picture.size == (5000, 100)
+
+
 def test_a_picture_that_cannot_be_decoded_is_the_services_fault(tmp_path):
     path = tmp_path / "cut.png"
     Image.effect_noise((64, 64), 50).save(path)

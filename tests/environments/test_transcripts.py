@@ -100,7 +100,7 @@ def render(template: str, messages: list[dict[str, Any]], **settings: Any) -> st
     )
 
 
-@pytest.mark.parametrize("template", ["qwen2_5", "qwen3"])
+@pytest.mark.parametrize("template", ["qwen2_5", "qwen3", "qwen3_vl"])
 @pytest.mark.parametrize("tools", [("text_search",), ("text_search", "image_search", "visit")])
 def test_tools_are_offered_as_the_template_offers_them(template, tools):
     system, user = replace(HERMES, tools=tools).prompt("Which city?", has_image=True)
@@ -114,6 +114,16 @@ def test_tools_are_offered_as_the_template_offers_them(template, tools):
     assert ours == expected
 
 
+@pytest.mark.parametrize("template", ["qwen2_5_vl", "qwen3_vl"])
+def test_templates_of_the_vlms_show_tools_and_picture_as_they_are(template):
+    """Qwen2.5-VL's template knows no tools; the system message does not need it to."""
+    system, user = HERMES.prompt("Which city?", has_image=True)
+    text = render(template, [system, user])
+    assert text.startswith(f"<|im_start|>system\n{system['content']}<|im_end|>\n<|im_start|>user\n")
+    assert text.count("<|vision_start|><|image_pad|><|vision_end|>") == 1
+    assert text.endswith("Question: Which city?<|im_end|>\n<|im_start|>assistant\n")
+
+
 def test_image_search_is_offered_only_with_a_picture():
     (system, _) = HERMES.prompt("q", has_image=True)
     assert '"image_search"' in system["content"]
@@ -123,7 +133,7 @@ def test_image_search_is_offered_only_with_a_picture():
     assert [m["role"] for m in HERMES.without_tools().prompt("q", True)] == ["user"]
 
 
-@pytest.mark.parametrize("template", ["qwen2_5", "qwen3"])
+@pytest.mark.parametrize("template", ["qwen2_5", "qwen3", "qwen3_vl"])
 @pytest.mark.parametrize("n_results", [1, 2, 3])
 def test_results_stand_as_the_template_puts_them(template, n_results):
     call = {"type": "function", "function": {"name": "text_search", "arguments": {"query": "q"}}}
