@@ -59,6 +59,11 @@ class Corpus:
     queries: Path
     """.json, a list"""
 
+    def index_of(self, server: str) -> Path:
+        """Where a server's index over these passages lies."""
+        folder = self.passages.parent
+        return folder.with_name(f"{folder.name}-{server}")
+
 
 @dataclass
 class Bench:
@@ -142,7 +147,7 @@ def bench_serve(
     corpora = [write_atlas(bench.folder), write_synthetic(bench.folder, n_passages)]
     try:
         for corpus in corpora:
-            index = bench.folder / f"{corpus.name}-ours"
+            index = corpus.index_of("ours")
             if not index.exists():
                 command = ["index", "bm25", str(corpus.passages), "--output", str(index)]
                 bench.build("ours", corpus, obm(*command))
@@ -185,10 +190,10 @@ def write_atlas(folder: Path) -> Corpus:
 
 def write_synthetic(folder: Path, n_passages: int) -> Corpus:
     """Passages of sixty words by a Zipf law, asked with words that stand in one of them."""
-    name = "synthetic"
-    corpus = Corpus(name, folder / name / "corpus.jsonl", folder / f"{name}-queries.json")
+    name = f"synthetic-{n_passages}"
+    corpus = Corpus("synthetic", folder / name / "corpus.jsonl", folder / f"{name}-queries.json")
     corpus.passages.parent.mkdir(exist_ok=True)
-    done = folder / f"{name}-{n_passages}.done"
+    done = folder / f"{name}.done"
     if done.exists():
         return corpus
     print(f"writing {n_passages} synthetic passages", flush=True)
@@ -351,7 +356,7 @@ def make_peer_environment(folder: Path, *, lucene: bool) -> None:
 
 def make_peer_index(bench: Bench, corpus: Corpus, peer: str) -> Path:
     """Lucene's index, made as Search-R1's build_index.sh makes it, or that of bm25s."""
-    index = bench.folder / f"{corpus.name}-{peer}"
+    index = corpus.index_of(peer)
     if index.exists():
         return index
     if peer == "bm25s":
