@@ -11,7 +11,7 @@ from environments.tools import ImageIndex, TextIndex
 
 
 def open_text_index(
-    folder: Path, *, snippet_words: int | None = None, device: str = "cpu"
+    folder: Path, *, snippet_words: int | None = None, device: str = "cpu", mapped: bool = True
 ) -> TextIndex:
     """An index over passages that `obm index` has built.
 
@@ -19,6 +19,7 @@ def open_text_index(
         folder: the index.
         snippet_words: a hit's text is its best sentences of so many words; None = all of it.
         device: of the encoder of a dense index.
+        mapped: False reads the matrix of a BM25 index into memory.
 
     Raises:
         EnvironmentSetupError: it is none.
@@ -27,7 +28,7 @@ def open_text_index(
     if index["kind"] == "bm25":
         from environments.sparse import MappedBM25Index
 
-        return MappedBM25Index(folder, snippet_words)
+        return MappedBM25Index(folder, snippet_words, mapped)
     if index["kind"] == "dense":
         from environments.dense import DenseTextIndex
         from environments.encoders import TransformerTextEncoder

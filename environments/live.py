@@ -9,6 +9,7 @@ here instead. Offline neither key nor library is needed.
 from __future__ import annotations
 
 import os
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,6 +65,38 @@ def _cached(environment: Any, text_index: Any, image_index: Any, page_reader: An
         image_index and CachedIndex(image_index, cache, "image_search"),
         page_reader and CachedReader(page_reader, cache),
     )
+
+
+def tool_counts(environment: Any) -> dict[str, float]:
+    """What cache, services and fetchers of an environment have counted in this process so far.
+
+    Returns:
+        `tools/cache_hits`, `tools/cache_misses` ..., `tools/NAME_requests` and
+        `tools/NAME_<error>` of each service, `tools/refused_<reason>` of fetched URLs; empty
+        without a cache and without live providers.
+    """
+    counts: dict[str, float] = {}
+    tools = ("text_index", "image_index", "page_reader")
+    waiting = [getattr(environment, name, None) for name in tools]
+    seen: set[int] = set()
+    while waiting:
+        part = waiting.pop()
+        if part is None or id(part) in seen:
+            continue
+        seen.add(id(part))
+        for name, prefix in (("counts", _name_of(part)), ("refused", "refused")):
+            own = getattr(part, name, None)
+            if isinstance(own, Counter):
+                for what, n in dict(own).items():
+                    key = f"tools/{prefix}_{what}"
+                    counts[key] = counts.get(key, 0.0) + n
+        inner = ("index", "reader", "cache", "service", "fetcher", "summarise", "host", "upload")
+        waiting += [getattr(part, name, None) for name in inner]
+    return dict(sorted(counts.items()))
+
+
+def _name_of(part: Any) -> str:
+    return str(getattr(part, "name", "cache"))
 
 
 class _Builder:

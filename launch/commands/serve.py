@@ -46,6 +46,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device", choices=("cpu", "cuda"), default="cpu", help="of encoders and cross-encoder"
     )
+    parser.add_argument(
+        "--in-memory", action="store_true",
+        help="read the matrix of a BM25 index into memory instead of mapping its file",
+    )  # fmt: skip
     parser.add_argument("--host", default="127.0.0.1", help="address (default: 127.0.0.1)")
     parser.add_argument(
         "--port", type=int, default=8000, help="0 = any that is free (default: 8000)"
@@ -133,7 +137,7 @@ def _text_index(options: argparse.Namespace) -> Any:
     names = [name for name in options.text or ["atlas"] if name != "none"]
     if not names:
         return None
-    indexes = [_one_text_index(name, options.device) for name in names]
+    indexes = [_one_text_index(name, options) for name in names]
     index = indexes[0]
     if len(indexes) > 1:
         from environments.fusion import FusedTextIndex
@@ -148,14 +152,14 @@ def _text_index(options: argparse.Namespace) -> Any:
     return index
 
 
-def _one_text_index(name: str, device: str) -> Any:
+def _one_text_index(name: str, options: argparse.Namespace) -> Any:
     if name == "atlas":
         from environments.atlas.world import load_text_index
 
         return load_text_index(snippet_words=None)
     from environments.indexing import open_text_index
 
-    return open_text_index(Path(name), device=device)
+    return open_text_index(Path(name), device=options.device, mapped=not options.in_memory)
 
 
 def _image_index(options: argparse.Namespace) -> Any:

@@ -53,7 +53,7 @@ def bert(folder, model_class=BertModel, **settings):
     torch.manual_seed(0)
     config = BertConfig(
         vocab_size=len(WORDS), hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
-        intermediate_size=16, max_position_embeddings=32, **settings,
+        intermediate_size=16, max_position_embeddings=32, initializer_range=0.5, **settings,
     )  # fmt: skip
     model_class(config).save_pretrained(folder)
     (folder / "vocab.txt").write_text("\n".join(WORDS))

@@ -12,7 +12,7 @@ from environments.cached import CachedIndex, CachedReader
 from environments.errors import EnvironmentSetupError
 from environments.jina import JinaReader
 from environments.lens import SerpApiLens
-from environments.live import live_tools
+from environments.live import live_tools, tool_counts
 from environments.pages import DirectReader
 from environments.providers import BraveSearch, ReadingIndex, SerperSearch, TavilySearch
 from environments.summaries import BestSentences, ModelSummary
@@ -127,6 +127,32 @@ def test_the_rate_is_that_of_all_processes_together(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "8")
     text, _, _ = tools({"requests_per_second": 4.0}, text_provider="serper")
     assert text.service.bucket.per_second == 0.5
+
+
+def test_what_the_parts_of_an_environment_count_is_found_once(tmp_path):
+    from environments.episode import SearchEnvironment
+    from environments.retrieval import BM25TextIndex
+
+    own = BM25TextIndex(["1"], ["Mali"], ["Bamako ."])
+    assert tool_counts(SearchEnvironment(own, None)) == {}
+    live = {"image_host": "https://bucket.org/x", "read_results": True}
+    back_ends = live_tools(
+        Environment(
+            cache=str(tmp_path / "c"), text_provider="brave", image_provider="serpapi",
+            page_reader="jina", thumbnails=True,
+        ),
+        Live(**live), None, None,
+    )  # fmt: skip
+    text, images, reader = back_ends
+    text.cache.counts.update(hits=3)
+    text.index.index.service.counts.update(requests=2, TooSlowError=1)
+    reader.reader.service.counts.update(requests=5)
+    images.index.fetcher.refused.update(address=4)
+    images.index.host.upload.counts.update(requests=7)
+    assert tool_counts(SearchEnvironment(*back_ends)) == {
+        "tools/brave_TooSlowError": 1, "tools/brave_requests": 2, "tools/cache_hits": 3,
+        "tools/image_host_requests": 7, "tools/jina_requests": 5, "tools/refused_address": 4,
+    }  # fmt: skip
 
 
 def test_every_tool_goes_through_one_cache(tmp_path):

@@ -213,11 +213,11 @@ tracking: {{wandb: disabled}}
 
 
 def lines_of(folder, name):
-    """A record of a run without what a clock decides."""
+    """A record of a run without what a clock decides, and without how the tools were served."""
     rows = [json.loads(line) for line in (folder / name).read_text().splitlines()]
     for row in rows:
         for key in list(row):
-            if key.startswith(("time", "speed/", "eval/time")) or key == "step_time":
+            if key.startswith(("time", "speed/", "eval/time", "tools/")) or key == "step_time":
                 del row[key]
         for turn in row.get("turns", []):
             turn.pop("seconds", None)
@@ -246,6 +246,13 @@ def test_a_training_replays_from_its_cache_and_leaves_no_key_anywhere(fake, tmp_
     again = run_training(load_config(path, overrides))
     for name in ("metrics.jsonl", "trajectories.jsonl"):
         assert lines_of(again, name) == lines_of(first, name)
+    counted, again_counted = (
+        json.loads((folder / "metrics.jsonl").read_text().splitlines()[-2])
+        for folder in (first, again)
+    )
+    assert counted["tools/serper_requests"] == counted["tools/cache_stored"] > 0
+    assert again_counted["tools/cache_hits"] > 0
+    assert "tools/serper_requests" not in again_counted
     texts = (first / "trajectories.jsonl").read_text()
     assert "the currency is leu" in texts
     for file in tmp_path.rglob("*"):
