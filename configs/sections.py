@@ -238,6 +238,22 @@ class Environment:
 
     name: Literal["atlas"] = "atlas"
     """which world"""
+    retrieval: str | None = None
+    """search server that answers the tool calls, `http://host:port` (`obm serve`, or any that
+    speaks Search-R1's protocol); null = the world's own indexes in this process"""
+    text_provider: Literal["serper", "brave", "tavily"] | None = None
+    """live text search in place of the world's own; its key comes from the environment
+    (docs/live-search.md)"""
+    image_provider: Literal["serpapi"] | None = None
+    """live image search in place of the world's own; makes every searched picture public"""
+    page_reader: Literal["direct", "jina"] | None = None
+    """who reads pages: this machine, or a service"""
+    cache: str | None = None
+    """folder that keeps every tool result, so that a run can be replayed; null = nothing is kept"""
+    cache_mode: Literal["read", "write", "refresh", "offline"] = "read"
+    """`read` asks for what is missing and keeps it; `write` always asks and keeps what is new;
+    `refresh` asks once more and replaces; `offline` never asks, and a miss is a fault of
+    infrastructure"""
     dialect: Literal["search_r1", "mmsearch_r1", "hermes"] = "search_r1"
     """how calls, observations and answers look as text"""
     kinds: list[Kind] = field(default_factory=lambda: ["two"])
@@ -303,6 +319,45 @@ class Environment:
             "long_results",
         )
         return {name: getattr(self, name) for name in names}
+
+
+@dataclass
+class Live:
+    """Live search services and page reading; used only with a provider or a reader in
+    `environment`. Keys come from environment variables alone: docs/live-search.md."""
+
+    text_url: str | None = None
+    """base URL of the text provider; null = its own"""
+    image_url: str | None = None
+    """base URL of the image provider; null = its own"""
+    page_url: str | None = None
+    """base URL of the page service; null = its own"""
+    image_host: str | None = None
+    """where pictures are put so that an image provider can fetch them: a folder that a web server
+    serves, or a URL that takes PUT (a bucket, WebDAV)"""
+    image_host_url: str | None = None
+    """public URL of what lies in image_host; null = image_host itself is that URL"""
+    country: str | None = "us"
+    """two letters; which country's results"""
+    language: str | None = "en"
+    """two letters; which language's results"""
+    requests_per_second: Annotated[float, Between(0, above=True)] = 5.0
+    """most requests to each service on average, all training processes together"""
+    retries: Annotated[int, NotNegative] = 2
+    """further attempts after a failure of a service, within environment.timeout_s"""
+    read_results: bool = False
+    """text hits carry a summary of their page instead of the search service's snippet"""
+    summary_url: str | None = None
+    """OpenAI-compatible endpoint, `http://host:port/v1`, that summarises pages in five sentences;
+    null = the five best sentences by BM25"""
+    summary_model: str | None = None
+    """name of the model behind summary_url"""
+    page_chars: Annotated[int, Positive] = 30_000
+    """characters of a page's text that are looked at"""
+    page_bytes: Annotated[int, Positive] = 2_000_000
+    """largest page or picture that is fetched, as sent and as decompressed"""
+    allow_loopback: bool = False
+    """pages of this machine may be read; for tests only"""
 
 
 @dataclass
@@ -443,6 +498,8 @@ class Config:
     """merge"""
     environment: Environment = field(default_factory=Environment)
     """world and questions"""
+    live: Live = field(default_factory=Live)
+    """search services on the net"""
     rewards: Rewards = field(default_factory=Rewards)
     """reward parts"""
     rollout: Rollout = field(default_factory=Rollout)

@@ -29,11 +29,19 @@ class BM25TextIndex:
 
     Args:
         ids, titles, texts: one entry a passage, same order.
+        snippet_words: a hit's text is its best sentences of so many words; None = all of it.
     """
 
     in_memory = True  # answers at once: no watchdog thread is needed
 
-    def __init__(self, ids: Sequence[str], titles: Sequence[str], texts: Sequence[str]):
+    def __init__(
+        self,
+        ids: Sequence[str],
+        titles: Sequence[str],
+        texts: Sequence[str],
+        snippet_words: int | None = SNIPPET_WORDS,
+    ):
+        self.snippet_words = snippet_words
         self.ids, self.titles, self.texts = list(ids), list(titles), list(texts)
         corpus = [
             split_words(" ".join([title] * TITLE_WEIGHT + [text]))
@@ -46,6 +54,9 @@ class BM25TextIndex:
         ]
         self._bm25 = bm25s.BM25()
         self._bm25.index((token_ids, self._vocabulary), show_progress=False)
+
+    def __len__(self) -> int:
+        return len(self.ids)
 
     def search(self, queries: list[str], k: int) -> list[list[Hit]]:
         """The k best passages for each query, best first; those that share no word are left out."""
@@ -63,12 +74,16 @@ class BM25TextIndex:
             Hit(
                 id=self.ids[i],
                 title=self.titles[i],
-                text=cut_snippet(self.texts[i], query),
+                text=self._snippet(i, query),
                 score=float(scores[i]),
             )
             for i in best
             if scores[i] > 0
         )
+
+    def _snippet(self, i: int, query: str) -> str:
+        text = self.texts[i]
+        return text if self.snippet_words is None else cut_snippet(text, query, self.snippet_words)
 
 
 class ColourImageIndex:
@@ -100,6 +115,9 @@ class ColourImageIndex:
         self._entry_of_view = np.array([position[i] for i in ids])
         self._views = np.stack([colour_features(image) for image in images])
         self._remembered: dict[bytes, np.ndarray] = {}
+
+    def __len__(self) -> int:
+        return len(self.ids)
 
     def search(self, images: list[Image.Image], k: int) -> list[list[Hit]]:
         """The k most similar entries for each picture, best first; score is 1 / (1 + distance)."""

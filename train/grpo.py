@@ -31,6 +31,7 @@ from trl.models import unwrap_model_for_generation
 
 from configs.sections import Algorithm
 from environments.episode import STOP_REASONS
+from environments.live import tool_counts
 from environments.tools import CUT_MARK
 from rewards.compose import score
 from rewards.trajectory import get
@@ -541,6 +542,7 @@ class SearchGRPOTrainer(GRPOTrainer):
                 logs["anchor/loss"] = self.anchor.loss()
             n_tokens = self.n_policy_tokens - self._last_logged_tokens
             logs |= speeds(n_tokens, self._seconds)
+            logs |= tool_counts(self.engine.environment)
             self._seconds.clear()
             self._last_logged_step = self.state.global_step
             self._last_logged_tokens = self.n_policy_tokens

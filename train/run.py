@@ -44,7 +44,7 @@ MAY_CHANGE = (
     # train.resume checks that their product with the number of processes stays
     "grpo.per_device_train_batch_size", "grpo.gradient_accumulation_steps",
     "rollout.sync_dir", "rollout.sleep", "environment.timeout_s", "environment.retries",
-    "environment.backoff_s",
+    "environment.backoff_s", "environment.cache", "live.requests_per_second", "live.retries",
 )  # fmt: skip
 """Settings that may differ between a run and its continuation."""
 

@@ -19,9 +19,29 @@ def load_environment(config: Config) -> Any:
     section = config.environment
     if section.name != "atlas":
         raise ConfigError(f"environment.name: no world '{section.name}'; write atlas")
-    from environments.atlas.world import load_environment as load_atlas
+    from environments.episode import SearchEnvironment
+    from environments.live import live_tools
 
-    return load_atlas(**section.episode_settings())
+    back_ends = live_tools(section, config.live, *_indexes(section))
+    return SearchEnvironment(*back_ends, **section.episode_settings())
+
+
+def _indexes(section: Any) -> tuple[Any, Any]:
+    """The world's own text and image index, here or on a search server."""
+    if section.retrieval and section.cache and section.cache_mode == "offline":
+        from environments.remote import RemoteImageIndex, RemoteTextIndex, SearchServer
+
+        server = SearchServer(section.retrieval)  # it may be gone: the cache answers for it
+        return RemoteTextIndex(server), RemoteImageIndex(server, section.thumbnails)
+    if section.retrieval:
+        from environments.remote import connect as connect_search
+
+        return connect_search(
+            section.retrieval, timeout_s=section.timeout_s, thumbnails=section.thumbnails
+        )
+    from environments.atlas.world import load_image_index, load_text_index
+
+    return load_text_index(), load_image_index()
 
 
 def load_questions(

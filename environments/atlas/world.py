@@ -12,18 +12,21 @@ from environments.atlas.entities import HEADLINE_RELATIONS, load_entities, load_
 from environments.atlas.passages import load_passages, passage_id
 from environments.atlas.photos import PHOTO_SIZE, render_photo
 from environments.episode import SearchEnvironment
-from environments.retrieval import BM25TextIndex, ColourImageIndex
+from environments.retrieval import SNIPPET_WORDS, BM25TextIndex, ColourImageIndex
 
 N_VIEWS = 4  # the flat flag and three warped views of it, of other seeds than any question's photo
 _VIEW_SEED = 7_000_003
 
 
 @functools.cache
-def load_text_index() -> BM25TextIndex:
-    """BM25 over the whole corpus."""
+def load_text_index(snippet_words: int | None = SNIPPET_WORDS) -> BM25TextIndex:
+    """BM25 over the whole corpus; see BM25TextIndex for `snippet_words`."""
     passages = load_passages()
     return BM25TextIndex(
-        [p.id for p in passages], [p.title for p in passages], [p.text for p in passages]
+        [p.id for p in passages],
+        [p.title for p in passages],
+        [p.text for p in passages],
+        snippet_words,
     )
 
 

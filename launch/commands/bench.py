@@ -3,8 +3,10 @@
 cli           processor time of every verb's --help, target 0.5 s each (the default)
 merge         the merge beside mergekit and beside a raw copy of the same bytes
 calibration   what collecting statistics adds to a forward pass
+serve         the search server beside Search-R1's, under load
 
-Each writes bench-NAME.json, merge a page as well. The exit code is 1 if a target is missed.
+Each writes bench-NAME.json, merge and serve a page as well. The exit code is 1 if a target is
+missed.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ EXAMPLES = (
     "obm bench merge --sizes 0.5b,1.5b,7b --output runs/bench",
     "obm bench cli merge --sizes tiny --peer none --output runs/bench",
 )
-NAMES = ("cli", "merge", "calibration")
+NAMES = ("cli", "merge", "calibration", "serve")
 HELP_TARGET_S = 0.5
 
 
@@ -52,6 +54,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--work", metavar="DIR", default="runs", help="disk for the files (default: runs)"
     )
     merge.add_argument("--keep", action="store_true", help="leave the files for another run")
+    serve = parser.add_argument_group("serve")
+    serve.add_argument(
+        "--passages", type=int, default=1_000_000, metavar="N",
+        help="of the synthetic corpus (default: 1000000)",
+    )  # fmt: skip
+    serve.add_argument(
+        "--search-peer", choices=("lucene", "bm25s", "none"), default="lucene",
+        help="searcher of the peer, installed into .cache/pyserini-venv (default: lucene)",
+    )  # fmt: skip
+    serve.add_argument(
+        "--seconds", type=float, default=8, help="of load for each number of clients (default: 8)"
+    )
 
 
 def run(options: argparse.Namespace) -> int:
@@ -59,7 +73,12 @@ def run(options: argparse.Namespace) -> int:
     for name in options.names:
         if name not in NAMES:
             raise LaunchError(f"there is no bench {name!r}; choose of {', '.join(NAMES)}")
-    measure = {"cli": bench_cli, "merge": _bench_merge, "calibration": _bench_calibration}
+    measure = {
+        "cli": bench_cli,
+        "merge": _bench_merge,
+        "calibration": _bench_calibration,
+        "serve": _bench_serve,
+    }
     all_met = True
     for name in dict.fromkeys(options.names or ["cli"]):
         record = measure[name](options)
@@ -133,6 +152,27 @@ def _bench_calibration(options: argparse.Namespace) -> dict[str, Any]:
     return {"targets": targets}
 
 
+def _bench_serve(options: argparse.Namespace) -> dict[str, Any]:
+    from importlib.metadata import version
+
+    from launch.bench_serve import PYSERINI, bench_serve
+    from launch.bench_serve_report import judge
+
+    if options.passages < 1000 or options.seconds <= 0:
+        raise LaunchError("--passages has to be 1000 or more and --seconds above 0")
+    record = bench_serve(
+        Path(options.work) / "bench-serve",
+        n_passages=options.passages,
+        seconds=options.seconds,
+        peer=options.search_peer,
+        keep=options.keep,
+    )
+    versions = {name: version(name) for name in ("starlette", "uvicorn", "numba", "numpy")}
+    if options.search_peer == "lucene":
+        versions["pyserini"] = PYSERINI.partition("==")[2]
+    return {"targets": judge(record), "versions": versions, **record}
+
+
 def _print_targets(targets: list[dict[str, Any]]) -> None:
     for target in targets:
         word = "met" if target["met"] else "MISSED"
@@ -140,7 +180,7 @@ def _print_targets(targets: list[dict[str, Any]]) -> None:
 
 
 def _write(output: Path, name: str, record: dict[str, Any]) -> None:
-    """Writes bench-NAME.json, and for the merge the page, which is printed, too."""
+    """Writes bench-NAME.json, and for merge and serve the page."""
     from compare.provenance import code_commit, hardware
     from launch.arguments import command_line
     from train.run import write_json, write_text
@@ -159,3 +199,8 @@ def _write(output: Path, name: str, record: dict[str, Any]) -> None:
         print(f"\n{render_table(medians(record['runs']))}\n")
         _print_targets(record["targets"])
         write_text(output / "bench-merge.md", render_page(record))
+    if name == "serve":
+        from launch.bench_serve_report import render_page as render_serve_page
+
+        _print_targets(record["targets"])
+        write_text(output / "bench-serve.md", render_serve_page(record))

@@ -3,15 +3,10 @@
 import pytest
 
 from configs.schema import load_config
-from environments.episode import SearchEnvironment
 from train.worlds import load_environment
 
 
-def test_every_setting_of_an_episode_reaches_the_environment(tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        "environments.atlas.world.load_environment",
-        lambda **settings: SearchEnvironment(None, None, **settings),
-    )
+def test_every_setting_of_an_episode_reaches_the_environment(tmp_path):
     path = tmp_path / "settings.yaml"
     path.write_text(
         f"output: {tmp_path / 'run'}\n"
