@@ -1,4 +1,4 @@
-"""The atlas's entities: countries and territories, each with facts, a flag and a split.
+"""The atlas's entities: countries and territories, each with facts, a flag, a map and a split.
 
 An entity also says whether the tiny VLM has seen its flag.
 """
@@ -36,6 +36,10 @@ TOPICS = {
     "symbols": ("national symbol",),
 }
 TOPIC_OF = {relation: topic for topic, relations in TOPICS.items() for relation in relations}
+
+DOMAINS = ("flags", "maps")
+# Sea, other land, the place itself: the colours of a map, which keeps class numbers.
+MAP_COLOURS = ((150, 190, 225), (235, 225, 195), (200, 60, 50))
 
 # A VLM knows much of the world: it has seen this share of the flags of every split, and never a
 # fact about them.
@@ -100,3 +104,18 @@ def load_flag(iso: str) -> np.ndarray:
     """The flat flag as an array [96, 128, 3] of uint8."""
     png = _data("flags", f"{iso}.png").read_bytes()
     return np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
+
+
+@functools.cache
+def load_map(iso: str) -> np.ndarray | None:
+    """The flat map as an array [96, 128, 3] of uint8; None for a place without one."""
+    path = _data("maps", f"{iso}.png")
+    if not path.is_file():
+        return None
+    classes = np.asarray(Image.open(io.BytesIO(path.read_bytes())))
+    return np.array(MAP_COLOURS, dtype=np.uint8)[classes]
+
+
+def load_picture(domain: str, iso: str) -> np.ndarray | None:
+    """How a domain pictures a place, [96, 128, 3] of uint8; None where it has no picture of it."""
+    return load_flag(iso) if domain == "flags" else load_map(iso)

@@ -8,7 +8,13 @@ from typing import Any
 
 from PIL import Image
 
-from environments.atlas.entities import HEADLINE_RELATIONS, load_entities, load_flag
+from environments.atlas.editions import AS_IT_IS, Edition
+from environments.atlas.entities import (
+    HEADLINE_RELATIONS,
+    load_entities,
+    load_flag,
+    load_picture,
+)
 from environments.atlas.passages import load_passages, passage_id
 from environments.atlas.photos import PHOTO_SIZE, render_photo
 from environments.episode import SearchEnvironment
@@ -18,39 +24,62 @@ N_VIEWS = 4  # the flat flag and three warped views of it, of other seeds than a
 _VIEW_SEED = 7_000_003
 
 
+def load_text_index(edition: Edition = AS_IT_IS) -> BM25TextIndex:
+    """BM25 over the whole corpus of an edition; built once a process."""
+    return _build_text_index(edition)
+
+
+def load_image_index(
+    n_views: int = N_VIEWS, domains: tuple[str, ...] = ("flags",)
+) -> ColourImageIndex:
+    """Every place in several views of its flag, its map or both; built once a process.
+
+    Hits carry the entity's name and a small flat picture of the first domain.
+    """
+    return _build_image_index(n_views, domains)
+
+
 @functools.cache
-def load_text_index() -> BM25TextIndex:
-    """BM25 over the whole corpus."""
-    passages = load_passages()
+def _build_text_index(edition: Edition) -> BM25TextIndex:
+    passages = load_passages(edition)
     return BM25TextIndex(
         [p.id for p in passages], [p.title for p in passages], [p.text for p in passages]
     )
 
 
 @functools.cache
-def load_image_index(n_views: int = N_VIEWS) -> ColourImageIndex:
-    """Every flag in several views; hits carry the entity's name and a small flat flag."""
+def _build_image_index(n_views: int, domains: tuple[str, ...]) -> ColourImageIndex:
     ids, titles, images = [], [], []
     thumbnails: dict[str, Image.Image] = {}
-    for iso, entity in load_entities().items():
-        flag = load_flag(iso)
-        size = (PHOTO_SIZE, PHOTO_SIZE)
-        thumbnails[iso] = Image.fromarray(flag).resize(size, Image.Resampling.BOX)
-        views = [thumbnails[iso]]
-        views += [render_photo(flag, _VIEW_SEED + i, strength=0.4) for i in range(n_views - 1)]
-        ids += [iso] * len(views)
-        titles += [entity.name] * len(views)
-        images += views
+    for domain in domains:
+        for iso, entity in load_entities().items():
+            picture = load_picture(domain, iso)
+            if picture is None:
+                continue
+            size = (PHOTO_SIZE, PHOTO_SIZE)
+            flat = Image.fromarray(picture).resize(size, Image.Resampling.BOX)
+            thumbnails.setdefault(iso, flat)
+            views = [flat]
+            views += [render_photo(picture, _VIEW_SEED + i, 0.4) for i in range(n_views - 1)]
+            ids += [iso] * len(views)
+            titles += [entity.name] * len(views)
+            images += views
     return ColourImageIndex(ids, titles, images, thumbnails)
 
 
-def load_environment(**settings: Any) -> SearchEnvironment:
+def load_environment(
+    edition: Edition = AS_IT_IS, domains: tuple[str, ...] = ("flags",), **settings: Any
+) -> SearchEnvironment:
     """The atlas's tools as a search environment.
 
     Args:
+        edition: whose fact sheets the text search finds.
+        domains: what the image search knows: flags, maps or both.
         settings: go to SearchEnvironment (dialect, budgets, top_k ...).
     """
-    return SearchEnvironment(load_text_index(), load_image_index(), **settings)
+    return SearchEnvironment(
+        load_text_index(edition), load_image_index(domains=domains), **settings
+    )
 
 
 def measure_retrieval(

@@ -10,7 +10,7 @@ from train.worlds import load_environment
 def test_every_setting_of_an_episode_reaches_the_environment(tmp_path, monkeypatch):
     monkeypatch.setattr(
         "environments.atlas.world.load_environment",
-        lambda **settings: SearchEnvironment(None, None, **settings),
+        lambda edition, domains, **settings: SearchEnvironment(None, None, **settings),
     )
     path = tmp_path / "settings.yaml"
     path.write_text(
