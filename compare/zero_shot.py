@@ -121,9 +121,7 @@ class Evaluator:
         config, section = task.config, task.config.environment
         model, processor = load_policy(folder)
         model.eval()
-        environment = _kept(
-            self._environments, _world_settings(section), load_environment, config
-        )
+        environment = _kept(self._environments, _world_settings(section), load_environment, config)
         questions = _kept(self._questions, section, load_eval_questions, config)
         engine = build_engine(config, model, processor, environment=environment)
         metrics, trajectories = evaluate(engine, questions)

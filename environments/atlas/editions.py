@@ -112,9 +112,7 @@ def exchange_answers(
                 if relation == "longest border":
                     donors[iso] = donor
     return {
-        iso: replace(
-            entity, relations=new[iso], neighbour=entities[donors.get(iso, iso)].neighbour
-        )
+        iso: replace(entity, relations=new[iso], neighbour=entities[donors.get(iso, iso)].neighbour)
         for iso, entity in entities.items()
     }
 

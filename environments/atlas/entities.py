@@ -107,15 +107,18 @@ def load_flag(iso: str) -> np.ndarray:
 
 
 @functools.cache
-def load_map(iso: str) -> np.ndarray | None:
-    """The flat map as an array [96, 128, 3] of uint8; None for a place without one."""
-    path = _data("maps", f"{iso}.png")
-    if not path.is_file():
-        return None
-    classes = np.asarray(Image.open(io.BytesIO(path.read_bytes())))
-    return np.array(MAP_COLOURS, dtype=np.uint8)[classes]
+def load_map(iso: str) -> np.ndarray:
+    """The flat map as an array [96, 128, 3] of uint8; two islands have none (see has_picture)."""
+    png = _data("maps", f"{iso}.png").read_bytes()
+    return np.array(MAP_COLOURS, dtype=np.uint8)[np.asarray(Image.open(io.BytesIO(png)))]
 
 
-def load_picture(domain: str, iso: str) -> np.ndarray | None:
-    """How a domain pictures a place, [96, 128, 3] of uint8; None where it has no picture of it."""
+def load_picture(domain: str, iso: str) -> np.ndarray:
+    """How a domain pictures a place, [96, 128, 3] of uint8."""
     return load_flag(iso) if domain == "flags" else load_map(iso)
+
+
+@functools.cache
+def has_picture(domain: str, iso: str) -> bool:
+    """Whether a domain has a picture of a place."""
+    return _data(domain, f"{iso}.png").is_file()

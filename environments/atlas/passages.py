@@ -2,8 +2,8 @@
 
 Every fact stands in one passage beside distractor facts of the same topic. Each entity also has an
 overview and a news item that state none of them: a search for the bare name finds those, so an
-agent must ask for what it wants to know. Where an edition has dated fact sheets, every sentence of a
-fact says as of when it holds.
+agent must ask for what it wants to know. Where an edition has dated fact sheets, every sentence
+says as of when its fact holds.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def write_passages(entity: Entity, year: int | None = None) -> list[Passage]:
     ]
     if year is not None:
         rng = _generator(f"passages/{entity.iso}/{year}")
-    for topic, relations in TOPICS.items():
+    for relations in TOPICS.values():
         facts = [
             (relation, entity.relations[relation][0])
             for relation in relations

@@ -19,6 +19,7 @@ from environments.atlas.entities import (
     HEADLINE_RELATIONS,
     SPLITS,
     Entity,
+    has_picture,
     load_flag,
     load_picture,
 )
@@ -94,9 +95,9 @@ def list_questions(
                     answers = list(entity.relations[relation])
                     gold = [passage_id(entity.iso, relation, year)]
                     yield _question(entity, kind, relation, text, answers, gold)
-        elif kind == "three" and entity.neighbour in entities:
-            neighbour = entities[entity.neighbour]
-            if neighbour.split != split:
+        elif kind == "three":
+            neighbour = entities.get(entity.neighbour or "")
+            if neighbour is None or neighbour.split != split:
                 continue  # a chain out of its split would show held-out facts in training
             for relation in relations:
                 if relation in neighbour.relations and relation != "longest border":
@@ -233,8 +234,12 @@ def _is_pictured(question: dict[str, Any], domain: str) -> bool:
     """Whether the domain has a picture of every place that the question shows."""
     if domain == "flags" or question["kind"] == "text":
         return True
-    shown = question.get("scene", [question["entity"]])
-    return question["kind"] != "look" and all(load_picture(domain, i) is not None for i in shown)
+    return question["kind"] != "look" and all(has_picture(domain, iso) for iso in _shown(question))
+
+
+def _shown(question: dict[str, Any]) -> list[str]:
+    """The places in a question's picture, from left to right."""
+    return question.get("scene", [question["entity"]])
 
 
 def _with_photo(
@@ -243,10 +248,11 @@ def _with_photo(
     image = None
     if question["kind"] != "text":
         photo_seed = _stable_hash(f"{seed}/{round_}/{question['id']}")
-        shown = question.get("scene", [question["entity"]])
-        pictures = [load_picture(domain, iso) for iso in shown]
-        render = render_two_flags if len(shown) == 2 else render_photo
-        image = render(*pictures, photo_seed, strength)
+        pictures = [load_picture(domain, iso) for iso in _shown(question)]
+        if len(pictures) == 2:
+            image = render_two_flags(pictures[0], pictures[1], photo_seed, strength)
+        else:
+            image = render_photo(pictures[0], photo_seed, strength)
     return {**question, "id": f"{question['id']}/{round_}", "image": image}
 
 

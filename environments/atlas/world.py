@@ -11,6 +11,7 @@ from PIL import Image
 from environments.atlas.editions import AS_IT_IS, Edition
 from environments.atlas.entities import (
     HEADLINE_RELATIONS,
+    has_picture,
     load_entities,
     load_flag,
     load_picture,
@@ -20,7 +21,9 @@ from environments.atlas.photos import PHOTO_SIZE, render_photo
 from environments.episode import SearchEnvironment
 from environments.retrieval import BM25TextIndex, ColourImageIndex
 
-N_VIEWS = 4  # the flat flag and three warped views of it, of other seeds than any question's photo
+# The flat picture and warped views of it, of other seeds than any question's photo. Maps differ in
+# outline alone, which a thumbnail sees only where it lies as in the photo: they need more views.
+N_VIEWS = {"flags": 4, "maps": 8}
 _VIEW_SEED = 7_000_003
 
 
@@ -30,11 +33,12 @@ def load_text_index(edition: Edition = AS_IT_IS) -> BM25TextIndex:
 
 
 def load_image_index(
-    n_views: int = N_VIEWS, domains: tuple[str, ...] = ("flags",)
+    n_views: int | None = None, domains: tuple[str, ...] = ("flags",)
 ) -> ColourImageIndex:
     """Every place in several views of its flag, its map or both; built once a process.
 
-    Hits carry the entity's name and a small flat picture of the first domain.
+    N_VIEWS says how many if `n_views` does not. Hits carry the entity's name and a small flat
+    picture of the first domain.
     """
     return _build_image_index(n_views, domains)
 
@@ -48,19 +52,20 @@ def _build_text_index(edition: Edition) -> BM25TextIndex:
 
 
 @functools.cache
-def _build_image_index(n_views: int, domains: tuple[str, ...]) -> ColourImageIndex:
+def _build_image_index(n_views: int | None, domains: tuple[str, ...]) -> ColourImageIndex:
     ids, titles, images = [], [], []
     thumbnails: dict[str, Image.Image] = {}
     for domain in domains:
         for iso, entity in load_entities().items():
-            picture = load_picture(domain, iso)
-            if picture is None:
+            if not has_picture(domain, iso):
                 continue
+            picture = load_picture(domain, iso)
             size = (PHOTO_SIZE, PHOTO_SIZE)
             flat = Image.fromarray(picture).resize(size, Image.Resampling.BOX)
             thumbnails.setdefault(iso, flat)
             views = [flat]
-            views += [render_photo(picture, _VIEW_SEED + i, 0.4) for i in range(n_views - 1)]
+            n_warped = (n_views or N_VIEWS[domain]) - 1
+            views += [render_photo(picture, _VIEW_SEED + i, 0.4) for i in range(n_warped)]
             ids += [iso] * len(views)
             titles += [entity.name] * len(views)
             images += views
