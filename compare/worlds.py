@@ -57,7 +57,8 @@ def measure_mode(
 
     Returns:
         `image` (the first name is that of the place) and `passage` (the gold passage is among the
-        hits) of the ceiling; accuracy of every script, of `memory` and of `constant`.
+        hits) of the ceiling, `image, whole picture`; accuracy of every script, of `memory` and of
+        `constant`.
     """
     n = len(questions)
     shares: dict[str, float] = {}
@@ -70,6 +71,8 @@ def measure_mode(
             )
             / n
         )
+        if name == "whole picture":
+            shares[f"image, {name}"] = sum(item.has_place for item in found) / n
         if name == "ceiling":
             shares["image"] = sum(item.has_place for item in found) / n
             shares["passage"] = sum(item.has_passage for item in found) / n
@@ -153,7 +156,7 @@ def write_worlds(record: Mapping[str, Any], output: Path) -> None:
     write_text(output.with_suffix(".md"), _markdown(record))
 
 
-CEILING_COLUMNS = ("image", "passage", *SCRIPTS, "memory", "constant")
+CEILING_COLUMNS = ("image", "image, whole picture", "passage", *SCRIPTS, "memory", "constant")
 
 
 def ceiling_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
