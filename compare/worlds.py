@@ -170,11 +170,12 @@ def ceiling_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def policy_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """The modes and the four parts of every policy in them, as Markdown."""
-    parts = ("searched", "entity", "passage", "accuracy")
-    lines = _header(["mode", "kind", "policy", *parts])
+    columns = {"searched": "searched", "by image": "search_rate_image", "entity": "entity",
+               "passage": "passage", "accuracy": "accuracy"}  # fmt: skip
+    lines = _header(["mode", "kind", "policy", *columns])
     for row in rows:
         for name, metrics in row["policies"].items():
-            cells = [f"{metrics[part]:.2f}" for part in parts]
+            cells = [f"{metrics[metric]:.2f}" for metric in columns.values()]
             lines.append("| " + " | ".join([row["mode"], row["kind"], name, *cells]) + " |")
     return lines
 
@@ -211,7 +212,8 @@ def _markdown(record: Mapping[str, Any]) -> str:
         "",
         *policy_table(record["rows"]),
         "",
-        "Greedy episodes. base and agent read no pictures, so they are asked the `text` kind. "
+        "Greedy episodes: shares that searched at all and by image, named the place in a query, "
+        "found the gold passage, answered right. base and agent read no pictures, so they are asked the `text` kind. "
         "`obm` is the merge of configs/demo.yaml before any training. No policy here was trained "
         "on any of the modes but the first.",
         "",

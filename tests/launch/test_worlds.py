@@ -16,7 +16,8 @@ def measured(monkeypatch, tmp_path):
 
     def measure(self, task):
         tasks.append(task)
-        metrics = dict.fromkeys(("searched", "entity", "passage", "accuracy"), 0.25)
+        parts = ("searched", "search_rate_image", "entity", "passage", "accuracy")
+        metrics = dict.fromkeys(parts, 0.25)
         return {"metrics": metrics, "answers": [], "has_labels": True}
 
     monkeypatch.setattr(worlds, "make_statistics", lambda config, kinds: None)
@@ -47,7 +48,7 @@ def test_every_mode_is_measured_and_written(obm, measured, tmp_path):
             assert environment.eval_kinds == [kind]
             assert all(getattr(environment, key) == value for key, value in settings.items())
     text = (tmp_path / "w.md").read_text()
-    assert text.count("| counterfactual | text | agent | 0.25 |") == 1
+    assert text.count("| counterfactual | text | agent | 0.25 | 0.25 |") == 1
 
 
 @pytest.mark.parametrize(
