@@ -215,16 +215,16 @@ def _markdown(record: Mapping[str, Any]) -> str:
         "search (the asked half of a scene) is the place. `passage`: the gold passage is found. "
         '`ceiling`: accuracy of the agent that takes the first name, asks "REL of NAME" and '
         "reads the newest page. `whole picture`, `first page` and `older page` are the same agent "
-        "with one mistake, shown where it can be made. `memory` knows every place and the facts as they are and never "
-        "searches; `constant` says the one answer that is right most often here.",
+        "with one mistake, shown where it can be made. `memory` knows every place and the facts "
+        "as they are and never searches; `constant` says the one answer that is right most often here.",
         "",
         "## What the policies do",
         "",
         *policy_table(record["rows"]),
         "",
         "Greedy episodes: shares that searched at all and by image, named the place in a query, "
-        "found the gold passage, answered right. base and agent read no pictures, so they are asked the `text` kind. "
-        "`obm` is the merge of configs/demo.yaml before any training; the command names the "
+        "found the gold passage, answered right. base and agent read no pictures, so they are "
+        "asked the `text` kind. `obm` is the merge of configs/demo.yaml before any training; the command names the "
         "checkpoints of others.",
         "",
         f"In the newer fact sheet, {record['changed']:.2f} of the asked facts of the test split "
