@@ -216,7 +216,8 @@ def _markdown(record: Mapping[str, Any]) -> str:
         '`ceiling`: accuracy of the agent that takes the first name, asks "REL of NAME" and '
         "reads the newest page. `whole picture`, `first page` and `older page` are the same agent "
         "with one mistake, shown where it can be made. `memory` knows every place and the facts "
-        "as they are and never searches; `constant` says the one answer that is right most often here.",
+        "as they are and never searches; `constant` says the one answer that is right most often "
+        "here.",
         "",
         "## What the policies do",
         "",
@@ -224,8 +225,8 @@ def _markdown(record: Mapping[str, Any]) -> str:
         "",
         "Greedy episodes: shares that searched at all and by image, named the place in a query, "
         "found the gold passage, answered right. base and agent read no pictures, so they are "
-        "asked the `text` kind. `obm` is the merge of configs/demo.yaml before any training; the command names the "
-        "checkpoints of others.",
+        "asked the `text` kind. `obm` is the merge of configs/demo.yaml before any training; the "
+        "command names the checkpoints of others.",
         "",
         f"In the newer fact sheet, {record['changed']:.2f} of the asked facts of the test split "
         f"differ from the older one ({OLDER}, {NEWER}).",

@@ -19,7 +19,7 @@ EXAMPLES = (
     "obm atlas build --output runs/trio --tool-use none --only vlm",
     "obm atlas report --checkpoints runs/trio --output runs/trio/report",
     "obm atlas table --output runs/retrieval",
-    "obm atlas worlds --start trained=runs/obm-s0/checkpoints/checkpoint-30 --output runs/worlds/table",
+    "obm atlas worlds --start trained=runs/obm-s0/checkpoints/checkpoint-30",
 )
 TRIO = ("base", "agent", "vlm")
 TOOL_USE = ("none", "format", "1", "2", "5")
