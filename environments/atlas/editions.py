@@ -87,8 +87,8 @@ def exchange_answers(
 ) -> dict[str, Entity]:
     """The same places, whose answers have changed places inside each split and relation.
 
-    A place keeps its answer only where the rest of its split has no other for it. Answers move
-    with their aliases, and `longest border` with the neighbour, which is never the place itself.
+    A place keeps an answer only where no swap inside its split gives it another. Answers move with
+    their aliases, and `longest border` with the neighbour, which is never the place itself.
 
     Args:
         entities: places by code.
