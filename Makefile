@@ -21,7 +21,7 @@ ARGS ?=
 export PYTHONSAFEPATH := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install demo test test-vllm bench bench-merge bench-serve lint atlas tune study-floors study-convergence study-cold study-zero soak results clean
+.PHONY: help install demo test test-vllm bench bench-merge bench-serve lint atlas tune study-floors study-convergence study-cold study-zero study-worlds soak results clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1: /p' Makefile
@@ -92,6 +92,18 @@ study-zero: $(STAMP) ## one training under ZeRO-1, 2, 3, offload and LoRA, two p
 
 soak: $(STAMP) ## 200 steps of two processes under ZeRO-3 with failing tools, docs/results/soak.* (ten minutes)
 	$(BIN)/python tests/train/soak.py $(ARGS)
+
+study-worlds: $(STAMP) ## what the atlas's modes ask of an agent, then docs/results/worlds.* (fifteen minutes)
+	test -d runs/worlds/calibration || $(BIN)/obm calibrate calibration.output=runs/worlds/calibration
+	test -f runs/worlds/obm/merge.json || \
+	  $(BIN)/obm merge calibration.output=runs/worlds/calibration --output runs/worlds/obm
+	test -f runs/worlds/trained/done.json || $(BIN)/obm train --config maps --overwrite \
+	  models.init=runs/worlds/obm tracking.arm=trained output=runs/worlds/trained
+	test -f runs/worlds/trained-news/done.json || $(BIN)/obm train --overwrite \
+	  models.init=runs/worlds/obm tracking.arm=trained-news environment.news=both \
+	  output=runs/worlds/trained-news
+	$(BIN)/obm atlas worlds --start trained=runs/worlds/trained/checkpoints/checkpoint-30 \
+	  --start trained_news=runs/worlds/trained-news/checkpoints/checkpoint-30
 
 results: $(STAMP) ## the small tables of docs/results again: trio, retrieval
 	$(BIN)/obm atlas report

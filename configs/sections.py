@@ -8,7 +8,7 @@ into docs/configuration.md. A field's annotation is its check: `Literal` lists t
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, NamedTuple, TypedDict
 
-Kind = Literal["look", "image", "text", "two", "three"]
+Kind = Literal["look", "image", "text", "two", "three", "pair"]
 Method = Literal[
     "obm",
     "linear",
@@ -260,6 +260,17 @@ class Environment:
     """question kinds to train on"""
     relations: list[str] | None = None
     """facts asked for; null = the world's default set"""
+    domain: Literal["flags", "maps"] = "flags"
+    """what the photos show of a place, and what the image search knows"""
+    eval_domain: Literal["flags", "maps"] | None = None
+    """what the evaluation's photos show; null = as `domain`. With another one the image search
+    knows both"""
+    counterfactual: int | None = None
+    """seed by which the answers of every relation change places inside each split, in the passages
+    and in what counts as right: what a model remembers is wrong; null = the facts as they are"""
+    news: Literal["older", "newer", "both"] | None = None
+    """dated fact sheets: half of the facts have changed in the newer one, the corpus holds one of
+    them or both, and the newest page is right; null = one sheet without dates"""
     strength: Annotated[float, Between(0, 2)] = 0.5
     """how strongly photos are warped: 0 flat, 0.5 default, 1 hard"""
     image_searches: Annotated[int, NotNegative] = 1
@@ -319,6 +330,10 @@ class Environment:
             "long_results",
         )
         return {name: getattr(self, name) for name in names}
+
+    def domains(self) -> tuple[str, ...]:
+        """What the image search knows: the domain, and the evaluation's if it is another."""
+        return tuple(dict.fromkeys((self.domain, self.eval_domain or self.domain)))
 
 
 @dataclass

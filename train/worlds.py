@@ -11,6 +11,8 @@ from train.settings import resolved_grpo
 
 if TYPE_CHECKING:
     from configs.schema import Config
+    from configs.sections import Environment
+    from environments.atlas.editions import Edition
     from train.episodes import Engine
 
 
@@ -41,7 +43,8 @@ def _indexes(section: Any) -> tuple[Any, Any]:
         )
     from environments.atlas.world import load_image_index, load_text_index
 
-    return load_text_index(), load_image_index()
+    edition, domains = _edition(section), section.domains()
+    return load_text_index(edition), load_image_index(domains=domains)
 
 
 def load_questions(
@@ -50,15 +53,17 @@ def load_questions(
     kinds: Sequence[str],
     n: int,
     seed: int | None = None,
+    domain: str | None = None,
 ) -> list[dict[str, Any]]:
     """Questions of a split, with photos; the same for every arm that has the same data seed.
 
     Args:
-        config: gives strength, relations and, without `seed`, the data seed.
+        config: gives strength, relations, edition and, where not given, data seed and domain.
         split: train, dev or test.
         kinds: question kinds.
         n: how many.
         seed: of choice and photos.
+        domain: what the photos show.
     """
     from environments.atlas.questions import load_questions as load_atlas_questions
 
@@ -70,6 +75,8 @@ def load_questions(
         seed=section.data_seed if seed is None else seed,
         strength=section.strength,
         relations=section.relations,
+        edition=_edition(section),
+        domain=domain or section.domain,
     )
 
 
@@ -82,7 +89,20 @@ def load_train_questions(config: Config) -> list[dict[str, Any]]:
 def load_eval_questions(config: Config) -> list[dict[str, Any]]:
     """What the held-out evaluation asks."""
     section = config.environment
-    return load_questions(config, section.eval_split, section.eval_kinds, section.eval_size)
+    return load_questions(
+        config,
+        section.eval_split,
+        section.eval_kinds,
+        section.eval_size,
+        domain=section.eval_domain,
+    )
+
+
+def _edition(section: Environment) -> Edition:
+    """Which facts hold in the world of `environment:`."""
+    from environments.atlas.editions import Edition
+
+    return Edition(section.counterfactual, section.news)
 
 
 def build_engine(config: Config, model: Any, processor: Any, **settings: Any) -> Engine:

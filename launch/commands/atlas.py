@@ -2,7 +2,8 @@
 
 build   trains base, agent and VLM from seeds (under half an hour on two cores);
 report  what each checkpoint can do: recognition, reading, closed-book answers, search;
-table   recall@1 and @3 of the text and the image index.
+table   recall@1 and @3 of the text and the image index;
+worlds  every mode (scenes, maps, counterfactual, news): what the tools allow, what policies do.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ EXAMPLES = (
     "obm atlas build --output runs/trio --tool-use none --only vlm",
     "obm atlas report --checkpoints runs/trio --output runs/trio/report",
     "obm atlas table --output runs/retrieval",
+    "obm atlas worlds --start trained=runs/obm-s0/checkpoints/checkpoint-30",
 )
 TRIO = ("base", "agent", "vlm")
 TOOL_USE = ("none", "format", "1", "2", "5")
@@ -30,12 +32,12 @@ RETRIEVAL_TARGETS = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What to do and where to write."""
-    parser.add_argument("action", choices=("build", "report", "table"))
+    parser.add_argument("action", choices=("build", "report", "table", "worlds"))
     parser.add_argument(
         "--output",
         metavar="PATH",
-        help="build: a folder (default: runs/trio); report, table: a file name without suffix "
-        "(default: docs/results/trio, docs/results/retrieval)",
+        help="build: a folder (default: runs/trio); report, table, worlds: a file name without "
+        "suffix (default: docs/results/trio, docs/results/retrieval, docs/results/worlds)",
     )
     parser.add_argument(
         "--checkpoints",
@@ -51,6 +53,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="build: what the VLM's data shows of tools: nothing, the format of a call, or 1, 2, 5 "
         "per cent whole trajectories (default: format)",
     )  # fmt: skip
+    parser.add_argument(
+        "--start", metavar="NAME=DIR", action="append", default=[],
+        help="worlds: a further checkpoint that takes pictures; may be given several times",
+    )  # fmt: skip
+    parser.add_argument(
+        "--size", type=int, default=128, metavar="N", help="worlds: questions a mode (default: 128)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="build: of data and weights")
     parser.add_argument("--overwrite", action="store_true", help="replace what is there")
     parser.add_argument("--dry-run", action="store_true", help="build: say what would be trained")
@@ -58,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Build or measure."""
-    actions = {"build": _build, "report": _report, "table": _table}
+    actions = {"build": _build, "report": _report, "table": _table, "worlds": _worlds}
     return actions[options.action](options)
 
 
@@ -140,6 +149,25 @@ def _table(options: argparse.Namespace) -> int:
     write_text(output.with_suffix(".md"), _markdown(record))
     print("\n".join(_table_lines(rows)))
     return 0 if all(target["met"] for target in targets) else 1
+
+
+def _worlds(options: argparse.Namespace) -> int:
+    from configs.schema import resolve_model
+    from launch.arguments import command_line
+    from launch.worlds import measure_worlds
+
+    starts = dict(start.partition("=")[::2] for start in options.start)
+    if not all(starts) or not all(starts.values()):
+        raise LaunchError(f"--start {options.start}: write NAME=DIR")
+    if options.size < 1:
+        raise LaunchError(f"--size {options.size}: at least one question a mode is needed")
+    measure_worlds(
+        Path(options.output or "docs/results/worlds"),
+        command=command_line(),
+        n=options.size,
+        starts={name: resolve_model(folder) for name, folder in starts.items()},
+    )
+    return 0
 
 
 def _table_lines(rows: list[dict[str, Any]]) -> list[str]:

@@ -91,7 +91,8 @@ def test_questions_have_every_column_and_an_answer(kind):
     columns = (
         "id kind split entity entity_names relation question answers gold_passages seen hops image"
     )
-    assert set(question) == set(columns.split())
+    assert set(question) - {"scene"} == set(columns.split())
+    assert ("scene" in question) == (kind == "pair")
     assert question["answers"]
     assert all(question["answers"])
     assert (question["image"] is None) == (kind == "text")
@@ -99,7 +100,7 @@ def test_questions_have_every_column_and_an_answer(kind):
 
 def test_picture_questions_do_not_name_the_place():
     for split in SPLITS:
-        for kind in ("look", "image", "two", "three"):
+        for kind in ("look", "image", "two", "three", "pair"):
             for question in list_questions(split, kind):
                 assert question["entity_names"][0] not in question["question"]
 
