@@ -79,9 +79,10 @@ study-cold: $(STAMP) ## three seeds of the plain VLM by how much tool use it has
 	$(BIN)/obm study cold $(ARGS)
 	$(BIN)/obm study cold_accuracy $(ARGS)
 
-results: $(STAMP) ## the small tables of docs/results again: trio, retrieval
+results: $(STAMP) ## the small tables of docs/results again: trio, retrieval, image-recall
 	$(BIN)/obm atlas report
 	$(BIN)/obm atlas table
+	$(BIN)/obm atlas images
 
 clean: ## the environment and caches; runs/ stays
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

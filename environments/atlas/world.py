@@ -8,6 +8,7 @@ from typing import Any
 
 from PIL import Image
 
+from environments.atlas.distortions import as_chalk, as_grey, as_sketch, cut
 from environments.atlas.entities import HEADLINE_RELATIONS, load_entities, load_flag
 from environments.atlas.passages import load_passages, passage_id
 from environments.atlas.photos import PHOTO_SIZE, render_photo
@@ -16,6 +17,12 @@ from environments.retrieval import SNIPPET_WORDS, BM25TextIndex, ColourImageInde
 
 N_VIEWS = 4  # the flat flag and three warped views of it, of other seeds than any question's photo
 _VIEW_SEED = 7_000_003
+ROBUST_VIEWS = (
+    as_grey,
+    as_sketch,
+    as_chalk,
+    *(cut(0.65, x, y) for x in (0, 1) for y in (0, 1)),
+)
 
 
 @functools.cache
@@ -31,8 +38,15 @@ def load_text_index(snippet_words: int | None = SNIPPET_WORDS) -> BM25TextIndex:
 
 
 @functools.cache
-def load_image_index(n_views: int = N_VIEWS) -> ColourImageIndex:
-    """Every flag in several views; hits carry the entity's name and a small flat flag."""
+def load_image_index(n_views: int = N_VIEWS, robust: bool = False) -> ColourImageIndex:
+    """Every flag in several views; hits carry the entity's name and a small flat flag.
+
+    Args:
+        n_views: the flat flag and photos of it.
+        robust: finds turned, mirrored, cut and otherwise drawn pictures, too (the table is in
+            docs/results/image-recall.md): further views, and every picture is looked at from all
+            sides. The shipped checkpoints were trained without.
+    """
     ids, titles, images = [], [], []
     thumbnails: dict[str, Image.Image] = {}
     for iso, entity in load_entities().items():
@@ -41,10 +55,12 @@ def load_image_index(n_views: int = N_VIEWS) -> ColourImageIndex:
         thumbnails[iso] = Image.fromarray(flag).resize(size, Image.Resampling.BOX)
         views = [thumbnails[iso]]
         views += [render_photo(flag, _VIEW_SEED + i, strength=0.4) for i in range(n_views - 1)]
+        if robust:
+            views += [distort(Image.fromarray(flag)) for distort in ROBUST_VIEWS]
         ids += [iso] * len(views)
         titles += [entity.name] * len(views)
         images += views
-    return ColourImageIndex(ids, titles, images, thumbnails)
+    return ColourImageIndex(ids, titles, images, thumbnails, turns=robust)
 
 
 def load_environment(**settings: Any) -> SearchEnvironment:

@@ -2,7 +2,8 @@
 
 build   trains base, agent and VLM from seeds (under half an hour on two cores);
 report  what each checkpoint can do: recognition, reading, closed-book answers, search;
-table   recall@1 and @3 of the text and the image index.
+table   recall@1 and @3 of the text and the image index;
+images  recall@1 of pictures that come turned, cut, compressed or drawn in another style.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ EXAMPLES = (
     "obm atlas build --output runs/trio --tool-use none --only vlm",
     "obm atlas report --checkpoints runs/trio --output runs/trio/report",
     "obm atlas table --output runs/retrieval",
+    "obm atlas images --output runs/image-recall",
 )
 TRIO = ("base", "agent", "vlm")
 TOOL_USE = ("none", "format", "1", "2", "5")
@@ -30,12 +32,12 @@ RETRIEVAL_TARGETS = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What to do and where to write."""
-    parser.add_argument("action", choices=("build", "report", "table"))
+    parser.add_argument("action", choices=("build", "report", "table", "images"))
     parser.add_argument(
         "--output",
         metavar="PATH",
         help="build: a folder (default: runs/trio); report, table: a file name without suffix "
-        "(default: docs/results/trio, docs/results/retrieval)",
+        "(default: docs/results/trio, docs/results/retrieval, docs/results/image-recall)",
     )
     parser.add_argument(
         "--checkpoints",
@@ -58,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Build or measure."""
-    actions = {"build": _build, "report": _report, "table": _table}
+    actions = {"build": _build, "report": _report, "table": _table, "images": _images}
     return actions[options.action](options)
 
 
@@ -140,6 +142,26 @@ def _table(options: argparse.Namespace) -> int:
     write_text(output.with_suffix(".md"), _markdown(record))
     print("\n".join(_table_lines(rows)))
     return 0 if all(target["met"] for target in targets) else 1
+
+
+def _images(options: argparse.Namespace) -> int:
+    from compare.provenance import code_commit, hardware
+    from environments.atlas.recall import describe_images, measure_images
+    from launch.arguments import command_line
+    from train.run import write_json, write_text
+
+    rows = measure_images()
+    record = {
+        "command": command_line(),
+        "commit": code_commit(),
+        "hardware": hardware(),
+        "rows": rows,
+    }
+    output = Path(options.output or "docs/results/image-recall")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_json(output.with_suffix(".json"), record)
+    write_text(output.with_suffix(".md"), describe_images(record))
+    return 0
 
 
 def _table_lines(rows: list[dict[str, Any]]) -> list[str]:
