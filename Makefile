@@ -105,9 +105,10 @@ study-worlds: $(STAMP) ## what the atlas's modes ask of an agent, then docs/resu
 	$(BIN)/obm atlas worlds --start trained=runs/worlds/trained/checkpoints/checkpoint-30 \
 	  --start trained_news=runs/worlds/trained-news/checkpoints/checkpoint-30
 
-results: $(STAMP) ## the small tables of docs/results again: trio, retrieval
+results: $(STAMP) ## the small tables of docs/results again: trio, retrieval, image-recall
 	$(BIN)/obm atlas report
 	$(BIN)/obm atlas table
+	$(BIN)/obm atlas images
 
 clean: ## the environment and caches; runs/ stays
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

@@ -16,6 +16,13 @@ from environments.tools import Hit
 # The title is indexed this often: it lifts "REL of NAME" above passages that only mention NAME.
 TITLE_WEIGHT = 3
 SNIPPET_WORDS = 40
+TURN_PENALTY = 1.25
+TURNS = (
+    Image.Transpose.ROTATE_90,
+    Image.Transpose.ROTATE_180,
+    Image.Transpose.ROTATE_270,
+    Image.Transpose.FLIP_LEFT_RIGHT,
+)
 # So many pictures an image index remembers: more than a step of training asks for.
 REMEMBERED_PICTURES = 4096
 STOP_WORDS = frozenset({
@@ -96,6 +103,8 @@ class ColourImageIndex:
         ids, titles: one a view; views of one entry share their id.
         images: the views.
         thumbnails: entry id -> small picture shown with a hit, or None.
+        turns: look at a picture turned by quarters and mirrored, too; such a likeness counts as
+            TURN_PENALTY times as far, since for many flags the way up is all that tells them apart.
     """
 
     in_memory = True
@@ -106,7 +115,9 @@ class ColourImageIndex:
         titles: Sequence[str],
         images: Sequence[Image.Image],
         thumbnails: dict[str, Image.Image] | None = None,
+        turns: bool = False,
     ):
+        self.turns = turns
         entries = list(dict.fromkeys(ids))
         position = {entry: i for i, entry in enumerate(entries)}
         self.ids = entries
@@ -144,12 +155,19 @@ class ColourImageIndex:
         known = self._remembered.get(content)
         if known is not None:
             return known
-        distance = np.abs(self._views - colour_features(image)).sum(1)
-        of_entry = np.full(len(self.ids), np.inf)
-        np.minimum.at(of_entry, self._entry_of_view, distance)
+        of_entry = self._nearest_view(image)
+        for way in TURNS if self.turns else ():
+            turned = TURN_PENALTY * self._nearest_view(image.transpose(way))
+            of_entry = np.minimum(of_entry, turned)
         if len(self._remembered) >= REMEMBERED_PICTURES:  # the oldest goes: repeats come close by
             self._remembered.pop(next(iter(self._remembered)), None)
         self._remembered[content] = of_entry
+        return of_entry
+
+    def _nearest_view(self, image: Image.Image) -> np.ndarray:
+        distance = np.abs(self._views - colour_features(image)).sum(1)
+        of_entry = np.full(len(self.ids), np.inf)
+        np.minimum.at(of_entry, self._entry_of_view, distance)
         return of_entry
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from PIL import Image
 
+from environments.atlas.distortions import as_chalk, as_grey, as_sketch, cut
 from environments.atlas.editions import AS_IT_IS, Edition
 from environments.atlas.entities import (
     HEADLINE_RELATIONS,
@@ -25,6 +26,12 @@ from environments.retrieval import SNIPPET_WORDS, BM25TextIndex, ColourImageInde
 # outline alone, which a thumbnail sees only where it lies as in the photo: they need more views.
 N_VIEWS = {"flags": 4, "maps": 8}
 _VIEW_SEED = 7_000_003
+ROBUST_VIEWS = (
+    as_grey,
+    as_sketch,
+    as_chalk,
+    *(cut(0.65, x, y) for x in (0, 1) for y in (0, 1)),
+)
 
 
 def load_text_index(
@@ -38,14 +45,20 @@ def load_text_index(
 
 
 def load_image_index(
-    n_views: int | None = None, domains: tuple[str, ...] = ("flags",)
+    n_views: int | None = None, domains: tuple[str, ...] = ("flags",), robust: bool = False
 ) -> ColourImageIndex:
     """Every place in several views of its flag, its map or both; built once a process.
 
-    N_VIEWS says how many if `n_views` does not. Hits carry the entity's name and a small flat
-    picture of the first domain.
+    Hits carry the entity's name and a small flat picture of the first domain.
+
+    Args:
+        n_views: the flat picture and photos of it; None = N_VIEWS.
+        domains: flags, maps or both.
+        robust: finds turned, mirrored, cut and otherwise drawn pictures, too (the table is in
+            docs/results/image-recall.md): further views, and every picture is looked at from all
+            sides. The shipped checkpoints were trained without.
     """
-    return _build_image_index(n_views, domains)
+    return _build_image_index(n_views, domains, robust)
 
 
 @functools.cache
@@ -60,7 +73,9 @@ def _build_text_index(edition: Edition, snippet_words: int | None) -> BM25TextIn
 
 
 @functools.cache
-def _build_image_index(n_views: int | None, domains: tuple[str, ...]) -> ColourImageIndex:
+def _build_image_index(
+    n_views: int | None, domains: tuple[str, ...], robust: bool
+) -> ColourImageIndex:
     ids, titles, images = [], [], []
     thumbnails: dict[str, Image.Image] = {}
     for domain in domains:
@@ -74,10 +89,12 @@ def _build_image_index(n_views: int | None, domains: tuple[str, ...]) -> ColourI
             views = [flat]
             n_warped = (n_views or N_VIEWS[domain]) - 1
             views += [render_photo(picture, _VIEW_SEED + i, 0.4) for i in range(n_warped)]
+            if robust:
+                views += [distort(Image.fromarray(picture)) for distort in ROBUST_VIEWS]
             ids += [iso] * len(views)
             titles += [entity.name] * len(views)
             images += views
-    return ColourImageIndex(ids, titles, images, thumbnails)
+    return ColourImageIndex(ids, titles, images, thumbnails, turns=robust)
 
 
 def load_environment(

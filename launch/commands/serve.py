@@ -33,7 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--images", metavar="INDEX", default="atlas",
-        help="atlas, none, or a folder of `obm index` (default: atlas)",
+        help="atlas, atlas-robust (finds turned, cut and redrawn pictures, too), none, or a folder "
+        "of `obm index` (default: atlas)",
     )  # fmt: skip
     parser.add_argument(
         "--rerank", metavar="MODEL",
@@ -164,10 +165,10 @@ def _one_text_index(name: str, options: argparse.Namespace) -> Any:
 def _image_index(options: argparse.Namespace) -> Any:
     if options.images == "none":
         return None
-    if options.images == "atlas":
+    if options.images in ("atlas", "atlas-robust"):
         from environments.atlas.world import load_image_index
 
-        return load_image_index()
+        return load_image_index(robust=options.images == "atlas-robust")
     from environments.indexing import open_image_index
 
     return open_image_index(Path(options.images), device=options.device)
