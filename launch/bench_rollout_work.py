@@ -37,7 +37,7 @@ WORDS = (
 """One token each."""
 PICTURES_PER_RESULT = 2
 PICTURE_SIZE = (320, 240)
-TEXT_RESULT_TOKENS = 56
+TEXT_RESULT_TOKENS = 50
 PICTURE_RESULT_TOKENS = 48
 """Around the placeholders of the pictures."""
 LONGEST = 16384

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from train.cache import SlotCache
+from train.decode import FastDecoder, can_decode_fast
 from train.sampling import inverse_cdf, nucleus
 from train.trim import only_at
 from train.vision import EncodedImage, encode_pictures, mrope_positions
@@ -93,6 +94,7 @@ class TokenBatch:
         self.slot_numbers = torch.arange(self.cache.n_slots, device=self.device)
         self.features: dict[str, torch.Tensor] = {}
         self.logits = torch.empty((n_rows, self.head.weight.shape[0]), device=self.device)
+        self._decoder: FastDecoder | None = None
 
     # ---------------------------------------------------------------- reading
 
@@ -237,12 +239,20 @@ class TokenBatch:
         """Feeds the last token of every active row."""
         n = self.n_active
         slots = self.length[:n, None]
-        width = int(slots.max()) + 1
+        shortest, longest = slots.aminmax()
+        width = int(longest) + 1
         self.cache.select(n, slots, width)
-        masks = (self.slot_numbers[:width] <= slots)[:, None, None]
         positions = self.position[:n, None].expand(3, n, 1)
-        hidden = self._forward({"input_ids": self.last_token[:n, None]}, positions, masks)
-        self.logits[:n] = self.head(hidden[:, -1])
+        masks = (self.slot_numbers[:width] <= slots)[:, None, None]
+        if self._decoder is None and can_decode_fast(self.backbone, self.head):
+            self._decoder = FastDecoder(self.backbone, self.head)
+        if self._decoder is not None:
+            places = positions if self.image_token_id is not None else positions[0]
+            seen = None if shortest == longest else masks
+            self.logits[:n] = self._decoder(self.last_token[:n], places, self.cache, seen)
+        else:
+            hidden = self._forward({"input_ids": self.last_token[:n, None]}, positions, masks)
+            self.logits[:n] = self.head(hidden[:, -1])
         self.length[:n] += 1
         self.position[:n] += 1
 
