@@ -19,7 +19,7 @@ ARGS ?=
 export PYTHONSAFEPATH := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install demo test bench bench-merge lint atlas tune study-floors study-convergence study-cold results clean
+.PHONY: help install demo test bench bench-merge bench-rollout lint atlas tune study-floors study-convergence study-cold results clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1: /p' Makefile
@@ -48,6 +48,9 @@ bench: $(STAMP) ## measure what the results state: start-up of the console scrip
 
 bench-merge: $(STAMP) ## merge 0.5B, 1.5B and 7B beside mergekit and a raw copy (half an hour, 25 GB of disk)
 	$(BIN)/obm bench merge $(ARGS)
+
+bench-rollout: $(STAMP) ## rollout and GRPO step beside stock TRL's tool loop, tiny and 80M (a quarter of an hour)
+	$(BIN)/obm bench rollout $(ARGS)
 
 lint: $(STAMP) ## ruff and mypy
 	$(BIN)/ruff check .

@@ -8,7 +8,7 @@ import resource
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -58,8 +58,8 @@ class StageClock:
 
         is_own = method in vars(owner)
         setattr(owner, method, timed)
-        restore = partial(setattr, owner, method, original) if is_own else partial(
-            delattr, owner, method
+        restore = (
+            partial(setattr, owner, method, original) if is_own else partial(delattr, owner, method)
         )
         self._wrapped.callback(restore)
 
@@ -79,10 +79,8 @@ class PeakMemory:
 
     def __init__(self) -> None:
         gc.collect()
-        try:
+        with suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
-        except OSError:
-            pass
         self.start_mb = _status_mb("VmRSS:")
 
     @property

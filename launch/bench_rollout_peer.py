@@ -123,4 +123,3 @@ def make_peer(work: Workload, settings: dict[str, Any], clock: StageClock) -> Sc
         model, "forward", lambda input_ids, **_: "prefill" if input_ids.shape[1] > 1 else "token"
     )
     return trainer
-

@@ -55,8 +55,9 @@ def measure(side: str, work: Workload, steps: int = 1, warm_steps: int = 0) -> d
         warm_steps: steps before them.
 
     Returns:
-        The workload; `done`, what one step read and wrote; `figures`: CPU seconds, means over the
-        steps, and growth of resident memory in MB (`*_mb`), that of the worst step.
+        The workload; the policy's number of parameters; `done`, what one step read and wrote;
+        `figures`: CPU seconds, means over the steps, and growth of resident memory in MB
+        (`*_mb`), that of the worst step.
     """
     with StageClock() as clock, tempfile.TemporaryDirectory() as folder:
         settings = common_settings(work, steps + warm_steps, folder)
@@ -69,7 +70,14 @@ def measure(side: str, work: Workload, steps: int = 1, warm_steps: int = 0) -> d
         name: (max if name.endswith("_mb") else mean)([step[name] for step in counted])
         for name in counted[0]
     }
-    return {"side": side, "work": asdict(work), "done": watch.done, "figures": figures}
+    n_parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
+    return {
+        "side": side,
+        "work": asdict(work),
+        "parameters": n_parameters,
+        "done": watch.done,
+        "figures": {name: round(value, 4) for name, value in figures.items()},
+    }
 
 
 def common_settings(work: Workload, n_steps: int, folder: str) -> dict[str, Any]:
@@ -78,7 +86,7 @@ def common_settings(work: Workload, n_steps: int, folder: str) -> dict[str, Any]
         "output_dir": folder,
         "use_cpu": True,
         "bf16": False,
-        "gradient_checkpointing": False,
+        "activation_checkpointing": False,
         "report_to": "none",
         "save_strategy": "no",
         "logging_steps": 1,
@@ -110,7 +118,9 @@ class Watch(TrainerCallback):
         # outermost first: what is noted before the loss is no part of it
         clock.wrap(trainer, "compute_loss", "loss")
         note = trainer.compute_loss
-        trainer.compute_loss = lambda model, inputs, *a, **k: note(model, self._note(inputs), *a, **k)
+        trainer.compute_loss = lambda model, inputs, *a, **k: note(
+            model, self._note(inputs), *a, **k
+        )
         clock.wrap(trainer.accelerator, "backward", "backward")
         clock.wrap(trainer.model.model.visual, "forward", "vision")
         clock.wrap(trainer.processing_class.image_processor, "preprocess", "pixels")

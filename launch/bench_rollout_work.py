@@ -30,10 +30,11 @@ from train.vision import ImageStore
 
 TITLE = "stone"
 """Name of every search result, and the right answer."""
-WORDS = (
-    "amber birch cedar delta ember field grove heron islet jetty knoll larch maple north ocean "
-    "pearl quill river stone tower urban valley willow yacht zebra arch bridge canal dune estate"
-).split()
+WORDS = [
+    "amber", "birch", "cedar", "delta", "ember", "field", "grove", "heron", "islet", "jetty",
+    "knoll", "larch", "maple", "north", "ocean", "pearl", "quill", "river", "stone", "tower",
+    "urban", "valley", "willow", "yacht", "zebra", "arch", "bridge", "canal", "dune", "estate",
+]  # fmt: skip
 """One token each."""
 PICTURES_PER_RESULT = 2
 PICTURE_SIZE = (320, 240)
@@ -53,6 +54,13 @@ POLICIES: dict[str, dict[str, int]] = {
     },
 }  # fmt: skip
 """Sizes over those of `train.tiny.vlm_config`."""
+SCHEMA = (
+    '{"type": "function", "function": {"name": "search", "description": "Search the passages.", '
+    '"parameters": {"type": "object", "properties": {"query": {"type": "string", "description": '
+    '"What to search for."}}, "required": ["query"]}, "return": {"type": "array", "items": '
+    '{"type": "object", "additionalProperties": {}}, "description": "Titles of the best matches."}}}'
+)
+"""How a tool looks in TRL's prompt; for the tokenizer, which full-size ones know as well."""
 KEY_VALUE_HEADS = 2
 """Of the larger policies: fewer than query heads, as in Qwen2.5."""
 VOCABULARY = 8192
@@ -96,8 +104,7 @@ def make_policy(name: str, seed: int = 0) -> tuple[Any, ImageOnlyProcessor]:
     """
     frames = [frame("") for sides in (OURS, PEER) for frame in sides.values()]
     words = [f" {word}" for word in WORDS]
-    # with TRL's template its list of tools is about as long as a full-size tokenizer makes it
-    corpus = [*words, *frames, SEARCH_R1.agent_text, qwen3_vl_chat_template]
+    corpus = [*words, *frames, SEARCH_R1.agent_text, qwen3_vl_chat_template, SCHEMA]
     tokenizer = train_tokenizer(corpus * 4, vocab_size=2048)
     tokenizer.model_max_length = LONGEST
     config = vlm_config(tokenizer, **POLICIES[name])

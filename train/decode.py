@@ -1,4 +1,4 @@
-"""One token a row through the language module: what a rollout on the CPU spends most of its time on.
+"""One token a row through the language module: where a rollout on the CPU spends most of its time.
 
 With few rows a product reads a weight once and computes little with it. The plain forward reads
 each weight in a layout that such products first have to reorder; here the weights are reordered

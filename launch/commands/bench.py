@@ -3,8 +3,10 @@
 cli           processor time of every verb's --help, target 0.5 s each (the default)
 merge         the merge beside mergekit and beside a raw copy of the same bytes
 calibration   what collecting statistics adds to a forward pass
+rollout       rollout and GRPO step beside stock TRL's tool loop
 
-Each writes bench-NAME.json, merge a page as well. The exit code is 1 if a target is missed.
+Each writes bench-NAME.json, merge and rollout a page as well. The exit code is 1 if a target is
+missed.
 """
 
 from __future__ import annotations
@@ -22,8 +24,9 @@ EXAMPLES = (
     "obm bench",
     "obm bench merge --sizes 0.5b,1.5b,7b --output runs/bench",
     "obm bench cli merge --sizes tiny --peer none --output runs/bench",
+    "obm bench rollout --policies tiny --growth none --output runs/bench",
 )
-NAMES = ("cli", "merge", "calibration")
+NAMES = ("cli", "merge", "calibration", "rollout")
 HELP_TARGET_S = 0.5
 
 
@@ -52,6 +55,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--work", metavar="DIR", default="runs", help="disk for the files (default: runs)"
     )
     merge.add_argument("--keep", action="store_true", help="leave the files for another run")
+    rollout = parser.add_argument_group("rollout")
+    rollout.add_argument(
+        "--policies", default="tiny,80m", metavar="LIST",
+        help="of tiny, 20m, 80m (default: tiny,80m)",
+    )  # fmt: skip
+    rollout.add_argument(
+        "--growth", choices=("tiny", "20m", "80m", "none"), default="tiny",
+        help="policy for the growth with group, turns and prompt (default: tiny)",
+    )  # fmt: skip
 
 
 def run(options: argparse.Namespace) -> int:
@@ -59,7 +71,12 @@ def run(options: argparse.Namespace) -> int:
     for name in options.names:
         if name not in NAMES:
             raise LaunchError(f"there is no bench {name!r}; choose of {', '.join(NAMES)}")
-    measure = {"cli": bench_cli, "merge": _bench_merge, "calibration": _bench_calibration}
+    measure = {
+        "cli": bench_cli,
+        "merge": _bench_merge,
+        "calibration": _bench_calibration,
+        "rollout": _bench_rollout,
+    }
     all_met = True
     for name in dict.fromkeys(options.names or ["cli"]):
         record = measure[name](options)
@@ -133,6 +150,18 @@ def _bench_calibration(options: argparse.Namespace) -> dict[str, Any]:
     return {"targets": targets}
 
 
+def _bench_rollout(options: argparse.Namespace) -> dict[str, Any]:
+    from launch.bench_rollout import POLICIES, bench_rollout, judge, plan, versions
+
+    policies = list(dict.fromkeys(options.policies.lower().split(",")))
+    for policy in policies:
+        if policy not in POLICIES:
+            raise LaunchError(f"--policies: {policy!r} is unknown; choose of {', '.join(POLICIES)}")
+    growth = None if options.growth == "none" else options.growth
+    runs = bench_rollout(list(plan(policies, growth)), Path(options.work) / "bench-rollout")
+    return {"targets": judge(runs), "versions": versions(), "runs": runs}
+
+
 def _print_targets(targets: list[dict[str, Any]]) -> None:
     for target in targets:
         word = "met" if target["met"] else "MISSED"
@@ -140,7 +169,7 @@ def _print_targets(targets: list[dict[str, Any]]) -> None:
 
 
 def _write(output: Path, name: str, record: dict[str, Any]) -> None:
-    """Writes bench-NAME.json, and for the merge the page, which is printed, too."""
+    """Writes bench-NAME.json and, where there is one, the page."""
     from compare.provenance import code_commit, hardware
     from launch.arguments import command_line
     from train.run import write_json, write_text
@@ -159,3 +188,11 @@ def _write(output: Path, name: str, record: dict[str, Any]) -> None:
         print(f"\n{render_table(medians(record['runs']))}\n")
         _print_targets(record["targets"])
         write_text(output / "bench-merge.md", render_page(record))
+    if name == "rollout":
+        from launch.bench_rollout_report import draw_growth, render_page
+
+        _print_targets(record["targets"])
+        write_text(output / "bench-rollout.md", render_page(record))
+        if any(run["part"] != "headline" for run in record["runs"]):
+            pictures = [output / f"bench-rollout.{kind}" for kind in ("svg", "png")]
+            draw_growth(record["runs"], pictures, f"One thread of {record['hardware']}.")
