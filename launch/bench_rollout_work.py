@@ -58,7 +58,7 @@ SCHEMA = (
     '{"type": "function", "function": {"name": "search", "description": "Search the passages.", '
     '"parameters": {"type": "object", "properties": {"query": {"type": "string", "description": '
     '"What to search for."}}, "required": ["query"]}, "return": {"type": "array", "items": '
-    '{"type": "object", "additionalProperties": {}}, "description": "Titles of the best matches."}}}'
+    '{"type": "object", "additionalProperties": {}}, "description": "The best matches."}}}'
 )
 """How a tool looks in TRL's prompt; for the tokenizer, which full-size ones know as well."""
 KEY_VALUE_HEADS = 2

@@ -14,6 +14,7 @@ import torch
 from torch.nn import functional
 
 from train.cache import SlotCache, slot_attention
+from train.shared_prompts import SharedPrompts
 from train.trim import KNOWN_LAYERS, heads, rotate
 
 MAX_PACKED_BYTES = 2**32
@@ -42,6 +43,7 @@ class FastDecoder:
         positions: torch.Tensor,
         cache: SlotCache,
         masks: torch.Tensor | None,
+        shared: SharedPrompts | None = None,
     ) -> torch.Tensor:
         """Logits behind each token, [n, V].
 
@@ -50,11 +52,12 @@ class FastDecoder:
             positions: int64 [3, n, 1], or [n, 1] for a text model.
             cache: with the rows and slots of these tokens selected.
             masks: bool [n, 1, 1, S], the slots that each row sees; None for all.
+            shared: the prompts of these rows, if several rows have the same.
         """
         hidden = self._model.embed_tokens(token_ids)
         cos, sin = self._model.rotary_emb(hidden, positions)
         for layer in self._layers:
-            hidden = layer(hidden, cos, sin, cache, masks)
+            hidden = layer(hidden, cos, sin, cache, masks, shared)
         return self._head(_normed(self._model.norm, hidden))
 
 
@@ -71,6 +74,8 @@ def can_decode_fast(backbone: Any, head: Any) -> bool:
         type(linear) is torch.nn.Linear
         and linear.weight.dtype == torch.float32
         and linear.weight.device.type == "cpu"
+        # ZeRO-3 leaves an empty weight where it was not gathered
+        and linear.weight.numel() == linear.in_features * linear.out_features
         for linear in linears
     )
     n_bytes = sum(linear.weight.numel() * 4 for linear in linears) if is_plain else 0
@@ -114,6 +119,7 @@ class _Layer:
         sin: torch.Tensor,
         cache: SlotCache,
         masks: torch.Tensor | None,
+        shared: SharedPrompts | None,
     ) -> torch.Tensor:
         """[n, hidden] -> [n, hidden]; cos and sin [n, 1, D]."""
         attention = self.attention
@@ -122,8 +128,16 @@ class _Layer:
         query = rotate(query, cos[:, None], sin[:, None])
         key = rotate(key, cos[:, None], sin[:, None])
         keys, values = cache.update(key, value, attention.layer_idx)
-        seen, _ = slot_attention(attention, query, keys, values, masks, scaling=attention.scaling)
-        hidden = hidden + self.output(seen.reshape(len(hidden), -1))
+        scaling = attention.scaling
+        if shared is None:
+            seen, _ = slot_attention(attention, query, keys, values, masks, scaling=scaling)
+            seen = seen.reshape(len(hidden), -1)
+        else:
+            layer = attention.layer_idx
+            seen = shared.attend(
+                query[:, :, 0], keys.transpose(2, 3), values, masks, scaling, layer
+            )
+        hidden = hidden + self.output(seen)
         gate, up = self.gate_up.split(_normed(self.norms[1], hidden))
         return hidden + self.down(functional.silu(gate).mul_(up))
 
