@@ -21,7 +21,7 @@ ARGS ?=
 export PYTHONSAFEPATH := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install demo test test-vllm bench bench-merge bench-serve lint atlas tune study-floors study-convergence study-cold study-zero study-worlds soak results clean
+.PHONY: help install demo test test-vllm bench bench-merge bench-serve bench-rollout lint atlas tune study-floors study-convergence study-cold study-zero study-worlds soak results clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1: /p' Makefile
@@ -59,6 +59,9 @@ bench-merge: $(STAMP) ## merge 0.5B, 1.5B and 7B beside mergekit and a raw copy 
 
 bench-serve: $(STAMP) ## the search server beside Search-R1's at 1, 8 and 64 clients, a million passages (ten minutes)
 	$(BIN)/obm bench serve $(ARGS)
+
+bench-rollout: $(STAMP) ## rollout and GRPO step beside stock TRL's tool loop, tiny and 80M (a quarter of an hour)
+	$(BIN)/obm bench rollout $(ARGS)
 
 lint: $(STAMP) ## ruff and mypy
 	$(BIN)/ruff check .

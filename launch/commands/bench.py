@@ -4,9 +4,10 @@ cli           processor time of every verb's --help, target 0.5 s each (the defa
 merge         the merge beside mergekit and beside a raw copy of the same bytes
 calibration   what collecting statistics adds to a forward pass
 serve         the search server beside Search-R1's, under load
+rollout       rollout and GRPO step beside stock TRL's tool loop
 
-Each writes bench-NAME.json, merge and serve a page as well. The exit code is 1 if a target is
-missed.
+Each writes bench-NAME.json; merge, serve and rollout write a page as well. The exit code is 1 if a
+target is missed.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ EXAMPLES = (
     "obm bench",
     "obm bench merge --sizes 0.5b,1.5b,7b --output runs/bench",
     "obm bench cli merge --sizes tiny --peer none --output runs/bench",
+    "obm bench rollout --policies tiny --growth none --output runs/bench",
 )
-NAMES = ("cli", "merge", "calibration", "serve")
+NAMES = ("cli", "merge", "calibration", "serve", "rollout")
 HELP_TARGET_S = 0.5
 
 
@@ -66,6 +68,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     serve.add_argument(
         "--seconds", type=float, default=8, help="of load for each number of clients (default: 8)"
     )
+    rollout = parser.add_argument_group("rollout")
+    rollout.add_argument(
+        "--policies", default="tiny,80m", metavar="LIST",
+        help="of tiny, 20m, 80m (default: tiny,80m)",
+    )  # fmt: skip
+    rollout.add_argument(
+        "--growth", choices=("tiny", "20m", "80m", "none"), default="tiny",
+        help="policy for the growth with group, turns and prompt (default: tiny)",
+    )  # fmt: skip
 
 
 def run(options: argparse.Namespace) -> int:
@@ -78,6 +89,7 @@ def run(options: argparse.Namespace) -> int:
         "merge": _bench_merge,
         "calibration": _bench_calibration,
         "serve": _bench_serve,
+        "rollout": _bench_rollout,
     }
     all_met = True
     for name in dict.fromkeys(options.names or ["cli"]):
@@ -173,6 +185,18 @@ def _bench_serve(options: argparse.Namespace) -> dict[str, Any]:
     return {"targets": judge(record), "versions": versions, **record}
 
 
+def _bench_rollout(options: argparse.Namespace) -> dict[str, Any]:
+    from launch.bench_rollout import POLICIES, bench_rollout, judge, plan, versions
+
+    policies = list(dict.fromkeys(options.policies.lower().split(",")))
+    for policy in policies:
+        if policy not in POLICIES:
+            raise LaunchError(f"--policies: {policy!r} is unknown; choose of {', '.join(POLICIES)}")
+    growth = None if options.growth == "none" else options.growth
+    runs = bench_rollout(list(plan(policies, growth)), Path(options.work) / "bench-rollout")
+    return {"targets": judge(runs), "versions": versions(), "runs": runs}
+
+
 def _print_targets(targets: list[dict[str, Any]]) -> None:
     for target in targets:
         word = "met" if target["met"] else "MISSED"
@@ -180,7 +204,7 @@ def _print_targets(targets: list[dict[str, Any]]) -> None:
 
 
 def _write(output: Path, name: str, record: dict[str, Any]) -> None:
-    """Writes bench-NAME.json, and for merge and serve the page."""
+    """Writes bench-NAME.json and, where there is one, the page."""
     from compare.provenance import code_commit, hardware
     from launch.arguments import command_line
     from train.run import write_json, write_text
@@ -204,3 +228,12 @@ def _write(output: Path, name: str, record: dict[str, Any]) -> None:
 
         _print_targets(record["targets"])
         write_text(output / "bench-serve.md", render_serve_page(record))
+    if name == "rollout":
+        from launch.bench_rollout_report import draw_growth
+        from launch.bench_rollout_report import render_page as render_rollout_page
+
+        _print_targets(record["targets"])
+        write_text(output / "bench-rollout.md", render_rollout_page(record))
+        if any(run["part"] != "headline" for run in record["runs"]):
+            pictures = [output / f"bench-rollout.{kind}" for kind in ("svg", "png")]
+            draw_growth(record["runs"], pictures, f"One thread of {record['hardware']}.")
