@@ -73,7 +73,8 @@ def train(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if options.debug or getattr(error, "exit_code", None) != 2:
             raise
-        if is_main:
+        # settings are wrong on all processes alike; a service may have failed one of them alone
+        if is_main or not isinstance(error, ConfigError):
             print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
