@@ -90,10 +90,10 @@ study-cold: $(STAMP) ## three seeds of the plain VLM by how much tool use it has
 	$(BIN)/obm study cold $(ARGS)
 	$(BIN)/obm study cold_accuracy $(ARGS)
 
-study-zero: $(STAMP) ## one training under ZeRO-1, 2, 3, offload and LoRA, two processes, docs/results/zero.* (ten minutes)
+study-zero: $(STAMP) ## one training under ZeRO-1, 2, 3, offload and LoRA, two processes, docs/results/zero.* (twenty minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m launch.zero_study $(ARGS)
 
-soak: $(STAMP) ## 200 steps of two processes under ZeRO-3 with failing tools, docs/results/soak.* (ten minutes)
+soak: $(STAMP) ## 200 steps of two processes under ZeRO-3 with failing tools, docs/results/soak.* (a quarter of an hour)
 	$(BIN)/python tests/train/soak.py $(ARGS)
 
 study-worlds: $(STAMP) ## what the atlas's modes ask of an agent, then docs/results/worlds.* (fifteen minutes)
