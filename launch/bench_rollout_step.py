@@ -113,7 +113,6 @@ class Watch(TrainerCallback):
         self.steps: list[dict[str, float]] = []
         self.done: dict[str, int] = {}
         self._memory_mb: dict[str, float] = {}
-        self._model = trainer.model
         trainer.add_callback(self)
         # outermost first: what is noted before the loss is no part of it
         clock.wrap(trainer, "compute_loss", "loss")
