@@ -29,15 +29,19 @@ from environments.retrieval import TITLE_WEIGHT, cut_snippet, split_words
 from environments.tools import Hit
 
 K1, B = 1.5, 0.75  # bm25s's defaults
+SLACK = 1e-4
+"""Share by which a bound is widened: sums in another order differ by a few bits."""
 DATA_FILE = "data.csc.index.npy"
 INDICES_FILE = "indices.csc.index.npy"
 INDPTR_FILE = "indptr.csc.index.npy"
+MOST_FILE = "most.npy"
 WORDS_FILE = "words.txt"
 WORD_OFFSETS_FILE = "words.offsets.npy"
 
 
 class MappedBM25Index:
-    """BM25 over a folder that `build_bm25` has made; memory holds two numbers a passage.
+    """BM25 over a folder that `build_bm25` has made; memory holds two numbers a passage
+    and one a word.
 
     Args:
         folder: the index.
@@ -53,6 +57,7 @@ class MappedBM25Index:
             np.asarray(np.load(folder / name, mmap_mode=mode))
             for name in (DATA_FILE, INDICES_FILE, INDPTR_FILE)
         )
+        self._most = np.load(folder / MOST_FILE)
         self.corpus = Corpus(folder)
         self.words = SortedWords(folder)
         self.snippet_words = snippet_words
@@ -72,7 +77,7 @@ class MappedBM25Index:
             return []
         scores, touched = self._accumulators()
         best, best_scores = top_passages(
-            self._data, self._indices, self._indptr, known, scores, touched, k
+            self._data, self._indices, self._indptr, self._most, known, scores, touched, k
         )
         return [
             self._hit(int(number), float(score), query)
@@ -100,6 +105,7 @@ def top_passages(
     data: np.ndarray,
     indices: np.ndarray,
     indptr: np.ndarray,
+    most: np.ndarray,
     words: np.ndarray,
     scores: np.ndarray,
     touched: np.ndarray,
@@ -107,10 +113,16 @@ def top_passages(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The k best passages and their scores, best first, ties by the smaller number.
 
+    Rare words come first. Once the k-th best sum is higher than all words left could give together,
+    no other passage can be among the best, and the long lists of those words need not be walked
+    (MaxScore, Turtle and Flood 1995). The passages that may still win are then scored word by word
+    in the query's order, so that the result has the bits of the plain sum.
+
     Args:
         data: float32 [postings], all above 0.
         indices: int32 [postings], passages of each word in ascending order.
         indptr: int64 [words + 1].
+        most: float32 [words], the highest score of each word.
         words: int64, the query's words; one that stands twice counts twice.
         scores: float32 [passages], all zero; is so again afterwards.
         touched: int32 [passages], room to work in.
@@ -119,21 +131,42 @@ def top_passages(
     Returns:
         int32 and float32 arrays of k entries or fewer.
     """
-    n_touched = 0
+    order = np.argsort(indptr[words + 1] - indptr[words])
+    left = np.float32(0)
     for word in words:
-        for j in range(indptr[word], indptr[word + 1]):
+        left += most[word]
+    n_touched = 0
+    for number in order:
+        word = words[number]
+        start, end = indptr[word], indptr[word + 1]
+        is_long = n_touched >= k and end - start > n_touched
+        if is_long and kth_best(scores, touched, n_touched, k) > left * (1 + SLACK):
+            break
+        for j in range(start, end):
             passage = indices[j]
             if scores[passage] == 0:
                 touched[n_touched] = passage
                 n_touched += 1
             scores[passage] += data[j]
+        left -= most[word]
+    left = max(left, np.float32(0))
+    least = np.float32(0)
+    if n_touched > k:
+        least = kth_best(scores, touched, n_touched, k) * (1 - SLACK)
     best = np.empty(k, np.int32)
     best_scores = np.empty(k, np.float32)
     n_best = 0
     for t in range(n_touched):
         passage = touched[t]
-        score = scores[passage]
+        partial = scores[passage]
         scores[passage] = 0
+        if partial + left * (1 + SLACK) < least:
+            continue
+        score = np.float32(0)
+        for word in words:
+            j = find_passage(indices, indptr[word], indptr[word + 1], passage)
+            if j >= 0:
+                score += data[j]
         if n_best == k:
             worst = best_scores[k - 1]
             if score < worst or (score == worst and passage > best[k - 1]):
@@ -151,6 +184,35 @@ def top_passages(
         best_scores[place] = score
         best[place] = passage
     return best[:n_best], best_scores[:n_best]
+
+
+@njit(nogil=True, cache=True)
+def kth_best(scores: np.ndarray, touched: np.ndarray, n_touched: int, k: int) -> float:
+    """The k-th highest of the touched passages' scores; there are k or more."""
+    best = np.zeros(k, np.float32)
+    for t in range(n_touched):
+        score = scores[touched[t]]
+        if score <= best[k - 1]:
+            continue
+        place = k - 1
+        while place > 0 and best[place - 1] < score:
+            best[place] = best[place - 1]
+            place -= 1
+        best[place] = score
+    return best[k - 1]
+
+
+@njit(nogil=True, cache=True)
+def find_passage(indices: np.ndarray, start: int, end: int, passage: int) -> int:
+    """Where a passage stands in the ascending indices[start:end], or -1."""
+    stop = end
+    while start < end:
+        middle = (start + end) // 2
+        if indices[middle] < passage:
+            start = middle + 1
+        else:
+            end = middle
+    return start if start < stop and indices[start] == passage else -1
 
 
 class SortedWords:
@@ -257,7 +319,7 @@ def _finish(building: Building) -> dict[str, Any]:
     shape = (int(start[-1]),)
     data = open_memmap(building.folder / DATA_FILE, "w+", np.float32, shape)
     indices = open_memmap(building.folder / INDICES_FILE, "w+", np.int32, shape)
-    free = start[:-1].copy()
+    free, most = start[:-1].copy(), np.zeros(n_words, np.float32)
     first = 0
     for number in tqdm(range(len(building.shards)), desc="merge", disable=None):
         read = functools.partial(_read, building.stem(number))
@@ -268,10 +330,15 @@ def _finish(building: Building) -> dict[str, Any]:
         target = np.repeat(free[place], by_word) + within
         share = K1 * ((1 - B) + B * lengths[passages] / average)
         counts = read(".counts.npy").astype(np.float32)
-        data[target] = np.repeat(weight[place], by_word) * (counts / (share + counts))
+        scores = np.repeat(weight[place], by_word) * (counts / (share + counts))
+        data[target] = scores
+        if len(place):
+            highest = np.maximum.reduceat(scores, np.cumsum(by_word) - by_word)
+            most[place] = np.maximum(most[place], highest)
         indices[target] = passages + first
         free[place] += by_word
         first += len(lengths)
+    np.save(building.folder / MOST_FILE, most)
     data.flush()
     indices.flush()
     # what bm25s wants to know when it reads the matrix itself

@@ -11,6 +11,7 @@ into memory. `bench_serve_peer` is the other server, `bench_serve_report` the pa
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import shutil
@@ -198,10 +199,7 @@ def write_synthetic(folder: Path, n_passages: int) -> Corpus:
         return corpus
     print(f"writing {n_passages} synthetic passages", flush=True)
     rng = np.random.default_rng(SEED)
-    words = np.array([_word(number) for number in range(N_WORDS)])
-    rank = np.arange(1, N_WORDS + 1)
-    share = 1 / (rank + 2.7)  # Zipf and Mandelbrot's law for words
-    cumulative = np.cumsum(share / share.sum())
+    words, cumulative = _vocabulary()
     asked = set(rng.choice(n_passages, min(N_QUERIES, n_passages), replace=False).tolist())
     queries = []
     with corpus.passages.open("w", encoding="utf-8") as file:
@@ -218,6 +216,14 @@ def write_synthetic(folder: Path, n_passages: int) -> Corpus:
     corpus.queries.write_text(json.dumps(queries), encoding="utf-8")
     done.touch()
     return corpus
+
+
+@functools.cache
+def _vocabulary() -> tuple[np.ndarray, np.ndarray]:
+    """The words, and the share of all words up to each, by the law of Zipf and Mandelbrot."""
+    words = np.array([_word(number) for number in range(N_WORDS)])
+    share = 1 / (np.arange(1, N_WORDS + 1) + 2.7)
+    return words, np.cumsum(share / share.sum())
 
 
 def _word(number: int) -> str:

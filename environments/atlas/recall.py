@@ -71,11 +71,14 @@ def write_corpus(path: Path) -> Path:
     return path
 
 
-def measure_images(isos: Sequence[str] | None = None) -> list[dict[str, Any]]:
+def measure_images(
+    isos: Sequence[str] | None = None, names: Sequence[str] = tuple(DISTORTIONS)
+) -> list[dict[str, Any]]:
     """recall@1 and @3 of every distortion, of flat flags and of photos, in both image indexes.
 
     Args:
         isos: entities asked for; None = all.
+        names: distortions.
     """
     isos = list(load_entities()) if isos is None else isos
     pictures = {
@@ -85,10 +88,10 @@ def measure_images(isos: Sequence[str] | None = None) -> list[dict[str, Any]]:
         ],
     }
     rows = []
-    for name, distort in DISTORTIONS.items():
+    for name in names:
         row: dict[str, Any] = {"distortion": name, "n": len(isos)}
         for source in SOURCES:
-            distorted = [distort(picture) for picture in pictures[source]]
+            distorted = [DISTORTIONS[name](picture) for picture in pictures[source]]
             for index in INDEXES:
                 found = load_image_index(robust=index == "robust").search(distorted, 3)
                 row[f"{source}, {index}"] = recall(found, isos)

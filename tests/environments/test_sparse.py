@@ -118,11 +118,38 @@ def test_ties_go_to_the_earlier_passage_and_the_room_is_clean_again():
     data = np.array([1, 1, 1, 1], np.float32)
     indices, indptr = np.array([3, 2, 0, 2], np.int32), np.array([0, 1, 2, 4], np.int64)
     scores, touched = np.zeros(4, np.float32), np.empty(4, np.int32)
-    words = np.array([0, 1, 2], np.int64)
+    words, most = np.array([0, 1, 2], np.int64), np.ones(3, np.float32)
     for k, expected in ((1, [2]), (2, [2, 0]), (9, [2, 0, 3])):
-        best, best_scores = top_passages(data, indices, indptr, words, scores, touched, k)
+        best, best_scores = top_passages(data, indices, indptr, most, words, scores, touched, k)
         assert best.tolist() == expected
         assert best_scores.tolist() == [2, 1, 1][:k]
+        assert not scores.any()
+
+
+@pytest.mark.parametrize("k", [1, 3, 10])
+def test_skipping_the_long_lists_changes_no_bit(k):
+    """Words of very unlike frequency, against the plain sum of all lists in the query's order."""
+    rng = np.random.default_rng(k)
+    n_passages, shares = 5000, (0.9, 0.5, 0.1, 0.01, 0.002)
+    lists = [np.flatnonzero(rng.random(n_passages) < share) for share in shares]
+    weights = [np.log(1 + 1 / share) for share in shares]
+    values = [w * rng.uniform(0.3, 1, len(x)) for w, x in zip(weights, lists, strict=True)]
+    data = np.concatenate(values).astype(np.float32)
+    indices = np.concatenate(lists).astype(np.int32)
+    indptr = np.concatenate([[0], np.cumsum([len(x) for x in lists])]).astype(np.int64)
+    most = np.maximum.reduceat(data, indptr[:-1])
+    scores, touched = np.zeros(n_passages, np.float32), np.empty(n_passages, np.int32)
+    for _ in range(60):
+        words = rng.integers(0, 5, rng.integers(1, 6))
+        expected = np.zeros(n_passages, np.float32)
+        for word in words:
+            at = slice(indptr[word], indptr[word + 1])
+            expected[indices[at]] += data[at]
+        order = np.argsort(-expected, kind="stable")[:k]
+        order = order[expected[order] > 0]
+        best, found = top_passages(data, indices, indptr, most, words, scores, touched, k)
+        assert best.tolist() == order.tolist()
+        assert found.tolist() == expected[order].tolist()
         assert not scores.any()
 
 
