@@ -155,6 +155,10 @@ class EpisodeEngine:
                 "this tokenizer; only those in angle brackets are kept out of it"
             )
         self._pieces = _token_texts(self.tokenizer)
+        # models have more rows than their tokenizer has tokens, to round the matrix up
+        n_rows = self._core.config.get_text_config().vocab_size
+        self._unnamed = range(len(self._pieces), n_rows)
+        self._pieces += [""] * len(self._unnamed)
 
     @property
     def _core(self) -> Any:
