@@ -271,8 +271,8 @@ def test_what_waits_is_answered_together_and_a_repeated_query_asked_once(serve):
         answers = [[hits[0]["id"] for hits in other.result()] for other in others]
         assert first.result()[0][0]["id"] == "first"
     assert answers == [["b"], ["b", "c"], ["d"], ["e"]]
-    # threads decide the order of arrival; four at a time, b twice
-    assert [len(batch) for batch in index.batches] in ([1, 3, 1], [1, 4, 1])
+    # threads decide the order of arrival; at most four at a time, whole requests, b twice
+    assert [len(batch) for batch in index.batches] in ([1, 3, 1], [1, 4, 1], [1, 3, 2])
     assert metric(url, waiting) == 0
     assert metric(url, 'obm_search_queries_total{endpoint="text"}') == 6
     assert metric(url, 'obm_search_requests_total{endpoint="text",status="200"}') == 5
