@@ -21,7 +21,6 @@ LISTEN_BACKLOG = 2048
 EXAMPLES = (
     "obm serve",
     "obm serve --text runs/wiki-bm25 --text runs/wiki-e5 --images none --port 8000",
-    "obm train environment.retrieval=http://127.0.0.1:8000",
 )
 
 
