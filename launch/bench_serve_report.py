@@ -67,7 +67,8 @@ def render_page(record: Row) -> str:
         "",
         f"`obm serve` over BM25{f' beside {peer}' if peer else ''}: every client asks one query "
         "after another over one connection, three hits, with scores. The atlas has 1315 passages "
-        f"and is asked its 1338 headline facts; the synthetic corpus has {record['passages']:,} "
+        f"and is asked 1338 queries of the form REL of NAME; the synthetic corpus has "
+        f"{record['passages']:,} "
         "passages of 60 words drawn from a Zipf law, asked with five words of one passage each. "
         "Server, clients and bench share the machine.",
         "",

@@ -17,6 +17,9 @@ from transformers import (
     CLIPConfig,
     CLIPImageProcessor,
     CLIPModel,
+    SiglipConfig,
+    SiglipImageProcessor,
+    SiglipModel,
 )
 
 from environments.atlas.entities import load_entities, load_flag
@@ -80,6 +83,21 @@ def tiny_clip(tmp_path_factory):
     CLIPModel(config).save_pretrained(folder)
     size = {"height": 16, "width": 16}
     CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=size).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def tiny_siglip(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("siglip")
+    torch.manual_seed(0)
+    tower = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    tower["num_attention_heads"] = 2
+    config = SiglipConfig(
+        text_config={**tower, "vocab_size": 16},
+        vision_config={**tower, "image_size": 16, "patch_size": 8},
+    )
+    SiglipModel(config).save_pretrained(folder)
+    SiglipImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder)
     return str(folder)
 
 
@@ -251,10 +269,12 @@ def save_flags(folder, isos):
     return write_lines(folder / "flags.jsonl", rows)
 
 
-def test_a_clip_index_finds_the_picture_itself_and_keeps_small_ones(tiny_clip, tmp_path):
+@pytest.mark.parametrize("kind", ["tiny_clip", "tiny_siglip"])
+def test_a_model_index_finds_the_picture_itself_and_keeps_small_ones(kind, request, tmp_path):
+    model = request.getfixturevalue(kind)
     isos = ["fr", "jp", "br", "ml", "ca"]
     build_images(
-        save_flags(tmp_path, isos), tmp_path / "index", tiny_clip, shard_rows=2, thumbnail_px=20
+        save_flags(tmp_path, isos), tmp_path / "index", model, shard_rows=2, thumbnail_px=20
     )
     index = open_image_index(tmp_path / "index")
     flags = [Image.fromarray(load_flag(iso)) for iso in isos]
