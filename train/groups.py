@@ -74,6 +74,10 @@ class Groups:
             number: number of the next rollout, from which the choice of questions follows.
         """
         before, n_rounds, n_replaced = self.rank * len(rows), 0, 0
+        if self.algorithm.dynamic_sampling == 0:
+            episodes = roll_out(rows, before)
+            self.add_bonuses(episodes, episodes)
+            return Sampled(episodes)
         found: dict[int, Trajectory] = {}
         replaced: list[Trajectory] = []
         tried: set[int] = set()
@@ -99,8 +103,6 @@ class Groups:
                 rows[i] = question_of[(before + i) // self.size]
             first = sum(min(self.size, max(0, before - g * self.size)) for g in question_of)
             n_rounds, n_replaced = n_rounds + 1, n_replaced + len(question_of)
-        if self.algorithm.dynamic_sampling == 0:
-            return Sampled(episodes)
         n_groups = len(totals) // self.size
         scored = [total for total in sampled if not math.isnan(total)]
         metrics = {

@@ -305,7 +305,10 @@ class SearchGRPOTrainer(GRPOTrainer):
 
     def _all_rows(self, values: list[Any]) -> list[Any]:
         """The values of all processes, in the order of their rows."""
-        return gather_object(values) if self.accelerator.num_processes > 1 else list(values)
+        if self.accelerator.num_processes == 1:
+            return list(values)
+        with self._timed("sync"):
+            return gather_object(values)
 
     def _assign_credit(self, advantages: torch.Tensor, width: int) -> torch.Tensor:
         """TRL's advantages [B], or [B, C] with hop credit; never negative after a dead service."""

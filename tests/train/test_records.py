@@ -146,4 +146,5 @@ def test_a_resumed_run_goes_on_in_the_same_wandb_run(tmp_path, config):
     run_id = (tmp_path / "wandb_id").read_text().strip()
     folders = list((tmp_path / "wandb").glob("offline-run-*"))
     assert folders
-    assert all(folder.name.endswith(run_id) for folder in folders)
+    # W&B numbers directories of one second: ...-ID, ...-ID-1
+    assert all(f"-{run_id}" in folder.name for folder in folders)
