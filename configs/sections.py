@@ -233,6 +233,32 @@ class Merge:
 
 
 @dataclass
+class Benchmark:
+    """A benchmark of the field in the place of the atlas' questions; docs/evaluation.md."""
+
+    name: Literal[
+        "atlas", "fvqa_train", "fvqa_test", "infoseek", "mmsearch", "livevqa", "nq_hotpotqa_train",
+        "nq_hotpotqa_test",
+    ] = "atlas"  # fmt: skip
+    """which; `atlas` = the keys of `environment` choose the questions"""
+    source: str | None = None
+    """.jsonl, .json or .parquet file, folder of such files, or hub id; null = where it is
+    published"""
+    split: str | None = None
+    """only questions of this split"""
+    kinds: list[str] = field(default_factory=list)
+    """only questions of these kinds, as the benchmark names them; empty = all"""
+    images: str | None = None
+    """folder of the pictures that rows name; null = the folder of `source`"""
+    pictured: bool = False
+    """only questions with a picture (171 of MMSearch's 300)"""
+    fetch: bool = False
+    """take pictures given as base64 text or as an address, too"""
+    limit: Annotated[int, Positive] | None = None
+    """the first so many questions; null = all"""
+
+
+@dataclass
 class Environment:
     """The world the policy searches in, and its questions."""
 
@@ -268,6 +294,10 @@ class Environment:
     """question kinds of the evaluation"""
     data_seed: int = 0
     """seed of the choice of questions and of the photos; the same for both arms of a comparison"""
+    train_benchmark: Benchmark | None = None
+    """training asks these questions; null = the atlas', by the keys above"""
+    eval_benchmark: Benchmark | None = None
+    """the evaluation asks these; null = the atlas', by the keys above"""
     timeout_s: Annotated[float, Between(0, above=True)] = 10.0
     """seconds after which a tool call counts as failed (infrastructure)"""
     invalid_ends: bool = True
