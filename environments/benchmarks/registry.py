@@ -48,10 +48,10 @@ BENCHMARKS: dict[str, Benchmark] = {
     for b in (
         Benchmark("atlas", None, "test", "exact_match"),
         Benchmark(
-            "fvqa_train", SCHEMAS["fvqa"], "train", "fvqa", "lmms-lab/FVQA", "fvqa_train.parquet"
+            "fvqa_train", SCHEMAS["fvqa"], "train", "mmsearch_r1", "lmms-lab/FVQA", "fvqa_train.parquet"
         ),
         Benchmark(
-            "fvqa_test", SCHEMAS["fvqa"], "test", "fvqa", "lmms-lab/FVQA", "fvqa_test.parquet"
+            "fvqa_test", SCHEMAS["fvqa"], "test", "mmsearch_r1", "lmms-lab/FVQA", "fvqa_test.parquet"
         ),
         Benchmark(
             "infoseek", SCHEMAS["infoseek"], "val", "infoseek",
@@ -313,7 +313,6 @@ def _atlas(benchmark: Benchmark, chosen: Selection) -> Iterator[dict[str, Any]]:
     for question in load_questions(split, kinds, chosen.limit):
         yield {
             **question,
-            "answer_type": "text",
             "benchmark": benchmark.name,
             "metric": benchmark.metric,
         }

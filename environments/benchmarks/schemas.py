@@ -3,9 +3,10 @@
 A question is the plain dict that the atlas yields, too (`environments.atlas.questions`):
 
     id, kind, split, question, answers, image, entity_names, gold_passages,
-    answer_type  `text`, `number` or `time`: which check of an answer fits
-    answer_eval  {"value", "low", "high"} of a number, where the benchmark gives a range
-    options      the benchmark's choices, where it has some; they are not shown to the policy
+    answer_kind   which check of an answer fits (`rewards.answer.KINDS`); None: the gold shows it
+    range         [low, high] of a number, where the benchmark gives one
+    question_type InfoSeek's: String, Numerical or Time
+    options       LiveVQA's choices; they are not shown to the policy
 
 `image` is still the published value here; `registry` decodes it when the question is asked.
 Sources of the columns, all read in public: the data set's card or its official script.
@@ -77,7 +78,6 @@ def read_infoseek(row: Row, split: str) -> list[dict[str, Any]]:
     ranges = [item for item in evaluated if isinstance(item, dict)]
     aliases = [str(item) for item in evaluated if not isinstance(item, dict) and item is not None]
     kind = str(row.get("question_type") or ("Numerical" if ranges else "String"))
-    answer_type = {"numerical": "number", "time": "time"}.get(kind.lower(), "text")
     question = _question(
         row.text("data_id"),
         kind,
@@ -86,12 +86,15 @@ def read_infoseek(row: Row, split: str) -> list[dict[str, Any]]:
         row.answers("answer", row.texts("answer"), [a.strip() for a in aliases if a.strip()]),
         row.text("image_id"),
         "image_id",
-        answer_type=answer_type,
+        answer_kind="number" if ranges else None,
         entity=row.get("entity_id"),
         entity_names=row.texts("entity_text"),
     )
+    question["question_type"] = kind
     if ranges:
-        question["answer_eval"] = _range(row, ranges[0])
+        question["range"] = _range(row, ranges[0])
+    elif kind.lower() == "numerical":
+        row.fail("answer_eval", "no range of a numerical answer", "copy the file again")
     return [question]
 
 
@@ -172,7 +175,7 @@ def _question(
     image: Any,
     column: str,
     *,
-    answer_type: str = "text",
+    answer_kind: str | None = None,
     entity: Any = None,
     entity_names: list[str] | None = None,
 ) -> dict[str, Any]:
@@ -185,7 +188,7 @@ def _question(
         "question": text,
         "answers": answers,
         "gold_passages": [],
-        "answer_type": answer_type,
+        "answer_kind": answer_kind,
         "image": image,
         PICTURE_COLUMN: column,
     }
@@ -210,14 +213,12 @@ def _live_question(row: Row, prefix: str, level: str, split: str, identity: str)
     return {**question, "options": options, "choice": row.get(f"{prefix}Ground_Truth")}
 
 
-def _range(row: Row, value: dict[str, Any]) -> dict[str, float]:
-    bounds = value.get("range")
+def _range(row: Row, value: dict[str, Any]) -> list[float]:
     try:
-        low, high = (float(bound) for bound in bounds or ())
-        center = float(value.get("wikidata", (low + high) / 2))
+        low, high = (float(bound) for bound in value.get("range") or ())
     except (TypeError, ValueError):
         row.fail("answer_eval", f"no range in {value}", "write {'wikidata': v, 'range': [lo, hi]}")
-    return {"value": center, "low": min(low, high), "high": max(low, high)}
+    return [min(low, high), max(low, high)]
 
 
 def _json_list(row: Row, column: str) -> list[str]:

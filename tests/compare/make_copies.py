@@ -2,8 +2,9 @@
 
     python tests/compare/make_copies.py
 
-The questions are about the atlas' places, so that its tools can answer them. Columns, their types
-and their oddities (a JSON list in a string, texts beside objects, nulls) are those of the originals.
+The questions are about the atlas' places, so that its tools can answer them. Columns, their
+types and their oddities (a JSON list in a string, texts beside objects, nulls) are those of the
+originals.
 """
 
 import io
@@ -149,7 +150,7 @@ def make_livevqa() -> None:
     """benchmark.json of LiveVQA's repository, and the flat form of LiveVQA-new."""
 
     def asked(question: str, kind: str, answers: list[str], others: list[str]) -> dict:
-        options = [f"{letter}. {text}" for letter, text in zip("ABC", [answers[0], *others])]
+        options = [f"{letter}. {text}" for letter, text in zip("ABC", [answers[0], *others], strict=True)]
         return {
             "question": question, "question_type": kind, "options": options, "Ground_Truth": "A",
             "Ground_Truth_List": answers, "img_path": "live_0001.jpg",
