@@ -24,9 +24,9 @@ NO_ANSWER = frozenset(
     for phrase in (
         "unanswerable", "cannot be answered", "can not be answered", "can't be answered",
         "the question cannot be answered", "this question cannot be answered", "not answerable",
-        "unknown", "i don't know", "i do not know", "don't know", "no answer",
+        "unknown", "i don't know", "i do not know", "don't know", "no answer", "invalid question",
         "not enough information", "insufficient information", "cannot be determined",
-        "invalid question", "unable to answer", "unable to answer due to lack of relevant information",
+        "unable to answer", "unable to answer due to lack of relevant information",
     )
 )  # fmt: skip
 _REASON = re.compile(r" (?:because|since|due to|as) ")
