@@ -32,7 +32,8 @@ from trl.models import unwrap_model_for_generation
 from configs.sections import Algorithm
 from environments.episode import STOP_REASONS
 from environments.tools import CUT_MARK
-from rewards.compose import score
+from rewards.compose import part_names, score_each
+from rewards.judge import make_judge
 from rewards.trajectory import get
 from train import credit, scoring
 from train.anchor import SaliencyAnchor
@@ -44,10 +45,6 @@ from train.trajectories import Trajectory
 from train.vision import EncodedImage
 from train.watchdog import progress
 from train.worlds import engine_class
-
-REWARD_PARTS = ("total", "accuracy", "format", "search_penalty")
-REWARD_WEIGHTS = [1.0, 0.0, 0.0, 0.0]
-"""Only the total is optimised; the parts are there to be logged."""
 
 
 class SearchGRPOTrainer(GRPOTrainer):
@@ -93,7 +90,10 @@ class SearchGRPOTrainer(GRPOTrainer):
         self.reward_settings = rewards
         self.algorithm = algorithm or Algorithm()
         self.anchor = anchor
-        args.reward_weights = list(REWARD_WEIGHTS)
+        self.judge = make_judge(rewards)
+        parts = part_names(rewards)
+        # only the total, the first, is optimised; the parts are there to be logged
+        args.reward_weights = [1.0] + [0.0] * (len(parts) - 1)
         # TRL recognises a truncated episode by its last token; here the stop reason says it
         self._mask_truncated = args.mask_truncated_completions
         args.mask_truncated_completions = False
@@ -113,7 +113,7 @@ class SearchGRPOTrainer(GRPOTrainer):
         with _reference_from(model, reference):
             super().__init__(
                 model=model,
-                reward_funcs=[_read_part(part) for part in REWARD_PARTS],
+                reward_funcs=[_read_part(part) for part in parts],
                 args=args,
                 train_dataset=Dataset.from_dict(
                     {
@@ -284,8 +284,11 @@ class SearchGRPOTrainer(GRPOTrainer):
             self._seconds[stage] += seconds
         with self._timed("reward"):
             check_format = self.engine.environment.dialect.check_format
-            for trajectory, question in zip(trajectories, questions, strict=True):
-                trajectory.rewards = score(trajectory, question, self.reward_settings, check_format)
+            scores = score_each(
+                trajectories, questions, self.reward_settings, check_format, self.judge
+            )
+            for trajectory, parts in zip(trajectories, scores, strict=True):
+                trajectory.rewards = parts
                 self._punish_length(trajectory)
         return trajectories
 
@@ -540,6 +543,8 @@ class SearchGRPOTrainer(GRPOTrainer):
                 logs[f"time/{stage}_s"] = round(seconds / n_steps, 4)
             if self.anchor is not None:
                 logs["anchor/loss"] = self.anchor.loss()
+            if self.judge is not None:
+                logs |= {f"judge/{name}": value for name, value in self.judge.report().items()}
             n_tokens = self.n_policy_tokens - self._last_logged_tokens
             logs |= speeds(n_tokens, self._seconds)
             self._seconds.clear()

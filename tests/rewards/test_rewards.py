@@ -179,7 +179,7 @@ def test_a_question_without_a_usable_answer_cannot_be_scored(answers):
 def test_an_empty_gold_answer_is_dropped_beside_a_real_one():
     question = {"answers": ["", "Paris"]}
     assert total(answer("Paris"), question=question) == pytest.approx(1.1)
-    assert total(answer("\u200b"), question=question) == pytest.approx(0.1)
+    assert total(answer("\u200b"), question=question) == 0.0  # what nobody sees is no content
 
 
 # ---------------------------------------------------------------- free lunches
@@ -320,10 +320,17 @@ def test_the_shared_format_rule(think, call):
     assert not is_well_formed(["<think> t </reason> <answer> x </answer>"])
 
 
+def test_calls_side_by_side_count_one_by_one():
+    calls = [{"type": "search", "query": "a"}, {"type": "visit", "url": "u", "question": ""}]
+    made = {"turns": [{"text": "x", "action": {"type": "parallel", "calls": calls}}]}
+    assert count_searches(made) == {"text": 1, "image": 0, "page": 1}
+    assert has_searched(made)
+
+
 def test_searches_are_counted_by_kind():
     made = run(image_search(), search(), search(), answer("x"))
-    assert count_searches(made) == {"text": 2, "image": 1}
+    assert count_searches(made) == {"text": 2, "image": 1, "page": 0}
     assert has_searched(made)
     assert has_searched(run(image_search()))
     assert not has_searched(run(answer("x")))
-    assert count_searches({"turns": [{"text": "x"}]}) == {"text": 0, "image": 0}
+    assert count_searches({"turns": [{"text": "x"}]}) == {"text": 0, "image": 0, "page": 0}
