@@ -119,7 +119,8 @@ class Asker:
             queries = self._ask_for_queries(questions, seen)
         else:
             queries = [
-                rule_query(q, turn_result[1]) for q, turn_result in zip(questions, seen, strict=True)
+                rule_query(q, turn_result[1])
+                for q, turn_result in zip(questions, seen, strict=True)
             ]
         dialect, rows, found = world.dialect, [], []
         for question, episode, (turns, result), query in zip(

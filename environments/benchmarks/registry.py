@@ -32,8 +32,8 @@ class Benchmark:
     """None: the project's own, which has no files"""
     split: str
     """split of the hub's data set, and of the questions where a row names none"""
-    metric: str
-    """official metric, by its name in rewards"""
+    metrics: tuple[str, ...]
+    """of `rewards.metrics.METRICS`, the official one first"""
     source: str | None = None
     """hub id; None: not on the hub"""
     file: str | None = None
@@ -46,32 +46,34 @@ class Benchmark:
 BENCHMARKS: dict[str, Benchmark] = {
     b.name: b
     for b in (
-        Benchmark("atlas", None, "test", "exact_match"),
+        Benchmark("atlas", None, "test", ("em",)),
         Benchmark(
-            "fvqa_train", SCHEMAS["fvqa"], "train", "mmsearch_r1", "lmms-lab/FVQA", "fvqa_train.parquet"
+            "fvqa_train", SCHEMAS["fvqa"], "train", ("em", "mmsearch_r1"), "lmms-lab/FVQA",
+            "fvqa_train.parquet",
         ),
         Benchmark(
-            "fvqa_test", SCHEMAS["fvqa"], "test", "mmsearch_r1", "lmms-lab/FVQA", "fvqa_test.parquet"
+            "fvqa_test", SCHEMAS["fvqa"], "test", ("em", "mmsearch_r1"), "lmms-lab/FVQA",
+            "fvqa_test.parquet",
         ),
         Benchmark(
-            "infoseek", SCHEMAS["infoseek"], "val", "infoseek",
+            "infoseek", SCHEMAS["infoseek"], "val", ("infoseek",),
             where="infoseek_val.jsonl from github.com/edchengg/infoseek_eval, pictures from OVEN",
         ),
         Benchmark(
-            "mmsearch", SCHEMAS["mmsearch"], "end2end", "mmsearch", "CaraJ/MMSearch",
+            "mmsearch", SCHEMAS["mmsearch"], "end2end", ("mmsearch",), "CaraJ/MMSearch",
             subset="end2end",
         ),
         Benchmark(
-            "livevqa", SCHEMAS["livevqa"], "test", "livevqa", "ONE-Lab/LiveVQA-new",
+            "livevqa", SCHEMAS["livevqa"], "test", ("livevqa",), "ONE-Lab/LiveVQA-new",
             "Dataset_viewer_flat.parquet",
             where="its pictures are zip files of the same data set: unpack them into one folder",
         ),
         Benchmark(
-            "nq_hotpotqa_train", SCHEMAS["search_r1"], "train", "search_r1",
+            "nq_hotpotqa_train", SCHEMAS["search_r1"], "train", ("em", "search_r1_em"),
             "PeterJinGo/nq_hotpotqa_train", "train.parquet",
         ),
         Benchmark(
-            "nq_hotpotqa_test", SCHEMAS["search_r1"], "test", "search_r1",
+            "nq_hotpotqa_test", SCHEMAS["search_r1"], "test", ("em", "search_r1_em"),
             "PeterJinGo/nq_hotpotqa_train", "test.parquet",
         ),
     )
@@ -301,7 +303,7 @@ def _published(benchmark: Benchmark, chosen: Selection) -> Iterator[dict[str, An
             first = seen.setdefault(question["id"], place)
             if first != place:
                 row.fail("id", f"{question['id']!r} stands in {first} already", "drop one of them")
-            names = {"benchmark": benchmark.name, "metric": benchmark.metric}
+            names = {"benchmark": benchmark.name, "metrics": list(benchmark.metrics)}
             yield BenchmarkQuestion({**question, **names}, row)
 
 
@@ -314,7 +316,7 @@ def _atlas(benchmark: Benchmark, chosen: Selection) -> Iterator[dict[str, Any]]:
         yield {
             **question,
             "benchmark": benchmark.name,
-            "metric": benchmark.metric,
+            "metrics": list(benchmark.metrics),
         }
 
 

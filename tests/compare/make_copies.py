@@ -150,7 +150,8 @@ def make_livevqa() -> None:
     """benchmark.json of LiveVQA's repository, and the flat form of LiveVQA-new."""
 
     def asked(question: str, kind: str, answers: list[str], others: list[str]) -> dict:
-        options = [f"{letter}. {text}" for letter, text in zip("ABC", [answers[0], *others], strict=True)]
+        texts = [answers[0], *others]
+        options = [f"{letter}. {text}" for letter, text in zip("ABC", texts, strict=True)]
         return {
             "question": question, "question_type": kind, "options": options, "Ground_Truth": "A",
             "Ground_Truth_List": answers, "img_path": "live_0001.jpg",
