@@ -21,7 +21,7 @@ ARGS ?=
 export PYTHONSAFEPATH := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install demo test test-vllm bench bench-merge lint atlas tune study-floors study-convergence study-cold study-zero soak results clean
+.PHONY: help install demo test test-vllm bench bench-merge lint atlas tune study-floors study-convergence study-cold study-zero soak results results-paper clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1: /p' Makefile
@@ -93,6 +93,9 @@ soak: $(STAMP) ## 200 steps of two processes under ZeRO-3 with failing tools, do
 results: $(STAMP) ## the small tables of docs/results again: trio, retrieval
 	$(BIN)/obm atlas report
 	$(BIN)/obm atlas table
+
+results-paper: $(STAMP) ## the paper's table on the embedded trio, docs/results/paper-table.* (fifteen minutes)
+	$(BIN)/obm study paper $(ARGS)
 
 clean: ## the environment and caches; runs/ stays
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
