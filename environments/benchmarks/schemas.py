@@ -53,14 +53,14 @@ def read_fvqa(row: Row, split: str) -> list[dict[str, Any]]:
     if len(images) > 1:
         row.fail("images", f"{len(images)} pictures", "a question takes one; drop the row")
     column = "reward_model.ground_truth"
-    golds = [row.text(column), *row.texts(column)] if row.get(column) else []
+    aliases = _json_list(row, "reward_model.candidate_answers")
     return [
         _question(
             row.text("data_id"),
             row.get("category") or row.get("data_source") or "all",
             _split_of(str(row.get("data_source", "")), split),
             text,
-            row.answers(column, golds, _json_list(row, "reward_model.candidate_answers")),
+            row.answers(column, row.texts(column), aliases),
             images[0] if images else None,
             "images",
         )
