@@ -161,6 +161,14 @@ def describe_study(study: Study, overrides: Sequence[str] = ()) -> str:
     if study.floors:
         lines.append(f"{len(study.arms) * len(study.seeds)} evaluations, no training")
         return "\n".join(lines)
+    if study.benchmarks:
+        n_starts = sum(len(arm.modes) for arm in study.arms)
+        n_policies = sum(
+            len(study.seeds) if arm.train else arm.trained is not None for arm in study.arms
+        )
+        columns = ", ".join(study.benchmarks)
+        n = (n_starts + n_policies) * len(study.benchmarks)
+        lines.append(f"{n} evaluations on {columns}")
     config = plan.config(study.arms[0])
     n_runs = sum(arm.train for arm in study.arms) * len(study.seeds)
     lines.append(f"{n_runs} trainings of {_max_steps(config)} steps")

@@ -150,7 +150,8 @@ def evaluate_checkpoint(
     benchmark = benchmark_of(config)
 
     def make_asker() -> Asker:
-        return Asker(config, *load_for_inference(folder), mode=mode, query=query)
+        model, processor = load_for_inference(folder)
+        return Asker(config, model.to(_device()), processor, mode=mode, query=query)
 
     header = {
         "arm": arm,
@@ -198,6 +199,13 @@ def read_shard(text: str | None) -> tuple[int, int]:
     if match is None or int(match[1]) >= int(match[2]):
         raise LaunchError(f"--shard {text}: write I/N with I from 0 to N - 1, such as 0/4")
     return int(match[1]), int(match[2])
+
+
+def _device() -> str:
+    """The GPU of this process, by its local rank; the processor where there is none."""
+    import torch
+
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
 
 
 def describe(record: dict[str, Any]) -> str:
