@@ -94,7 +94,7 @@ results: $(STAMP) ## the small tables of docs/results again: trio, retrieval
 	$(BIN)/obm atlas report
 	$(BIN)/obm atlas table
 
-results-paper: $(STAMP) ## the paper's table on the embedded trio, docs/results/paper-table.* (fifteen minutes)
+results-paper: $(STAMP) ## the paper's table on the embedded trio, docs/results/paper-table.* (twelve minutes)
 	$(BIN)/obm study paper $(ARGS)
 
 clean: ## the environment and caches; runs/ stays
