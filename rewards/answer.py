@@ -112,6 +112,8 @@ def correctness(
     if exact_match(prediction, answers, max_chars):
         return 1.0
     golds = [gold for gold in answers if normalize_answer(gold)]
+    if match in ("contains", "f1") and _copies(prediction, get(question, "question"), golds):
+        return 0.0
     if match == "contains":
         return float(any(contains_answer(prediction, gold) for gold in golds))
     if match == "f1":
@@ -130,6 +132,19 @@ def kind_of(gold: str) -> Kind:
     if normalize_answer(gold) in ("yes", "no", "true", "false"):
         return "yes_no"
     return "no_answer" if says_no_answer(gold) else "text"
+
+
+def _copies(prediction: str, asked: str | None, golds: Sequence[str]) -> bool:
+    """Whether the prediction says nothing right that the question does not say itself.
+
+    A gold answer whose words all stand in the question ("A or B?") is an answer all the same.
+    """
+    words = set(normalize_answer(asked or "").split())
+    wanted = [set(normalize_answer(gold).split()) for gold in golds]
+    said = set(normalize_answer(prediction).split())
+    if words and words <= said:
+        return True
+    return not any(said & gold - words or gold <= words for gold in wanted)
 
 
 def _matches_kind(prediction: str, question: Any, golds: Sequence[str]) -> bool:
