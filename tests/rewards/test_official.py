@@ -20,8 +20,8 @@ from rewards.squad import squad_em, squad_f1, squad_normalize, squad_subem
 
 N_CASES = 1000
 WORDS = (
-    "Paris", "the", "a", "An", "Rome", "city", "of", "light", "Café", "“quoted”", "U.S.", "3.5", "35",
-    "-5", "1,050", "D.C.", "Trinidad", "&", "and", "Guinea-Bissau", "...", "’s", "",
+    "Paris", "the", "a", "An", "Rome", "city", "of", "light", "Café", "“quoted”", "U.S.", "3.5",
+    "35", "-5", "1,050", "D.C.", "Trinidad", "&", "and", "Guinea-Bissau", "...", "’s", "",
 )  # fmt: skip
 
 
