@@ -1,6 +1,7 @@
 """Every gold answer of the atlas scores 1, and every other question's answer 0."""
 
 from collections import defaultdict
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +11,15 @@ from rewards.answer import correctness, kind_of
 from rewards.metrics import METRICS
 from rewards.normalize import normalize_answer
 
+COPIES = Path(__file__).parents[1] / "compare" / "benchmarks"
+FILES = {
+    "fvqa_train": "fvqa_train.parquet",
+    "fvqa_test": "fvqa_test.parquet",
+    "infoseek": "infoseek_val.jsonl",
+    "mmsearch": "mmsearch.parquet",
+    "livevqa": "livevqa.json",
+    "nq_hotpotqa_test": "nq_hotpotqa.parquet",
+}
 MATCHES = ("exact", "typed", "contains", "f1")
 
 
@@ -86,3 +96,33 @@ def test_softer_ways_are_bounded_by_what_the_answers_share(questions):
                 padded = f" {normalize_answer(answer)} "
                 holds = any(f" {normalize_answer(g)} " in padded for g in question["answers"])
                 assert correctness(answer, question, "contains") <= float(holds)
+
+
+# ---------------------------------------------------------------- copies of the benchmarks
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_gold_answers_of_a_benchmarks_copy(name):
+    """Gold scores 1, another question's answer 0, by our rules and by the benchmark's metrics."""
+    benchmarks = pytest.importorskip("environments.benchmarks.registry")
+    images = str(COPIES / "oven_images") if name == "infoseek" else None
+    rows = benchmarks.load_benchmark(name, source=str(COPIES / FILES[name]), images=images)
+    metrics = [METRICS[m] for m in benchmarks.BENCHMARKS[name].metrics]
+    metrics = [metric for metric in metrics if metric.reads == "answer"]
+    assert len(rows) > 1
+    assert metrics
+    for question in rows:
+        golds = [gold for gold in question["answers"] if normalize_answer(gold)]
+        assert golds, question["id"]
+        for gold in golds:
+            assert correctness(gold, question, "typed") == 1.0, (question["id"], gold)
+            assert all(metric.strict(gold, question) == 1.0 for metric in metrics)
+            assert all(metric.official(gold, question) == 1.0 for metric in metrics)
+        own = set(map(normalize_answer, golds))
+        for other in rows:
+            foreign = [gold for gold in other["answers"] if normalize_answer(gold) not in own]
+            if own & set(map(normalize_answer, other["answers"])):
+                continue  # the same answer in other words
+            for gold in foreign:
+                assert correctness(gold, question, "exact") == 0.0
+                assert correctness(gold, question, "typed") == 0.0, (gold, golds)
