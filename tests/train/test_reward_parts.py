@@ -18,10 +18,10 @@ def logged_parts(line):
 
 
 def train(make_trainer, **settings):
-    """One step; returns the trainer and its logged line."""
+    """The logged line of one step."""
     trainer = make_trainer(script=search_twice, max_steps=1, logging_steps=1, **settings)
     trainer.train()
-    return trainer, next(row for row in trainer.state.log_history if "loss" in row)
+    return next(row for row in trainer.state.log_history if "loss" in row)
 
 
 def test_parts_with_a_weight_are_logged_and_enter_the_total(make_trainer, questions):
@@ -30,7 +30,7 @@ def test_parts_with_a_weight_are_logged_and_enter_the_total(make_trainer, questi
         {**question, "gold_passages": [] if i % 2 else ["none"], "hops": 0}
         for i, question in enumerate(questions)
     ]
-    trainer, line = train(make_trainer, rewards=weights, questions=asked)
+    line = train(make_trainer, rewards=weights, questions=asked)
     assert logged_parts(line) == set(part_names(weights))
     assert line["rewards/evidence/mean"] == 0.0  # nothing found; None where nothing is known
     assert line["rewards/redundancy/mean"] == pytest.approx(0.5)  # one of two calls
@@ -41,6 +41,6 @@ def test_parts_with_a_weight_are_logged_and_enter_the_total(make_trainer, questi
 
 
 def test_by_default_the_log_is_what_it_was(make_trainer):
-    _, line = train(make_trainer)
+    line = train(make_trainer)
     assert logged_parts(line) == {"total", "accuracy", "format", "search_penalty"}
     assert not any(key.startswith("judge/") for key in line)
