@@ -21,7 +21,7 @@ ARGS ?=
 export PYTHONSAFEPATH := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install demo test test-vllm bench bench-merge lint atlas tune study-floors study-convergence study-cold study-zero soak results results-paper clean
+.PHONY: help install demo test test-vllm bench bench-merge bench-rewards lint atlas tune study-floors study-convergence study-cold study-zero soak results results-paper clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1: /p' Makefile
@@ -56,6 +56,9 @@ bench: $(STAMP) ## measure what the results state: start-up of the console scrip
 
 bench-merge: $(STAMP) ## merge 0.5B, 1.5B and 7B beside mergekit and a raw copy (half an hour, 25 GB of disk)
 	$(BIN)/obm bench merge $(ARGS)
+
+bench-rewards: $(STAMP) ## a million answers checked, and what tricks earn (two minutes)
+	OMP_NUM_THREADS=1 $(BIN)/obm bench rewards $(ARGS)
 
 lint: $(STAMP) ## ruff and mypy
 	$(BIN)/ruff check .

@@ -13,6 +13,7 @@ from rewards.checks import (
     careful_f1,
     choice_matches,
     contains_answer,
+    is_mostly_number,
     list_matches,
     polarity,
     says_no_answer,
@@ -112,6 +113,8 @@ def correctness(
     if exact_match(prediction, answers, max_chars):
         return 1.0
     golds = [gold for gold in answers if normalize_answer(gold)]
+    if match in ("contains", "f1") and _copies(prediction, get(question, "question"), golds):
+        return 0.0
     if match == "contains":
         return float(any(contains_answer(prediction, gold) for gold in golds))
     if match == "f1":
@@ -127,9 +130,22 @@ def kind_of(gold: str) -> Kind:
         return "date"
     if is_quantity(gold):
         return "number"
-    if normalize_answer(gold) in ("yes", "no", "true", "false"):
+    if gold.strip().lower() in ("yes", "no", "true", "false"):
         return "yes_no"
     return "no_answer" if says_no_answer(gold) else "text"
+
+
+def _copies(prediction: str, asked: str | None, golds: Sequence[str]) -> bool:
+    """Whether the prediction says nothing right that the question does not say itself.
+
+    A gold answer whose words all stand in the question ("A or B?") is an answer all the same.
+    """
+    words = set(normalize_answer(asked or "").split())
+    wanted = [set(normalize_answer(gold).split()) for gold in golds]
+    said = set(normalize_answer(prediction).split())
+    if words and words <= said:
+        return True
+    return not any(said & gold - words or gold <= words for gold in wanted)
 
 
 def _matches_kind(prediction: str, question: Any, golds: Sequence[str]) -> bool:
@@ -144,7 +160,21 @@ def _matches_kind(prediction: str, question: Any, golds: Sequence[str]) -> bool:
         return number_matches(prediction, limits, unit=get(question, "unit"))
     if items is not None:
         return list_matches(prediction, items)
-    return any(_matches_one(prediction, gold, stated or kind_of(gold), question) for gold in golds)
+    return any(
+        _matches_one(prediction, gold, stated or _shown_kind(gold, prediction), question)
+        for gold in golds
+    )
+
+
+def _shown_kind(gold: str, prediction: str) -> Kind:
+    """The kind that gold shows; text for a prediction in which a number is only mentioned.
+
+    A gold answer "2" may be a code. Where the question does not say that it asks for a number,
+    "two crossed swords" is another answer and not a number in a sentence.
+    """
+    kind = kind_of(gold)
+    is_number = kind in ("number", "date", "year")
+    return "text" if is_number and not is_mostly_number(prediction) else kind
 
 
 def _matches_one(prediction: str, gold: str, kind: str, question: Any) -> bool:

@@ -11,10 +11,17 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
+from rewards.dates import MONTHS
 from rewards.normalize import contains_phrase, normalize_answer
+from rewards.quantities import NUMBER_WORDS
+from rewards.units import SCALES, UNITS
 
 _YES = {"yes", "true", "correct", "yeah", "yep"}
 _NO = {"no", "false", "incorrect", "nope", "not"}
+_SAYS = re.compile(
+    r"\W*(?:yes|true|correct|yeah|yep|no|false|incorrect|nope)"
+    r"(?:\s*$|\s*[,.;:!–—]|\s+(?:it|they|he|she|that|this|there|i|we|you)\b)"
+)
 _NEGATIONS = {
     "not", "no", "never", "neither", "nor", "without", "except", "isnt", "wasnt", "arent", "werent",
     "cannot", "cant", "dont", "doesnt", "didnt",
@@ -29,6 +36,13 @@ NO_ANSWER = frozenset(
         "unable to answer", "unable to answer due to lack of relevant information",
     )
 )  # fmt: skip
+_AROUND_NUMBERS = {
+    "about", "approximately", "approx", "around", "roughly", "nearly", "almost", "circa", "ca", "c",
+    "some", "exactly", "it", "its", "is", "was", "has", "had", "the", "a", "of", "in", "on", "at",
+    "as", "since", "from", "to", "and", "between", "until", "by", "year", "date", "estimate", "est",
+    "census", "born", "died", "founded", "established", "independent", "independence", "ad", "ce",
+    "bc", "bce", "per", "square", "sq", "cubic", "million", "st", "nd", "rd", "th",
+}  # fmt: skip
 _REASON = re.compile(r" (?:because|since|due to|as) ")
 _SEPARATOR = re.compile(r"[,;|/\n\r•·]|\bor\b|\band\b|&")
 _LIST_SEPARATOR = re.compile(r"[,;|/\n\r•·]")
@@ -80,11 +94,15 @@ def careful_f1(prediction: str, gold: str) -> float:
 
 
 def polarity(text: str) -> bool | None:
-    """True for a yes, False for a no, None for neither or both; the first word decides."""
-    words = normalize_answer(text).split()
-    if not words or words[0] not in _YES | _NO:
+    """True for a yes, False for a no, None for neither or both.
+
+    The text begins with the word, and what follows is set off: "No, it is not" is a no, and "no
+    official symbol" is none.
+    """
+    words = set(normalize_answer(text).split())
+    if _SAYS.match(text.casefold()) is None or not words & (_YES | _NO):
         return None
-    says_yes, says_no = bool(_YES & set(words)), bool(_NO & set(words))
+    says_yes, says_no = bool(_YES & words), bool(_NO & words)
     return None if says_yes and says_no else says_yes
 
 
@@ -138,6 +156,23 @@ def says_no_answer(text: str) -> bool:
     """Whether the text says that there is no answer, a reason behind it allowed."""
     normal = normalize_answer(text)
     return normal in NO_ANSWER or _REASON.split(normal, maxsplit=1)[0] in NO_ANSWER
+
+
+def is_mostly_number(text: str) -> bool:
+    """Whether a text states a number or a date and little else: at most one strange word, after it.
+
+    is_mostly_number("about 35 million people") and not is_mostly_number("Apollo 11")
+    """
+    known = _AROUND_NUMBERS | UNITS.keys() | SCALES.keys() | MONTHS.keys() | NUMBER_WORDS
+    has_number, n_strange = False, 0
+    for word in normalize_answer(text).split():
+        if word in NUMBER_WORDS or any(ch.isdigit() for ch in word):
+            has_number = True
+        elif word not in known:
+            n_strange += 1
+            if not has_number or n_strange > 1:
+                return False
+    return has_number
 
 
 # ---------------------------------------------------------------- helpers

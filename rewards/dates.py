@@ -16,9 +16,9 @@ from rewards.units import plain_digits
 
 PRECISIONS = ("century", "decade", "year", "month", "day")
 
-_MONTHS = {name.lower(): i for i, name in enumerate(calendar.month_name) if name}
-_MONTHS |= {name.lower(): i for i, name in enumerate(calendar.month_abbr) if name} | {"sept": 9}
-_MONTH = "|".join(sorted(_MONTHS, key=len, reverse=True))
+MONTHS = {name.lower(): i for i, name in enumerate(calendar.month_name) if name}
+MONTHS |= {name.lower(): i for i, name in enumerate(calendar.month_abbr) if name} | {"sept": 9}
+_MONTH = "|".join(sorted(MONTHS, key=len, reverse=True))
 _DAY = r"\d{1,2}(?:st|nd|rd|th)?"
 _DATE = re.compile(
     rf"""(?<![\w.-])(?:
@@ -155,7 +155,7 @@ def _readings(match: re.Match[str]) -> tuple[Date, ...]:
 
 def _date(sign: int, year: str, month: str, day: str | None) -> Date | None:
     y = sign * int(year)
-    m = int(month) if month.isdigit() else _MONTHS[month]
+    m = int(month) if month.isdigit() else MONTHS[month]
     if not 1 <= m <= 12:
         return None
     if day is None:

@@ -34,6 +34,7 @@ class Metric:
         reads: what both score: an extracted answer, or a whole trajectory.
         flaw: what the official one is known to get wrong.
         percent: the report is in percent, as the source's is; otherwise in [0, 1].
+        missing: official score where there is no answer at all; None leaves it out of the mean.
     """
 
     source: str
@@ -42,6 +43,7 @@ class Metric:
     reads: str
     flaw: str
     percent: bool = False
+    missing: float | None = 0.0
 
 
 def _answers(question: Any) -> list[str]:
@@ -55,6 +57,8 @@ def _strict_em(prediction: str, question: Any) -> float:
 def _strict_subem(prediction: str, question: Any) -> float:
     return correctness(prediction, {"answers": _answers(question)}, "contains")
 
+
+_LIVE: dict[str, float | None] = {"CORRECT": 1.0, "INCORRECT": 0.0, "NOT_ATTEMPTED": None}
 
 METRICS: dict[str, Metric] = {
     "em": Metric(
@@ -92,6 +96,7 @@ METRICS: dict[str, Metric] = {
         lambda prediction, question: float(livevqa.grade(prediction, question) == "CORRECT"),
         "answer",
         "answers that are not attempted leave the denominator",
+        missing=None,
     ),
     "search_r1_format": Metric(
         "Search-R1 v0.3, repository at a14dc3a",
@@ -121,7 +126,6 @@ METRICS: dict[str, Metric] = {
         "two text searches lose the format part; empty reasoning does not",
     ),
 }
-_LIVE = {"CORRECT": 1.0, "INCORRECT": 0.0, "NOT_ATTEMPTED": None}
 
 
 def report(
@@ -150,8 +154,9 @@ def report(
         for prediction, question in zip(predictions, questions, strict=True)
     ]
     numbers: dict[str, float | None] = {}
-    for kind, scorer in (("official", metric.official), ("strict", metric.strict)):
-        scores = [0.0 if made is None else scorer(made, question) for made, question in rows]
+    kinds = (("official", metric.official, metric.missing), ("strict", metric.strict, 0.0))
+    for kind, scorer, missing in kinds:
+        scores = [missing if made is None else scorer(made, question) for made, question in rows]
         numbers[kind] = _summary(name, kind, scores, questions, metric.percent)
     return {**numbers, "n": float(len(rows))}
 

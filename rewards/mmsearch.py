@@ -28,7 +28,8 @@ def official_score(prediction: str, question: Any) -> float:
 
 def strict_score(prediction: str, question: Any) -> float:
     """The same by our rules. Range [0, 1]."""
-    return correctness(prediction, {"answers": get(question, "answers")}, "f1")
+    asked = {"question": get(question, "question"), "answers": get(question, "answers")}
+    return correctness(prediction, asked, "f1")
 
 
 def final_score(means: Mapping[str, float]) -> float:

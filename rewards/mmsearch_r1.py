@@ -17,13 +17,12 @@ from typing import Any, Literal
 
 from rewards.compose import score
 from rewards.format import FormatCheck
-from rewards.squad import squad_em, squad_subem
+from rewards.squad import between, squad_em, squad_subem
 from rewards.trajectory import turn_texts
 
 SEARCH_PENALTY, FORMAT_WEIGHT = 0.1, 0.1
 MAX_TURNS = 3
 
-_ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 _IMAGE = "<search><img></search>"
 _SHAPES = {
     "answer": re.compile(r"^<reason>.*</reason>.*<answer>.*</answer>$", re.DOTALL),
@@ -57,7 +56,7 @@ def official_reward(
     """
     if not 0 < len(turns) <= MAX_TURNS:
         return None
-    found = _ANSWER.findall(turns[-1])
+    found = between(turns[-1], "<answer>", "</answer>")
     matches = squad_em if mode == "em" else squad_subem
     right = float(bool(found) and matches(found[-1].strip(), answers))
     stripped = [turn.strip() for turn in turns]

@@ -64,7 +64,9 @@ def contains_phrase(text: str, phrase: str) -> bool:
 
 def visible(text: str) -> str:
     """The text without the characters that nobody sees; it comes back itself if it has none."""
-    return text if text.isascii() and text.isprintable() else _visible(text)
+    if text.isascii() and text.replace("\n", " ").isprintable():
+        return text
+    return _visible(text)
 
 
 def _plain(text: str) -> tuple[str, str]:

@@ -48,6 +48,7 @@ _ONES = (
 _TENS = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
 _WORDS = {word: i for i, word in enumerate(_ONES)}
 _WORDS |= {word: 10 * i for i, word in enumerate(_TENS, 2)}
+NUMBER_WORDS = frozenset(_WORDS)
 _HAS_DIGIT = re.compile(r"\d")
 _LETTERS = re.compile(r"[^\W\d_]+|[^\s\w]")
 

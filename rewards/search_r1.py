@@ -19,7 +19,7 @@ from typing import Any
 from rewards.answer import exact_match, final_answer, usable_answers
 from rewards.format import FormatCheck, format_score
 from rewards.normalize import contains_phrase
-from rewards.squad import squad_em, squad_normalize
+from rewards.squad import between, squad_em, squad_normalize
 from rewards.trajectory import get, turns_of
 
 STRUCTURE, FINAL, RETRIEVAL = 0.2, 0.1, 0.0
@@ -29,8 +29,6 @@ PROMPT_EXAMPLE = "For example, <answer> Beijing </answer>."
 
 _TAGS = ("think", "search", "information", "answer")
 _SPLIT = re.compile(r"(</?(?:think|search|information|answer)>)")
-_ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
-_INFORMATION = re.compile(r"<information>(.*?)</information>", re.DOTALL)
 _ASSISTANT = re.compile(r"<\|im_start\|>assistant\s*")
 # (state, tag) -> next state
 _STEPS = {
@@ -49,7 +47,7 @@ _INSIDE = {"think", "search", "information", "answer"}
 
 def extract_last_of_two(text: str) -> str | None:
     """The last answer of a text with at least two, as the source has it."""
-    found = _ANSWER.findall(text)
+    found = between(text, "<answer>", "</answer>")
     return found[-1].strip() if len(found) > 1 else None
 
 
@@ -102,7 +100,9 @@ def format_reward(
     if answer is not None and squad_em(answer, answers):
         return 1.0 if is_valid else 1.0 - structure
     if is_valid:
-        blocks = (squad_normalize(block) for block in _INFORMATION.findall(text))
+        blocks = (
+            squad_normalize(block) for block in between(text, "<information>", "</information>")
+        )
         golds = [squad_normalize(gold) for gold in answers]
         has_evidence = any(gold in block for block in blocks for gold in golds)
         return structure + retrieval if has_evidence else structure

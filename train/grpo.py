@@ -670,8 +670,11 @@ def _read_part(part: str) -> Callable[..., list[float | None]]:
     """TRL reward function that hands on one part of the score."""
 
     def reward(trajectories: list[Trajectory], **_: Any) -> list[float | None]:
-        # an episode that cannot be scored has no part at all: TRL would count the rest as 0
-        return [None if t.rewards["total"] is None else t.rewards[part] for t in trajectories]
+        # an episode that cannot be scored has no part at all: TRL would count the rest as 0; in one
+        # that is scored, a part that the question says nothing about added nothing
+        return [
+            None if t.rewards["total"] is None else t.rewards[part] or 0.0 for t in trajectories
+        ]
 
     reward.__name__ = part
     return reward

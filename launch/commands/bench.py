@@ -3,8 +3,10 @@
 cli           processor time of every verb's --help, target 0.5 s each (the default)
 merge         the merge beside mergekit and beside a raw copy of the same bytes
 calibration   what collecting statistics adds to a forward pass
+rewards       how fast answers are checked, and what tricks earn
 
-Each writes bench-NAME.json, merge a page as well. The exit code is 1 if a target is missed.
+Each writes bench-NAME.json, merge and rewards a page as well. The exit code is 1 if a target is
+missed.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ EXAMPLES = (
     "obm bench merge --sizes 0.5b,1.5b,7b --output runs/bench",
     "obm bench cli merge --sizes tiny --peer none --output runs/bench",
 )
-NAMES = ("cli", "merge", "calibration")
+NAMES = ("cli", "merge", "calibration", "rewards")
 HELP_TARGET_S = 0.5
 
 
@@ -52,6 +54,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--work", metavar="DIR", default="runs", help="disk for the files (default: runs)"
     )
     merge.add_argument("--keep", action="store_true", help="leave the files for another run")
+    rewards = parser.add_argument_group("rewards")
+    rewards.add_argument(
+        "--answers", type=int, default=1_000_000, metavar="N", help="default: a million"
+    )
 
 
 def run(options: argparse.Namespace) -> int:
@@ -59,7 +65,12 @@ def run(options: argparse.Namespace) -> int:
     for name in options.names:
         if name not in NAMES:
             raise LaunchError(f"there is no bench {name!r}; choose of {', '.join(NAMES)}")
-    measure = {"cli": bench_cli, "merge": _bench_merge, "calibration": _bench_calibration}
+    measure = {
+        "cli": bench_cli,
+        "merge": _bench_merge,
+        "calibration": _bench_calibration,
+        "rewards": _bench_rewards,
+    }
     all_met = True
     for name in dict.fromkeys(options.names or ["cli"]):
         record = measure[name](options)
@@ -133,6 +144,20 @@ def _bench_calibration(options: argparse.Namespace) -> dict[str, Any]:
     return {"targets": targets}
 
 
+def _bench_rewards(options: argparse.Namespace) -> dict[str, Any]:
+    from launch.bench_rewards import bench_rewards
+
+    if options.answers < 10:
+        raise LaunchError("--answers has to be 10 or more")
+    record = bench_rewards(options.answers)
+    for row in record["speeds"]:
+        print(
+            f"{row['name'].ljust(24)} {row['n']:>9,}  {row['s']:8.2f} s  {row['us']:7.1f} µs each"
+        )
+    _print_targets(record["targets"])
+    return record
+
+
 def _print_targets(targets: list[dict[str, Any]]) -> None:
     for target in targets:
         word = "met" if target["met"] else "MISSED"
@@ -159,3 +184,7 @@ def _write(output: Path, name: str, record: dict[str, Any]) -> None:
         print(f"\n{render_table(medians(record['runs']))}\n")
         _print_targets(record["targets"])
         write_text(output / "bench-merge.md", render_page(record))
+    if name == "rewards":
+        from launch.bench_rewards import render_page as render_rewards
+
+        write_text(output / "bench-rewards.md", render_rewards(record))

@@ -302,7 +302,7 @@ def test_every_dialects_rule_is_within_the_shared_one(turns):
 
 
 @pytest.mark.parametrize("think", ["think", "reason"])
-@pytest.mark.parametrize("call", ["search", "text_search"])
+@pytest.mark.parametrize("call", ["search", "text_search", "image_search", "visit", "tool_call"])
 def test_the_shared_format_rule(think, call):
     thought = f"<{think}> t </{think}>"
     good = [f"{thought} <{call}> q </{call}>", f"\n{thought}\n<answer> x </answer> <|im_end|>"]
@@ -318,6 +318,15 @@ def test_the_shared_format_rule(think, call):
     assert not is_well_formed([f"{thought} <answer> x </answer> so"])
     assert not is_well_formed([f"{thought} <answer> x <information> y </answer>"])
     assert not is_well_formed(["<think> t </reason> <answer> x </answer>"])
+
+
+def test_several_json_calls_in_a_turn_are_well_formed_other_calls_are_not():
+    answer_turn = "<think> t </think> <answer> x </answer>"
+    calls = "<tool_call>{}</tool_call>\n<tool_call>{}</tool_call>"
+    assert is_well_formed([f"<think> t </think> {calls}", answer_turn])
+    assert not is_well_formed([f"<think> t </think> {calls} so", answer_turn])
+    calls = "<search> q </search> <search> q </search>"
+    assert not is_well_formed([f"<think> t </think> {calls}", answer_turn])
 
 
 def test_calls_side_by_side_count_one_by_one():
