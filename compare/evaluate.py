@@ -70,18 +70,20 @@ def measure_episode(trajectory: Trajectory, question: dict[str, Any]) -> dict[st
     """`train.evaluation.measure`, the split, and the searches that a tool answered.
 
     A call that was refused or that came in the last turn is asked for (`n_text`, `n_image`), but
-    not answered (`text_calls`, `image_calls`).
+    not answered (`text_calls`, `image_calls`, `page_calls`).
     """
     answered = [
-        turn.action["type"]
+        action["type"]
         for turn in trajectory.turns
         if turn.observation is not None and turn.fault != "model"
+        for action in turn.actions
     ]
     return {
         **measure(trajectory, question),
         "split": question.get("split", "all"),
         "text_calls": answered.count("search"),
         "image_calls": answered.count("image_search"),
+        "page_calls": answered.count("visit"),
     }
 
 
@@ -123,7 +125,7 @@ def _columns(episode: dict[str, Any]) -> list[float]:
         float(n_image > 0),
         float(n_text > 0),
         float(n_image + n_text > 0),
-        float(n_image + n_text),
+        float(n_image + n_text + episode["page_calls"]),
         float(episode["n_tokens"]),
     ]
 

@@ -164,7 +164,7 @@ def environment_of(world: Any, mode: str) -> Any:
         # MMSearch-R1's own prompt explains the tools already
         environment.dialect = replace(dialect, agent_text=PROMPTED_SEARCH_R1)
     elif mode == "direct":
-        environment.dialect = replace(dialect, agent_text=dialect.direct_text)
+        environment.dialect = dialect.without_tools()
         environment.budgets = {**world.budgets, "max_turns": 1}
     elif mode == "rag":
         environment.budgets = {**world.budgets, "max_turns": 1}

@@ -20,7 +20,7 @@ from compare.errors import CompareError
 
 # What may differ between runs of one comparison: where they write, how they are drawn, and the
 # seed.
-_FREE_ENVIRONMENT = {"timeout_s"}
+_FREE_ENVIRONMENT = {"timeout_s", "retries", "backoff_s"}
 _FREE_GRPO = {
     "seed", "data_seed", "output_dir", "run_name", "report_to", "log_level", "logging_steps",
     "logging_dir", "save_steps", "save_strategy", "save_total_limit", "disable_tqdm",

@@ -8,7 +8,6 @@ search environment.
 
 from __future__ import annotations
 
-import dataclasses
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -172,9 +171,7 @@ def _engine(model: Any, processor: Any, seed: int, is_direct: bool = False) -> R
         top_k_image=3,
     )
     if is_direct:
-        environment.dialect = dataclasses.replace(
-            environment.dialect, agent_text=environment.dialect.direct_text
-        )
+        environment.dialect = environment.dialect.without_tools()
     return RolloutEngine(
         model,
         processor,

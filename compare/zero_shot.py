@@ -26,6 +26,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from compare.errors import CompareError
 from configs.schema import Config
+from configs.sections import Environment
 from rewards.answer import final_answer
 from rewards.normalize import contains_phrase, normalize_answer
 from train.evaluation import evaluate
@@ -120,9 +121,7 @@ class Evaluator:
         config, section = task.config, task.config.environment
         model, processor = load_policy(folder)
         model.eval()
-        environment = _kept(
-            self._environments, section.episode_settings(), load_environment, config
-        )
+        environment = _kept(self._environments, _world_settings(section), load_environment, config)
         questions = _kept(self._questions, section, load_eval_questions, config)
         engine = build_engine(config, model, processor, environment=environment)
         metrics, trajectories = evaluate(engine, questions)
@@ -149,8 +148,8 @@ class Evaluator:
             ),
             config,
         )
-        direct = replace(environment.dialect, agent_text=environment.dialect.direct_text)
-        dialect, environment.dialect = environment.dialect, direct
+        dialect = environment.dialect
+        environment.dialect = dialect.without_tools()
         try:
             engine = build_engine(config, model, processor, environment=environment)
             _, trajectories = evaluate(engine, questions)
@@ -263,6 +262,12 @@ def _end_with_parent() -> None:
 def _measure(task: Task) -> dict[str, Any]:
     merge = replace(task.config.merge, threads=1)
     return _evaluator.measure(replace(task, config=replace(task.config, merge=merge)))
+
+
+def _world_settings(section: Environment) -> dict[str, Any]:
+    """What decides on tools and indexes, not on the questions."""
+    world = (section.name, section.domains(), section.counterfactual, section.news)
+    return {**section.episode_settings(), "world": world}
 
 
 def _kept(store: dict[str, Any], key: Any, load: Callable[[Config], Any], config: Config) -> Any:

@@ -8,7 +8,7 @@ into docs/configuration.md. A field's annotation is its check: `Literal` lists t
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, NamedTuple, TypedDict
 
-Kind = Literal["look", "image", "text", "two", "three"]
+Kind = Literal["look", "image", "text", "two", "three", "pair"]
 Method = Literal[
     "obm",
     "linear",
@@ -264,18 +264,49 @@ class Environment:
 
     name: Literal["atlas"] = "atlas"
     """which world"""
-    dialect: Literal["search_r1", "mmsearch_r1"] = "search_r1"
+    retrieval: str | None = None
+    """search server that answers the tool calls, `http://host:port` (`obm serve`, or any that
+    speaks Search-R1's protocol); null = the world's own indexes in this process"""
+    text_provider: Literal["serper", "brave", "tavily"] | None = None
+    """live text search in place of the world's own; its key comes from the environment
+    (docs/live-search.md)"""
+    image_provider: Literal["serpapi"] | None = None
+    """live image search in place of the world's own; makes every searched picture public"""
+    page_reader: Literal["direct", "jina"] | None = None
+    """who reads pages: this machine, or a service"""
+    cache: str | None = None
+    """folder that keeps every tool result, so that a run can be replayed; null = nothing is kept"""
+    cache_mode: Literal["read", "write", "refresh", "offline"] = "read"
+    """`read` asks for what is missing and keeps it; `write` always asks and keeps what is new;
+    `refresh` asks once more and replaces; `offline` never asks, and a miss is a fault of
+    infrastructure"""
+    dialect: Literal["search_r1", "mmsearch_r1", "hermes"] = "search_r1"
     """how calls, observations and answers look as text"""
     kinds: list[Kind] = field(default_factory=lambda: ["two"])
     """question kinds to train on"""
     relations: list[str] | None = None
     """facts asked for; null = the world's default set"""
+    domain: Literal["flags", "maps"] = "flags"
+    """what the photos show of a place, and what the image search knows"""
+    eval_domain: Literal["flags", "maps"] | None = None
+    """what the evaluation's photos show; null = as `domain`. With another one the image search
+    knows both"""
+    counterfactual: int | None = None
+    """seed by which the answers of every relation change places inside each split, in the passages
+    and in what counts as right: what a model remembers is wrong; null = the facts as they are"""
+    news: Literal["older", "newer", "both"] | None = None
+    """dated fact sheets: half of the facts have changed in the newer one, the corpus holds one of
+    them or both, and the newest page is right; null = one sheet without dates"""
     strength: Annotated[float, Between(0, 2)] = 0.5
     """how strongly photos are warped: 0 flat, 0.5 default, 1 hard"""
     image_searches: Annotated[int, NotNegative] = 1
     """image searches allowed per episode"""
     text_searches: Annotated[int, NotNegative] = 2
     """text searches allowed per episode"""
+    visits: Annotated[int, NotNegative] = 0
+    """web pages that may be read per episode; 0 = the tool is not offered"""
+    visit_urls: Literal["results", "any"] = "results"
+    """which pages: those that a search result of the episode showed, or any the policy names"""
     max_turns: Annotated[int, Positive] = 4
     """turns of the policy per episode, the answer included"""
     top_k_text: Annotated[int, Positive] = 2
@@ -299,7 +330,11 @@ class Environment:
     eval_benchmark: Benchmark | None = None
     """the evaluation asks these; null = the atlas', by the keys above"""
     timeout_s: Annotated[float, Between(0, above=True)] = 10.0
-    """seconds after which a tool call counts as failed (infrastructure)"""
+    """seconds after which a tool call counts as failed (infrastructure), retries included"""
+    retries: Annotated[int, NotNegative] = 2
+    """further attempts after a fault of a service, within timeout_s; never after a bad call"""
+    backoff_s: Annotated[float, NotNegative] = 0.5
+    """mean pause in seconds before the first retry; it doubles with each"""
     invalid_ends: bool = True
     """a turn without call or answer ends the episode; false = the policy gets a hint and goes on"""
     long_results: Literal["end", "shorten"] = "end"
@@ -312,15 +347,62 @@ class Environment:
             "dialect",
             "image_searches",
             "text_searches",
+            "visits",
+            "visit_urls",
             "max_turns",
             "top_k_text",
             "top_k_image",
             "thumbnails",
             "timeout_s",
+            "retries",
+            "backoff_s",
             "invalid_ends",
             "long_results",
         )
         return {name: getattr(self, name) for name in names}
+
+    def domains(self) -> tuple[str, ...]:
+        """What the image search knows: the domain, and the evaluation's if it is another."""
+        return tuple(dict.fromkeys((self.domain, self.eval_domain or self.domain)))
+
+
+@dataclass
+class Live:
+    """Live search services and page reading; used only with a provider or a reader in
+    `environment`. Keys come from environment variables alone: docs/live-search.md."""
+
+    text_url: str | None = None
+    """base URL of the text provider; null = its own"""
+    image_url: str | None = None
+    """base URL of the image provider; null = its own"""
+    page_url: str | None = None
+    """base URL of the page service; null = its own"""
+    image_host: str | None = None
+    """where pictures are put so that an image provider can fetch them: a folder that a web server
+    serves, or a URL that takes PUT (a bucket, WebDAV)"""
+    image_host_url: str | None = None
+    """public URL of what lies in image_host; null = image_host itself is that URL"""
+    country: str | None = "us"
+    """two letters; which country's results"""
+    language: str | None = "en"
+    """two letters; which language's results"""
+    requests_per_second: Annotated[float, Between(0, above=True)] = 5.0
+    """most requests to each service on average, all training processes together"""
+    retries: Annotated[int, NotNegative] = 2
+    """further attempts after a failure of a service, within environment.timeout_s"""
+    read_results: bool = False
+    """text hits carry a summary of their page instead of the search service's snippet"""
+    summary_url: str | None = None
+    """OpenAI-compatible endpoint, `http://host:port/v1`, that summarises pages in five sentences;
+    null = the five best sentences by BM25"""
+    summary_model: str | None = None
+    """name of the model behind summary_url"""
+    page_chars: Annotated[int, Positive] = 30_000
+    """characters of a page's text that are looked at"""
+    page_bytes: Annotated[int, Positive] = 2_000_000
+    """largest page or picture that is fetched, as sent and as decompressed"""
+    allow_loopback: bool = False
+    """pages of this machine may be read; for tests only"""
 
 
 @dataclass
@@ -487,6 +569,8 @@ class Config:
     """merge"""
     environment: Environment = field(default_factory=Environment)
     """world and questions"""
+    live: Live = field(default_factory=Live)
+    """search services on the net"""
     rewards: Rewards = field(default_factory=Rewards)
     """reward parts"""
     rollout: Rollout = field(default_factory=Rollout)

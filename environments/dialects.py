@@ -1,272 +1,37 @@
-"""Dialects: what a call, an observation and an answer look like as text.
+"""The dialects: what a call, an observation and an answer look like as text.
 
-Two dialects, held as data. `search_r1` (arXiv 2503.09516) puts a search result inside the
-assistant's turn; `mmsearch_r1` (arXiv 2506.20670) sends it as a new user turn. Both accept the
-other's call tags when they *parse*, because a merged policy may mix them and its search rate would
-otherwise be under-measured; `check_format` accepts the dialect's own tags only.
-
-Deviation from both sources: a call or an answer counts only at the end of the turn. What the
-policy wrote before it (a rehearsed result, a second call) is thought, not action.
-
-Retrieved text is data. It passes `sanitize` before it stands in an observation, so that no tag and
-no special token can come from a tool; only the frame around it is ours.
+Three, held as data. `search_r1` (arXiv 2503.09516) puts a search result inside the assistant's
+turn; `mmsearch_r1` (arXiv 2506.20670) sends it as a new user turn; `hermes` is the tool calling of
+the Qwen2.5 and Qwen3 chat templates: JSON calls, several in a turn if need be, results as tool
+responses. Every dialect understands every tag when it *parses*, because a merged policy may mix its
+parents' habits and its search rate would otherwise be under-measured; `check_format` accepts the
+dialect's own tags only.
 """
 
-import re
-import unicodedata
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
 
-from environments.errors import EnvironmentSetupError
-
-if TYPE_CHECKING:
-    from environments.tools import Hit, ToolResult
-
-IMAGE_MARK = "\ufffc"
-"""Stands for one returned image in an observation; the policy expands it to its image tokens."""
-
-MAX_OBSERVATION_CHARS = 8000
-"""Hard cap on one observation's text, whatever a tool returns."""
-MAX_TITLE_CHARS, MAX_SNIPPET_CHARS = 200, 600
-"""Caps on one hit: a word without end must not fill the context that other hits need."""
-
-
-@dataclass(frozen=True)
-class Search:
-    """A text search."""
-
-    query: str
-
-
-@dataclass(frozen=True)
-class ImageSearch:
-    """A search with the question's picture; `region` as the policy wrote it (the tool checks)."""
-
-    region: str = "full"
-
-
-@dataclass(frozen=True)
-class Answer:
-    """The final answer."""
-
-    text: str
-
-
-@dataclass(frozen=True)
-class Invalid:
-    """A turn that ends in neither a call nor an answer."""
-
-    reason: str
-
-
-Action = Search | ImageSearch | Answer | Invalid
-
-
-def action_dict(action: Action) -> dict[str, str]:
-    """An action as plain data, as trajectories store it; `type` names the action."""
-    match action:
-        case Search(query):
-            return {"type": "search", "query": query}
-        case ImageSearch(region):
-            return {"type": "image_search", "region": region}
-        case Answer(text):
-            return {"type": "answer", "text": text}
-        case Invalid(reason):
-            return {"type": "invalid", "reason": reason}
-
-
-# ---------------------------------------------------------------- sanitising
-
-_LOOKALIKES = str.maketrans(
-    # NFKC, which some tokenizers apply, turns the wide and small forms into real brackets
-    {
-        "<": "‹",
-        "＜": "‹",
-        "﹤": "‹",
-        ">": "›",
-        "＞": "›",
-        "﹥": "›",
-        "\u2028": "\n",
-        "\u2029": "\n",
-        IMAGE_MARK: None,
-    }
+from environments.actions import (
+    Action,
+    Answer,
+    ImageSearch,
+    Invalid,
+    Parallel,
+    Search,
+    Visit,
+    action_dict,
 )
-_JOINERS = "\u200c\u200d"  # part of Persian and Indic spelling and of emoji
+from environments.dialect import CALL_TAGS, TAGS, Dialect, strip_end
+from environments.errors import EnvironmentSetupError
+from environments.sanitize import IMAGE_MARK, MAX_OBSERVATION_CHARS, one_line, sanitize
 
+__all__ = [
+    "DIALECTS", "HERMES", "IMAGE_MARK", "MAX_OBSERVATION_CHARS", "MMSEARCH_R1", "SEARCH_R1", "TAGS",
+    "Action", "Answer", "Dialect", "ImageSearch", "Invalid", "Parallel", "Search", "Visit",
+    "action_dict", "get_dialect", "one_line", "sanitize", "strip_end",
+]  # fmt: skip
 
-def sanitize(text: str) -> str:
-    """Makes retrieved text harmless: data that can hold no tag and no special token.
-
-    Every `<` becomes `‹` and `>` becomes `›` (so do their wide forms), IMAGE_MARK, control, format
-    (bidi, zero width, tags) and surrogate characters are removed; newline and tab stay. Total and
-    idempotent; text without such characters comes back unchanged.
-    """
-    text = text.replace("\r\n", "\n").replace("\r", "\n").translate(_LOOKALIKES)
-    if text.isprintable():  # the common case, a hundred times faster
-        return text
-    return "".join(ch for ch in text if ch in "\n\t" or _is_harmless(ch))
-
-
-def _is_harmless(ch: str) -> bool:
-    return ch in _JOINERS or unicodedata.category(ch) not in ("Cc", "Cf", "Cs")
-
-
-def one_line(text: str, limit: int = MAX_OBSERVATION_CHARS) -> str:
-    """Sanitised text on one line, cut at `limit` characters."""
-    # cut first: a passage of many megabytes must not cost seconds
-    return " ".join(sanitize(text[: 4 * limit]).split())[:limit].rstrip()
-
-
-# ---------------------------------------------------------------- dialects
-
-TAGS = ("think", "reason", "search", "text_search", "answer", "information", "img")
-_ANY_TAG = re.compile(rf"</?(?:{'|'.join(TAGS)})>")
-_END_OF_TURN = re.compile(r"(?:\s|<\|im_end\|>|<\|endoftext\|>)+\Z")
-_CALLS = ("search", "text_search", "answer")
-_IMAGE = "<img>"
-
-
-@dataclass(frozen=True)
-class Dialect:
-    """One dialect, as data.
-
-    Attributes:
-        name: key in configuration files.
-        stop_sequences: a turn ends after any of these.
-        in_turn: the observation continues the assistant's turn; otherwise it is a user turn.
-        think: tag around the reasoning.
-        call: tag of a text search in a well-formed turn.
-        agent_text: user text with tools, `{question}` in it.
-        direct_text: user text without tools.
-        frame: builds an observation from (sanitised text, sanitised question, tool name).
-        hits: builds the text of a list of hits; the second argument names the tool.
-    """
-
-    name: str
-    stop_sequences: tuple[str, ...]
-    in_turn: bool
-    think: str
-    call: str
-    agent_text: str
-    direct_text: str
-    frame: Callable[[str, str, str], str]
-    hits: Callable[[Sequence[tuple[str, str]], str], str]
-
-    def prompt(self, question: str, has_image: bool) -> list[dict[str, Any]]:
-        """Chat messages that offer the tools; the image part comes first."""
-        return _user_message(self.agent_text, question, has_image)
-
-    def direct_prompt(self, question: str, has_image: bool) -> list[dict[str, Any]]:
-        """Chat messages that offer no tools."""
-        return _user_message(self.direct_text, question, has_image)
-
-    def parse(self, turn: str) -> Action:
-        """Reads the action at the end of a turn. Total: never raises."""
-        turn = strip_end(turn)
-        tag = next((tag for tag in _CALLS if turn.endswith(f"</{tag}>")), None)
-        if tag is None:
-            return Invalid(_why_no_call(turn))
-        opening, closing = f"<{tag}>", f"</{tag}>"
-        start = turn.rfind(opening)
-        if start < 0:
-            return Invalid(f"{closing} without {opening}")
-        content = turn[start + len(opening) : -len(closing)].strip()
-        if tag != "answer" and content.startswith(_IMAGE):
-            content = content.removeprefix(_IMAGE).strip() or "full"
-            if not _ANY_TAG.search(content):
-                return ImageSearch(content)
-        if _ANY_TAG.search(content):
-            return Invalid(f"a tag stands inside {opening}{closing}")
-        if not content:
-            return Invalid(f"{opening}{closing} is empty")
-        return Answer(content) if tag == "answer" else Search(content)
-
-    def render_observation(self, result: "ToolResult", question: str) -> str:
-        """Text of an observation; each returned image stands as one IMAGE_MARK.
-
-        Args:
-            result: what the tool returned; all its text is sanitised here and cut.
-            question: the user's question, repeated by some dialects.
-        """
-        if result.documents:
-            pairs = [(_hit_title(hit), _hit_text(hit)) for hit in result.documents]
-            text = self.hits(pairs, result.tool)
-        else:
-            text = result.text
-        text = _clean_with_marks(text, len(result.images))
-        return self.frame(text, one_line(question), result.tool)
-
-    def check_format(self, turns: Sequence[str]) -> bool:
-        """Whether the policy's turns are a legal episode: `think call` ..., `think answer`.
-
-        Every turn is the reasoning tag, then one call or answer, with only white space around
-        them; the last turn and no other is the answer; nothing is empty.
-        """
-        if not turns:
-            return False
-        for i, turn in enumerate(turns):
-            turn = strip_end(turn).lstrip()
-            head, closing, rest = turn.partition(f"</{self.think}>")
-            thought = head.removeprefix(f"<{self.think}>")
-            if not closing or thought == head or not thought.strip() or _ANY_TAG.search(thought):
-                return False
-            action, is_last = self.parse(rest), i == len(turns) - 1
-            if isinstance(action, Invalid) or isinstance(action, Answer) != is_last:
-                return False
-            # exactly one call: its tag must open the rest
-            tag = self.call if isinstance(action, Search) else "search"
-            tag = "answer" if isinstance(action, Answer) else tag
-            if not rest.lstrip().startswith(f"<{tag}>") or rest.count(f"<{tag}>") != 1:
-                return False
-        return True
-
-
-def strip_end(turn: str) -> str:
-    """A turn without white space and end-of-turn tokens at its end."""
-    return _END_OF_TURN.sub("", turn)
-
-
-def _why_no_call(turn: str) -> str:
-    for tag in _CALLS:
-        if turn.rfind(f"<{tag}>") > turn.rfind(f"</{tag}>"):
-            return f"<{tag}> is not closed"
-        if f"</{tag}>" in turn:
-            return f"text after </{tag}>"
-    return "neither a call nor an answer"
-
-
-def _user_message(template: str, question: str, has_image: bool) -> list[dict[str, Any]]:
-    content: list[dict[str, Any]] = [{"type": "image"}] if has_image else []
-    # not str.format: a question may hold braces; sanitised: it may hold special tokens
-    content.append({"type": "text", "text": template.replace("{question}", sanitize(question))})
-    return [{"role": "user", "content": content}]
-
-
-def _hit_title(hit: "Hit") -> str:
-    return one_line(hit.title, MAX_TITLE_CHARS)
-
-
-def _hit_text(hit: "Hit") -> str:
-    return IMAGE_MARK if hit.image is not None else one_line(hit.text, MAX_SNIPPET_CHARS)
-
-
-def _clean_with_marks(text: str, n_images: int) -> str:
-    """Sanitised text of at most MAX_OBSERVATION_CHARS with exactly `n_images` marks.
-
-    The policy expands each mark to image tokens, and their number must equal the number of images:
-    superfluous marks are dropped, missing ones added at the end.
-    """
-    room = MAX_OBSERVATION_CHARS
-    parts: list[str] = []
-    for i, piece in enumerate(text[: 4 * room].split(IMAGE_MARK)):
-        if 0 < i <= n_images:
-            parts.append(IMAGE_MARK)
-        clean = sanitize(piece)[:room]
-        room -= len(clean)
-        parts.append(clean)
-    missing = n_images - parts.count(IMAGE_MARK)
-    return "".join(parts).strip() + f" {IMAGE_MARK}" * missing
+# After any of these the policy has said what it wants; the rest would be a rehearsed result.
+_ENDS = tuple(f"</{tag}>" for tag in CALL_TAGS)
 
 
 # ---------------------------------------------------------------- Search-R1
@@ -277,18 +42,19 @@ def _search_r1_hits(pairs: Sequence[tuple[str, str]], tool: str) -> str:
     return " ".join(f"Doc {i}(Title: {title}) {text}".rstrip() for i, (title, text) in numbered)
 
 
-def _search_r1_frame(text: str, question: str, tool: str) -> str:
-    return f"\n\n<information> {text} </information>\n\n"
+def _search_r1_frame(texts: Sequence[str], question: str, tool: str) -> str:
+    return f"\n\n<information> {' '.join(texts)} </information>\n\n"
 
 
 SEARCH_R1 = Dialect(
     name="search_r1",
-    stop_sequences=("</search>", "</answer>"),
+    stop_sequences=_ENDS,
     in_turn=True,
     think="think",
-    call="search",
+    calls={"search": "search", "image_search": "search", "visit": "visit", "answer": "answer"},
     agent_text="Think, then search with <search> query </search> or <search> <img> </search> "
-    "if you need, then <answer>.\nQuestion: {question}",
+    "if you need, {visit}then <answer>.\nQuestion: {question}",
+    visit_text="read a page with <visit> address </visit> if you need, ",
     direct_text="Answer directly.\nQuestion: {question}",
     frame=_search_r1_frame,
     hits=_search_r1_hits,
@@ -309,7 +75,7 @@ _MM_AGENT = (
     "Once you have sufficient visual understanding, combine it with the user's question and "
     "assess whether you can confidently answer. If not, invoke the text search tool by generating "
     "a concise and specific query, and output it in the format <text_search>your query "
-    "here</text_search> at the end of your response.\n"
+    "here</text_search> at the end of your response.\n{visit}"
     "You must include your reasoning inside <reason>...</reason> before taking any action. All "
     "search results will be placed inside <information> and </information> and returned to you. "
     "When you are ready to answer the question, wrap your final answer between <answer> and "
@@ -350,27 +116,79 @@ def _mmsearch_r1_hits(pairs: Sequence[tuple[str, str]], tool: str) -> str:
     return "\n".join(lines)
 
 
-def _mmsearch_r1_frame(text: str, question: str, tool: str) -> str:
+def _mmsearch_r1_frame(texts: Sequence[str], question: str, tool: str) -> str:
     after = _MM_AFTER.get(tool, _MM_AFTER["text"])
+    found = "\n".join(texts)
     return (
-        f"<|im_end|>\n<|im_start|>user\nSearched results: <information>{text}</information>\n"
+        f"<|im_end|>\n<|im_start|>user\nSearched results: <information>{found}</information>\n"
         f"Original user's question: {question}\n{after}<|im_end|>\n<|im_start|>assistant\n"
     )
 
 
 MMSEARCH_R1 = Dialect(
     name="mmsearch_r1",
-    stop_sequences=("</search>", "</text_search>", "</answer>"),
+    stop_sequences=_ENDS,
     in_turn=False,
     think="reason",
-    call="text_search",
+    calls={"search": "text_search", "image_search": "search", "visit": "visit", "answer": "answer"},
     agent_text=_MM_AGENT,
+    visit_text="To read one of the pages found, output its address in the format <visit>address"
+    "</visit> at the end of your response.\n",
     direct_text=_MM_DIRECT,
     frame=_mmsearch_r1_frame,
     hits=_mmsearch_r1_hits,
 )
 
-DIALECTS = {dialect.name: dialect for dialect in (SEARCH_R1, MMSEARCH_R1)}
+# ---------------------------------------------------------------- Hermes, as Qwen2.5 and Qwen3
+# Byte for byte what their chat templates make of `tools`, of a call's result and of several; the
+# instruction about <think> and <answer> is that of verl's Search-R1 recipe with tool calls.
+
+_HERMES_SYSTEM = (
+    "You are a helpful assistant.\n\n# Tools\n\nYou may call one or more functions to assist with "
+    "the user query.\n\nYou are provided with function signatures within <tools></tools> XML tags:"
+    "\n<tools>{tools}\n</tools>\n\nFor each function call, return a json object with function name "
+    "and arguments within <tool_call></tool_call> XML tags:\n<tool_call>\n"
+    '{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call>'
+)
+
+
+def _hermes_hits(pairs: Sequence[tuple[str, str]], tool: str) -> str:
+    numbered = enumerate(pairs, 1)
+    return "\n".join(f"Doc {i}(Title: {title}) {text}".rstrip() for i, (title, text) in numbered)
+
+
+def _hermes_frame(texts: Sequence[str], question: str, tool: str) -> str:
+    responses = "".join(f"\n<tool_response>\n{text}\n</tool_response>" for text in texts)
+    return f"<|im_end|>\n<|im_start|>user{responses}<|im_end|>\n<|im_start|>assistant\n"
+
+
+HERMES = Dialect(
+    name="hermes",
+    # not after a JSON call, which another may follow: the model's end token does that
+    stop_sequences=(*(end for end in _ENDS if end != "</tool_call>"), "<tool_response>"),
+    in_turn=False,
+    think="think",
+    needs_thought=False,
+    is_parallel=True,
+    calls={
+        "search": "tool_call",
+        "image_search": "tool_call",
+        "visit": "tool_call",
+        "answer": "answer",
+    },
+    agent_text="Answer the given question. You may reason inside <think> and </think> first. If "
+    "you lack some knowledge, call a tool; the results come between <tool_response> and "
+    "</tool_response>. If no further knowledge is needed, give the answer inside <answer> and "
+    "</answer>, without detailed illustrations. For example, <answer> Beijing </answer>.\n"
+    "Question: {question}",
+    direct_text="Answer the given question inside <answer> and </answer>, without detailed "
+    "illustrations. For example, <answer> Beijing </answer>.\nQuestion: {question}",
+    system_text=_HERMES_SYSTEM,
+    frame=_hermes_frame,
+    hits=_hermes_hits,
+)
+
+DIALECTS = {dialect.name: dialect for dialect in (SEARCH_R1, MMSEARCH_R1, HERMES)}
 
 
 def get_dialect(name: str) -> Dialect:

@@ -7,30 +7,21 @@
 Stop reasons: `answer` (the policy answered), `invalid` (a turn without call or answer),
 `turn_limit` (still searching in its last turn), `budget` (asked again after being told that no
 searches are left), `length` (out of tokens).
+
+Budgets count calls, not turns: of several calls in one turn the first ones within the budget are
+carried out, the others are refused in the same observation.
 """
 
-from dataclasses import dataclass, field
+import time
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from environments.dialects import (
-    Action,
-    Answer,
-    Dialect,
-    ImageSearch,
-    Invalid,
-    Search,
-    get_dialect,
-)
+from environments.actions import Action, Answer, Call, ImageSearch, Invalid, Search, Visit, calls_of
+from environments.dialects import Dialect, get_dialect
 from environments.errors import EnvironmentSetupError
-from environments.tools import (
-    ImageIndex,
-    TextIndex,
-    ToolResult,
-    image_search,
-    model_fault,
-    shorten,
-    text_search,
-)
+from environments.results import ToolResult, combined, model_fault, shorten
+from environments.sanitize import one_line
+from environments.tools import MAX_URL_CHARS, ImageIndex, PageReader, TextIndex, ask
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -65,10 +56,11 @@ class Episode:
     Attributes:
         question: the question's row.
         actions: one per turn.
-        results: one per turn, None where no tool was asked.
+        results: one per turn, None where no tool was asked; with `parts` where several were.
         queries: text queries that were carried out.
         answer: final answer, or None.
-        n_text, n_image: searches carried out (failed ones included, refused ones not).
+        n_text, n_image, n_visits: calls carried out (failed ones included, refused ones not).
+        urls: addresses that the results showed: as the policy saw them -> as they are.
         stop_reason: None while running.
     """
 
@@ -78,14 +70,19 @@ class Episode:
         dialect: Dialect,
         text_index: TextIndex | None,
         image_index: ImageIndex | None,
+        page_reader: PageReader | None = None,
         *,
         image_searches: int = 1,
         text_searches: int = 2,
+        visits: int = 0,
+        visit_urls: str = "results",
         max_turns: int = 4,
         top_k_text: int = 2,
         top_k_image: int = 3,
         thumbnails: bool = False,
         timeout_s: float | None = 10.0,
+        retries: int = 0,
+        backoff_s: float = 0.5,
         invalid_ends: bool = True,
         long_results: str = "end",
     ) -> None:
@@ -93,13 +90,18 @@ class Episode:
         self.dialect = dialect
         self.text_index = text_index
         self.image_index = image_index
+        self.page_reader = page_reader
         self.image_searches = image_searches
         self.text_searches = text_searches
+        self.visits = visits
+        self.visit_urls = visit_urls
         self.max_turns = max_turns
         self.top_k_text = top_k_text
         self.top_k_image = top_k_image
         self.thumbnails = thumbnails
         self.timeout_s = timeout_s
+        self.retries = retries
+        self.backoff_s = backoff_s
         self.invalid_ends = invalid_ends
         self.long_results = long_results
 
@@ -109,6 +111,8 @@ class Episode:
         self.answer: str | None = None
         self.n_text = 0
         self.n_image = 0
+        self.n_visits = 0
+        self.urls: dict[str, str] = {}
         self.stop_reason: str | None = None
         self._was_refused = False
 
@@ -148,9 +152,7 @@ class Episode:
         if len(self.actions) >= self.max_turns:
             # no turn is left to read a result, so the tool is not asked
             return self._end(action, "turn_limit")
-        if not self._has_budget(action):
-            return self._refuse(action)
-        return self._observe(action, self._call(action))
+        return self._carry_out(action, calls_of(action))
 
     def stop(self, reason: str) -> None:
         """Ends a running episode from outside, as the rollout does when tokens run out."""
@@ -170,50 +172,64 @@ class Episode:
 
     def metrics(self) -> dict[str, float]:
         """Counts of the episode so far: searches, refusals, faults and seconds spent in tools."""
-        results = [result for result in self.results if result is not None]
+        turns = [result for result in self.results if result is not None]
+        results = [part for result in turns for part in result.each]
         return {
             "turns": float(len(self.actions)),
             "text_searches": float(self.n_text),
             "image_searches": float(self.n_image),
+            "visits": float(self.n_visits),
             "model_faults": float(sum(result.fault == "model" for result in results)),
             "infrastructure_faults": float(sum(r.fault == "infrastructure" for r in results)),
-            "tool_s": sum(result.seconds for result in results),
+            "retries": float(sum(result.retries for result in results)),
+            "tool_s": sum(result.seconds for result in turns),
         }
 
     def _take_invalid(self, action: Invalid, truncated: bool) -> Step:
         if truncated:
             return self._end(action, "length")
-        if self.invalid_ends:
+        if self.invalid_ends and not action.is_call:
             return self._end(action, "invalid")
         if len(self.actions) >= self.max_turns:
             return self._end(action, "turn_limit")
+        if action.is_call:
+            return self._observe(action, model_fault(f"The call failed: {action.reason}."))
         hint = f"No valid action: {action.reason}. End with a search call or with an answer."
         return self._observe(action, model_fault(hint))
 
-    def _has_budget(self, action: Action) -> bool:
-        if isinstance(action, Search):
-            return self.n_text < self.text_searches
-        return self.n_image < self.image_searches
-
-    def _refuse(self, action: Action) -> Step:
-        """Says once that the budget is spent; who asks again has not read it."""
-        if self._was_refused:
+    def _carry_out(self, action: Action, calls: tuple[Call, ...]) -> Step:
+        """Asks the tools as far as the budgets go; who asks beyond them is told so once."""
+        is_granted = [self._spend(call) for call in calls]
+        if not any(is_granted) and self._was_refused:
             return self._end(action, "budget")
-        self._was_refused = True
-        if isinstance(action, Search):
-            result = model_fault("No searches left for text. Give the answer.", "text")
-        else:
-            result = model_fault("No searches left for the image. Search text or answer.", "image")
-        return self._observe(action, result)
+        self._was_refused |= not all(is_granted)
+        start = time.perf_counter()
+        found = iter(
+            ask(self, [c for c, granted in zip(calls, is_granted, strict=True) if granted])
+        )
+        results = [
+            next(found) if granted else _refusal(call)
+            for call, granted in zip(calls, is_granted, strict=True)
+        ]
+        for hit in (hit for result in results for hit in result.documents if hit.url):
+            self.urls[one_line(hit.url, MAX_URL_CHARS)] = hit.url
+        if len(results) == 1:
+            return self._observe(action, results[0])
+        return self._observe(action, combined(results, time.perf_counter() - start))
 
-    def _call(self, action: Action) -> ToolResult:
-        if isinstance(action, Search):
-            self.n_text += 1
-            self.queries.append(action.query)
-            return text_search(self, action.query)
-        assert isinstance(action, ImageSearch)
-        self.n_image += 1
-        return image_search(self, action.region)
+    def _spend(self, call: Call) -> bool:
+        """Takes one call off its budget; False if nothing is left of it."""
+        match call:
+            case Search(query) if self.n_text < self.text_searches:
+                self.n_text += 1
+                self.queries.append(query)
+            case ImageSearch() if self.n_image < self.image_searches:
+                self.n_image += 1
+            case Visit() if self.n_visits < self.visits:
+                self.n_visits += 1
+            case _:
+                return False
+        return True
 
     def _observe(self, action: Action, result: ToolResult) -> Step:
         self.results.append(result)
@@ -226,34 +242,65 @@ class Episode:
         return Step(action, done=True, stop_reason=reason)
 
 
+def _refusal(call: Call) -> ToolResult:
+    match call:
+        case Search():
+            return model_fault("No searches left for text. Give the answer.", "text")
+        case ImageSearch():
+            return model_fault("No searches left for the image. Search text or answer.", "image")
+        case Visit():
+            return model_fault("No visits left. Search or answer.", "page")
+
+
 class SearchEnvironment:
     """Indexes, dialect and budgets; starts one episode per question.
 
     Args:
         text_index: back end of text search, or None.
         image_index: back end of image search, or None.
+        page_reader: back end of visits, or None.
         dialect: name of the dialect, or a Dialect.
-        budgets: the keyword arguments of Episode (`image_searches`, `text_searches`, `max_turns`,
-            `top_k_text`, `top_k_image`, `thumbnails`, `timeout_s`, `invalid_ends`, `long_results`).
+        budgets: the keyword arguments of Episode (`image_searches`, `text_searches`, `visits`,
+            `visit_urls`, `max_turns`, `top_k_text`, `top_k_image`, `thumbnails`, `timeout_s`,
+            `retries`, `backoff_s`, `invalid_ends`, `long_results`).
+
+    Raises:
+        EnvironmentSetupError: an unknown setting, or visits without anything that reads pages.
     """
 
     def __init__(
         self,
         text_index: TextIndex | None,
         image_index: ImageIndex | None,
+        page_reader: PageReader | None = None,
         *,
         dialect: str | Dialect = "search_r1",
         **budgets: Any,
     ) -> None:
         self.text_index = text_index
         self.image_index = image_index
+        self.page_reader = page_reader
         self.dialect = get_dialect(dialect) if isinstance(dialect, str) else dialect
         self.budgets = budgets
         try:
-            self.start({"question": ""})
+            episode = self.start({"question": ""})
         except TypeError as error:
             raise EnvironmentSetupError(f"unknown setting of the environment: {error}") from error
+        if episode.visits and page_reader is None:
+            raise EnvironmentSetupError(
+                f"visits {episode.visits}: nothing here can read pages; give a page reader, or "
+                "set environment.visits to 0"
+            )
+        tools = {
+            "text_search": text_index is not None and episode.text_searches > 0,
+            "image_search": image_index is not None and episode.image_searches > 0,
+            "visit": episode.visits > 0,
+        }
+        self.dialect = replace(
+            self.dialect, tools=tuple(t for t, offered in tools.items() if offered)
+        )
 
     def start(self, question: dict[str, Any]) -> Episode:
         """A fresh episode for one question row."""
-        return Episode(question, self.dialect, self.text_index, self.image_index, **self.budgets)
+        back_ends = (self.text_index, self.image_index, self.page_reader)
+        return Episode(question, self.dialect, *back_ends, **self.budgets)

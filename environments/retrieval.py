@@ -16,6 +16,13 @@ from environments.tools import Hit
 # The title is indexed this often: it lifts "REL of NAME" above passages that only mention NAME.
 TITLE_WEIGHT = 3
 SNIPPET_WORDS = 40
+TURN_PENALTY = 1.25
+TURNS = (
+    Image.Transpose.ROTATE_90,
+    Image.Transpose.ROTATE_180,
+    Image.Transpose.ROTATE_270,
+    Image.Transpose.FLIP_LEFT_RIGHT,
+)
 # So many pictures an image index remembers: more than a step of training asks for.
 REMEMBERED_PICTURES = 4096
 STOP_WORDS = frozenset({
@@ -29,11 +36,19 @@ class BM25TextIndex:
 
     Args:
         ids, titles, texts: one entry a passage, same order.
+        snippet_words: a hit's text is its best sentences of so many words; None = all of it.
     """
 
     in_memory = True  # answers at once: no watchdog thread is needed
 
-    def __init__(self, ids: Sequence[str], titles: Sequence[str], texts: Sequence[str]):
+    def __init__(
+        self,
+        ids: Sequence[str],
+        titles: Sequence[str],
+        texts: Sequence[str],
+        snippet_words: int | None = SNIPPET_WORDS,
+    ):
+        self.snippet_words = snippet_words
         self.ids, self.titles, self.texts = list(ids), list(titles), list(texts)
         corpus = [
             split_words(" ".join([title] * TITLE_WEIGHT + [text]))
@@ -46,6 +61,9 @@ class BM25TextIndex:
         ]
         self._bm25 = bm25s.BM25()
         self._bm25.index((token_ids, self._vocabulary), show_progress=False)
+
+    def __len__(self) -> int:
+        return len(self.ids)
 
     def search(self, queries: list[str], k: int) -> list[list[Hit]]:
         """The k best passages for each query, best first; those that share no word are left out."""
@@ -63,12 +81,16 @@ class BM25TextIndex:
             Hit(
                 id=self.ids[i],
                 title=self.titles[i],
-                text=cut_snippet(self.texts[i], query),
+                text=self._snippet(i, query),
                 score=float(scores[i]),
             )
             for i in best
             if scores[i] > 0
         )
+
+    def _snippet(self, i: int, query: str) -> str:
+        text = self.texts[i]
+        return text if self.snippet_words is None else cut_snippet(text, query, self.snippet_words)
 
 
 class ColourImageIndex:
@@ -81,6 +103,8 @@ class ColourImageIndex:
         ids, titles: one a view; views of one entry share their id.
         images: the views.
         thumbnails: entry id -> small picture shown with a hit, or None.
+        turns: look at a picture turned by quarters and mirrored, too; such a likeness counts as
+            TURN_PENALTY times as far, since for many flags the way up is all that tells them apart.
     """
 
     in_memory = True
@@ -91,7 +115,9 @@ class ColourImageIndex:
         titles: Sequence[str],
         images: Sequence[Image.Image],
         thumbnails: dict[str, Image.Image] | None = None,
+        turns: bool = False,
     ):
+        self.turns = turns
         entries = list(dict.fromkeys(ids))
         position = {entry: i for i, entry in enumerate(entries)}
         self.ids = entries
@@ -100,6 +126,9 @@ class ColourImageIndex:
         self._entry_of_view = np.array([position[i] for i in ids])
         self._views = np.stack([colour_features(image) for image in images])
         self._remembered: dict[bytes, np.ndarray] = {}
+
+    def __len__(self) -> int:
+        return len(self.ids)
 
     def search(self, images: list[Image.Image], k: int) -> list[list[Hit]]:
         """The k most similar entries for each picture, best first; score is 1 / (1 + distance)."""
@@ -126,12 +155,19 @@ class ColourImageIndex:
         known = self._remembered.get(content)
         if known is not None:
             return known
-        distance = np.abs(self._views - colour_features(image)).sum(1)
-        of_entry = np.full(len(self.ids), np.inf)
-        np.minimum.at(of_entry, self._entry_of_view, distance)
+        of_entry = self._nearest_view(image)
+        for way in TURNS if self.turns else ():
+            turned = TURN_PENALTY * self._nearest_view(image.transpose(way))
+            of_entry = np.minimum(of_entry, turned)
         if len(self._remembered) >= REMEMBERED_PICTURES:  # the oldest goes: repeats come close by
             self._remembered.pop(next(iter(self._remembered)), None)
         self._remembered[content] = of_entry
+        return of_entry
+
+    def _nearest_view(self, image: Image.Image) -> np.ndarray:
+        distance = np.abs(self._views - colour_features(image)).sum(1)
+        of_entry = np.full(len(self.ids), np.inf)
+        np.minimum.at(of_entry, self._entry_of_view, distance)
         return of_entry
 
 

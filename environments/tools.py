@@ -1,77 +1,63 @@
-"""The two tools of a search agent: `text_search` and `image_search`.
+"""The tools of a search agent: `text_search`, `image_search` and, where it is allowed, `visit`.
 
 A tool never raises into training: a bad call comes back as text that the policy can learn from
 (`fault="model"`), a failing or slow service as an error result (`fault="infrastructure"`). The
-back ends are indexes; anything with a `search` method of the right shape will do.
+back ends are anything with a `search` (or `read`) method of the right shape; `environments.guard`
+says how they are called and what their exceptions may tell.
 """
 
-import logging
-import threading
-import time
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+import math
+from itertools import islice
+from typing import TYPE_CHECKING, Any, Protocol
 
-from environments.dialects import one_line
+from environments.actions import Box, Call, ImageSearch, Search
+from environments.guard import BadCall, ServiceError, guard, side_by_side
+from environments.results import (
+    CUT_MARK,
+    Hit,
+    Page,
+    ToolResult,
+    combined,
+    infrastructure_fault,
+    model_fault,
+    shorten,
+)
+from environments.sanitize import encodable, one_line
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
     from PIL.Image import Image
 
     from environments.episode import Episode
 
-logger = logging.getLogger(__name__)
+__all__ = [
+    "CUT_MARK", "REGIONS", "BadCall", "Hit", "ImageIndex", "Page", "PageReader", "ServiceError",
+    "TextIndex", "ToolResult", "ask", "combined", "crop", "guard", "image_search",
+    "infrastructure_fault", "model_fault", "shorten", "side_by_side", "text_search", "visit",
+]  # fmt: skip
 
 REGIONS = ("full", "left", "right")
 SNIPPET_WORDS = 40
 """An index returns snippets of at most this many words; longer ones are cut."""
-CUT_MARK = "[cut]"
-"""Stands where a result was shortened to fit the token budget, so that the policy can tell."""
+PAGE_WORDS = 300
+"""Words of a visited page that are shown; a reader that summarises stays below."""
 ECHO_CHARS = 60
 """How much of a bad argument an error message repeats."""
-
-
-@dataclass(frozen=True)
-class Hit:
-    """One search result.
-
-    Attributes:
-        id: passage id or entity id; what `gold_passages` refers to.
-        title: page title or entity name.
-        text: snippet ("" for image hits).
-        score: higher is better.
-        image: thumbnail, if the index has one.
-    """
-
-    id: str
-    title: str
-    text: str = ""
-    score: float = 0.0
-    image: "Image | None" = None
-
-
-@dataclass
-class ToolResult:
-    """What a tool returned.
-
-    Attributes:
-        text: the result as plain text, not sanitised (the dialect does that).
-        images: returned pictures, in the order of their marks.
-        hits: ids of the retrieved passages or entities, best first.
-        is_error: the call brought no result.
-        fault: who is to blame for an error; None for a result.
-        seconds: wall time of the call.
-        documents: the hits with title and text, from which a dialect renders its own layout.
-        tool: `text`, `image` or "".
-    """
-
-    text: str
-    images: list["Image"] = field(default_factory=list)
-    hits: list[str] = field(default_factory=list)
-    is_error: bool = False
-    fault: Literal["model", "infrastructure"] | None = None
-    seconds: float = 0.0
-    documents: list[Hit] = field(default_factory=list)
-    tool: str = ""
+MAX_QUERY_CHARS = 1000
+"""Longer queries are refused: no service takes them, and they are a turn gone wrong."""
+MAX_URL_CHARS = 500
+"""Longer addresses are neither shown nor visited."""
+MAX_ID_CHARS = 500
+"""Ids of hits go into every record of the run."""
+MAX_TEXT_CHARS = 20_000
+"""Of a hit's title or text no more is looked at, so that megabytes cost nothing."""
+MAX_SIDE = 1024
+"""Pixels of the longer side of a returned picture; larger ones are scaled down, so that no service
+can fill the context with one."""
+MAX_ASPECT = 100
+"""Pictures of which one side is so many times the other are dropped: image processors refuse them,
+Qwen's at 200."""
 
 
 class TextIndex(Protocol):
@@ -90,6 +76,19 @@ class ImageIndex(Protocol):
         ...
 
 
+class PageReader(Protocol):
+    """Reads web pages. It decides which addresses are safe; the tool only checks their form.
+
+    It is called from several threads and should have time-outs of its own. A refusal (private
+    address, wrong content type) is a `BadCall`: its message goes to the policy. A failure of a
+    service is any other exception.
+    """
+
+    def read(self, url: str, question: str) -> Page:
+        """The page's text, or what of it helps to answer the question."""
+        ...
+
+
 def text_search(episode: "Episode", query: str) -> ToolResult:
     """Searches the passages.
 
@@ -99,45 +98,106 @@ def text_search(episode: "Episode", query: str) -> ToolResult:
     index = episode.text_index
     if index is None:
         return model_fault("There is no text search here.", "text")
-    query = query.strip()
+    query = encodable(query).strip()
     if not query:
         return model_fault("The query is empty. Write what to search for.", "text")
+    if len(query) > MAX_QUERY_CHARS:
+        return model_fault(
+            f"The query has {len(query)} characters. Write a short one, of a few words.", "text"
+        )
 
     def search() -> ToolResult:
-        hits = index.search([query], episode.top_k_text)[0]
+        hits = islice(index.search([query], episode.top_k_text)[0], episode.top_k_text)
         # text hits carry no pictures: only image_search may place image marks
-        return _result([_checked(hit, SNIPPET_WORDS, with_image=False) for hit in hits], "text")
+        found = [_checked(hit, SNIPPET_WORDS, shows_url=episode.visits > 0) for hit in hits]
+        return _result(found, "text")
 
-    return guard(search, "text", episode.timeout_s, index)
+    return _guarded(episode, search, "text", index)
 
 
-def image_search(episode: "Episode", region: str = "full") -> ToolResult:
-    """Searches with the question's picture, or with its left or right half.
+def image_search(episode: "Episode", region: str | Box = "full") -> ToolResult:
+    """Searches with the question's picture, or with a part of it.
 
-    Returns the names of what looks most alike, best first, and no facts. Use a half when the
-    picture shows two things. Then search the text for the wanted fact.
+    Returns the names of what looks most alike, best first, and no facts. Use a part when the
+    picture shows several things. Then search the text for the wanted fact.
     """
     picture, index = episode.question.get("image"), episode.image_index
     if index is None:
         return model_fault("There is no image search here.", "image")
     if picture is None:
         return model_fault("The question has no image. Use a text search.", "image")
-    region = region.strip().lower()
-    if region not in REGIONS:
-        shown = one_line(region, ECHO_CHARS)
-        return model_fault(f"Unknown region '{shown}'. Use full, left or right.", "image")
+    if isinstance(region, str):
+        region = region.strip().lower()
+        if region not in REGIONS:
+            shown = one_line(region, ECHO_CHARS)
+            return model_fault(
+                f"Unknown region '{shown}'. Use full, left or right. A box is four numbers: left, "
+                "top, right, bottom.",
+                "image",
+            )
 
     def search() -> ToolResult:
         hits = index.search([crop(picture, region)], episode.top_k_image)[0]
         # names only: a fact beside a name would make the text search needless
-        return _result([_checked(hit, 0, with_image=episode.thumbnails) for hit in hits], "image")
+        found = [
+            _checked(hit, 0, with_image=episode.thumbnails, shows_url=episode.visits > 0)
+            for hit in islice(hits, episode.top_k_image)
+        ]
+        return _result(found, "image")
 
-    return guard(search, "image", episode.timeout_s, index)
+    return _guarded(episode, search, "image", index)
 
 
-def crop(picture: "Image", region: str) -> "Image":
-    """The whole picture or its left or right half (the middle column of an odd width in both)."""
+def visit(episode: "Episode", url: str, question: str = "") -> ToolResult:
+    """Reads one web page.
+
+    Returns its text, or what of it helps to answer the question. Take an address from the search
+    results and say what to look for.
+    """
+    reader = episode.page_reader
+    if reader is None or not episode.visits:
+        return model_fault("Pages cannot be visited here. Search instead.", "page")
+    shown = one_line(encodable(url), MAX_URL_CHARS + 1)
+    if not shown.lower().startswith(("http://", "https://")) or " " in shown:
+        return model_fault(
+            f"'{one_line(url, ECHO_CHARS)}' is no address. Write a whole one, which starts with "
+            "https://.",
+            "page",
+        )
+    if len(shown) > MAX_URL_CHARS:
+        return model_fault(f"The address is longer than {MAX_URL_CHARS} characters.", "page")
+    # the policy can only repeat an address as it was shown to it
+    address = episode.urls.get(shown, shown)
+    if episode.visit_urls == "results" and shown not in episode.urls:
+        return model_fault("This address was in no search result. Visit one that was.", "page")
+
+    def read() -> ToolResult:
+        page = reader.read(address, question or episode.question["question"])
+        hit = Hit(page.url or address, page.title, page.text)
+        return _result([_checked(hit, PAGE_WORDS)], "page")
+
+    return _guarded(episode, read, "page", reader)
+
+
+def ask(episode: "Episode", calls: "Iterable[Call]") -> list[ToolResult]:
+    """Carries out the calls of one turn, side by side if a service is asked; results in order."""
+    pending = [_bound(episode, call) for call in calls]
+    back_ends = (episode.text_index, episode.image_index, episode.page_reader)
+    if len(pending) < 2 or all(getattr(b, "in_memory", b is None) for b in back_ends):
+        return [call() for call in pending]
+    return side_by_side(pending)
+
+
+def crop(picture: "Image", region: str | Box) -> "Image":
+    """The whole picture, its left or right half (the middle column of an odd width in both), or a
+    box, cut off at the edges.
+
+    Raises:
+        BadCall: the box holds nothing of the picture.
+    """
     width, height = picture.size
+    if not isinstance(region, str):
+        return picture.crop(_pixels(region, width, height))
     half = max((width + 1) // 2, 1)
     boxes = {
         "full": (0, 0, width, height),
@@ -147,79 +207,73 @@ def crop(picture: "Image", region: str) -> "Image":
     return picture if region == "full" else picture.crop(boxes[region])
 
 
-def shorten(result: ToolResult, n_words: int) -> ToolResult:
-    """The result with at most `n_words` words of text per hit; what was cut ends with CUT_MARK.
+def _pixels(box: Box, width: int, height: int) -> tuple[int, int, int, int]:
+    if not all(math.isfinite(number) for number in box):
+        raise BadCall("A number of the box is not finite. Write left, top, right, bottom.")
+    is_relative = max(box) <= 1.0
+    scales = (width, height) if is_relative else (1, 1)
+    left, top = (max(0, math.floor(box[i] * scales[i])) for i in (0, 1))
+    right = min(width, math.ceil(box[2] * scales[0]))
+    bottom = min(height, math.ceil(box[3] * scales[1]))
+    if box[0] >= box[2] or box[1] >= box[3] or left >= right or top >= bottom:
+        raise BadCall(
+            "The box holds nothing of the picture. Write left, top, right, bottom, from 0 to 1 or "
+            f"in pixels; the picture is {width} wide and {height} high."
+        )
+    return left, top, right, bottom
 
-    Titles, pictures and the ids of the hits stay.
-    """
-    documents = [replace(hit, text=_first_words(hit.text, n_words)) for hit in result.documents]
-    return replace(result, text=_first_words(result.text, n_words), documents=documents)
 
-
-def guard(
-    search: Callable[[], ToolResult], tool: str, timeout_s: float | None, back_end: Any = None
+def _guarded(
+    episode: "Episode", call: "Callable[[], ToolResult]", tool: str, back_end: Any
 ) -> ToolResult:
-    """Runs a search so that neither an exception nor a hang reaches training.
-
-    Args:
-        search: the call.
-        tool: name for messages.
-        timeout_s: limit; None or a back end with `in_memory = True` runs without one.
-        back_end: the index that is asked.
-    """
-    start = time.perf_counter()
-    if timeout_s is None or getattr(back_end, "in_memory", False):
-        result = _caught(search, tool)
-    else:
-        result = _with_limit(search, tool, timeout_s)
-    result.seconds = time.perf_counter() - start
-    return result
+    return guard(
+        call,
+        tool,
+        episode.timeout_s,
+        back_end,
+        retries=episode.retries,
+        backoff_s=episode.backoff_s,
+    )
 
 
-def model_fault(text: str, tool: str = "") -> ToolResult:
-    """An error the policy can learn from: `text` says what to do instead."""
-    return ToolResult(text=text, is_error=True, fault="model", tool=tool)
+def _bound(episode: "Episode", call: Call) -> "Callable[[], ToolResult]":
+    if isinstance(call, Search):
+        return lambda: text_search(episode, call.query)
+    if isinstance(call, ImageSearch):
+        return lambda: image_search(episode, call.region)
+    return lambda: visit(episode, call.url, call.question)
 
 
-def infrastructure_fault(reason: str, tool: str = "") -> ToolResult:
-    """An error that the policy is not to blame for."""
-    text = f"The search failed ({one_line(reason, 200)}). Answer from what you know."
-    return ToolResult(text=text, is_error=True, fault="infrastructure", tool=tool)
-
-
-def _caught(search: Callable[[], ToolResult], tool: str) -> ToolResult:
-    try:
-        return search()
-    except Exception as error:  # whatever a service does wrong is a result here
-        logger.warning("%s search failed: %r", tool, error)
-        return infrastructure_fault(type(error).__name__, tool)
-
-
-def _with_limit(search: Callable[[], ToolResult], tool: str, timeout_s: float) -> ToolResult:
-    box: list[ToolResult] = []
-    # a daemon thread, not an executor: a hung service must not keep the interpreter from ending
-    thread = threading.Thread(target=lambda: box.append(_caught(search, tool)), daemon=True)
-    thread.start()
-    thread.join(timeout_s)
-    if not box:
-        logger.warning("%s search gave no result within %g s", tool, timeout_s)
-        return infrastructure_fault(f"no result within {timeout_s:g} s", tool)
-    return box[0]
-
-
-def _first_words(text: str, n_words: int) -> str:
-    words = text.split()
-    return text if len(words) <= n_words else " ".join([*words[:n_words], CUT_MARK])
-
-
-def _checked(hit: Hit, n_words: int, with_image: bool) -> Hit:
+def _checked(hit: Hit, n_words: int, *, with_image: bool = False, shows_url: bool = False) -> Hit:
     """A hit of the promised form, whatever the back end sent."""
-    text = str(hit.text or "")
+    text = str(hit.text or "")[:MAX_TEXT_CHARS]
     words = text.split(maxsplit=n_words)
     if len(words) > n_words:
         text = " ".join(words[:n_words])
-    image = hit.image if with_image else None
-    return Hit(str(hit.id), str(hit.title or ""), text, float(hit.score), image)
+    url = encodable(str(getattr(hit, "url", "") or "")) if shows_url else ""
+    return Hit(
+        encodable(str(hit.id)[:MAX_ID_CHARS]),
+        str(hit.title or "")[:MAX_TEXT_CHARS],
+        text,
+        float(hit.score),
+        _readable(hit.image) if with_image and hit.image is not None else None,
+        url if len(url) <= MAX_URL_CHARS and " " not in url else "",
+    )
+
+
+def _readable(image: "Image") -> "Image | None":
+    """The picture, decoded now, while an error is still the service's, and made small; None for a
+    sliver."""
+    image.load()
+    short, long = sorted(image.size)
+    if short < 1 or long > MAX_ASPECT * short:
+        return None
+    if image.mode != "RGB":
+        image = image.convert("RGB")
+    if long > MAX_SIDE:
+        image = image.copy()
+        image.thumbnail((MAX_SIDE, MAX_SIDE))
+    return image
 
 
 def _result(hits: list[Hit], tool: str) -> ToolResult:

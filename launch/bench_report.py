@@ -63,7 +63,7 @@ def judge(runs: Sequence[Measurement]) -> list[dict[str, Any]]:
         peaks = [
             run["peak_rss_gb"] for run in runs if run["size"] == size and is_ours(run)
         ]  # fmt: skip
-        targets.append(_at_most(f"{size}: peak memory of all our runs, GB", max(peaks), PEAK_GB))
+        targets.append(at_most(f"{size}: peak memory of all our runs, GB", max(peaks), PEAK_GB))
     return targets
 
 
@@ -81,21 +81,18 @@ def _judge_method(rows: Sequence[Measurement], size: str, method: str) -> list[d
         for words, figure in judged.items():
             if figure == "cpu_s" or method != "task_arithmetic":
                 name = f"{size}: {method}, times less {words} than mergekit's {peer_method}"
-                targets.append(_at_least(name, peer[figure] / ours[figure], least))
+                targets.append(at_least(name, peer[figure] / ours[figure], least))
     if ours and warm_copy:
         ratio = ours["wall_s"] / warm_copy["wall_s"]
-        targets.append(
-            _at_most(f"{size}: {method}, wall over warm raw copy", ratio, OVER_WARM_COPY)
-        )
+        targets.append(at_most(f"{size}: {method}, wall over warm raw copy", ratio, OVER_WARM_COPY))
     if cold and cold_copy:
         ratio = cold["wall_s"] / cold_copy["wall_s"]
-        targets.append(
-            _at_most(f"{size}: {method}, wall over cold raw copy", ratio, OVER_COLD_COPY)
-        )
+        targets.append(at_most(f"{size}: {method}, wall over cold raw copy", ratio, OVER_COLD_COPY))
     return targets
 
 
-def _at_least(name: str, value: float, target: float) -> dict[str, Any]:
+def at_least(name: str, value: float, target: float) -> dict[str, Any]:
+    """A target that is met by this value or more."""
     return {
         "name": f"{name} (at least)",
         "value": round(value, 2),
@@ -104,7 +101,8 @@ def _at_least(name: str, value: float, target: float) -> dict[str, Any]:
     }
 
 
-def _at_most(name: str, value: float, target: float) -> dict[str, Any]:
+def at_most(name: str, value: float, target: float) -> dict[str, Any]:
+    """A target that is met by this value or less."""
     return {
         "name": f"{name} (at most)",
         "value": round(value, 3),

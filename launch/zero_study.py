@@ -4,7 +4,7 @@ A merged start (task arithmetic, which needs no statistics) trains eight steps o
 `deepspeed launch/train.sh`; every arm draws the same random numbers, so that what differs is the
 arithmetic of the processes. How far two seeds of one process lie apart says what noise is.
 
-    make study-zero        (ten minutes on two cores; writes docs/results/zero.json and zero.md)
+    make study-zero        (twenty minutes on two cores; writes docs/results/zero.json and zero.md)
 """
 
 from __future__ import annotations

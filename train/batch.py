@@ -14,7 +14,9 @@ import numpy as np
 import torch
 
 from train.cache import SlotCache
+from train.decode import FastDecoder, can_decode_fast
 from train.sampling import inverse_cdf, nucleus
+from train.shared_prompts import SharedPrompts
 from train.trim import only_at
 from train.vision import EncodedImage, encode_pictures, mrope_positions
 
@@ -43,6 +45,7 @@ class TokenBatch:
 
     STATE = (
         "number",
+        "prompt",
         "length",
         "limit",
         "position",
@@ -77,6 +80,7 @@ class TokenBatch:
         self.n_active = n_rows
         self.budget = budget
         self.number = torch.arange(n_rows, **long)
+        self.prompt = torch.arange(n_rows, **long)  # number of the row's prompt
         self.length = torch.zeros(n_rows, **long)  # tokens in the cache
         self.limit = torch.full((n_rows,), self.cache.n_slots, **long)  # length without budget left
         self.position = torch.zeros(n_rows, **long)  # M-RoPE position of the next token
@@ -93,6 +97,10 @@ class TokenBatch:
         self.slot_numbers = torch.arange(self.cache.n_slots, device=self.device)
         self.features: dict[str, torch.Tensor] = {}
         self.logits = torch.empty((n_rows, self.head.weight.shape[0]), device=self.device)
+        self._is_fast = can_decode_fast(self.backbone, self.head)
+        self._decoder: FastDecoder | None = None
+        self._shared: SharedPrompts | None = None
+        self._is_arranged = False
 
     # ---------------------------------------------------------------- reading
 
@@ -105,6 +113,15 @@ class TokenBatch:
         """Reads the prompts of all rows; equal keys mean the same prompt, read once."""
         self.append(range(len(token_ids)), token_ids, pictures, keys)
         self.limit = self.length + self.budget
+        leaders: dict[Hashable, int] = {}
+        for row, key in enumerate(keys):
+            leaders.setdefault(key, row)
+        numbers = {key: number for number, key in enumerate(leaders)}
+        self.prompt = torch.tensor([numbers[key] for key in keys], device=self.device)
+        if self._is_fast and len(leaders) < len(keys):
+            rows = torch.tensor(list(leaders.values()))
+            self._shared = SharedPrompts(self.cache, rows, int(self.length.min()))
+            self._is_arranged = False
 
     def append(
         self,
@@ -237,14 +254,30 @@ class TokenBatch:
         """Feeds the last token of every active row."""
         n = self.n_active
         slots = self.length[:n, None]
-        width = int(slots.max()) + 1
+        shortest, longest = slots.aminmax()
+        width = int(longest) + 1
         self.cache.select(n, slots, width)
-        masks = (self.slot_numbers[:width] <= slots)[:, None, None]
         positions = self.position[:n, None].expand(3, n, 1)
-        hidden = self._forward({"input_ids": self.last_token[:n, None]}, positions, masks)
-        self.logits[:n] = self.head(hidden[:, -1])
+        masks = (self.slot_numbers[:width] <= slots)[:, None, None]
+        if self._is_fast:
+            places = positions if self.image_token_id is not None else positions[0]
+            seen = None if shortest == longest else masks
+            self.logits[:n] = self._decode_fast(self.last_token[:n], places, seen)
+        else:
+            hidden = self._forward({"input_ids": self.last_token[:n, None]}, positions, masks)
+            self.logits[:n] = self.head(hidden[:, -1])
         self.length[:n] += 1
         self.position[:n] += 1
+
+    def _decode_fast(
+        self, token_ids: torch.Tensor, positions: torch.Tensor, masks: torch.Tensor | None
+    ) -> torch.Tensor:
+        if self._decoder is None:
+            self._decoder = FastDecoder(self.backbone, self.head)
+        if self._shared is not None and not self._is_arranged:
+            self._shared.arrange(self.prompt.tolist(), len(token_ids))
+            self._is_arranged = True
+        return self._decoder(token_ids, positions, self.cache, masks, self._shared)
 
     def force(self, number: int, token_ids: list[int] | None) -> None:
         """Makes episode `number` say these tokens in its turn; None lets it sample."""
@@ -278,6 +311,7 @@ class TokenBatch:
         for name in self.STATE:
             setattr(self, name, getattr(self, name)[index])
         self.n_active = len(active)
+        self._is_arranged = False
         return order
 
 

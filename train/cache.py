@@ -103,14 +103,14 @@ def slot_attention(
         query: [B, Hq, T, D].
         key: [B, H, S, D], a transposed view of the cache; H divides Hq.
         value: [B, H, S, D].
-        attention_mask: bool [B, 1, T, S], True = visible.
+        attention_mask: bool [B, 1, T, S], True = visible; None for one token a row = all visible.
         scaling: factor of the scores.
 
     Returns:
         [B, T, Hq, D] and None.
     """
     n_rows, n_query_heads, n_tokens, dim = query.shape
-    if n_tokens > 1 or attention_mask is None:
+    if n_tokens > 1:
         # the fast kernels want the last dimension contiguous
         return sdpa_attention_forward(
             module, query, key.contiguous(), value, attention_mask, scaling=scaling, **kwargs
@@ -119,7 +119,8 @@ def slot_attention(
     grouped = query.reshape(n_rows * heads, n_query_heads // heads, dim)
     scores = torch.bmm(grouped, key.transpose(2, 3).view(n_rows * heads, dim, width))
     scores = scores.view(n_rows, -1, width).float().mul_(dim**-0.5 if scaling is None else scaling)
-    scores.masked_fill_(~attention_mask[:, 0], -torch.inf)
+    if attention_mask is not None:
+        scores.masked_fill_(~attention_mask[:, 0], -torch.inf)
     weights = scores.softmax(-1).to(value.dtype).view(n_rows * heads, -1, width)
     output = torch.bmm(weights, value.view(n_rows * heads, width, dim))
     return output.view(n_rows, 1, n_query_heads, dim), None

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from environments.dialects import IMAGE_MARK, action_dict
+from environments.sanitize import forgeable
 from train.timing import clock
 from train.trajectories import Trajectory, Turn
 from train.vision import EncodedImage, ImageStore, suppressed_token_ids
@@ -147,7 +148,17 @@ class EpisodeEngine:
         self._suppressed = suppressed_token_ids(self.tokenizer)
         self._end_ids = _end_token_ids(self._core, self.tokenizer)
         self._stops = tuple(environment.dialect.stop_sequences)
+        open_tokens = forgeable(special_tokens(self.tokenizer))
+        if open_tokens:
+            raise ValueError(
+                f"retrieved text could spell the special tokens {', '.join(open_tokens[:5])} of "
+                "this tokenizer; only those in angle brackets are kept out of it"
+            )
         self._pieces = _token_texts(self.tokenizer)
+        # models have more rows than their tokenizer has tokens, to round the matrix up
+        n_rows = self._core.config.get_text_config().vocab_size
+        self._unnamed = range(len(self._pieces), n_rows)
+        self._pieces += [""] * len(self._unnamed)
 
     @property
     def _core(self) -> Any:
@@ -322,6 +333,7 @@ class EpisodeEngine:
         if step.result is not None:
             turn.hits, turn.seconds = list(step.result.hits), step.result.seconds
             turn.is_error, turn.fault = step.result.is_error, step.result.fault
+            turn.retries = step.result.retries
         if step.done:
             trajectory.stop_reason = step.stop_reason
             trajectory.answer = episode.answer
@@ -368,6 +380,12 @@ def _user_text(messages: list[dict[str, Any]]) -> str:
     if isinstance(content, str):
         return content
     return "".join(part["text"] for part in content if part["type"] == "text")
+
+
+def special_tokens(tokenizer: Any) -> list[str]:
+    """Every token that stands for itself in any text and is no text."""
+    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
+    return [token.content for token in added if token.special]
 
 
 def _end_token_ids(core: Any, tokenizer: Any) -> set[int]:

@@ -179,9 +179,15 @@ def world_prompt(config: Config) -> tuple[int, int]:
     from environments.atlas.photos import PHOTO_SIZE
     from environments.dialects import DIALECTS
 
-    instruction = DIALECTS[config.environment.dialect].agent_text
-    text = round(len(instruction) / CHARS_PER_TOKEN) + QUESTION_TOKENS + TEMPLATE_TOKENS
+    messages = DIALECTS[config.environment.dialect].prompt("", has_image=True)
+    n_chars = sum(len(part.get("text", "")) for m in messages for part in _parts(m["content"]))
+    text = round(n_chars / CHARS_PER_TOKEN) + QUESTION_TOKENS + TEMPLATE_TOKENS
     return text, (PHOTO_SIZE // 28) ** 2
+
+
+def _parts(content: Any) -> list[dict[str, Any]]:
+    """The parts of a chat message, of which a plain text is one."""
+    return [{"text": content}] if isinstance(content, str) else content
 
 
 def _local(reference: str | None) -> str | None:

@@ -24,10 +24,11 @@ FOUR_PARTS = ("searched", "entity", "passage", "accuracy")
 
 def outcome(trajectory: Trajectory, question: dict[str, Any]) -> dict[str, bool]:
     """The four parts for one episode."""
-    queries = [t.action["query"] for t in trajectory.turns if t.action["type"] == "search"]
+    queries = [a["query"] for t in trajectory.turns for a in t.actions if a["type"] == "search"]
     names = question.get("entity_names") or []
     gold = set(question.get("gold_passages") or [])
-    found = {hit for t in trajectory.turns if t.action["type"] == "search" for hit in t.hits}
+    with_query = [t for t in trajectory.turns if any(a["type"] == "search" for a in t.actions)]
+    found = {hit for turn in with_query for hit in turn.hits}
     return {
         "searched": bool(queries) or trajectory.count("image_search") > 0,
         "entity": any(contains_phrase(query, name) for query in queries for name in names),
@@ -44,6 +45,7 @@ def measure(trajectory: Trajectory, question: dict[str, Any]) -> dict[str, Any]:
         **outcome(trajectory, question),
         "n_text": trajectory.count("search"),
         "n_image": trajectory.count("image_search"),
+        "n_calls": trajectory.n_calls,
         "n_tokens": trajectory.n_policy_tokens,
         "stop_reason": trajectory.stop_reason,
     }
@@ -83,7 +85,7 @@ def summarize_measured(episodes: Sequence[dict[str, Any]]) -> dict[str, float]:
     metrics |= {
         "search_rate_text": sum(e["n_text"] > 0 for e in episodes) / n,
         "search_rate_image": sum(e["n_image"] > 0 for e in episodes) / n,
-        "calls_per_episode": sum(e["n_text"] + e["n_image"] for e in episodes) / n,
+        "calls_per_episode": sum(e["n_calls"] for e in episodes) / n,
         "tokens_per_episode": sum(e["n_tokens"] for e in episodes) / n,
     }
     for reason in STOP_REASONS:

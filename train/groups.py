@@ -119,10 +119,7 @@ class Groups:
         """
         if self.algorithm.efficiency_bonus == 0.0:
             return
-        mine = [
-            (t.rewards["accuracy"] == 1.0, t.count("search") + t.count("image_search"))
-            for t in episodes
-        ]
+        mine = [(t.rewards["accuracy"] == 1.0, t.n_calls) for t in episodes]
         is_right, n_calls = zip(*self.all_rows(mine), strict=True)
         bonuses = credit.efficiency_bonuses(is_right, n_calls, self.size)
         fresh = {id(t) for t in new}

@@ -31,6 +31,7 @@ from trl.models import unwrap_model_for_generation
 
 from configs.sections import Algorithm
 from environments.episode import STOP_REASONS
+from environments.live import tool_counts
 from environments.tools import CUT_MARK
 from rewards.compose import part_names, score_each
 from rewards.judge import make_judge
@@ -379,9 +380,8 @@ class SearchGRPOTrainer(GRPOTrainer):
             "prompt_tokens": sum(len(t.prompt_ids) for t in sampled),
             "search/rate_image": sum(t.count("image_search") > 0 for t in trajectories),
             "search/rate_text": sum(t.count("search") > 0 for t in trajectories),
-            "search/calls_per_episode": sum(
-                t.count("search") + t.count("image_search") for t in trajectories
-            ),
+            "search/calls_per_episode": sum(t.n_calls for t in trajectories),
+            "search/retries_per_episode": sum(u.retries for t in trajectories for u in t.turns),
             "search/failure_rate": sum(any(u.is_error for u in t.turns) for t in trajectories),
             "search/service_failure_rate": sum(
                 any(u.fault == "infrastructure" for u in t.turns) for t in trajectories
@@ -547,6 +547,7 @@ class SearchGRPOTrainer(GRPOTrainer):
                 logs |= {f"judge/{name}": value for name, value in self.judge.report().items()}
             n_tokens = self.n_policy_tokens - self._last_logged_tokens
             logs |= speeds(n_tokens, self._seconds)
+            logs |= tool_counts(self.engine.environment)
             self._seconds.clear()
             self._last_logged_step = self.state.global_step
             self._last_logged_tokens = self.n_policy_tokens

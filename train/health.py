@@ -226,7 +226,8 @@ def _tools_fail(history: Sequence[Line], settings: Settings) -> Words:
     message = f"tools fail in {failed:.0%} of the episodes, in {by_service:.0%} by the service"
     if by_service > failed / 2:
         return message, (
-            "look at the search service; raise environment.timeout_s if it is slow, and set "
+            "look at the search service; raise environment.timeout_s if it is slow, "
+            "environment.retries if it fails now and then, and set "
             "rewards.infrastructure_fault to mask while it is ill"
         )
     return message, (

@@ -149,7 +149,7 @@ class _Wave:
             temperature=engine.temperature,
             top_p=engine.top_p,
             greedy=greedy,
-            suppressed=engine._suppressed,
+            suppressed=[*engine._suppressed, *engine._unnamed],
             merge_size=engine.images.merge_size if engine.images else 2,
         )
         self.may_stop = engine._may_stop.to(self.batch.device)

@@ -43,9 +43,10 @@ MAY_CHANGE = (
     "rewards.judge_cache",
     "output", "tracking.", "compare.", "deepspeed", "hang_timeout_s", "grpo.max_steps",
     "grpo.save_", "rollout.tool_workers", "rollout.url", "rollout.timeout_s", "rollout.retries",
-    "rollout.sync_dir", "rollout.sleep",
     # train.resume checks that their product with the number of processes stays
     "grpo.per_device_train_batch_size", "grpo.gradient_accumulation_steps",
+    "rollout.sync_dir", "rollout.sleep", "environment.timeout_s", "environment.retries",
+    "environment.backoff_s", "environment.cache", "live.requests_per_second", "live.retries",
 )  # fmt: skip
 """Settings that may differ between a run and its continuation."""
 
@@ -74,7 +75,8 @@ def train(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if options.debug or getattr(error, "exit_code", None) != 2:
             raise
-        if is_main:
+        # settings are wrong on all processes alike; a service may have failed one of them alone
+        if is_main or not isinstance(error, ConfigError):
             print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 SCHEMA_VERSION = 1
+CALL_TYPES = ("search", "image_search", "visit")
 FATAL_FAULTS = 3
 """Failures of a service in a row after which an episode cannot be the policy's fault any more."""
 
@@ -31,7 +32,8 @@ class Turn:
     """log-probability of each sampled token under softmax(logits / temperature), full vocabulary"""
     action: dict[str, Any]
     """{"type": "search", "query"} | {"type": "image_search", "region"} | {"type": "answer", "text"}
-    | {"type": "invalid", "reason"}"""
+    | {"type": "visit", "url", "question"} | {"type": "invalid", "reason"}
+    | {"type": "parallel", "calls": [several of the calls above]}"""
     entropies: list[float] = field(default_factory=list)
     """entropy of the distribution each token was drawn from, in nats"""
     observation: str | None = None
@@ -43,14 +45,21 @@ class Turn:
     hits: list[str] = field(default_factory=list)
     """ids of retrieved passages or entities"""
     is_error: bool = False
-    """the tool call failed"""
+    """the tool call failed; of several, any"""
     fault: str | None = None
-    """"model" for a bad call, "infrastructure" for a failed service"""
+    """"model" for a bad call, "infrastructure" for a failed service (of several calls, any)"""
     seconds: float = 0.0
     """time the tool took"""
+    retries: int = 0
+    """further attempts that the tool took"""
+
+    @property
+    def actions(self) -> list[dict[str, Any]]:
+        """The turn's actions: its one action, or every call of a turn with several."""
+        return self.action["calls"] if self.action["type"] == "parallel" else [self.action]
 
 
-@dataclass
+@dataclass(repr=False)
 class Trajectory:
     """One episode: prompt, turns, why it ended, and its reward parts."""
 
@@ -67,6 +76,10 @@ class Trajectory:
     stop_reason: str = ""
     answer: str | None = None
     rewards: dict[str, float | None] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        # TRL prints an episode that cannot be scored; thousands of numbers would fill the log
+        return f"Trajectory({self.question_id!r}, {len(self.turns)} turns, {self.stop_reason!r})"
 
     @property
     def completion_ids(self) -> list[int]:
@@ -143,8 +156,13 @@ class Trajectory:
         return sum(len(turn.token_ids) for turn in self.turns)
 
     def count(self, action_type: str) -> int:
-        """Number of turns whose action has this type."""
-        return sum(turn.action["type"] == action_type for turn in self.turns)
+        """Number of actions of this type; calls side by side in one turn count one by one."""
+        return sum(a["type"] == action_type for turn in self.turns for a in turn.actions)
+
+    @property
+    def n_calls(self) -> int:
+        """Number of tool calls: searches and visits, refused and failed ones included."""
+        return sum(map(self.count, CALL_TYPES))
 
     def to_dict(self, step: int, arm: str = "", seed: int = 0, phase: str = "train") -> dict:
         """Plain data for one JSON line; images become the SHA-256 of their pixels."""
@@ -174,6 +192,7 @@ class Trajectory:
                     "is_error": turn.is_error,
                     "fault": turn.fault,
                     "seconds": round(turn.seconds, 4),
+                    "retries": turn.retries,
                 }
                 for turn in self.turns
             ],
@@ -205,7 +224,10 @@ def truncate_jsonl(path: Path, last_step: int) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    # not splitlines: JSON leaves U+2028 and U+0085, which a policy may write, as they are
+    for line in path.read_text(encoding="utf-8").split("\n"):
+        if not line:
+            continue
         try:
             row = json.loads(line)
         except json.JSONDecodeError:

@@ -82,13 +82,13 @@ def _forward_at(
     row = torch.arange(n_rows, device=places.device)[:, None]
 
     normed = layer.input_layernorm(hidden_states)
-    key = _heads(attention.k_proj(normed), attention.head_dim)
-    value = _heads(attention.v_proj(normed), attention.head_dim)
-    key = _rotate(key, cos[:, None], sin[:, None])
+    key = heads(attention.k_proj(normed), attention.head_dim)
+    value = heads(attention.v_proj(normed), attention.head_dim)
+    key = rotate(key, cos[:, None], sin[:, None])
     if past_key_values is not None:
         key, value = past_key_values.update(key, value, attention.layer_idx)
-    query = _heads(attention.q_proj(normed[row, places]), attention.head_dim)
-    query = _rotate(query, cos[row, places][:, None], sin[row, places][:, None])
+    query = heads(attention.q_proj(normed[row, places]), attention.head_dim)
+    query = rotate(query, cos[row, places][:, None], sin[row, places][:, None])
     seen, _ = ALL_ATTENTION_FUNCTIONS[attention_name](
         attention, query, key, value, masks, dropout=0.0, scaling=attention.scaling
     )
@@ -97,10 +97,11 @@ def _forward_at(
     return output + layer.mlp(layer.post_attention_layernorm(output))
 
 
-def _heads(states: torch.Tensor, head_dim: int) -> torch.Tensor:
+def heads(states: torch.Tensor, head_dim: int) -> torch.Tensor:
     """[B, T, H * D] -> [B, H, T, D]."""
     return states.view(*states.shape[:2], -1, head_dim).transpose(1, 2)
 
 
-def _rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary positions: states [B, H, T, D], cos and sin [B, 1, T, D]."""
     return states * cos + rotate_half(states) * sin

@@ -20,8 +20,8 @@ from environments.atlas.passages import NEWS_WORDINGS, OVERVIEW_WORDINGS, load_p
 from environments.atlas.photos import render_photo, render_unfamiliar_flag
 from environments.atlas.questions import (
     IMAGE_WORDINGS,
-    KINDS,
     LOOK_WORDING,
+    ONE_PLACE_KINDS,
     THREE_WORDING,
     TWO_WORDING,
     list_questions,
@@ -86,7 +86,7 @@ def tokenizer_corpus() -> list[str]:
     """Texts whose words the vocabulary should hold: passages, questions and the agent's phrases."""
     dialect = get_dialect("search_r1")
     corpus = [passage.text for passage in load_passages()] * 2
-    for kind in KINDS:
+    for kind in ONE_PLACE_KINDS:
         for split in ("train", "dev", "test"):
             corpus += [
                 _user_text(dialect.prompt(question["question"], False))

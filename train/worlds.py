@@ -11,6 +11,8 @@ from train.settings import resolved_grpo
 
 if TYPE_CHECKING:
     from configs.schema import Config
+    from configs.sections import Environment
+    from environments.atlas.editions import Edition
     from train.episodes import Engine
 
 
@@ -19,9 +21,30 @@ def load_environment(config: Config) -> Any:
     section = config.environment
     if section.name != "atlas":
         raise ConfigError(f"environment.name: no world '{section.name}'; write atlas")
-    from environments.atlas.world import load_environment as load_atlas
+    from environments.episode import SearchEnvironment
+    from environments.live import live_tools
 
-    return load_atlas(**section.episode_settings())
+    back_ends = live_tools(section, config.live, *_indexes(section))
+    return SearchEnvironment(*back_ends, **section.episode_settings())
+
+
+def _indexes(section: Any) -> tuple[Any, Any]:
+    """The world's own text and image index, here or on a search server."""
+    if section.retrieval and section.cache and section.cache_mode == "offline":
+        from environments.remote import RemoteImageIndex, RemoteTextIndex, SearchServer
+
+        server = SearchServer(section.retrieval)  # it may be gone: the cache answers for it
+        return RemoteTextIndex(server), RemoteImageIndex(server, section.thumbnails)
+    if section.retrieval:
+        from environments.remote import connect as connect_search
+
+        return connect_search(
+            section.retrieval, timeout_s=section.timeout_s, thumbnails=section.thumbnails
+        )
+    from environments.atlas.world import load_image_index, load_text_index
+
+    edition, domains = _edition(section), section.domains()
+    return load_text_index(edition), load_image_index(domains=domains)
 
 
 def load_questions(
@@ -30,15 +53,17 @@ def load_questions(
     kinds: Sequence[str],
     n: int,
     seed: int | None = None,
+    domain: str | None = None,
 ) -> list[dict[str, Any]]:
     """Questions of a split, with photos; the same for every arm that has the same data seed.
 
     Args:
-        config: gives strength, relations and, without `seed`, the data seed.
+        config: gives strength, relations, edition and, where not given, data seed and domain.
         split: train, dev or test.
         kinds: question kinds.
         n: how many.
         seed: of choice and photos.
+        domain: what the photos show.
     """
     from environments.atlas.questions import load_questions as load_atlas_questions
 
@@ -50,6 +75,8 @@ def load_questions(
         seed=section.data_seed if seed is None else seed,
         strength=section.strength,
         relations=section.relations,
+        edition=_edition(section),
+        domain=domain or section.domain,
     )
 
 
@@ -66,7 +93,20 @@ def load_eval_questions(config: Config) -> list[dict[str, Any]]:
     section = config.environment
     if is_benchmark(section.eval_benchmark):
         return load_benchmark(section.eval_benchmark)
-    return load_questions(config, section.eval_split, section.eval_kinds, section.eval_size)
+    return load_questions(
+        config,
+        section.eval_split,
+        section.eval_kinds,
+        section.eval_size,
+        domain=section.eval_domain,
+    )
+
+
+def _edition(section: Environment) -> Edition:
+    """Which facts hold in the world of `environment:`."""
+    from environments.atlas.editions import Edition
+
+    return Edition(section.counterfactual, section.news)
 
 
 def is_benchmark(section: Any) -> bool:

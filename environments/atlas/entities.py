@@ -1,4 +1,4 @@
-"""The atlas's entities: countries and territories, each with facts, a flag and a split.
+"""The atlas's entities: countries and territories, each with facts, a flag, a map and a split.
 
 An entity also says whether the tiny VLM has seen its flag.
 """
@@ -36,6 +36,10 @@ TOPICS = {
     "symbols": ("national symbol",),
 }
 TOPIC_OF = {relation: topic for topic, relations in TOPICS.items() for relation in relations}
+
+DOMAINS = ("flags", "maps")
+# Sea, other land, the place itself: the colours of a map, which keeps class numbers.
+MAP_COLOURS = ((150, 190, 225), (235, 225, 195), (200, 60, 50))
 
 # A VLM knows much of the world: it has seen this share of the flags of every split, and never a
 # fact about them.
@@ -100,3 +104,21 @@ def load_flag(iso: str) -> np.ndarray:
     """The flat flag as an array [96, 128, 3] of uint8."""
     png = _data("flags", f"{iso}.png").read_bytes()
     return np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
+
+
+@functools.cache
+def load_map(iso: str) -> np.ndarray:
+    """The flat map as an array [96, 128, 3] of uint8; two islands have none (see has_picture)."""
+    png = _data("maps", f"{iso}.png").read_bytes()
+    return np.array(MAP_COLOURS, dtype=np.uint8)[np.asarray(Image.open(io.BytesIO(png)))]
+
+
+def load_picture(domain: str, iso: str) -> np.ndarray:
+    """How a domain pictures a place, [96, 128, 3] of uint8."""
+    return load_flag(iso) if domain == "flags" else load_map(iso)
+
+
+@functools.cache
+def has_picture(domain: str, iso: str) -> bool:
+    """Whether a domain has a picture of a place."""
+    return _data(domain, f"{iso}.png").is_file()

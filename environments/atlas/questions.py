@@ -1,23 +1,34 @@
 """Questions over the atlas, by what they need.
 
-Kinds: look, image, text, two (picture, then fact), three (picture, neighbour, fact).
+Kinds: look, image, text, two (picture, then fact), three (picture, neighbour, fact), pair (one half
+of a picture of two places, then fact).
 """
 
 from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from environments.atlas.entities import HEADLINE_RELATIONS, SPLITS, Entity, load_entities, load_flag
+from environments.atlas.editions import AS_IT_IS, Edition, load_sheets
+from environments.atlas.entities import (
+    DOMAINS,
+    HEADLINE_RELATIONS,
+    SPLITS,
+    Entity,
+    has_picture,
+    load_flag,
+    load_picture,
+)
 from environments.atlas.passages import passage_id
-from environments.atlas.photos import render_photo
+from environments.atlas.photos import render_photo, render_two_flags
 from environments.errors import EnvironmentSetupError
 
-KINDS = ("look", "image", "text", "two", "three")
+ONE_PLACE_KINDS = ("look", "image", "text", "two", "three")
+KINDS = (*ONE_PLACE_KINDS, "pair")
 
 IMAGE_WORDINGS = ("Which place is this?", "What is the name of this place?")
 LOOK_WORDING = "What is the main colour of the flag?"
@@ -27,6 +38,7 @@ TEXT_WORDINGS = (
     "What is the {relation} of {name}?",
 )
 THREE_WORDING = "What is the {relation} of the longest border neighbour of this place?"
+PAIR_WORDING = "What is the {relation} of the place on the {side}?"
 
 COLOURS = {
     "red": (200, 30, 45),
@@ -54,10 +66,17 @@ def main_colour(flag: np.ndarray, least_share: float = 0.5) -> str | None:
 
 
 def list_questions(
-    split: str, kind: str, relations: Sequence[str] = HEADLINE_RELATIONS
+    split: str,
+    kind: str,
+    relations: Sequence[str] = HEADLINE_RELATIONS,
+    edition: Edition = AS_IT_IS,
 ) -> Iterator[dict[str, Any]]:
-    """Every question of a kind in a split, without its photo, in a fixed order."""
-    entities = load_entities()
+    """Every question of a kind in a split, without its photo, in a fixed order.
+
+    Answers are those of the edition's newest fact sheet, whose pages are the gold passages.
+    """
+    sheet = load_sheets(edition)[-1]
+    entities, year = sheet.entities, sheet.year
     for entity in entities.values():
         if entity.split != split:
             continue
@@ -74,18 +93,31 @@ def list_questions(
                     text = _fact_wording(kind, entity.iso + relation)
                     text = text.format(name=entity.name, relation=relation)
                     answers = list(entity.relations[relation])
-                    gold = [passage_id(entity.iso, relation)]
+                    gold = [passage_id(entity.iso, relation, year)]
                     yield _question(entity, kind, relation, text, answers, gold)
-        elif kind == "three" and entity.neighbour in entities:
-            neighbour = entities[entity.neighbour]
-            if neighbour.split != split:
+        elif kind == "three":
+            neighbour = entities.get(entity.neighbour or "")
+            if neighbour is None or neighbour.split != split:
                 continue  # a chain out of its split would show held-out facts in training
             for relation in relations:
                 if relation in neighbour.relations and relation != "longest border":
                     text = THREE_WORDING.format(relation=relation)
                     answers = list(neighbour.relations[relation])
-                    gold = [passage_id(neighbour.iso, relation)]
+                    gold = [passage_id(neighbour.iso, relation, year)]
                     yield _question(entity, kind, relation, text, answers, gold)
+        elif kind == "pair":
+            for relation in relations:
+                partner = _partner(entity, relation, entities.values())
+                if partner is not None:
+                    side = ("left", "right")[_stable_hash(f"side/{entity.iso}/{relation}") % 2]
+                    text = PAIR_WORDING.format(relation=relation, side=side)
+                    answers = list(entity.relations[relation])
+                    gold = [passage_id(entity.iso, relation, year)]
+                    scene = [entity.iso, partner.iso]
+                    yield {
+                        **_question(entity, kind, relation, text, answers, gold),
+                        "scene": scene if side == "left" else scene[::-1],
+                    }
 
 
 def load_questions(
@@ -95,10 +127,12 @@ def load_questions(
     seed: int = 0,
     strength: float = 0.5,
     relations: Sequence[str] | None = None,
+    edition: Edition = AS_IT_IS,
+    domain: str = "flags",
 ) -> list[dict[str, Any]]:
     """Questions with their photos, shuffled by `seed`.
 
-    More than exist are made by taking new photos of the same flags.
+    More than exist are made by taking new photos of the same flags or maps.
 
     Args:
         split: train, dev or test.
@@ -107,10 +141,17 @@ def load_questions(
         seed: of order and photos.
         strength: of the photos' warp.
         relations: which facts are asked for; None gives the headline six.
+        edition: whose facts are right.
+        domain: what the photos show, flags or maps; questions without a picture there are left
+            out, and so is `look`, which asks for a flag's colour, from maps.
 
     Raises:
-        EnvironmentSetupError: unknown split or kind, or nothing to ask.
+        EnvironmentSetupError: unknown split, kind or domain, or nothing to ask.
     """
+    if domain not in DOMAINS:
+        raise EnvironmentSetupError(
+            f"environment domain {domain!r} is unknown; choose one of {', '.join(DOMAINS)}"
+        )
     if split not in SPLITS:
         raise EnvironmentSetupError(
             f"environment split {split!r} is unknown; choose one of {', '.join(SPLITS)}"
@@ -123,11 +164,13 @@ def load_questions(
     pool = [
         question
         for kind in kinds
-        for question in list_questions(split, kind, relations or HEADLINE_RELATIONS)
+        for question in list_questions(split, kind, relations or HEADLINE_RELATIONS, edition)
+        if _is_pictured(question, domain)
     ]
     if not pool:
         raise EnvironmentSetupError(
-            f"no question of kinds {list(kinds)} in split {split!r}; widen `relations` or `kinds`"
+            f"no question of kinds {list(kinds)} in split {split!r} with pictures of {domain}; "
+            "widen `relations` or `kinds`"
         )
     rng = random.Random(seed)
     questions: list[dict[str, Any]] = []
@@ -135,7 +178,7 @@ def load_questions(
     while len(questions) < (n if n is not None else len(pool)):
         order = rng.sample(pool, len(pool))
         questions += [
-            _with_photo(question, seed, round_, strength)
+            _with_photo(question, seed, round_, strength, domain)
             for question in order[: (n or len(pool)) - len(questions)]
         ]
         round_ += 1
@@ -152,7 +195,7 @@ def _question(
     entity: Entity, kind: str, relation: str | None, text: str, answers: list[str], gold: list[str]
 ) -> dict[str, Any]:
     identity = f"{kind}/{entity.iso}/{relation or '-'}"
-    hops = {"look": 0, "image": 1, "text": 1, "two": 2, "three": 3}[kind]
+    hops = {"look": 0, "image": 1, "text": 1, "two": 2, "three": 3, "pair": 2}[kind]
     return {
         "id": identity,
         "kind": kind,
@@ -168,13 +211,48 @@ def _question(
     }
 
 
+def _partner(entity: Entity, relation: str, entities: Iterable[Entity]) -> Entity | None:
+    """The other place of a scene: of the same split, with another answer, fixed by the codes.
+
+    None if the entity has no such fact, or nobody else another answer.
+    """
+    own = entity.relations.get(relation, ())
+    others = [
+        other
+        for other in entities
+        if own
+        and other.split == entity.split
+        and other.iso != entity.iso
+        and relation in other.relations
+        and not set(own) & set(other.relations[relation])
+    ]
+    key = f"pair/{entity.iso}/{relation}/"
+    return min(others, key=lambda other: _stable_hash(key + other.iso), default=None)
+
+
+def _is_pictured(question: dict[str, Any], domain: str) -> bool:
+    """Whether the domain has a picture of every place that the question shows."""
+    if domain == "flags" or question["kind"] == "text":
+        return True
+    return question["kind"] != "look" and all(has_picture(domain, iso) for iso in _shown(question))
+
+
+def _shown(question: dict[str, Any]) -> list[str]:
+    """The places in a question's picture, from left to right."""
+    return question.get("scene", [question["entity"]])
+
+
 def _with_photo(
-    question: dict[str, Any], seed: int, round_: int, strength: float
+    question: dict[str, Any], seed: int, round_: int, strength: float, domain: str
 ) -> dict[str, Any]:
     image = None
     if question["kind"] != "text":
         photo_seed = _stable_hash(f"{seed}/{round_}/{question['id']}")
-        image = render_photo(load_flag(question["entity"]), photo_seed, strength)
+        pictures = [load_picture(domain, iso) for iso in _shown(question)]
+        if len(pictures) == 2:
+            image = render_two_flags(pictures[0], pictures[1], photo_seed, strength)
+        else:
+            image = render_photo(pictures[0], photo_seed, strength)
     return {**question, "id": f"{question['id']}/{round_}", "image": image}
 
 

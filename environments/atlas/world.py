@@ -8,49 +8,108 @@ from typing import Any
 
 from PIL import Image
 
-from environments.atlas.entities import HEADLINE_RELATIONS, load_entities, load_flag
+from environments.atlas.distortions import as_chalk, as_grey, as_sketch, cut
+from environments.atlas.editions import AS_IT_IS, Edition
+from environments.atlas.entities import (
+    HEADLINE_RELATIONS,
+    has_picture,
+    load_entities,
+    load_flag,
+    load_picture,
+)
 from environments.atlas.passages import load_passages, passage_id
 from environments.atlas.photos import PHOTO_SIZE, render_photo
 from environments.episode import SearchEnvironment
-from environments.retrieval import BM25TextIndex, ColourImageIndex
+from environments.retrieval import SNIPPET_WORDS, BM25TextIndex, ColourImageIndex
 
-N_VIEWS = 4  # the flat flag and three warped views of it, of other seeds than any question's photo
+# The flat picture and warped views of it, of other seeds than any question's photo. Maps differ in
+# outline alone, which a thumbnail sees only where it lies as in the photo: they need more views.
+N_VIEWS = {"flags": 4, "maps": 8}
 _VIEW_SEED = 7_000_003
+ROBUST_VIEWS = (
+    as_grey,
+    as_sketch,
+    as_chalk,
+    *(cut(0.65, x, y) for x in (0, 1) for y in (0, 1)),
+)
+
+
+def load_text_index(
+    edition: Edition = AS_IT_IS, snippet_words: int | None = SNIPPET_WORDS
+) -> BM25TextIndex:
+    """BM25 over the whole corpus of an edition; built once a process.
+
+    See BM25TextIndex for `snippet_words`.
+    """
+    return _build_text_index(edition, snippet_words)
+
+
+def load_image_index(
+    n_views: int | None = None, domains: tuple[str, ...] = ("flags",), robust: bool = False
+) -> ColourImageIndex:
+    """Every place in several views of its flag, its map or both; built once a process.
+
+    Hits carry the entity's name and a small flat picture of the first domain.
+
+    Args:
+        n_views: the flat picture and photos of it; None = N_VIEWS.
+        domains: flags, maps or both.
+        robust: finds turned, mirrored, cut and otherwise drawn pictures, too (the table is in
+            docs/results/image-recall.md): further views, and every picture is looked at from all
+            sides. The shipped checkpoints were trained without.
+    """
+    return _build_image_index(n_views, domains, robust)
 
 
 @functools.cache
-def load_text_index() -> BM25TextIndex:
-    """BM25 over the whole corpus."""
-    passages = load_passages()
+def _build_text_index(edition: Edition, snippet_words: int | None) -> BM25TextIndex:
+    passages = load_passages(edition)
     return BM25TextIndex(
-        [p.id for p in passages], [p.title for p in passages], [p.text for p in passages]
+        [p.id for p in passages],
+        [p.title for p in passages],
+        [p.text for p in passages],
+        snippet_words,
     )
 
 
 @functools.cache
-def load_image_index(n_views: int = N_VIEWS) -> ColourImageIndex:
-    """Every flag in several views; hits carry the entity's name and a small flat flag."""
+def _build_image_index(
+    n_views: int | None, domains: tuple[str, ...], robust: bool
+) -> ColourImageIndex:
     ids, titles, images = [], [], []
     thumbnails: dict[str, Image.Image] = {}
-    for iso, entity in load_entities().items():
-        flag = load_flag(iso)
-        size = (PHOTO_SIZE, PHOTO_SIZE)
-        thumbnails[iso] = Image.fromarray(flag).resize(size, Image.Resampling.BOX)
-        views = [thumbnails[iso]]
-        views += [render_photo(flag, _VIEW_SEED + i, strength=0.4) for i in range(n_views - 1)]
-        ids += [iso] * len(views)
-        titles += [entity.name] * len(views)
-        images += views
-    return ColourImageIndex(ids, titles, images, thumbnails)
+    for domain in domains:
+        for iso, entity in load_entities().items():
+            if not has_picture(domain, iso):
+                continue
+            picture = load_picture(domain, iso)
+            size = (PHOTO_SIZE, PHOTO_SIZE)
+            flat = Image.fromarray(picture).resize(size, Image.Resampling.BOX)
+            thumbnails.setdefault(iso, flat)
+            views = [flat]
+            n_warped = (n_views or N_VIEWS[domain]) - 1
+            views += [render_photo(picture, _VIEW_SEED + i, 0.4) for i in range(n_warped)]
+            if robust:
+                views += [distort(Image.fromarray(picture)) for distort in ROBUST_VIEWS]
+            ids += [iso] * len(views)
+            titles += [entity.name] * len(views)
+            images += views
+    return ColourImageIndex(ids, titles, images, thumbnails, turns=robust)
 
 
-def load_environment(**settings: Any) -> SearchEnvironment:
+def load_environment(
+    edition: Edition = AS_IT_IS, domains: tuple[str, ...] = ("flags",), **settings: Any
+) -> SearchEnvironment:
     """The atlas's tools as a search environment.
 
     Args:
+        edition: whose fact sheets the text search finds.
+        domains: what the image search knows: flags, maps or both.
         settings: go to SearchEnvironment (dialect, budgets, top_k ...).
     """
-    return SearchEnvironment(load_text_index(), load_image_index(), **settings)
+    return SearchEnvironment(
+        load_text_index(edition), load_image_index(domains=domains), **settings
+    )
 
 
 def measure_retrieval(

@@ -2,7 +2,9 @@
 
 build   trains base, agent and VLM from seeds (under half an hour on two cores);
 report  what each checkpoint can do: recognition, reading, closed-book answers, search;
-table   recall@1 and @3 of the text and the image index.
+table   recall@1 and @3 of the text and the image index;
+worlds  every mode (scenes, maps, counterfactual, news): what the tools allow, what policies do;
+images  recall@1 of pictures that come turned, cut, compressed or drawn in another style.
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ EXAMPLES = (
     "obm atlas build --output runs/trio --tool-use none --only vlm",
     "obm atlas report --checkpoints runs/trio --output runs/trio/report",
     "obm atlas table --output runs/retrieval",
+    "obm atlas worlds --start trained=runs/obm-s0/checkpoints/checkpoint-30",
+    "obm atlas images --output runs/image-recall",
 )
 TRIO = ("base", "agent", "vlm")
 TOOL_USE = ("none", "format", "1", "2", "5")
@@ -30,18 +34,23 @@ RETRIEVAL_TARGETS = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What to do and where to write."""
-    parser.add_argument("action", choices=("build", "report", "table"))
+    parser.add_argument("action", choices=("build", "report", "table", "worlds", "images"))
     parser.add_argument(
         "--output",
         metavar="PATH",
-        help="build: a folder (default: runs/trio); report, table: a file name without suffix "
-        "(default: docs/results/trio, docs/results/retrieval)",
+        help="build: a folder (default: runs/trio); report, table, worlds, images: a file name "
+        "without suffix (default: docs/results/trio, retrieval, worlds, image-recall)",
     )
     parser.add_argument(
         "--checkpoints",
         metavar="DIR",
         help="report: folder with base, vlm and agent (default: the shipped ones)",
     )
+    parser.add_argument(
+        "--encoder", metavar="MODEL",
+        help="table: text encoder to measure, too (default: all-MiniLM-L6-v2 where its package is "
+        "installed)",
+    )  # fmt: skip
     parser.add_argument(
         "--only", metavar="NAMES", default=",".join(TRIO),
         help="build: some of base,agent,vlm; the parents need a base in the output folder",
@@ -51,6 +60,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="build: what the VLM's data shows of tools: nothing, the format of a call, or 1, 2, 5 "
         "per cent whole trajectories (default: format)",
     )  # fmt: skip
+    parser.add_argument(
+        "--start", metavar="NAME=DIR", action="append", default=[],
+        help="worlds: a further checkpoint that takes pictures; may be given several times",
+    )  # fmt: skip
+    parser.add_argument(
+        "--size", type=int, default=128, metavar="N", help="worlds: questions a mode (default: 128)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="build: of data and weights")
     parser.add_argument("--overwrite", action="store_true", help="replace what is there")
     parser.add_argument("--dry-run", action="store_true", help="build: say what would be trained")
@@ -58,7 +74,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Build or measure."""
-    actions = {"build": _build, "report": _report, "table": _table}
+    actions = {
+        "build": _build,
+        "report": _report,
+        "table": _table,
+        "worlds": _worlds,
+        "images": _images,
+    }
     return actions[options.action](options)
 
 
@@ -116,6 +138,7 @@ def _report(options: argparse.Namespace) -> int:
 
 def _table(options: argparse.Namespace) -> int:
     from compare.provenance import code_commit, hardware
+    from environments.atlas.recall import measure_dense, packaged_encoder
     from environments.atlas.world import measure_retrieval
     from launch.arguments import command_line
     from train.run import write_json, write_text
@@ -127,12 +150,15 @@ def _table(options: argparse.Namespace) -> int:
         value = by_query[query][metric]
         name = f"{query}, {metric}"
         targets.append({"name": name, "value": value, "target": target, "met": value >= target})
+    encoder = options.encoder or packaged_encoder()
     record = {
         "command": command_line(),
         "commit": code_commit(),
         "hardware": hardware(),
         "targets": targets,
         "rows": rows,
+        "encoder": Path(options.encoder).name if options.encoder else "all-MiniLM-L6-v2",
+        "retrievers": measure_dense(encoder) if encoder else [],
     }
     output = Path(options.output or "docs/results/retrieval")
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -140,6 +166,45 @@ def _table(options: argparse.Namespace) -> int:
     write_text(output.with_suffix(".md"), _markdown(record))
     print("\n".join(_table_lines(rows)))
     return 0 if all(target["met"] for target in targets) else 1
+
+
+def _worlds(options: argparse.Namespace) -> int:
+    from configs.schema import resolve_model
+    from launch.arguments import command_line
+    from launch.worlds import measure_worlds
+
+    starts = dict(start.partition("=")[::2] for start in options.start)
+    if not all(starts) or not all(starts.values()):
+        raise LaunchError(f"--start {options.start}: write NAME=DIR")
+    if options.size < 1:
+        raise LaunchError(f"--size {options.size}: at least one question a mode is needed")
+    measure_worlds(
+        Path(options.output or "docs/results/worlds"),
+        command=command_line(),
+        n=options.size,
+        starts={name: resolve_model(folder) for name, folder in starts.items()},
+    )
+    return 0
+
+
+def _images(options: argparse.Namespace) -> int:
+    from compare.provenance import code_commit, hardware
+    from environments.atlas.recall import describe_images, measure_images
+    from launch.arguments import command_line
+    from train.run import write_json, write_text
+
+    rows = measure_images()
+    record = {
+        "command": command_line(),
+        "commit": code_commit(),
+        "hardware": hardware(),
+        "rows": rows,
+    }
+    output = Path(options.output or "docs/results/image-recall")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_json(output.with_suffix(".json"), record)
+    write_text(output.with_suffix(".md"), describe_images(record))
+    return 0
 
 
 def _table_lines(rows: list[dict[str, Any]]) -> list[str]:
@@ -151,6 +216,24 @@ def _table_lines(rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def _retriever_lines(record: dict[str, Any]) -> list[str]:
+    """The table of the other retrievers, or nothing where no encoder was measured."""
+    if not record["retrievers"]:
+        return []
+    lines = [
+        f"The query `REL of NAME` by every text retriever; vectors are those of "
+        f"{record['encoder']}:",
+        "",
+        "| retriever | n | recall@1 | recall@3 |",
+        "| --- | ---: | ---: | ---: |",
+    ]
+    for row in record["retrievers"]:
+        lines.append(
+            f"| {row['retriever']} | {row['n']} | {row['recall@1']:.3f} | {row['recall@3']:.3f} |"
+        )
+    return [*lines, ""]
+
+
 def _markdown(record: dict[str, Any]) -> str:
     lines = [
         "# What the atlas's search finds",
@@ -160,6 +243,7 @@ def _markdown(record: dict[str, Any]) -> str:
         "",
         *_table_lines(record["rows"]),
         "",
+        *_retriever_lines(record),
         *(
             f"* {target['name']}: {target['value']:.3f}, target {target['target']} "
             f"({'met' if target['met'] else 'missed'})"

@@ -4,9 +4,11 @@ cli           processor time of every verb's --help, target 0.5 s each (the defa
 merge         the merge beside mergekit and beside a raw copy of the same bytes
 calibration   what collecting statistics adds to a forward pass
 rewards       how fast answers are checked, and what tricks earn
+serve         the search server beside Search-R1's, under load
+rollout       rollout and GRPO step beside stock TRL's tool loop
 
-Each writes bench-NAME.json, merge and rewards a page as well. The exit code is 1 if a target is
-missed.
+Each writes bench-NAME.json; merge, serve and rollout write a page as well. The exit code is 1 if a
+target is missed.
 """
 
 from __future__ import annotations
@@ -24,8 +26,9 @@ EXAMPLES = (
     "obm bench",
     "obm bench merge --sizes 0.5b,1.5b,7b --output runs/bench",
     "obm bench cli merge --sizes tiny --peer none --output runs/bench",
+    "obm bench rollout --policies tiny --growth none --output runs/bench",
 )
-NAMES = ("cli", "merge", "calibration", "rewards")
+NAMES = ("cli", "merge", "calibration", "rewards", "serve", "rollout")
 HELP_TARGET_S = 0.5
 
 
@@ -58,6 +61,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     rewards.add_argument(
         "--answers", type=int, default=1_000_000, metavar="N", help="default: a million"
     )
+    serve = parser.add_argument_group("serve")
+    serve.add_argument(
+        "--passages", type=int, default=1_000_000, metavar="N",
+        help="of the synthetic corpus (default: 1000000)",
+    )  # fmt: skip
+    serve.add_argument(
+        "--search-peer", choices=("lucene", "bm25s", "none"), default="lucene",
+        help="searcher of the peer, installed into .cache/pyserini-venv (default: lucene)",
+    )  # fmt: skip
+    serve.add_argument(
+        "--seconds", type=float, default=8, help="of load for each number of clients (default: 8)"
+    )
+    rollout = parser.add_argument_group("rollout")
+    rollout.add_argument(
+        "--policies", default="tiny,80m", metavar="LIST",
+        help="of tiny, 20m, 80m (default: tiny,80m)",
+    )  # fmt: skip
+    rollout.add_argument(
+        "--growth", choices=("tiny", "20m", "80m", "none"), default="tiny",
+        help="policy for the growth with group, turns and prompt (default: tiny)",
+    )  # fmt: skip
 
 
 def run(options: argparse.Namespace) -> int:
@@ -70,6 +94,8 @@ def run(options: argparse.Namespace) -> int:
         "merge": _bench_merge,
         "calibration": _bench_calibration,
         "rewards": _bench_rewards,
+        "serve": _bench_serve,
+        "rollout": _bench_rollout,
     }
     all_met = True
     for name in dict.fromkeys(options.names or ["cli"]):
@@ -158,6 +184,39 @@ def _bench_rewards(options: argparse.Namespace) -> dict[str, Any]:
     return record
 
 
+def _bench_serve(options: argparse.Namespace) -> dict[str, Any]:
+    from importlib.metadata import version
+
+    from launch.bench_serve import PYSERINI, bench_serve
+    from launch.bench_serve_report import judge
+
+    if options.passages < 1000 or options.seconds <= 0:
+        raise LaunchError("--passages has to be 1000 or more and --seconds above 0")
+    record = bench_serve(
+        Path(options.work) / "bench-serve",
+        n_passages=options.passages,
+        seconds=options.seconds,
+        peer=options.search_peer,
+        keep=options.keep,
+    )
+    versions = {name: version(name) for name in ("starlette", "uvicorn", "numba", "numpy")}
+    if options.search_peer == "lucene":
+        versions["pyserini"] = PYSERINI.partition("==")[2]
+    return {"targets": judge(record), "versions": versions, **record}
+
+
+def _bench_rollout(options: argparse.Namespace) -> dict[str, Any]:
+    from launch.bench_rollout import POLICIES, bench_rollout, judge, plan, versions
+
+    policies = list(dict.fromkeys(options.policies.lower().split(",")))
+    for policy in policies:
+        if policy not in POLICIES:
+            raise LaunchError(f"--policies: {policy!r} is unknown; choose of {', '.join(POLICIES)}")
+    growth = None if options.growth == "none" else options.growth
+    runs = bench_rollout(list(plan(policies, growth)), Path(options.work) / "bench-rollout")
+    return {"targets": judge(runs), "versions": versions(), "runs": runs}
+
+
 def _print_targets(targets: list[dict[str, Any]]) -> None:
     for target in targets:
         word = "met" if target["met"] else "MISSED"
@@ -165,7 +224,7 @@ def _print_targets(targets: list[dict[str, Any]]) -> None:
 
 
 def _write(output: Path, name: str, record: dict[str, Any]) -> None:
-    """Writes bench-NAME.json, and for the merge the page, which is printed, too."""
+    """Writes bench-NAME.json and, where there is one, the page."""
     from compare.provenance import code_commit, hardware
     from launch.arguments import command_line
     from train.run import write_json, write_text
@@ -188,3 +247,17 @@ def _write(output: Path, name: str, record: dict[str, Any]) -> None:
         from launch.bench_rewards import render_page as render_rewards
 
         write_text(output / "bench-rewards.md", render_rewards(record))
+    if name == "serve":
+        from launch.bench_serve_report import render_page as render_serve_page
+
+        _print_targets(record["targets"])
+        write_text(output / "bench-serve.md", render_serve_page(record))
+    if name == "rollout":
+        from launch.bench_rollout_report import draw_growth
+        from launch.bench_rollout_report import render_page as render_rollout_page
+
+        _print_targets(record["targets"])
+        write_text(output / "bench-rollout.md", render_rollout_page(record))
+        if any(run["part"] != "headline" for run in record["runs"]):
+            pictures = [output / f"bench-rollout.{kind}" for kind in ("svg", "png")]
+            draw_growth(record["runs"], pictures, f"One thread of {record['hardware']}.")

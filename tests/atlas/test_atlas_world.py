@@ -5,10 +5,12 @@ import pytest
 from PIL import Image
 
 from environments import retrieval
+from environments.atlas.distortions import DISTORTIONS
 from environments.atlas.entities import HEADLINE_RELATIONS, SPLITS, TOPICS, load_entities, load_flag
 from environments.atlas.passages import load_passages, passage_id
 from environments.atlas.photos import render_photo, render_two_flags, render_unfamiliar_flag
 from environments.atlas.questions import KINDS, list_questions, load_questions, main_colour
+from environments.atlas.recall import INDEXES, measure_images
 from environments.atlas.world import load_image_index, load_text_index, measure_retrieval
 from environments.errors import EnvironmentSetupError
 from environments.retrieval import BM25TextIndex, ColourImageIndex, cut_snippet
@@ -91,7 +93,8 @@ def test_questions_have_every_column_and_an_answer(kind):
     columns = (
         "id kind split entity entity_names relation question answers gold_passages seen hops image"
     )
-    assert set(question) == set(columns.split())
+    assert set(question) - {"scene"} == set(columns.split())
+    assert ("scene" in question) == (kind == "pair")
     assert question["answers"]
     assert all(question["answers"])
     assert (question["image"] is None) == (kind == "text")
@@ -99,7 +102,7 @@ def test_questions_have_every_column_and_an_answer(kind):
 
 def test_picture_questions_do_not_name_the_place():
     for split in SPLITS:
-        for kind in ("look", "image", "two", "three"):
+        for kind in ("look", "image", "two", "three", "pair"):
             for question in list_questions(split, kind):
                 assert question["entity_names"][0] not in question["question"]
 
@@ -173,3 +176,30 @@ def test_a_repeated_picture_gives_the_same_hits_and_is_looked_at_once(monkeypatc
     index.search([pictures["blue"]], 3)
     assert index.search([red], 3)[0] == first
     assert len(looked_at) == 4
+
+
+def test_the_robust_index_finds_what_the_default_one_misses_and_loses_nothing():
+    isos = list(load_entities())[::14]
+    repaired = ("turned by 90 degrees", "upside down", "upper left 60 %", "grey")
+    rows = {row["distortion"]: row for row in measure_images(isos, ["as it is", *repaired])}
+    for name in repaired:
+        plain, robust = (rows[name][f"flag, {index}"]["recall@1"] for index in INDEXES)
+        assert robust >= max(0.8, plain + 0.2), name
+    assert rows["as it is"]["photo, robust"]["recall@1"] >= 0.95
+
+
+def test_a_distortion_leaves_a_picture_of_its_colours():
+    flag = Image.fromarray(load_flag("fr"))
+    for name, distort in DISTORTIONS.items():
+        distorted = distort(flag.copy())
+        assert (distorted.mode, min(distorted.size) > 10) == ("RGB", True), name
+        changed = distorted.size != flag.size or distorted.tobytes() != flag.tobytes()
+        assert changed == (name != "as it is"), name
+
+
+def test_the_default_index_is_that_of_the_shipped_checkpoints():
+    """Its features in sum, as they were when these were trained."""
+    index = load_image_index()
+    assert (len(index), index._views.shape, index.turns) == (223, (892, 380), False)
+    # another processor may round a pixel of a photo otherwise
+    assert float(index._views.sum(dtype=np.float64)) == pytest.approx(2426.71436493, rel=1e-6)

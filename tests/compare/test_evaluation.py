@@ -126,7 +126,7 @@ def test_prompted_explains_the_tools_and_agent_asks_as_in_training(world):
         messages = environment.dialect.prompt("Who?", True)
         texts[mode] = messages[-1]["content"][-1]["text"]
         assert environment.budgets == world.budgets
-    assert texts["agent"] == world.dialect.agent_text.format(question="Who?")
+    assert texts["agent"] == world.dialect.prompt("Who?", True)[-1]["content"][-1]["text"]
     assert "For example" in texts["prompted"]
     assert texts["prompted"].endswith("Question: Who?")
     assert len(texts["prompted"]) > 4 * len(texts["agent"])
@@ -291,6 +291,7 @@ def measured(accuracy, image=0, text=0, tokens=0, kind="two", split="test"):
         "kind": kind, "split": split, "seen": None, "searched": image + text > 0, "entity": False,
         "passage": False, "accuracy": accuracy, "n_text": text, "n_image": image,
         "n_tokens": tokens, "stop_reason": "answer", "text_calls": text, "image_calls": image,
+        "page_calls": 0, "n_calls": text + image,
     }  # fmt: skip
 
 

@@ -7,7 +7,17 @@ import pytest
 from PIL import Image
 
 from environments.episode import SearchEnvironment
-from environments.tools import Hit, crop, guard, image_search, text_search
+from environments.tools import (
+    MAX_QUERY_CHARS,
+    BadCall,
+    Hit,
+    Page,
+    crop,
+    guard,
+    image_search,
+    text_search,
+    visit,
+)
 
 
 class TextTable:
@@ -32,6 +42,27 @@ class ImageTable(TextTable):
 def episode(text=None, image=None, picture=None, **budgets):
     question = {"question": "q", "image": picture}
     return SearchEnvironment(text, image, **budgets).start(question)
+
+
+class Reader:
+    """A page reader that remembers what it was asked."""
+
+    in_memory = True
+
+    def __init__(self, page=None, error=None):
+        self.page, self.error, self.calls = page, error, []
+
+    def read(self, url, question):
+        self.calls.append((url, question))
+        if self.error:
+            raise self.error
+        return self.page or Page("Bamako", "Bamako is the capital of Mali.", url)
+
+
+def reading(reader, text=None, **settings):
+    """An episode that may visit pages."""
+    settings = {"visits": 2, "visit_urls": "any", **settings}
+    return SearchEnvironment(text, None, reader, **settings).start({"question": "Which city?"})
 
 
 def two_colours(width=5):
@@ -204,3 +235,151 @@ def test_an_interrupt_is_no_tool_failure():
 
     with pytest.raises(KeyboardInterrupt):
         guard(interrupt, "text", None)
+
+
+# ---------------------------------------------------------------- boxes
+
+
+@pytest.mark.parametrize(
+    ("box", "size"),
+    [
+        ((0.0, 0.0, 1.0, 1.0), (100, 50)),
+        ((0.25, 0.5, 0.75, 1.0), (50, 25)),
+        ((0.5, 0.0, 1.0, 1.0), (50, 50)),
+        ((10.0, 5.0, 30.0, 50.0), (20, 45)),
+        ((-20.0, -20.0, 30.0, 9000.0), (30, 50)),  # cut off at the edges
+        ((0.001, 0.001, 0.002, 0.002), (1, 1)),
+    ],
+)
+def test_a_box_is_relative_or_in_pixels(box, size):
+    index = ImageTable(Hit("a", "A"))
+    image_search(episode(image=index, picture=two_colours().resize((100, 50))), box)
+    ((pictures, _),) = index.calls
+    assert pictures[0].size == size
+
+
+def test_the_right_half_as_a_box_is_the_right_half():
+    picture = two_colours(4)
+    assert crop(picture, (0.5, 0, 1, 1)).tobytes() == crop(picture, "right").tobytes()
+
+
+@pytest.mark.parametrize(
+    "box", [(0.5, 0, 0.5, 1), (0.9, 0, 0.1, 1), (900, 0, 950, 10), (2, 2, 1, 1)]
+)
+def test_an_empty_box_is_the_models_fault_and_says_how_large_the_picture_is(box):
+    index = ImageTable(Hit("a", "A"))
+    result = image_search(episode(image=index, picture=two_colours()), box)
+    assert (result.fault, index.calls) == ("model", [])
+    assert "5 wide and 2 high" in result.text
+    with pytest.raises(BadCall, match="not finite"):
+        crop(two_colours(), (0.0, 0.0, float("nan"), 1.0))
+
+
+# ---------------------------------------------------------------- visits
+
+
+def test_a_visit_reads_the_page_with_the_question_in_mind():
+    reader = Reader()
+    result = visit(reading(reader), "https://a.org/bamako", "the country")
+    assert reader.calls == [("https://a.org/bamako", "the country")]
+    assert (result.tool, result.hits, result.fault) == ("page", ["https://a.org/bamako"], None)
+    assert result.documents[0].text == "Bamako is the capital of Mali."
+    visit(reading(reader), "https://a.org/bamako")
+    assert reader.calls[-1] == ("https://a.org/bamako", "Which city?")
+
+
+def test_a_page_is_cut_to_three_hundred_words():
+    result = visit(reading(Reader(Page("t", "w " * 5000, "u"))), "https://a.org")
+    assert len(result.documents[0].text.split()) == 300
+
+
+@pytest.mark.parametrize(
+    ("url", "says"),
+    [
+        ("", "is no address"),
+        ("a.org", "is no address"),
+        ("file:///etc/passwd", "is no address"),
+        ("javascript:alert(1)", "is no address"),
+        ("https://a.org and more", "is no address"),
+        ("https://a.org/" + "x" * 600, "longer than 500"),
+    ],
+)
+def test_what_is_no_web_address_is_not_given_to_the_reader(url, says):
+    reader = Reader()
+    result = visit(reading(reader), url)
+    assert (result.fault, reader.calls) == ("model", [])
+    assert says in result.text
+
+
+def test_only_pages_that_a_search_showed_can_be_visited():
+    reader = Reader()
+    shown = "https://a.org/x?a=1&b=\u202e2"  # the policy sees it without the control character
+    index = TextTable(Hit("p", "Mali", "Bamako .", url=shown))
+    world = reading(reader, index, visit_urls="results")
+    refused = world.step("<visit> https://evil.org </visit>")
+    assert (refused.result.fault, reader.calls) == ("model", [])
+    assert "in no search result" in refused.observation
+    step = world.step("<search> q </search>")
+    assert "Doc 1(Title: Mali) https://a.org/x?a=1&b=2 Bamako ." in step.observation
+    world.step("<visit> https://a.org/x?a=1&b=2 </visit>")
+    assert reader.calls == [(shown, "Which city?")]
+
+
+def test_addresses_are_shown_only_where_they_are_of_use():
+    index = TextTable(Hit("p", "Mali", "Bamako .", url="https://a.org"))
+    assert "a.org" not in episode(index).step("<search> q </search>").observation
+
+
+def test_a_page_that_must_not_be_read_is_the_models_fault_a_dead_service_is_not():
+    refused = visit(reading(Reader(error=BadCall("This address is private."))), "http://10.0.0.1")
+    assert (refused.fault, refused.text) == ("model", "This address is private.")
+    dead = visit(reading(Reader(error=ConnectionError("key=secret"))), "https://a.org")
+    assert dead.fault == "infrastructure"
+    assert "secret" not in dead.text
+
+
+def test_without_visits_there_is_nothing_to_visit():
+    assert visit(episode(TextTable()), "https://a.org").fault == "model"
+
+
+# ---------------------------------------------------------------- what a back end gets wrong
+
+
+def test_a_query_gone_wrong_is_not_sent():
+    index = TextTable(Hit("a", "A"))
+    result = text_search(episode(index), "x" * (MAX_QUERY_CHARS + 1))
+    assert (result.fault, index.calls) == ("model", [])
+    text_search(episode(index), "a\ud800b")  # JSON can spell it, no request can
+    assert index.calls[0][0] == ["a?b"]
+
+
+def test_more_hits_than_asked_for_are_left_out():
+    class Generous:
+        in_memory = True
+
+        def search(self, queries, k):
+            return [[Hit(str(i), "t", "x") for i in range(1000)]]
+
+    result = text_search(episode(Generous()), "q")
+    assert result.hits == ["0", "1"]
+
+
+def test_ids_are_short_and_can_be_written():
+    result = text_search(episode(TextTable(Hit("\ud800" + "x" * 10**6, "t"))), "q")
+    assert len(result.hits[0]) == 500
+    result.hits[0].encode("utf-8")
+
+
+def test_the_settings_of_the_environment_reach_the_call():
+    class Flaky:
+        n_calls = 0
+
+        def search(self, queries, k):
+            self.n_calls += 1
+            if self.n_calls < 3:
+                raise OSError("busy")
+            return [[Hit("a", "A")]]
+
+    result = text_search(episode(Flaky(), retries=2, backoff_s=0.001), "q")
+    assert (result.hits, result.retries) == (["a"], 2)
+    assert text_search(episode(Flaky(), retries=1, backoff_s=0.001), "q").fault == "infrastructure"

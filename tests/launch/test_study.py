@@ -15,6 +15,7 @@ from launch.commands import merge as merge_module
 from launch.errors import LaunchError
 from launch.paper_table import run_table
 from launch.study import NOT_STUDIES, Plan, flatten, load_study, run_study
+from train.resume import Saved
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -205,6 +206,9 @@ def test_a_broken_training_goes_on_from_its_checkpoint(study_file, scripted_stag
     checkpoint.mkdir(parents=True)
     (checkpoint / "trainer_state.json").touch()
     (checkpoint / "rollout_state_0.pt").touch()
+    Saved(n_processes=1, is_boundary=True, per_rollout=8, per_step=8, zero_stage=0).write(
+        checkpoint
+    )
     run_study(load_study(study_file), command="c")
     assert scripted_stages == ["train obm-s0 --resume"]
 

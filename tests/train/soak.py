@@ -4,7 +4,7 @@ The number of turns is random, pictures and text-only questions fall on either p
 are slow, or answer too late. Per step and process the resident memory, the seconds and the faults
 are recorded; a watchdog ends the run if nothing moves for two minutes.
 
-    make soak          (five minutes; writes docs/results/soak.json and soak.md)
+    make soak          (a quarter of an hour; writes docs/results/soak.json and soak.md)
     python tests/train/soak.py --steps 20 --output soak_test     (a short one, elsewhere)
 """
 

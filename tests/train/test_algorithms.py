@@ -171,9 +171,6 @@ def test_an_efficient_right_answer_gets_more_and_the_parts_add_up(make_trainer):
             self.n_calls = n_calls
             self.rewards = {"total": accuracy, "accuracy": accuracy}
 
-        def count(self, kind):
-            return self.n_calls if kind == "search" else 0
-
     episodes = [Episode(n, a) for n, a in zip(calls, right, strict=True)]
     trainer._groups.add_bonuses(episodes, episodes)
     assert [e.rewards["efficiency"] for e in episodes] == pytest.approx([0.1, -0.1, 0.0, 0.0])

@@ -124,6 +124,18 @@ def test_two_processes_train_as_one_would(zero2_run, tiny_checkpoints, tmp_path)
     assert_same_training(lines_of(alone), lines_of(folder))
 
 
+def test_under_deepspeed_the_update_and_the_gather_have_timers(zero2_run, zero3_run):
+    """DeepSpeed steps inside its own backward; that part is no part of the loss' time."""
+    for (_, folder), stages in ((zero2_run, ["optimizer"]), (zero3_run, ["optimizer", "gather"])):
+        text = (folder / "metrics.jsonl").read_text()
+        train = [row for row in map(json.loads, text.splitlines()) if row["phase"] == "train"]
+        assert train
+        for row in train:
+            assert all(row[f"time/{stage}_s"] > 0 for stage in [*stages, "loss", "sync"])
+            assert row["time/loss_s"] + row["time/optimizer_s"] < row["step_time"] + 0.1
+            assert row["speed/tokens_per_s"] > 0
+
+
 def assert_equal_arithmetic(one: list[dict], two: list[dict]) -> None:
     """Other stages of ZeRO with as many processes: the same sums, in another order at most."""
     for first, second in zip(one, two, strict=True):

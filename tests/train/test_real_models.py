@@ -51,7 +51,7 @@ def row(name, prompt_tokens):
 
 def test_the_settings_for_real_models_are_these():
     files = {path.stem for path in (ROOT / "configs").glob("*.yaml")}
-    assert files == {*SHIPPED, "demo"}
+    assert files == {*SHIPPED, "demo", "maps"}
 
 
 @pytest.mark.parametrize("name", SHIPPED)

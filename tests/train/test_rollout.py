@@ -174,6 +174,20 @@ def test_vision_tokens_are_never_sampled(make_engine, questions):
 # ---------------------------------------------------------------- randomness and batching
 
 
+def test_rows_beyond_the_tokenizer_are_never_sampled(make_engine, questions, fresh_policy):
+    """Qwen2.5's embeddings have 151,936 rows, its tokenizer 151,665 tokens."""
+    model, _ = fresh_policy
+    n_tokens = model.config.get_text_config().vocab_size
+    model.resize_token_embeddings(n_tokens + 7)
+    with torch.no_grad():
+        model.get_output_embeddings().weight[n_tokens:] = 3.0 * torch.randn(7, 64)
+    engine = make_engine(script=None, max_completion_tokens=40)
+    engine = type(engine)(model, engine.processor, engine.environment, max_completion_tokens=40)
+    for greedy in (False, True):
+        for trajectory in engine.rollout(questions, 4, greedy=greedy):
+            assert all(i < n_tokens for turn in trajectory.turns for i in turn.token_ids)
+
+
 def test_same_seed_same_tokens_other_seed_other_tokens(make_engine, questions):
     first, again = (tokens(make_engine(script=None, seed=3).rollout(questions)) for _ in range(2))
     other = tokens(make_engine(script=None, seed=4).rollout(questions))

@@ -112,9 +112,8 @@ ROLLOUT_STAGES = ("prepare", "prefill", "sample", "tools", "decode")  # `observe
 STAGES = (*ROLLOUT_STAGES, "generate", "rollout", "vision", "reward", "sync", "loss", "optimizer")
 
 
-@pytest.mark.parametrize("deepspeed", ["none", "zero2"])
-def test_every_stage_of_a_step_is_timed(write_config, tmp_path, deepspeed):
-    folder = run_with(write_config(), "grpo.max_steps=2", f"deepspeed={deepspeed}")
+def test_every_stage_of_a_step_is_timed(write_config):
+    folder = run_with(write_config(), "grpo.max_steps=2")
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     for line in [row for row in rows if row["phase"] == "train"]:
         time_s = {stage: line[f"time/{stage}_s"] for stage in STAGES}

@@ -3,15 +3,10 @@
 import pytest
 
 from configs.schema import load_config
-from environments.episode import SearchEnvironment
 from train.worlds import load_environment
 
 
-def test_every_setting_of_an_episode_reaches_the_environment(tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        "environments.atlas.world.load_environment",
-        lambda **settings: SearchEnvironment(None, None, **settings),
-    )
+def test_every_setting_of_an_episode_reaches_the_environment(tmp_path):
     path = tmp_path / "settings.yaml"
     path.write_text(
         f"output: {tmp_path / 'run'}\n"
@@ -37,3 +32,29 @@ def test_a_revision_of_a_hub_id_reaches_the_hub(monkeypatch):
         policy.load_processor("owner/name@v1")
     assert asked[0]["pretrained_model_name_or_path"] == "owner/name"
     assert asked[0]["revision"] == "v1"
+
+
+def test_every_setting_of_the_world_reaches_questions_and_indexes(tmp_path, monkeypatch):
+    from environments.atlas.editions import Edition
+    from train.worlds import load_eval_questions, load_train_questions
+
+    asked = []
+    monkeypatch.setattr("environments.atlas.world.load_text_index", asked.append)
+    monkeypatch.setattr(
+        "environments.atlas.world.load_image_index", lambda domains: asked.append(domains)
+    )
+    monkeypatch.setattr(
+        "environments.atlas.questions.load_questions",
+        lambda *_, edition, domain, **settings: asked.append((edition, domain)),
+    )
+    path = tmp_path / "settings.yaml"
+    path.write_text(
+        f"output: {tmp_path / 'run'}\n"
+        "environment: {eval_domain: maps, counterfactual: 3, news: both}\n"
+    )
+    config = load_config(path)
+    load_environment(config)
+    load_train_questions(config)
+    load_eval_questions(config)
+    edition = Edition(3, "both")
+    assert asked == [edition, ("flags", "maps"), (edition, "flags"), (edition, "maps")]

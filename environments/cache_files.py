@@ -1,0 +1,308 @@
+"""A ResultCache as plain files, to carry it to another machine or to publish it: export, import.
+
+    results.jsonl              one record a line: tool, provider, query, k, value, created
+    images/ab/abcd....png      the pictures that the records show, named by their SHA-256
+
+in a folder or a tar file. An import believes nothing: names that are not of these two forms, links,
+pictures that do not match their name and records of another shape are refused, and then nothing at
+all is taken over. No pickles, neither way.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import tarfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from environments.cache import CacheError, Question, Record, ResultCache
+from environments.content import canonical, image_names, sha256, write_whole
+
+RECORDS = "results.jsonl"
+TOOLS = ("text_search", "image_search", "visit")
+MAX_RECORD_BYTES = 16_000_000
+MAX_IMAGE_BYTES = 64_000_000
+ORPHAN_AGE_S = 3600.0
+"""Pictures younger than this may belong to a result that is just being written."""
+_IMAGE_FILE = re.compile(r"images/([0-9a-f]{2})/([0-9a-f]{64})\.png")
+_HIT = {"id": str, "title": str, "text": str, "url": str}
+_PAGE = {"title": str, "text": str, "url": str}
+
+
+# ---------------------------------------------------------------- export
+
+
+def export_cache(cache: ResultCache, target: Path) -> Counter[str]:
+    """Writes all records and their pictures.
+
+    Args:
+        cache: what to export.
+        target: a new folder, or a new file that ends with .tar or .tar.gz.
+
+    Returns:
+        Numbers of `records` and `images`.
+
+    Raises:
+        CacheError: the target exists, or a picture is missing.
+    """
+    if target.exists():
+        raise CacheError(f"{target} exists; name another one")
+    if not target.name.endswith((".tar", ".tar.gz", ".tgz")):
+        return _export(cache, lambda name, content: write_whole(target / name, content))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = target.with_name(f".part-{target.name}")
+    packed = "w" if target.name.endswith(".tar") else "w:gz"
+    try:
+        with tarfile.open(part, packed) as tar:  # type: ignore[call-overload]
+
+            def add(name: str, content: bytes) -> None:
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+
+            counts = _export(cache, add)
+        os.replace(part, target)
+    finally:
+        part.unlink(missing_ok=True)
+    return counts
+
+
+def _export(cache: ResultCache, write: Any) -> Counter[str]:
+    lines, names = [], set()
+    for record in cache.records():
+        lines.append(record_line(record))
+        names.update(image_names(record.value))
+    for name in sorted(names):
+        try:
+            content = cache.image_path(name).read_bytes()
+        except OSError as error:
+            raise CacheError(
+                f"{cache.image_path(name)}: {error.strerror}; run it again with cache_mode read, "
+                "or drop what lacks pictures with obm cache prune"
+            ) from error
+        write(f"images/{name[:2]}/{name}.png", content)
+    write(RECORDS, "".join(lines).encode())
+    return Counter(records=len(lines), images=len(names))
+
+
+def record_line(record: Record) -> str:
+    """One line of results.jsonl."""
+    q = record.question
+    row = {
+        "tool": q.tool,
+        "provider": json.loads(q.provider),
+        "query": q.query,
+        "k": q.k,
+        "value": json.loads(record.value),
+        "created": record.created,
+    }
+    return canonical(row) + "\n"
+
+
+# ---------------------------------------------------------------- import
+
+
+def import_cache(cache: ResultCache, source: Path, replace: bool = False) -> Counter[str]:
+    """Takes over an export, all of it or, if anything in it is wrong, nothing.
+
+    Args:
+        cache: where to.
+        source: the folder or tar file.
+        replace: records that are there already are replaced instead of kept.
+
+    Returns:
+        Numbers of `records` (new or replaced), `kept` and `images`.
+
+    Raises:
+        CacheError: names the entry and what is wrong with it.
+    """
+    records: list[Record] = []
+    images: set[str] = set()
+    for name, content in _entries(source):
+        if name == RECORDS:
+            records += list(read_records(content, source))
+            continue
+        match = _IMAGE_FILE.fullmatch(name)
+        if match is None or match[1] != match[2][:2]:
+            raise CacheError(f"{source}: '{name[:120]}' is no part of an exported cache; remove it")
+        if sha256(content) != match[2]:
+            raise CacheError(f"{source}: {name} does not match its hash; export it again")
+        images.add(match[2])
+    for record in records:
+        for image in image_names(record.value):
+            if image not in images and not cache.image_path(image).is_file():
+                raise CacheError(f"{source}: lacks the picture {image}; export it again")
+    for name, content in _entries(source):
+        match = _IMAGE_FILE.fullmatch(name)
+        if match is not None and match[2] in images and sha256(content) == match[2]:
+            write_whole(cache.image_path(match[2]), content)
+    counts = Counter(records=0, kept=0, images=len(images))
+    for record in records:
+        counts["records" if cache.put(record, replace) else "kept"] += 1
+    return counts
+
+
+def read_records(content: bytes, source: Path) -> Iterator[Record]:
+    """The records of a results.jsonl, every field checked.
+
+    Raises:
+        CacheError: names the line.
+    """
+    for number, line in enumerate(content.splitlines(), 1):
+        try:
+            yield _record(json.loads(line))
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            reason = error if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+            raise CacheError(
+                f"{source}/{RECORDS}, line {number}: no record of a cache ({reason}); "
+                "export it again"
+            ) from error
+
+
+def _record(row: Any) -> Record:
+    if set(row) != {"tool", "provider", "query", "k", "value", "created"}:
+        raise ValueError(f"has the fields {sorted(row)}")
+    if row["tool"] not in TOOLS:
+        raise ValueError(f"knows no tool '{row['tool']}'")
+    if not isinstance(row["provider"], dict) or not isinstance(row["query"], str):
+        raise ValueError("provider or query is of another type")
+    if type(row["k"]) is not int or not isinstance(row["created"], int | float):
+        raise ValueError("k or created is no number")
+    _check_value(row["value"])
+    question = Question(row["tool"], canonical(row["provider"]), row["query"], row["k"])
+    return Record(question, canonical(row["value"]), float(row["created"]))
+
+
+def _check_value(value: Any) -> None:
+    match value:
+        case {"hits": list(hits), **rest} if not rest:
+            for hit in hits:
+                score, image = hit["score"], hit["image"]
+                _check_fields({k: v for k, v in hit.items() if k not in ("score", "image")}, _HIT)
+                if not isinstance(score, int | float) or isinstance(score, bool):
+                    raise ValueError("the score of a hit is no number")
+                if image is not None and not re.fullmatch(r"[0-9a-f]{64}", image):
+                    raise ValueError("the picture of a hit is no hash")
+        case {"page": dict(page), **rest} if not rest:
+            _check_fields(page, _PAGE)
+        case {"refused": str(), **rest} if not rest:
+            pass
+        case _:
+            raise ValueError("its value is neither hits, page nor refused")
+
+
+def _check_fields(row: dict[str, Any], types: Mapping[str, type]) -> None:
+    if set(row) != set(types) or not all(isinstance(row[k], t) for k, t in types.items()):
+        raise ValueError(f"expected the fields {sorted(types)}")
+
+
+def _entries(source: Path) -> Iterator[tuple[str, bytes]]:
+    """Names and contents of an export; of plain files only.
+
+    Raises:
+        CacheError: no export, a link, a special file or a file beyond all measure.
+    """
+    if source.is_dir():
+        for path in sorted(source.rglob("*")):
+            name = path.relative_to(source).as_posix()
+            if path.is_symlink() or not (path.is_file() or path.is_dir()):
+                raise CacheError(f"{source}: '{name}' is no plain file; remove it")
+            if path.is_file():
+                _check_size(source, name, path.stat().st_size)
+                yield name, path.read_bytes()
+        return
+    try:
+        with tarfile.open(source, "r:*") as tar:
+            for member in tar:
+                name = str(PurePosixPath(member.name))
+                if member.isdir() and not name.startswith(("/", "..")):
+                    continue
+                if not member.isreg():
+                    raise CacheError(f"{source}: '{name[:120]}' is no plain file; remove it")
+                _check_size(source, name, member.size)
+                file = tar.extractfile(member)
+                assert file is not None
+                yield name, file.read()
+    except (OSError, tarfile.TarError, EOFError) as error:
+        raise CacheError(
+            f"{source}: neither a folder nor a tar file of a cache ({error}); "
+            "name what obm cache export wrote"
+        ) from error
+
+
+def _check_size(source: Path, name: str, size: int) -> None:
+    if name != RECORDS and size > MAX_IMAGE_BYTES:
+        raise CacheError(f"{source}: '{name[:120]}' is larger than any picture; remove it")
+
+
+# ---------------------------------------------------------------- upkeep
+
+
+def cache_stats(cache: ResultCache) -> list[dict[str, Any]]:
+    """One row for each tool and provider: records, empty ones, pictures, bytes, oldest, newest."""
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    for record in cache.records():
+        q = record.question
+        row = rows.setdefault(
+            (q.tool, q.provider),
+            {
+                "tool": q.tool, "provider": q.provider, "records": 0, "empty": 0, "refused": 0,
+                "images": 0, "text_bytes": 0, "oldest": record.created, "newest": record.created,
+            },
+        )  # fmt: skip
+        row["records"] += 1
+        row["empty"] += record.value == '{"hits":[]}'
+        row["refused"] += record.value.startswith('{"refused"')
+        row["images"] += len(image_names(record.value))
+        row["text_bytes"] += len(record.value)
+        row["oldest"] = min(row["oldest"], record.created)
+        row["newest"] = max(row["newest"], record.created)
+    return [rows[key] for key in sorted(rows)]
+
+
+def prune_cache(
+    cache: ResultCache,
+    older_than_s: float | None = None,
+    provider: str | None = None,
+    now: float | None = None,
+) -> Counter[str]:
+    """Drops records, and pictures that no record shows any more.
+
+    Args:
+        cache: what to prune.
+        older_than_s: age in seconds; None = no record goes for its age.
+        provider: only records whose identity holds this name, e.g. `serper`; with no age, all of
+            them.
+        now: Unix time.
+
+    Returns:
+        Numbers of `records` (dropped), `broken` (of these, ones that lacked a picture) and
+        `images` (dropped).
+    """
+    now = time.time() if now is None else now
+    counts, used, gone = Counter(records=0, broken=0, images=0), set(), []
+    for record in cache.records():
+        names = image_names(record.value)
+        is_broken = any(not cache.image_path(name).is_file() for name in names)
+        is_meant = provider is None or f'"{provider}"' in record.question.provider
+        is_old = older_than_s is None or record.created < now - older_than_s
+        is_chosen = older_than_s is not None or provider is not None
+        if is_broken or (is_chosen and is_meant and is_old):
+            gone.append(record.question.key)
+            counts["broken"] += is_broken
+        else:
+            used.update(names)
+    cache.delete(gone)
+    counts["records"] = len(gone)
+    for path in (cache.folder / "images").rglob("*"):
+        is_orphan = path.is_file() and path.stem not in used
+        if is_orphan and path.stat().st_mtime < now - ORPHAN_AGE_S:
+            path.unlink(missing_ok=True)
+            counts["images"] += 1
+    return counts

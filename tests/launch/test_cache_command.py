@@ -1,0 +1,95 @@
+"""`obm cache`: carry it, look into it, tidy it up."""
+
+import io
+import pickle
+
+import pytest
+from PIL import Image
+
+from environments.cache import ResultCache
+from environments.cached import CachedIndex
+from environments.results import Hit
+
+
+class Engine:
+    identity = {"provider": "serper"}
+
+    def search(self, queries, k):
+        return [[Hit("1", query, "text", 1.0, Image.new("RGB", (2, 2)))] for query in queries]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    cache = ResultCache(tmp_path / "cache")
+    CachedIndex(Engine(), cache, "text_search").search(["a", "b"], 1)
+    cache.close()
+    return tmp_path / "cache"
+
+
+def test_a_cache_goes_from_machine_to_machine(obm, folder, tmp_path):
+    code, out, _ = obm("cache", "export", str(folder), str(tmp_path / "x.tar.gz"))
+    assert (code, out) == (0, f"2 records and 1 pictures in {tmp_path / 'x.tar.gz'}\n")
+    other = str(tmp_path / "other")
+    assert obm("cache", "import", other, str(tmp_path / "x.tar.gz"))[1].startswith("2 records")
+    _, again, _ = obm("cache", "import", other, str(tmp_path / "x.tar.gz"))
+    assert again == "0 records taken over, 2 were there already\n"
+    _, stats, _ = obm("cache", "stats", other)
+    assert '| text_search | {"provider":"serper"} | 2 | 0 | 0 | 2 |' in stats
+
+
+def test_prune_says_what_it_dropped(obm, folder):
+    assert obm("cache", "prune", str(folder), "--older-than", "1h")[1].startswith("0 records")
+    assert obm("cache", "prune", str(folder), "--provider", "serper")[1].startswith("2 records")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["export", "nowhere", "x"], "there is no cache"),
+        (["stats", "nowhere"], "there is no cache"),
+        (["export", "FOLDER"], "needs a second path"),
+        (["import", "FOLDER", "nothing.tar"], "does not exist"),
+        (["prune", "FOLDER", "--older-than", "soon"], "12h or 30d"),
+    ],
+)
+def test_a_mistake_is_one_clear_line(arguments, says, obm, folder):
+    code, _, error = obm("cache", *[a.replace("FOLDER", str(folder)) for a in arguments])
+    assert code == 2
+    assert says in error
+
+
+def test_a_pickle_is_refused_with_the_way_to_do_it(obm, folder, tmp_path):
+    (tmp_path / "cache.pkl").write_bytes(pickle.dumps({}))
+    code, _, error = obm("cache", "import", str(folder), str(tmp_path / "cache.pkl"))
+    assert code == 2
+    assert "--fvqa" in error
+
+
+def test_published_image_searches_are_taken_over(obm, tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    entry = {"tool_returned_web_title_list": ["Mali"], "tool_returned_images_urls": [""]}
+    (tmp_path / "cache.pkl").write_bytes(pickle.dumps({"fvqa_0": entry}))
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), "red").save(buffer, "PNG")
+    rows = [{"data_id": "fvqa_0", "images": [{"bytes": buffer.getvalue()}]}]
+    questions = tmp_path / "questions.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), questions)
+    code, out, _ = obm(
+        "cache", "import", str(tmp_path / "c"), str(tmp_path / "cache.pkl"),
+        "--fvqa", str(questions),
+    )  # fmt: skip
+    assert code == 0
+    assert out.startswith("1 image searches taken over")
+
+    # the identity is that of the settings that a run would name
+    from configs.sections import Environment, Live
+    from environments.live import live_tools
+
+    environment = Environment(
+        image_provider="serpapi", cache=str(tmp_path / "c"), cache_mode="offline"
+    )
+    _, images, _ = live_tools(environment, Live(), None, None)
+    (hits,) = images.search([Image.new("RGB", (8, 8), "red")], environment.top_k_image)
+    assert [hit.title for hit in hits] == ["Mali"]
