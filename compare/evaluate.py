@@ -186,6 +186,8 @@ def run_evaluation(
         CompareError: the folder holds another evaluation, or there is nothing to ask.
     """
     chunks, (number, n_shards) = folder / CHUNKS, shard
+    if (folder / "eval.json").exists():
+        return _finished(folder, header)
     chunks.mkdir(parents=True, exist_ok=True)
     _check_plan(chunks, {**plan, "batch": batch})
     asker: Asks | None = None
@@ -206,11 +208,19 @@ def run_evaluation(
         raise CompareError("the evaluation has no question; widen its selection")
     with _locked(folder):
         if (folder / "eval.json").exists():  # another process was the last one
-            record: dict[str, Any] = json.loads((folder / "eval.json").read_text(encoding="utf-8"))
-            return record
+            return _finished(folder, header)
         if not all(_chunk_path(chunks, index).exists() for index in range(n_chunks)):
             return None
         return _finish(folder, n_chunks, header, bootstrap)
+
+
+def _finished(folder: Path, header: dict[str, Any]) -> dict[str, Any]:
+    """The result that is there, if it is of this evaluation."""
+    record: dict[str, Any] = json.loads((folder / "eval.json").read_text(encoding="utf-8"))
+    asked = json.loads(json.dumps(header))
+    if any(record.get(key) != asked.get(key) for key in ("checkpoint", "mode", "query", "config")):
+        raise CompareError(f"{folder} holds another evaluation; remove it or name another --output")
+    return record
 
 
 def _finish(folder: Path, n_chunks: int, header: dict[str, Any], bootstrap: int) -> dict[str, Any]:

@@ -20,8 +20,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from compare.errors import CompareError
-from environments.dialects import Dialect, ImageSearch, Search, action_dict
-from environments.tools import ToolResult, image_search, one_line, text_search
+from environments.actions import ImageSearch, Search, action_dict
+from environments.dialect import Dialect
+from environments.results import ToolResult
+from environments.sanitize import one_line
+from environments.tools import image_search, text_search
 from rewards.answer import final_answer
 from train.trajectories import Trajectory, Turn
 from train.worlds import build_engine, load_environment

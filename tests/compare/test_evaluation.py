@@ -232,6 +232,12 @@ def test_a_shard_that_comes_last_finds_the_result(tmp_path):
     again = run_evaluation(numbered(2), never, tmp_path / "e", plan={}, header=HEADER, shard=(3, 4))
     assert again is not None
     assert again["metrics"]["n"] == 10
+    assert not (tmp_path / "e" / "episodes").exists()
+    with pytest.raises(CompareError, match="holds another evaluation"):
+        run_evaluation(
+            numbered(2), never, tmp_path / "e", plan={}, header={**HEADER, "mode": "rag"},
+            shard=(3, 4),
+        )  # fmt: skip
 
 
 def test_another_plan_in_the_folder_is_refused(tmp_path):
