@@ -164,7 +164,7 @@ def environment_of(world: Any, mode: str) -> Any:
     environment = copy.copy(world)
     dialect = world.dialect
     if mode == "prompted" and dialect.name == "search_r1":
-        # MMSearch-R1's own prompt explains the tools already
+        # the other dialects' prompts explain the tools already
         environment.dialect = replace(dialect, agent_text=PROMPTED_SEARCH_R1)
     elif mode == "direct":
         environment.dialect = dialect.without_tools()

@@ -281,6 +281,32 @@ def test_a_hub_that_cannot_be_reached_is_one_clear_error(monkeypatch):
     assert asked[1][1]["data_files"] == "fvqa_test.parquet"
 
 
+@pytest.mark.parametrize(
+    ("name", "file"), [("mmsearch", "mmsearch.parquet"), ("fvqa_test", "fvqa_test.parquet")]
+)
+def test_rows_of_the_hub_are_those_of_a_copy(monkeypatch, name, file):
+    import datasets
+
+    load_dataset = datasets.load_dataset
+
+    def from_copy(source, **arguments):
+        assert source == BENCHMARKS[name].source
+        assert arguments["streaming"]
+        # with pictures as a feature, which the hub's viewer would decode
+        rows = load_dataset("parquet", data_files=str(COPIES / file), split="train", streaming=True)
+        if name == "mmsearch":
+            rows = rows.cast_column("query_image", datasets.Image())
+        return rows
+
+    monkeypatch.setattr(datasets, "load_dataset", from_copy)
+    from_hub = load_benchmark(name)
+    monkeypatch.undo()
+    for one, other in zip(from_hub, read_copy(name, file), strict=True):
+        assert {**one, "image": None} == {**other, "image": None}
+        assert (one["image"] is None) == (other["image"] is None)
+        assert one["image"] is None or one["image"].tobytes() == other["image"].tobytes()
+
+
 def test_a_folder_is_read_file_by_file(tmp_path):
     for name in ("fvqa_train.parquet", "fvqa_test.parquet"):
         shutil.copy(COPIES / name, tmp_path)
