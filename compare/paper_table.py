@@ -147,6 +147,46 @@ def _line(row: dict[str, Any], titles: Sequence[str]) -> str:
     return f"| {' | '.join(words)} |"
 
 
+def _readings(table: dict[str, Any]) -> list[str]:
+    """The best of each group on each benchmark, and who searches by image."""
+    lines = []
+    for title in table["benchmarks"]:
+        best = []
+        for group, words in GROUPS:
+            members = [row for row in table["rows"] if row["group"] == group]
+            if members:
+                cells = {row["label"]: row["benchmarks"][title]["accuracy"] for row in members}
+                label = max(cells, key=lambda name: cells[name]["value"])
+                n_beside = sum(_overlap(cells[label], cell) for cell in cells.values()) - 1
+                beside = f" ({n_beside} of {len(cells) - 1} others not separated)"
+                best.append(f"{words.lower()}: {label} {cells[label]['value']:.2f}{beside}")
+        lines.append(f"* {title}: highest accuracy of {'; of '.join(best)}.")
+    by_image = [
+        row["label"]
+        for row in table["rows"]
+        if row["mode"] != "rag"
+        and any(c["sr_img"]["value"] > 0 for c in row["benchmarks"].values())
+    ]
+    lines.append(
+        "* Image search outside the workflow, where the program makes it: "
+        + (", ".join(by_image) if by_image else "no row ever makes one")
+        + "."
+    )
+    return [
+        *lines,
+        "* Not separated: the 95 % intervals overlap. They say how another choice of questions "
+        "would come out, not how another training would.",
+    ]
+
+
+def _overlap(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two cells' intervals have a point in common."""
+    a, b = one["interval"], other["interval"]
+    if not a or not b:
+        return one["value"] == other["value"]
+    return a[0] <= b[1] and b[0] <= a[1]
+
+
 def _page(table: dict[str, Any], name: str) -> list[str]:
     lines = [f"# {table['title']}", "", *table_lines(table), ""]
     lines += [
@@ -169,6 +209,10 @@ def _page(table: dict[str, Any], name: str) -> list[str]:
     return [
         *lines,
         "",
+        "## What it shows, and what not",
+        "",
+        *_readings(table),
+        "",
         "## How it was made",
         "",
         "```",
@@ -178,7 +222,6 @@ def _page(table: dict[str, Any], name: str) -> list[str]:
         f"* commit: {table['commit']}",
         f"* hardware: {table['hardware']}",
         f"* RL: {table['training']}",
-        "* one number a row before training: merges are not repeated over seeds here "
-        "(floors.md has three)",
+        "* one merge and one evaluation a row before training",
         f"* official metrics, strict twins, every seed: [{name}.json]({name}.json)",
     ]

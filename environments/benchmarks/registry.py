@@ -208,7 +208,8 @@ def read_rows(
     path = Path(source).expanduser()
     if path.exists():
         yield from _read_local(path)
-    elif path.suffix in LOCAL_SUFFIXES or path.is_absolute() or source.count("/") != 1:
+    elif path.suffix in LOCAL_SUFFIXES or source.count("/") != 1 or path.parent.is_dir():
+        # a typing error in a local path must not become a download
         raise BenchmarkError(f"benchmark {benchmark.name}: no file or folder '{source}'")
     else:
         yield from _read_hub(benchmark, source)
@@ -279,16 +280,16 @@ def _read_hub(benchmark: Benchmark, source: str) -> Iterator[tuple[str, int, dic
         arguments |= {"data_files": benchmark.file, "split": "train"}
     if is_published and benchmark.subset:
         arguments["name"] = benchmark.subset
+    place = f"{source}:{benchmark.file}" if "data_files" in arguments else source
     try:
         rows = datasets.load_dataset(source, **arguments).decode(False)
+        for number, values in enumerate(rows, 1):
+            yield place, number, values
     except Exception as error:  # network, access, a moved file: all are the user's to mend
         raise BenchmarkError(
             f"benchmark {benchmark.name}: {source} cannot be read from the hub "
             f"({type(error).__name__}: {error}); log in, or set `source` to a local copy"
         ) from error
-    place = f"{source}:{benchmark.file}" if "data_files" in arguments else source
-    for number, values in enumerate(rows, 1):
-        yield place, number, values
 
 
 def _published(benchmark: Benchmark, chosen: Selection) -> Iterator[dict[str, Any]]:
