@@ -41,6 +41,10 @@ class Benchmark:
     subset: str | None = None
     where: str = ""
     """how to get it, where the hub alone is not enough"""
+    joined: tuple[str, ...] = ()
+    """endings of files beside FILE.jsonl that have further columns of its rows"""
+    key: str = "data_id"
+    """column by which they are joined"""
 
 
 BENCHMARKS: dict[str, Benchmark] = {
@@ -58,6 +62,7 @@ BENCHMARKS: dict[str, Benchmark] = {
         Benchmark(
             "infoseek", SCHEMAS["infoseek"], "val", ("infoseek",),
             where="infoseek_val.jsonl from github.com/edchengg/infoseek_eval, pictures from OVEN",
+            joined=("_qtype", "_withkb"),
         ),
         Benchmark(
             "mmsearch", SCHEMAS["mmsearch"], "end2end", ("mmsearch",), "CaraJ/MMSearch",
@@ -207,7 +212,7 @@ def read_rows(
         )
     path = Path(source).expanduser()
     if path.exists():
-        yield from _read_local(path)
+        yield from _read_local(benchmark, path)
     elif path.suffix in LOCAL_SUFFIXES or source.count("/") != 1 or path.parent.is_dir():
         # a typing error in a local path must not become a download
         raise BenchmarkError(f"benchmark {benchmark.name}: no file or folder '{source}'")
@@ -215,24 +220,41 @@ def read_rows(
         yield from _read_hub(benchmark, source)
 
 
-def _read_local(path: Path) -> Iterator[tuple[str, int, dict[str, Any]]]:
+def _read_local(benchmark: Benchmark, path: Path) -> Iterator[tuple[str, int, dict[str, Any]]]:
     files = [path]
     if path.is_dir():
         files = sorted(item for item in path.iterdir() if item.suffix in LOCAL_SUFFIXES)
+        files = [file for file in files if not file.stem.endswith(benchmark.joined or "/")]
     if not files or files[0].suffix not in LOCAL_SUFFIXES:
         endings = ", ".join(LOCAL_SUFFIXES)
         raise BenchmarkError(f"{path}: no file that ends in {endings}; name one as `source`")
+    for file in files:
+        further = _further_columns(benchmark, file)
+        for number, values in _rows_of(file):
+            yield str(file), number, {**further.get(values.get(benchmark.key), {}), **values}
+
+
+def _further_columns(benchmark: Benchmark, file: Path) -> dict[Any, dict[str, Any]]:
+    """key -> columns of the files beside this one that belong to its rows."""
+    columns: dict[Any, dict[str, Any]] = {}
+    for ending in benchmark.joined:
+        beside = file.with_name(f"{file.stem}{ending}{file.suffix}")
+        for _, values in _rows_of(beside) if beside.is_file() else ():
+            columns.setdefault(values.get(benchmark.key), {}).update(values)
+    return columns
+
+
+def _rows_of(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     readers: dict[str, Callable[[Path], Iterator[tuple[int, Any]]]] = {
         ".jsonl": _read_jsonl, ".json": _read_json, ".parquet": _read_parquet,
     }  # fmt: skip
-    for file in files:
-        for number, values in readers[file.suffix](file):
-            if not isinstance(values, dict):
-                raise BenchmarkError(
-                    f"{file}, row {number}: expected columns, got {type(values).__name__}; "
-                    "write one JSON object a row"
-                )
-            yield str(file), number, values
+    for number, values in readers[file.suffix](file):
+        if not isinstance(values, dict):
+            raise BenchmarkError(
+                f"{file}, row {number}: expected columns, got {type(values).__name__}; "
+                "write one JSON object a row"
+            )
+        yield number, values
 
 
 def _read_jsonl(path: Path) -> Iterator[tuple[int, Any]]:

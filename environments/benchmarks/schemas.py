@@ -71,7 +71,8 @@ def read_infoseek(row: Row, split: str) -> list[dict[str, Any]]:
     """InfoSeek's annotation files (infoseek_val.jsonl and its kin), pictures from OVEN.
 
     data_id, image_id, question, answer [text], answer_eval [text or {wikidata, range}], data_split;
-    where they have been joined: question_type, entity_id, entity_text.
+    from the files infoseek_val_qtype.jsonl and infoseek_val_withkb.jsonl beside it, where they are
+    there: question_type, entity_id, entity_text.
     """
     evaluated = row.get("answer_eval", [])
     evaluated = evaluated if isinstance(evaluated, list) else [evaluated]

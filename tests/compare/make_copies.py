@@ -85,8 +85,15 @@ def make_fvqa() -> None:
         write(f"fvqa_{split}.parquet", rows, schema)
 
 
+def write_lines(ending: str, rows: list[dict]) -> None:
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    path = FOLDER / "infoseek" / f"infoseek_val{ending}.jsonl"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("".join(lines), encoding="utf-8")
+
+
 def make_infoseek() -> None:
-    """infoseek_val.jsonl with its question types joined, pictures beside it as OVEN has them."""
+    """infoseek_val.jsonl, question types and entities in files of their own, OVEN's pictures."""
     rows = [
         {
             "data_id": "infoseek_val_00000000", "image_id": "oven_90000001",
@@ -108,9 +115,13 @@ def make_infoseek() -> None:
             "data_split": "val_unseen_entity", "question_type": "Time",
         },
     ]  # fmt: skip
-    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-    (FOLDER / "infoseek_val.jsonl").write_text("".join(lines), encoding="utf-8")
-    pictures = FOLDER / "oven_images" / "09"
+    apart = {"_qtype": ["question_type"], "_withkb": ["entity_id", "entity_text"]}
+    moved = {name for names in apart.values() for name in names}
+    write_lines("", [{k: v for k, v in row.items() if k not in moved} for row in rows])
+    for ending, names in apart.items():
+        there = [row for row in rows if names[0] in row]
+        write_lines(ending, [{k: row[k] for k in ("data_id", *names)} for row in there])
+    pictures = FOLDER / "infoseek" / "oven_images" / "09"
     pictures.mkdir(parents=True, exist_ok=True)
     for row, iso in zip(rows, ("no", "jp", "ng"), strict=True):
         (pictures / f"{row['image_id']}.jpg").write_bytes(picture(iso))

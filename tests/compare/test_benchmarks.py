@@ -28,11 +28,11 @@ from rewards.metrics import METRICS
 from train.worlds import load_eval_questions, load_train_questions
 
 COPIES = Path(__file__).parent / "benchmarks"
-OVEN = str(COPIES / "oven_images")
+OVEN = str(COPIES / "infoseek" / "oven_images")
 FILES = [
     ("fvqa_train", "fvqa_train.parquet"),
     ("fvqa_test", "fvqa_test.parquet"),
-    ("infoseek", "infoseek_val.jsonl"),
+    ("infoseek", "infoseek/infoseek_val.jsonl"),
     ("mmsearch", "mmsearch.parquet"),
     ("livevqa", "livevqa.json"),
     ("livevqa", "livevqa_flat.parquet"),
@@ -120,13 +120,23 @@ def test_fvqa_reads_the_json_list_of_aliases_and_the_split():
 
 
 def test_infoseek_keeps_ranges_splits_and_question_types():
-    capital, area, year = read_copy("infoseek", "infoseek_val.jsonl")
+    capital, area, year = read_copy("infoseek", "infoseek/infoseek_val.jsonl")
     assert capital["entity_names"] == ["Norway"]
     assert capital["split"] == "val_unseen_question"
     assert area["range"] == [14922.0, 18238.0]
     assert area["answer_kind"] == "number"
     assert year["question_type"] == "Time"
     assert year["answers"] == ["1960", "1959", "1961"]
+
+
+def test_infoseek_joins_the_files_beside_it_and_does_without(tmp_path):
+    folder = load_benchmark("infoseek", source=str(COPIES / "infoseek"), images=OVEN)
+    file = read_copy("infoseek", "infoseek/infoseek_val.jsonl")
+    assert [dict(question) for question in folder] == [dict(question) for question in file]
+    shutil.copy(COPIES / "infoseek" / "infoseek_val.jsonl", tmp_path)
+    alone = load_benchmark("infoseek", source=str(tmp_path), images=OVEN)
+    assert [question["kind"] for question in alone] == ["String", "Numerical", "String"]
+    assert [question["answers"] for question in alone] == [q["answers"] for q in file]
 
 
 def test_mmsearch_asks_with_and_without_a_picture():
@@ -193,7 +203,7 @@ def put(column, value):
 
 
 INFOSEEK, FVQA, MMSEARCH, NQ = (
-    ("infoseek", "infoseek_val.jsonl"),
+    ("infoseek", "infoseek/infoseek_val.jsonl"),
     ("fvqa_train", "fvqa_train.parquet"),
     ("mmsearch", "mmsearch.parquet"),
     ("nq_hotpotqa_train", "nq_hotpotqa.parquet"),
@@ -206,7 +216,11 @@ CASES = [
     (INFOSEEK, put("data_id", "infoseek_val_00000000"), "stands in .*row 1 already"),
     (INFOSEEK, lambda row: row.update(answer=[" "], answer_eval=[]), "no usable answer"),
     (INFOSEEK, put("answer_eval", [{"wikidata": 3.0}]), "'answer_eval': no range"),
-    (INFOSEEK, put("answer_eval", ["16580"]), "no range of a numerical answer"),
+    (
+        INFOSEEK,
+        lambda row: row.update(answer_eval=["16580"], question_type="Numerical"),
+        "no range of a numerical answer",
+    ),
     (INFOSEEK, put("image_id", "oven_1"), "'image_id': no picture 'oven_1' in .*; name the folder"),
     (FVQA, put("prompt", []), "'prompt': no message of the user"),
     (FVQA, put("prompt", [{"role": "user", "content": "<image>"}]), "the question is empty"),
