@@ -21,7 +21,7 @@ ARGS ?=
 export PYTHONSAFEPATH := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install demo test test-vllm bench bench-merge bench-serve bench-rollout lint atlas tune study-floors study-convergence study-cold study-zero study-worlds soak results clean
+.PHONY: help install demo test test-vllm bench bench-merge bench-serve bench-rollout bench-rewards lint atlas tune study-floors study-convergence study-cold study-zero study-worlds soak results results-paper clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1: /p' Makefile
@@ -57,6 +57,8 @@ bench: $(STAMP) ## measure what the results state: start-up of the console scrip
 bench-merge: $(STAMP) ## merge 0.5B, 1.5B and 7B beside mergekit and a raw copy (half an hour, 25 GB of disk)
 	$(BIN)/obm bench merge $(ARGS)
 
+bench-rewards: $(STAMP) ## a million answers checked, and what tricks earn (two minutes)
+	OMP_NUM_THREADS=1 $(BIN)/obm bench rewards $(ARGS)
 bench-serve: $(STAMP) ## the search server beside Search-R1's at 1, 8 and 64 clients, a million passages (ten minutes)
 	$(BIN)/obm bench serve $(ARGS)
 
@@ -112,6 +114,9 @@ results: $(STAMP) ## the small tables of docs/results again: trio, retrieval, im
 	$(BIN)/obm atlas report
 	$(BIN)/obm atlas table
 	$(BIN)/obm atlas images
+
+results-paper: $(STAMP) ## the paper's table on the embedded trio, docs/results/paper-table.* (twelve minutes)
+	$(BIN)/obm study paper $(ARGS)
 
 clean: ## the environment and caches; runs/ stays
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

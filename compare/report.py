@@ -18,6 +18,7 @@ from typing import Any
 
 from compare.curves import BOOTSTRAP_MIN_SEEDS
 from compare.errors import CompareError
+from compare.parts import parts_section, parts_summary
 from compare.provenance import code_commit, hardware
 from compare.runs import Run, check_comparable, cut_to_common_steps, group_runs
 from compare.summary import summarise
@@ -77,6 +78,8 @@ def write_report(
     check_comparable(kept)
 
     summary = summarise(arms, target_arm=target_arm, smoothing=smoothing, bootstrap=bootstrap)
+    for arm, members in arms.items():
+        summary["arms"][arm]["reward_parts"] = parts_summary(members)
     summary |= _provenance(arms, command=command, smoothing=smoothing)
     caption = _caption(summary)
     output.mkdir(parents=True, exist_ok=True)
@@ -214,6 +217,7 @@ def _markdown(summary: dict[str, Any], title: str, name: str, caption: str) -> s
         "`kind/...` by question kind; `seen` and `unseen`: whether the VLM knew the pictured "
         "entity before. The floor, then the value at the ceiling.",
         "",
+        *parts_section(summary["arms"]),
         "## How it was made",
         "",
         "```",

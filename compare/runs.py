@@ -25,6 +25,7 @@ _FREE_GRPO = {
     "seed", "data_seed", "output_dir", "run_name", "report_to", "log_level", "logging_steps",
     "logging_dir", "save_steps", "save_strategy", "save_total_limit", "disable_tqdm",
 }  # fmt: skip
+_FREE_REWARDS = {"judge_key_variable", "judge_timeout_s", "judge_workers", "judge_cache"}
 _EVALUATION_KEYS = {"eval_split", "eval_size", "eval_kinds"}
 
 
@@ -265,7 +266,11 @@ def _training_settings(run: Run) -> dict[str, Any]:
         f"budget: grpo.{key}": value for key, value in grpo.items() if key not in _FREE_GRPO
     }
     rewards = dict(run.config.get("rewards") or {})
-    settings |= {f"rewards: rewards.{key}": value for key, value in rewards.items()}
+    settings |= {
+        f"rewards: rewards.{key}": value
+        for key, value in rewards.items()
+        if key not in _FREE_REWARDS
+    }
     compare = dict(run.config.get("compare") or {})
     settings["evaluation: compare.eval_every"] = compare.get("eval_every")
     world_size = run.provenance.get("world_size")

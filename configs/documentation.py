@@ -84,6 +84,9 @@ def _rows(section: Any, prefix: str, defaults: Any = None) -> Iterator[tuple[str
                 else f"`{_flow(default)}`"
             )
         yield f"`{prefix}{name}`", _type_words(hint), shown, notes[name]
+        inner = next((choice for choice in get_args(hint) if is_dataclass(choice)), None)
+        if inner is not None and get_origin(hint) is not list:
+            yield from _rows(inner, f"{prefix}{name}.")
 
 
 def _flow(value: Any) -> str:

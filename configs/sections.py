@@ -233,6 +233,32 @@ class Merge:
 
 
 @dataclass
+class Benchmark:
+    """A benchmark of the field in the place of the atlas' questions; docs/evaluation.md."""
+
+    name: Literal[
+        "atlas", "fvqa_train", "fvqa_test", "infoseek", "mmsearch", "livevqa", "nq_hotpotqa_train",
+        "nq_hotpotqa_test",
+    ] = "atlas"  # fmt: skip
+    """which; `atlas` = the keys of `environment` choose the questions"""
+    source: str | None = None
+    """.jsonl, .json or .parquet file, folder of such files, or hub id; null = where it is
+    published"""
+    split: str | None = None
+    """only questions of this split"""
+    kinds: list[str] = field(default_factory=list)
+    """only questions of these kinds, as the benchmark names them; empty = all"""
+    images: str | None = None
+    """folder of the pictures that rows name; null = the folder of `source`"""
+    pictured: bool = False
+    """only questions with a picture (171 of MMSearch's 300)"""
+    fetch: bool = False
+    """take pictures given as base64 text or as an address, too"""
+    limit: Annotated[int, Positive] | None = None
+    """the first so many questions; null = all"""
+
+
+@dataclass
 class Environment:
     """The world the policy searches in, and its questions."""
 
@@ -299,6 +325,10 @@ class Environment:
     """question kinds of the evaluation"""
     data_seed: int = 0
     """seed of the choice of questions and of the photos; the same for both arms of a comparison"""
+    train_benchmark: Benchmark | None = None
+    """training asks these questions; null = the atlas', by the keys above"""
+    eval_benchmark: Benchmark | None = None
+    """the evaluation asks these; null = the atlas', by the keys above"""
     timeout_s: Annotated[float, Between(0, above=True)] = 10.0
     """seconds after which a tool call counts as failed (infrastructure), retries included"""
     retries: Annotated[int, NotNegative] = 2
@@ -377,7 +407,8 @@ class Live:
 
 @dataclass
 class Rewards:
-    """total = accuracy * correct * (1 - search_penalty if it searched) + format * well_formed."""
+    """total = accuracy * correct * (1 - search_penalty if it searched) + format * well_formed
+    + evidence * found + economy * thrift - redundancy * repeated; docs/rewards.md."""
 
     accuracy: Annotated[float, NotNegative] = 1.0
     """weight of a right answer"""
@@ -385,8 +416,33 @@ class Rewards:
     """weight of a well-formed episode"""
     search_penalty: Annotated[float, Between(0, 1)] = 0.1
     """share of the accuracy part that a right answer loses when the episode searched at all"""
+    search_penalty_per: Literal["episode", "search"] = "episode"
+    """`episode` takes that share once, `search` with every call again, of what is left"""
+    evidence: Annotated[float, NotNegative] = 0.0
+    """weight of a gold passage among the text hits; only what the environment returned counts"""
+    economy: Annotated[float, NotNegative] = 0.0
+    """weight of (1 + b) / (1 + max(n, b)) for a right answer with n calls where the question states
+    b as the best known number (`best_calls` or `hops`)"""
+    redundancy: Annotated[float, NotNegative] = 0.0
+    """cost of calls that repeat an earlier one of the episode, times their share of all calls"""
+    answer_match: Literal["exact", "typed", "contains", "f1"] = "exact"
+    """how an answer is right: equal to an alias after normalisation; also by the rules of its kind
+    (number, date, list ...); gold within it; token F1. A list of guesses is wrong in every way"""
     max_answer_chars: Annotated[int, Positive] = 200
     """longer answers count as wrong"""
+    judge: str | None = None
+    """base address of an OpenAI-compatible service that is asked where the rules say wrong, e.g.
+    http://127.0.0.1:8000/v1; null = nobody"""
+    judge_model: str = ""
+    """name of its model"""
+    judge_key_variable: str = "OBM_JUDGE_KEY"
+    """environment variable that holds its key, if it needs one"""
+    judge_timeout_s: Annotated[float, Between(0, above=True)] = 30.0
+    """seconds for one answer of the judge"""
+    judge_workers: Annotated[int, Positive] = 8
+    """answers that the judge is asked about at the same time"""
+    judge_cache: str | None = None
+    """JSON-lines file of its verdicts, so that no question is asked twice; null = in memory"""
     infrastructure_fault: Literal["skip", "score", "mask"] = "skip"
     """episodes in which a tool failed: `skip` leaves them unscored, `score` treats them as usual,
     `mask` does so too, but after three failures in a row the tokens from the first on carry no loss

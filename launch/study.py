@@ -43,6 +43,10 @@ class Arm:
     """parents of this merge, where they are not the study's"""
     train: bool = True
     """False: evaluated as it is, not trained"""
+    modes: list[str] = field(default_factory=lambda: ["agent"])
+    """with `benchmarks`: how the start is asked, see `compare.modes`"""
+    trained: str | None = None
+    """with `benchmarks`: a policy that was trained from this start already"""
 
 
 @dataclass
@@ -61,6 +65,8 @@ class Study:
     report_name: str = "compare"
     floors: bool = False
     """True: nothing is trained; every arm is evaluated as it is, with every seed"""
+    benchmarks: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """title -> settings of its questions; every arm is evaluated on each, for a table"""
 
 
 def load_study(path: str | Path) -> Study:
@@ -78,7 +84,7 @@ def load_study(path: str | Path) -> Study:
     path = _study_path(str(path))
     raw = read_yaml(path)
     _check_keys(raw, {"config", "output", "arms", "seeds", "title"}, {
-        "zero_shot", "overrides", "report", "report_name", "recipes", "floors"
+        "zero_shot", "overrides", "report", "report_name", "recipes", "floors", "benchmarks"
     }, str(path))  # fmt: skip
     recipes = read_yaml(path.parent / raw["recipes"]) if "recipes" in raw else {}
     if not isinstance(raw["arms"], list) or not raw["arms"]:
@@ -88,7 +94,7 @@ def load_study(path: str | Path) -> Study:
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
         raise LaunchError(f"{path}:arms: {repeated[0]!r} appears twice; give each a name")
-    shows_starts = raw.get("zero_shot") or raw.get("floors")
+    shows_starts = raw.get("zero_shot") or raw.get("floors") or raw.get("benchmarks")
     if not shows_starts and not all(arm.train for arm in arms):
         raise LaunchError(f"{path}: an arm with train: false is only seen with zero_shot: true")
     seeds = raw["seeds"]
@@ -106,6 +112,7 @@ def load_study(path: str | Path) -> Study:
         report=Path(raw["report"]) if raw.get("report") else None,
         report_name=str(raw.get("report_name", "compare")),
         floors=bool(raw.get("floors", False)),
+        benchmarks=dict(raw.get("benchmarks") or {}),
     )
 
 
@@ -133,11 +140,10 @@ def run_study(
     plan.check()
     stages = Stages(study.output, redo=redo)
     started = time.monotonic()
-    _calibrate(plan, stages)
-    _merge(plan, stages)
+    make_starts(plan, stages)
     if study.zero_shot:
         _evaluate(plan, stages, command)
-    _train(plan, stages, parallel)
+    train_arms(plan, stages, parallel)
     summary = _compare(plan, command)
     say(f"finished in {(time.monotonic() - started) / 60:.1f} minutes")
     return summary
@@ -155,6 +161,14 @@ def describe_study(study: Study, overrides: Sequence[str] = ()) -> str:
     if study.floors:
         lines.append(f"{len(study.arms) * len(study.seeds)} evaluations, no training")
         return "\n".join(lines)
+    if study.benchmarks:
+        n_starts = sum(len(arm.modes) for arm in study.arms)
+        n_policies = sum(
+            len(study.seeds) if arm.train else arm.trained is not None for arm in study.arms
+        )
+        columns = ", ".join(study.benchmarks)
+        n = (n_starts + n_policies) * len(study.benchmarks)
+        lines.append(f"{n} evaluations on {columns}")
     config = plan.config(study.arms[0])
     n_runs = sum(arm.train for arm in study.arms) * len(study.seeds)
     lines.append(f"{n_runs} trainings of {_max_steps(config)} steps")
@@ -166,7 +180,7 @@ class Plan:
 
     def __init__(self, study: Study, overrides: list[str]) -> None:
         self.study = study
-        self._overrides = [*_flatten(study.overrides), *overrides]
+        self._overrides = [*flatten(study.overrides), *overrides]
         self._configs = {arm.name: self._load(arm) for arm in study.arms}
         self._join_kinds()
 
@@ -212,7 +226,7 @@ class Plan:
         if seed is not None:
             own["seed"] = seed
         merge = {"merge": arm.merge} if arm.merge else {}
-        return load_config(self.study.config, [*self._overrides, *_flatten(merge), *_flatten(own)])
+        return load_config(self.study.config, [*self._overrides, *flatten(merge), *flatten(own)])
 
     def _join_kinds(self) -> None:
         """Arms that share a folder of statistics have all kinds made that any of them needs."""
@@ -226,6 +240,12 @@ class Plan:
             joined: list[Any] = sorted(kinds.get(config.calibration.output, ()))
             if joined:
                 config.calibration.kinds = joined
+
+
+def make_starts(plan: Plan, stages: Stages) -> None:
+    """Statistics and merges that are missing."""
+    _calibrate(plan, stages)
+    _merge(plan, stages)
 
 
 def _calibrate(plan: Plan, stages: Stages) -> None:
@@ -251,7 +271,7 @@ def calibrate_role(config: Config, role: str, name: str, stages: Stages) -> None
     made = stages.run(name, inputs, target, partial(calibrate_parent, config, role))
     kinds = ", ".join(config.calibration.kinds)
     what = name.removeprefix("calibrate-")
-    say(f"calibrate  {what}: {kinds} of {config.calibration.samples} samples{_reused(made)}")
+    say(f"calibrate  {what}: {kinds} of {config.calibration.samples} samples{reused(made)}")
 
 
 def _merge(plan: Plan, stages: Stages) -> None:
@@ -271,7 +291,7 @@ def _merge(plan: Plan, stages: Stages) -> None:
         target = plan.merged_folder(arm)
         make = partial(merge_checkpoints, config, target)
         made = stages.run(f"merge-{arm.name}", inputs, target, make)
-        say(f"merge      {arm.name}: {_recipe(config)}{_reused(made)}")
+        say(f"merge      {arm.name}: {_recipe(config)}{reused(made)}")
 
 
 def _evaluate(plan: Plan, stages: Stages, command: str) -> None:
@@ -281,7 +301,7 @@ def _evaluate(plan: Plan, stages: Stages, command: str) -> None:
         config = plan.config(arm)
         target = plan.study.output / "zero-shot" / arm.name
         inputs = {
-            "start": _start_key(plan, stages, arm),
+            "start": start_key(plan, stages, arm),
             "environment": asdict(config.environment),
             "grpo": config.grpo,
         }
@@ -290,10 +310,11 @@ def _evaluate(plan: Plan, stages: Stages, command: str) -> None:
         )
         made = stages.run(f"evaluate-{arm.name}", inputs, target, make)
         record = json.loads((target / "eval.json").read_text(encoding="utf-8"))
-        say(f"evaluate   {describe(record)}{_reused(made)}")
+        say(f"evaluate   {describe(record)}{reused(made)}")
 
 
-def _train(plan: Plan, stages: Stages, parallel: int | None) -> None:
+def train_arms(plan: Plan, stages: Stages, parallel: int | None) -> None:
+    """Trainings that are missing, of every arm that is to be trained, with every seed."""
     from tqdm import tqdm
 
     trainings = _missing_trainings(plan, stages)
@@ -338,14 +359,14 @@ def _missing_trainings(plan: Plan, stages: Stages) -> list[tuple[Job, dict[str, 
         config, name = plan.config(arm, seed), f"{arm.name}-s{seed}"
         settings = asdict(config)
         inputs = {
-            "start": _start_key(plan, stages, arm),
+            "start": start_key(plan, stages, arm),
             **{key: settings[key] for key in ("seed", "environment", "rewards", "grpo")},
             "eval_every": config.compare.eval_every,
             "deepspeed": config.deepspeed,
         }
         output = plan.run_folder(arm, seed)
         if stages.is_done(f"train-{name}", inputs, output):
-            say(f"train      {name}{_reused(False)}")
+            say(f"train      {name}{reused(False)}")
             continue
         resume = ["--resume"] if whole_checkpoints(output) else []
         if not resume:
@@ -406,7 +427,8 @@ def _study_path(name: str) -> Path:
 def _load_arm(entry: Any, recipes: dict[str, Any], where: str) -> Arm:
     if not isinstance(entry, dict):
         raise LaunchError(f"{where}: expected name and init or merge, got {entry!r}")
-    _check_keys(entry, {"name"}, {"init", "merge", "models", "train"}, where)
+    optional = {"init", "merge", "models", "train", "modes", "trained"}
+    _check_keys(entry, {"name"}, optional, where)
     merge = entry.get("merge")
     if isinstance(merge, str):
         if merge not in recipes:
@@ -418,7 +440,15 @@ def _load_arm(entry: Any, recipes: dict[str, Any], where: str) -> Arm:
     models = entry.get("models") or {}
     if models and merge is None:
         raise LaunchError(f"{where}.models: only a merge has parents; name the checkpoint as init")
-    return Arm(str(entry["name"]), entry.get("init"), merge, models, bool(entry.get("train", True)))
+    return Arm(
+        str(entry["name"]),
+        entry.get("init"),
+        merge,
+        models,
+        bool(entry.get("train", entry.get("trained") is None)),
+        list(entry.get("modes") or ["agent"]),
+        entry.get("trained"),
+    )
 
 
 def _check_keys(raw: dict[str, Any], needed: set[str], optional: set[str], where: str) -> None:
@@ -433,12 +463,12 @@ def _check_keys(raw: dict[str, Any], needed: set[str], optional: set[str], where
         raise LaunchError(f"{where}: {missing[0]!r} is missing; add it")
 
 
-def _flatten(mapping: dict[str, Any], prefix: str = "") -> list[str]:
+def flatten(mapping: dict[str, Any], prefix: str = "") -> list[str]:
     """Nested settings as `a.b=value` overrides."""
     overrides = []
     for key, value in mapping.items():
         if isinstance(value, dict):
-            overrides += _flatten(value, f"{prefix}{key}.")
+            overrides += flatten(value, f"{prefix}{key}.")
         else:
             overrides.append(f"{prefix}{key}={json.dumps(value, ensure_ascii=False)}")
     return overrides
@@ -452,7 +482,8 @@ def _calibrations(arm: Arm, config: Config) -> list[tuple[str, str]]:
             for role in merged_roles(config)]  # fmt: skip
 
 
-def _start_key(plan: Plan, stages: Stages, arm: Arm) -> Any:
+def start_key(plan: Plan, stages: Stages, arm: Arm) -> Any:
+    """What tells an arm's start from another one."""
     return stages.key(f"merge-{arm.name}") if arm.merge else fingerprint(str(plan.start(arm)))
 
 
@@ -485,7 +516,8 @@ def _devices() -> list[int]:
     return list(range(torch.cuda.device_count()))
 
 
-def _reused(made: bool) -> str:
+def reused(made: bool) -> str:
+    """What is said of a stage that was there."""
     return "" if made else " (there already)"
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from rewards.answer import TAGS
+from rewards.normalize import visible
 from rewards.trajectory import turn_texts
 
 FormatCheck = Callable[[list[str]], bool]
@@ -38,5 +39,10 @@ def is_well_formed(turns: list[str]) -> bool:
 
 
 def format_score(trajectory: Any, check_format: FormatCheck | None = None) -> float:
-    """1.0 for a well-formed episode, else 0.0."""
-    return float((check_format or is_well_formed)(turn_texts(trajectory)))
+    """1.0 for a well-formed episode, else 0.0.
+
+    Invisible characters are no content: the episode must be well-formed with and without them.
+    """
+    check, texts = check_format or is_well_formed, turn_texts(trajectory)
+    bare = [visible(text) for text in texts]
+    return float(check(texts) and (bare == texts or check(bare)))

@@ -28,6 +28,15 @@ _PLAIN_LETTERS = str.maketrans(
 )
 _MINUS = str.maketrans({"\u2212": "-"})
 _DROPPED_SYMBOLS = set("$^`|~=<>´¨")
+# the rules of `_without_punctuation` for ASCII, as one table; \x01 is a minus, \x02 a decimal point
+_ASCII_VISIBLE = str.maketrans({chr(i): None for i in (*range(32), 127) if not chr(i).isspace()})
+_ASCII_PLAIN = str.maketrans(
+    dict.fromkeys("!\"#%'()*,.:;?@[]{}$^`|~=<>")
+    | dict.fromkeys("-_/\\", " ")
+    | {"\x01": " -", "\x02": "."}
+)
+_ASCII_MINUS = re.compile(r"(?<![A-Za-z0-9-])-(?=\d)")
+_DECIMAL_POINT = re.compile(r"(?<=\d)\.(?=\d)")
 _BARE_DECIMAL = re.compile(r"(?<![\w.])\.(?=\d)")
 _ARTICLE_BEFORE_WORD = re.compile(r"\b(?:a|an|the)\s+(?=\S)")
 
@@ -40,10 +49,7 @@ def normalize_answer(text: str) -> str:
 
         normalize_answer("The “Café”–2") == "cafe 2"
     """
-    text = _visible(unicodedata.normalize("NFKC", text).translate(_MINUS)).casefold()
-    bare = " ".join(text.split())
-    text = _without_punctuation(_without_accents(text).translate(_PLAIN_LETTERS))
-    text = " ".join(text.split())
+    bare, text = _plain_ascii(text) if text.isascii() else _plain(text)
     return " ".join(_ARTICLE_BEFORE_WORD.sub("", text).split()) or bare
 
 
@@ -54,6 +60,32 @@ def contains_phrase(text: str, phrase: str) -> bool:
     """
     needle = normalize_answer(phrase)
     return bool(needle) and f" {needle} " in f" {normalize_answer(text)} "
+
+
+def visible(text: str) -> str:
+    """The text without the characters that nobody sees; it comes back itself if it has none."""
+    if text.isascii() and text.replace("\n", " ").isprintable():
+        return text
+    return _visible(text)
+
+
+def _plain(text: str) -> tuple[str, str]:
+    """Visible text in lower case, and the same without accents and punctuation."""
+    text = _visible(unicodedata.normalize("NFKC", text).translate(_MINUS)).casefold()
+    plain = _without_punctuation(_without_accents(text).translate(_PLAIN_LETTERS))
+    return " ".join(text.split()), " ".join(plain.split())
+
+
+def _plain_ascii(text: str) -> tuple[str, str]:
+    """`_plain` for ASCII, ten times faster: the common case of a million answers."""
+    text = text.lower()
+    if text.replace(" ", "").isalnum():
+        text = " ".join(text.split())
+        return text, text
+    text = " ".join(text.translate(_ASCII_VISIBLE).split())
+    plain = _BARE_DECIMAL.sub("0.", text).replace("&", " and ")
+    plain = _DECIMAL_POINT.sub("\x02", _ASCII_MINUS.sub("\x01", plain)).translate(_ASCII_PLAIN)
+    return text, " ".join(plain.split())
 
 
 def _visible(text: str) -> str:
@@ -70,9 +102,12 @@ def _visible(text: str) -> str:
 
 def _without_accents(text: str) -> str:
     """Drops marks on Latin and Greek letters; in other scripts a mark can be a vowel."""
+    decomposed = unicodedata.normalize("NFKD", text)
+    if not any(map(unicodedata.combining, decomposed)):
+        return unicodedata.normalize("NFKC", decomposed)
     kept: list[str] = []
     base_is_plain = False
-    for ch in unicodedata.normalize("NFKD", text):
+    for ch in decomposed:
         if not unicodedata.combining(ch):
             base_is_plain = unicodedata.name(ch, "").startswith(("LATIN", "GREEK"))
         elif base_is_plain:

@@ -21,15 +21,18 @@ def turn_texts(trajectory: Any) -> list[str]:
     return [get(turn, "text") or "" for turn in turns_of(trajectory)]
 
 
-def action_types(trajectory: Any) -> list[str]:
-    """`search`, `image_search`, `visit`, `answer` or `invalid`, in order; a turn may hold several
-    calls."""
-    types = []
+def actions_of(trajectory: Any) -> list[dict[str, Any]]:
+    """What the policy asked for, in order; a turn may hold several calls, or (invalid) none."""
+    actions: list[dict[str, Any]] = []
     for turn in turns_of(trajectory):
         action = get(turn, "action") or {}
-        calls = action["calls"] if action.get("type") == "parallel" else [action]
-        types += [call.get("type", "invalid") for call in calls]
-    return types
+        actions += action["calls"] if action.get("type") == "parallel" else [action]
+    return actions
+
+
+def action_types(trajectory: Any) -> list[str]:
+    """`search`, `image_search`, `visit`, `answer` or `invalid`, in order."""
+    return [action.get("type", "invalid") for action in actions_of(trajectory)]
 
 
 def has_infrastructure_fault(trajectory: Any) -> bool:

@@ -22,7 +22,7 @@ from accelerate.utils import gather_object
 from tqdm import tqdm
 from transformers import TrainerCallback
 
-from rewards.compose import score
+from rewards.compose import score_each
 from train.evaluation import FOUR_PARTS, summarize
 from train.followed import chosen, follow
 from train.health import HealthMonitor, HealthWarning, Settings
@@ -247,8 +247,11 @@ class EvaluationCallback(TrainerCallback):
         gathered = gather_object(numbered) if world > 1 else numbered
         ordered = [episode for _, episode in sorted(gathered, key=lambda pair: pair[0])]
         check_format = trainer.engine.environment.dialect.check_format
-        for episode, question in zip(ordered, self.questions, strict=True):
-            episode.rewards = score(episode, question, trainer.reward_settings, check_format)
+        scores = score_each(
+            ordered, self.questions, trainer.reward_settings, check_format, trainer.judge
+        )
+        for episode, rewards in zip(ordered, scores, strict=True):
+            episode.rewards = rewards
         metrics = summarize(ordered, self.questions)
         metrics["time_s"] = round(time.perf_counter() - start, 3)
         step = trainer.state.global_step

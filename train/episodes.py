@@ -223,7 +223,10 @@ class EpisodeEngine:
         """Chat template, tokens and pixels of one question."""
         image = question.get("image")
         with self.timed("prepare"):
-            messages = self.environment.dialect.prompt(question["question"], image is not None)
+            # a workflow's question brings its own messages, with what it has found
+            messages = question.get("messages") or self.environment.dialect.prompt(
+                question["question"], image is not None
+            )
             text = self.tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=True
             )

@@ -37,6 +37,20 @@ def outcome(trajectory: Trajectory, question: dict[str, Any]) -> dict[str, bool]
     }
 
 
+def measure(trajectory: Trajectory, question: dict[str, Any]) -> dict[str, Any]:
+    """What one episode shows, as plain data that `summarize_measured` takes."""
+    return {
+        "kind": question["kind"],
+        "seen": question.get("seen"),
+        **outcome(trajectory, question),
+        "n_text": trajectory.count("search"),
+        "n_image": trajectory.count("image_search"),
+        "n_calls": trajectory.n_calls,
+        "n_tokens": trajectory.n_policy_tokens,
+        "stop_reason": trajectory.stop_reason,
+    }
+
+
 def summarize(
     trajectories: Sequence[Trajectory], questions: Sequence[dict[str, Any]]
 ) -> dict[str, float]:
@@ -47,28 +61,43 @@ def summarize(
         questions: in the same order.
 
     Returns:
+        See `summarize_measured`.
+    """
+    return summarize_measured([measure(t, q) for t, q in zip(trajectories, questions, strict=True)])
+
+
+def summarize_measured(episodes: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Means over measured episodes, in all and by group.
+
+    Args:
+        episodes: of `measure`.
+
+    Returns:
         The four parts, `n`, `search_rate_text`, `search_rate_image`, `calls_per_episode`,
         `tokens_per_episode`, `stop/<reason>`; the four parts and `n` again under `kind/<kind>/`,
-        `seen/` and `unseen/` (entities whose picture the VLM was trained on, or not).
+        `seen/` and `unseen/` (entities whose picture the VLM was trained on, or not; where the
+        questions do not say it, neither).
     """
-    if not trajectories:
+    if not episodes:
         raise ValueError("there is no episode to summarise")
-    outcomes = [outcome(t, q) for t, q in zip(trajectories, questions, strict=True)]
-    n = len(trajectories)
-    metrics = _means(outcomes)
+    n = len(episodes)
+    metrics = _means(episodes)
     metrics |= {
-        "search_rate_text": sum(t.count("search") > 0 for t in trajectories) / n,
-        "search_rate_image": sum(t.count("image_search") > 0 for t in trajectories) / n,
-        "calls_per_episode": sum(t.n_calls for t in trajectories) / n,
-        "tokens_per_episode": sum(t.n_policy_tokens for t in trajectories) / n,
+        "search_rate_text": sum(e["n_text"] > 0 for e in episodes) / n,
+        "search_rate_image": sum(e["n_image"] > 0 for e in episodes) / n,
+        "calls_per_episode": sum(e["n_calls"] for e in episodes) / n,
+        "tokens_per_episode": sum(e["n_tokens"] for e in episodes) / n,
     }
     for reason in STOP_REASONS:
-        metrics[f"stop/{reason}"] = sum(t.stop_reason == reason for t in trajectories) / n
-    groups = {f"kind/{kind}/": [q["kind"] == kind for q in questions] for kind in _kinds(questions)}
-    groups["seen/"] = [bool(q.get("seen")) for q in questions]
-    groups["unseen/"] = [not q.get("seen") for q in questions]
+        metrics[f"stop/{reason}"] = sum(e["stop_reason"] == reason for e in episodes) / n
+    groups = {
+        f"kind/{kind}/": [e["kind"] == kind for e in episodes]
+        for kind in sorted({e["kind"] for e in episodes})
+    }
+    groups["seen/"] = [e["seen"] is not None and bool(e["seen"]) for e in episodes]
+    groups["unseen/"] = [e["seen"] is not None and not e["seen"] for e in episodes]
     for prefix, members in groups.items():
-        chosen = [o for o, is_member in zip(outcomes, members, strict=True) if is_member]
+        chosen = [e for e, is_member in zip(episodes, members, strict=True) if is_member]
         if chosen:
             metrics |= {prefix + name: value for name, value in _means(chosen).items()}
     return metrics
@@ -90,10 +119,6 @@ def evaluate(
     return summarize(trajectories, questions), trajectories
 
 
-def _means(outcomes: Sequence[dict[str, bool]]) -> dict[str, float]:
-    n = len(outcomes)
-    return {**{part: sum(o[part] for o in outcomes) / n for part in FOUR_PARTS}, "n": float(n)}
-
-
-def _kinds(questions: Sequence[dict[str, Any]]) -> list[str]:
-    return sorted({question["kind"] for question in questions})
+def _means(episodes: Sequence[dict[str, Any]]) -> dict[str, float]:
+    n = len(episodes)
+    return {**{part: sum(e[part] for e in episodes) / n for part in FOUR_PARTS}, "n": float(n)}

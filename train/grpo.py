@@ -33,7 +33,8 @@ from configs.sections import Algorithm
 from environments.episode import STOP_REASONS
 from environments.live import tool_counts
 from environments.tools import CUT_MARK
-from rewards.compose import score
+from rewards.compose import part_names, score_each
+from rewards.judge import make_judge
 from rewards.trajectory import get
 from train import credit, scoring
 from train.anchor import SaliencyAnchor
@@ -45,10 +46,6 @@ from train.trajectories import Trajectory
 from train.vision import EncodedImage
 from train.watchdog import progress
 from train.worlds import engine_class
-
-REWARD_PARTS = ("total", "accuracy", "format", "search_penalty")
-REWARD_WEIGHTS = [1.0, 0.0, 0.0, 0.0]
-"""Only the total is optimised; the parts are there to be logged."""
 
 
 class SearchGRPOTrainer(GRPOTrainer):
@@ -94,7 +91,10 @@ class SearchGRPOTrainer(GRPOTrainer):
         self.reward_settings = rewards
         self.algorithm = algorithm or Algorithm()
         self.anchor = anchor
-        args.reward_weights = list(REWARD_WEIGHTS)
+        self.judge = make_judge(rewards)
+        parts = part_names(rewards)
+        # only the total, the first, is optimised; the parts are there to be logged
+        args.reward_weights = [1.0] + [0.0] * (len(parts) - 1)
         # TRL recognises a truncated episode by its last token; here the stop reason says it
         self._mask_truncated = args.mask_truncated_completions
         args.mask_truncated_completions = False
@@ -114,7 +114,7 @@ class SearchGRPOTrainer(GRPOTrainer):
         with _reference_from(model, reference):
             super().__init__(
                 model=model,
-                reward_funcs=[_read_part(part) for part in REWARD_PARTS],
+                reward_funcs=[_read_part(part) for part in parts],
                 args=args,
                 train_dataset=Dataset.from_dict(
                     {
@@ -285,8 +285,11 @@ class SearchGRPOTrainer(GRPOTrainer):
             self._seconds[stage] += seconds
         with self._timed("reward"):
             check_format = self.engine.environment.dialect.check_format
-            for trajectory, question in zip(trajectories, questions, strict=True):
-                trajectory.rewards = score(trajectory, question, self.reward_settings, check_format)
+            scores = score_each(
+                trajectories, questions, self.reward_settings, check_format, self.judge
+            )
+            for trajectory, parts in zip(trajectories, scores, strict=True):
+                trajectory.rewards = parts
                 self._punish_length(trajectory)
         return trajectories
 
@@ -543,6 +546,8 @@ class SearchGRPOTrainer(GRPOTrainer):
                 logs[f"time/{stage}_s"] = round(seconds / n_steps, 4)
             if self.anchor is not None:
                 logs["anchor/loss"] = self.anchor.loss()
+            if self.judge is not None:
+                logs |= {f"judge/{name}": value for name, value in self.judge.report().items()}
             n_tokens = self.n_policy_tokens - self._last_logged_tokens
             logs |= speeds(n_tokens, self._seconds)
             logs |= tool_counts(self.engine.environment)
@@ -669,8 +674,11 @@ def _read_part(part: str) -> Callable[..., list[float | None]]:
     """TRL reward function that hands on one part of the score."""
 
     def reward(trajectories: list[Trajectory], **_: Any) -> list[float | None]:
-        # an episode that cannot be scored has no part at all: TRL would count the rest as 0
-        return [None if t.rewards["total"] is None else t.rewards[part] for t in trajectories]
+        # an episode that cannot be scored has no part at all: TRL would count the rest as 0; in one
+        # that is scored, a part that the question says nothing about added nothing
+        return [
+            None if t.rewards["total"] is None else t.rewards[part] or 0.0 for t in trajectories
+        ]
 
     reward.__name__ = part
     return reward

@@ -39,6 +39,8 @@ logger = logging.getLogger(__name__)
 PACKAGES = ("torch", "transformers", "trl", "deepspeed", "accelerate", "peft", "wandb")
 
 MAY_CHANGE = (
+    "rewards.judge_key_variable", "rewards.judge_timeout_s", "rewards.judge_workers",
+    "rewards.judge_cache",
     "output", "tracking.", "compare.", "deepspeed", "hang_timeout_s", "grpo.max_steps",
     "grpo.save_", "rollout.tool_workers", "rollout.url", "rollout.timeout_s", "rollout.retries",
     # train.resume checks that their product with the number of processes stays

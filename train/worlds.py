@@ -83,12 +83,16 @@ def load_questions(
 def load_train_questions(config: Config) -> list[dict[str, Any]]:
     """What training asks."""
     section = config.environment
+    if is_benchmark(section.train_benchmark):
+        return load_benchmark(section.train_benchmark)
     return load_questions(config, "train", section.kinds, section.train_size)
 
 
 def load_eval_questions(config: Config) -> list[dict[str, Any]]:
     """What the held-out evaluation asks."""
     section = config.environment
+    if is_benchmark(section.eval_benchmark):
+        return load_benchmark(section.eval_benchmark)
     return load_questions(
         config,
         section.eval_split,
@@ -103,6 +107,23 @@ def _edition(section: Environment) -> Edition:
     from environments.atlas.editions import Edition
 
     return Edition(section.counterfactual, section.news)
+
+
+def is_benchmark(section: Any) -> bool:
+    """Whether the settings name a benchmark other than the atlas."""
+    return section is not None and section.name != "atlas"
+
+
+def load_benchmark(section: Any) -> list[dict[str, Any]]:
+    """Questions of a benchmark, as a section `Benchmark` of the settings chooses them.
+
+    Raises:
+        BenchmarkError: names the first bad row.
+    """
+    from environments.benchmarks.registry import load_benchmark as load
+    from environments.benchmarks.registry import selection_of
+
+    return list(load(section.name, selection_of(section)))
 
 
 def build_engine(config: Config, model: Any, processor: Any, **settings: Any) -> Engine:

@@ -3,6 +3,7 @@
 cli           processor time of every verb's --help, target 0.5 s each (the default)
 merge         the merge beside mergekit and beside a raw copy of the same bytes
 calibration   what collecting statistics adds to a forward pass
+rewards       how fast answers are checked, and what tricks earn
 serve         the search server beside Search-R1's, under load
 rollout       rollout and GRPO step beside stock TRL's tool loop
 
@@ -27,7 +28,7 @@ EXAMPLES = (
     "obm bench cli merge --sizes tiny --peer none --output runs/bench",
     "obm bench rollout --policies tiny --growth none --output runs/bench",
 )
-NAMES = ("cli", "merge", "calibration", "serve", "rollout")
+NAMES = ("cli", "merge", "calibration", "rewards", "serve", "rollout")
 HELP_TARGET_S = 0.5
 
 
@@ -56,6 +57,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--work", metavar="DIR", default="runs", help="disk for the files (default: runs)"
     )
     merge.add_argument("--keep", action="store_true", help="leave the files for another run")
+    rewards = parser.add_argument_group("rewards")
+    rewards.add_argument(
+        "--answers", type=int, default=1_000_000, metavar="N", help="default: a million"
+    )
     serve = parser.add_argument_group("serve")
     serve.add_argument(
         "--passages", type=int, default=1_000_000, metavar="N",
@@ -88,6 +93,7 @@ def run(options: argparse.Namespace) -> int:
         "cli": bench_cli,
         "merge": _bench_merge,
         "calibration": _bench_calibration,
+        "rewards": _bench_rewards,
         "serve": _bench_serve,
         "rollout": _bench_rollout,
     }
@@ -164,6 +170,20 @@ def _bench_calibration(options: argparse.Namespace) -> dict[str, Any]:
     return {"targets": targets}
 
 
+def _bench_rewards(options: argparse.Namespace) -> dict[str, Any]:
+    from launch.bench_rewards import bench_rewards
+
+    if options.answers < 10:
+        raise LaunchError("--answers has to be 10 or more")
+    record = bench_rewards(options.answers)
+    for row in record["speeds"]:
+        print(
+            f"{row['name'].ljust(24)} {row['n']:>9,}  {row['s']:8.2f} s  {row['us']:7.1f} µs each"
+        )
+    _print_targets(record["targets"])
+    return record
+
+
 def _bench_serve(options: argparse.Namespace) -> dict[str, Any]:
     from importlib.metadata import version
 
@@ -223,6 +243,10 @@ def _write(output: Path, name: str, record: dict[str, Any]) -> None:
         print(f"\n{render_table(medians(record['runs']))}\n")
         _print_targets(record["targets"])
         write_text(output / "bench-merge.md", render_page(record))
+    if name == "rewards":
+        from launch.bench_rewards import render_page as render_rewards
+
+        write_text(output / "bench-rewards.md", render_rewards(record))
     if name == "serve":
         from launch.bench_serve_report import render_page as render_serve_page
 

@@ -3,7 +3,8 @@
 A study file names the training settings, the arms (each a checkpoint or a merge recipe) and the
 seeds. What is finished is reused, a broken training goes on from its last checkpoint; settings that
 have changed since are refused unless --redo is given. A study of floors trains nothing: it shows
-what every start does as it is.
+what every start does as it is. A study with benchmarks makes the paper's table: every start in its
+modes, and every trained policy, on each benchmark.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 EXAMPLES = (
     "obm study convergence --dry-run",
     "obm study floors --dry-run",
+    "obm study paper --dry-run",
     "obm study my_study.yaml --parallel 2 grpo.max_steps=50",
 )
 
@@ -42,6 +44,7 @@ def run(options: argparse.Namespace) -> int:
     """Run what is missing, write the report."""
     from launch.arguments import check_overrides, command_line
     from launch.floors import run_floors
+    from launch.paper_table import run_table
     from launch.study import describe_study, load_study, run_study
 
     check_overrides(options.overrides)
@@ -53,7 +56,7 @@ def run(options: argparse.Namespace) -> int:
     if options.dry_run:
         print(describe_study(study, options.overrides))
         return 0
-    run_any = run_floors if study.floors else run_study
+    run_any = run_floors if study.floors else run_table if study.benchmarks else run_study
     run_any(
         study,
         command=command_line(),

@@ -270,7 +270,10 @@ def test_a_failed_command_names_its_log(obm, tmp_path, fake_measurements):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["merg"], "there is no bench 'merg'; choose of cli, merge, calibration, serve, rollout"),
+        (
+            ["merg"],
+            "there is no bench 'merg'; choose of cli, merge, calibration, rewards, serve, rollout",
+        ),
         (["merge", "--sizes", "3b"], "'3b' is unknown; choose of tiny, 0.5b, 1.5b, 7b"),
         (["merge", "--repeats", "0"], "have to be 1 or more"),
     ],

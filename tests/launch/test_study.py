@@ -6,12 +6,15 @@ from pathlib import Path
 import pytest
 import yaml
 
+from compare.paper_table import CELLS, _finish_row, _new_row
+from launch import paper_table as table_module
 from launch import study as study_module
 from launch.commands import calibrate as calibrate_module
 from launch.commands import eval as eval_module
 from launch.commands import merge as merge_module
 from launch.errors import LaunchError
-from launch.study import NOT_STUDIES, Plan, _flatten, load_study, run_study
+from launch.paper_table import run_table
+from launch.study import NOT_STUDIES, Plan, flatten, load_study, run_study
 from train.resume import Saved
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -63,7 +66,7 @@ def scripted_stages(monkeypatch, write_scripted_run):
         output.mkdir(parents=True)
         made.append(f"merge {output.name} {config.merge.weights['agent']}")
 
-    def evaluate(config, checkpoint, output, *, arm, command):
+    def evaluate(config, checkpoint, output, *, arm, command, mode="agent"):
         from dataclasses import asdict
 
         output.mkdir(parents=True)
@@ -71,8 +74,16 @@ def scripted_stages(monkeypatch, write_scripted_run):
                  "search_rate_image", "kind/two/accuracy")  # fmt: skip
         record = {"arm": arm, "seed": 0, "config": asdict(config),
                   "metrics": {**dict.fromkeys(parts, 0.1), "n": 8}}  # fmt: skip
+        accuracy = {"direct": 0.125, "rag": 0.75}.get(mode, 0.5)
+        headlines = {"accuracy": accuracy, "sr_img": 0.25, "sr_txt": 0.5, "sr_any": 0.5,
+                     "calls": 1.5, "cas": 10.0, "official/em": 0.5, "strict/em": 0.5}  # fmt: skip
+        if mode != "agent" or config.output.endswith("paper"):
+            record["metrics"] |= headlines
+        record["intervals"] = {"accuracy": [accuracy - 0.1, accuracy + 0.1]}
         (output / "eval.json").write_text(json.dumps(record))
-        made.append(f"evaluate {arm} {Path(checkpoint).name}")
+        kinds = ",".join(config.environment.eval_kinds)
+        asked = f" {mode} {kinds}" if config.output.endswith("paper") else ""
+        made.append(f"evaluate {arm} {Path(checkpoint).name}{asked}")
 
     def run_jobs(jobs, *, parallel, on_line, on_done, devices):
         for job in jobs:
@@ -225,7 +236,7 @@ def test_a_wrong_study_file_is_refused(study_file, change, words):
         load_study(study_file)
 
 
-@pytest.mark.parametrize("name", ["demo", "convergence", "floors"])
+@pytest.mark.parametrize("name", ["demo", "convergence", "floors", "paper"])
 def test_shipped_studies_load_and_describe_themselves(name):
     study = load_study(name)
     assert study.config.is_file()
@@ -238,7 +249,108 @@ def test_every_study_file_is_a_study():
             assert load_study(path).arms
 
 
+# ---------------------------------------------------------------- the paper's table
+
+
+@pytest.fixture
+def table_file(study_file):
+    """The study as a table of two columns; its vlm is asked in two modes, one policy is given."""
+    content = yaml.safe_load(study_file.read_text())
+    trained = study_file.parent / "trained"
+    trained.mkdir()
+    obm, ties, vlm = content["arms"]
+    del content["zero_shot"]
+    content |= {
+        "output": str(study_file.parent / "paper"),
+        "report_name": "paper-table",
+        "seeds": [0],
+        "arms": [
+            {**vlm, "modes": ["direct", "rag"], "trained": str(trained)},
+            {**obm, "train": True},
+            ties,
+        ],
+        "benchmarks": {
+            "two hops": {"environment": {"eval_kinds": ["two"]}},
+            "image": {"environment": {"eval_kinds": ["image"]}},
+        },
+    }
+    study_file.write_text(yaml.safe_dump(content, sort_keys=False))
+    return study_file
+
+
+@pytest.fixture
+def trained_policy(monkeypatch):
+    """Finished runs name a checkpoint that is there."""
+
+    def policy(run):
+        (run / "policy").mkdir(exist_ok=True)
+        return run / "policy"
+
+    monkeypatch.setattr(table_module, "_policy", policy)
+
+
+def test_the_table_has_a_row_for_each_mode_merge_and_policy(
+    table_file, scripted_stages, trained_policy
+):
+    study = load_study(table_file)
+    table = run_table(study, command="obm study x")
+    evaluations = [line for line in scripted_stages if line.startswith("evaluate")]
+    assert evaluations == [
+        "evaluate vlm vlm direct two", "evaluate vlm vlm direct image",
+        "evaluate vlm vlm rag two", "evaluate vlm vlm rag image",
+        "evaluate obm obm agent two", "evaluate obm obm agent image",
+        "evaluate ties ties agent two", "evaluate ties ties agent image",
+        "evaluate vlm trained agent two", "evaluate vlm trained agent image",
+        "evaluate obm policy agent two", "evaluate obm policy agent image",
+    ]  # fmt: skip
+    assert [line for line in scripted_stages if line.startswith("train")] == ["train obm-s0"]
+    assert [(row["label"], row["group"]) for row in table["rows"]] == [
+        ("vlm, direct answer", "baseline"), ("vlm, RAG workflow", "baseline"),
+        ("obm", "merge"), ("ties", "merge"), ("RL from vlm", "rl"), ("RL from obm", "rl"),
+    ]  # fmt: skip
+    assert table["benchmarks"]["image"]["questions"] == "atlas, split dev, kinds image"
+    report = study.output / "report"
+    page = (report / "paper-table.md").read_text()
+    cells = "0.12 [0.02, 0.23] | - | -"  # no search rate without tools
+    assert f"| vlm, direct answer | {cells} | {cells} | 0.12 | - | - | 10.0 |" in page
+    cells = "0.75 [0.65, 0.85] | 0.25 | 0.50"
+    assert f"| vlm, RAG workflow | {cells} | {cells} | 0.75 | 0.50 | 1.50 | 10.0 |" in page
+    assert "**RL from each start**" in page
+    assert json.loads((report / "paper-table.json").read_text()) == table
+    n_made = len(scripted_stages)
+    assert run_table(study, command="obm study x")["rows"] == table["rows"]
+    assert len(scripted_stages) == n_made
+
+
+def test_several_seeds_share_a_row_with_their_mean_and_an_interval():
+    from compare.curves import interval
+
+    def result(seed, accuracy):
+        metrics = {**dict.fromkeys(CELLS, 0.5), "accuracy": accuracy, "official/em": accuracy}
+        return {
+            "row": "obm/rl", "arm": "obm", "mode": "agent", "seed": seed, "benchmark": "x",
+            "metrics": metrics, "intervals": {},
+        }  # fmt: skip
+
+    row = _new_row(result(0, 0.4))
+    row["benchmarks"] = {"x": [result(0, 0.4), result(1, 0.5), result(2, 0.6)]}
+    cell = _finish_row(row)["benchmarks"]["x"]
+    assert cell["seeds"] == [0, 1, 2]
+    assert cell["accuracy"]["value"] == pytest.approx(0.5)
+    estimate = interval([0.4, 0.5, 0.6])
+    assert cell["accuracy"]["interval"] == [estimate.low, estimate.high]
+    assert cell["official/em"]["by_seed"] == [0.4, 0.5, 0.6]
+
+
+def test_an_unknown_mode_of_an_arm_is_refused(table_file):
+    content = yaml.safe_load(table_file.read_text())
+    content["arms"][0]["modes"] = ["guess"]
+    table_file.write_text(yaml.safe_dump(content))
+    with pytest.raises(LaunchError, match="arm vlm: no mode 'guess'"):
+        run_table(load_study(table_file), command="x")
+
+
 def test_nested_settings_become_overrides():
-    assert _flatten({"a": {"b": 1, "c": {"d": [1, "x"]}}, "e": None}) == [
+    assert flatten({"a": {"b": 1, "c": {"d": [1, "x"]}}, "e": None}) == [
         "a.b=1", 'a.c.d=[1, "x"]', "e=null"
     ]  # fmt: skip

@@ -264,3 +264,25 @@ def test_a_damaged_warm_start_is_refused_before_anything_is_written(
     assert train(["--config", str(path), f"models.init={merged}"]) == 2
     assert "norm.weight is missing" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_benchmark_takes_the_place_of_the_atlas_questions(write_config):
+    copies = Path(__file__).parents[1] / "compare" / "benchmarks"
+    folder = run_with(
+        write_config(),
+        "environment.train_benchmark.name=fvqa_train",
+        f"environment.train_benchmark.source={copies / 'fvqa_train.parquet'}",
+        "environment.eval_benchmark.name=mmsearch",
+        f"environment.eval_benchmark.source={copies / 'mmsearch.parquet'}",
+        "grpo.max_steps=1",
+    )
+    episodes = [json.loads(line) for line in (folder / "trajectories.jsonl").open()]
+    trained = {e["question_id"] for e in episodes if e["phase"] == "train"}
+    assert trained <= {"fvqa_train_0", "fvqa_train_1", "fvqa_train_2"}
+    assert len(trained) == 2  # 8 completions, 4 a question
+    evaluated = {e["question_id"] for e in episodes if e["phase"] == "eval"}
+    assert evaluated == {"knowledge_geo_0", "news_1"}
+    last = lines_of(folder)[-1]
+    assert {"eval/kind/news/accuracy", "eval/kind/knowledge/accuracy"} <= last.keys()
+    # nothing says whether the VLM has seen these
+    assert not any(name.startswith(("eval/seen", "eval/unseen")) for name in last)

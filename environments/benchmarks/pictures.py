@@ -1,0 +1,143 @@
+"""Decodes a picture as data sets hold it: PIL, bytes, {"bytes", "path"}, file name.
+
+Base64 text and addresses are refused unless they are asked for: a benchmark that fetches while it
+is read changes with the web, and its address learns who evaluates.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import re
+import urllib.request
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
+MAX_FETCHED_BYTES = 32 * 2**20
+FETCH_TIMEOUT_S = 20.0
+_ADDRESS = re.compile(r"https?://", re.IGNORECASE)
+_DATA_ADDRESS = re.compile(r"data:image/[\w.+-]+;base64,", re.IGNORECASE)
+_BASE64 = re.compile(r"[A-Za-z0-9+/\s]{200,}={0,2}\s*")
+
+
+class PictureError(ValueError):
+    """A picture that cannot be decoded."""
+
+    def __init__(self, reason: str, fix: str) -> None:
+        super().__init__(f"{reason}; {fix}")
+        self.reason = reason
+        self.fix = fix
+
+
+def decode_picture(value: Any, folder: Path, fetch: bool = False) -> Image.Image:
+    """The picture, upright (EXIF) and RGB.
+
+    Args:
+        value: PIL image, bytes, a mapping with `bytes` or `path` (as `datasets` stores pictures),
+            or text: a file name; with `fetch` also base64 or an address.
+        folder: file names are relative to it.
+        fetch: take base64 text and addresses.
+
+    Raises:
+        PictureError: nothing there, not a picture, or a form that is refused.
+    """
+    if isinstance(value, Image.Image):
+        return _finish(value)
+    if isinstance(value, Mapping):
+        inner = value.get("bytes")
+        if not inner:
+            inner = value.get("path")
+        if not inner:
+            raise PictureError("neither bytes nor path", "fill it in or drop the row")
+        return decode_picture(inner, folder, fetch)
+    if isinstance(value, bytes | bytearray | memoryview):
+        return _open(bytes(value))
+    if not isinstance(value, str) or not value.strip():
+        kind = type(value).__name__
+        raise PictureError(f"no picture (got {kind})", "fill it in or drop the row")
+    return _from_text(value.strip(), folder, fetch)
+
+
+def find_picture(folder: Path, name: str) -> Path | None:
+    """The file `name`, with or without one of SUFFIXES, in the folder or below it; None if none is.
+
+    What lies below is listed once a folder.
+    """
+    for candidate in (folder / name, *(folder / f"{name}{suffix}" for suffix in SUFFIXES)):
+        if candidate.is_file():
+            return candidate
+    files = _files_below(folder)
+    return files.get(Path(name).name) or files.get(Path(name).stem)
+
+
+_listed: dict[Path, dict[str, Path]] = {}
+
+
+def _files_below(folder: Path) -> dict[str, Path]:
+    if folder not in _listed:
+        files: dict[str, Path] = {}
+        for path in sorted(folder.glob("*/**/*")) if folder.is_dir() else ():
+            if path.suffix.lower() in SUFFIXES:
+                files.setdefault(path.name, path)
+                files.setdefault(path.stem, path)
+        _listed[folder] = files
+    return _listed[folder]
+
+
+def _from_text(text: str, folder: Path, fetch: bool) -> Image.Image:
+    encoded = _DATA_ADDRESS.match(text)
+    if encoded or _BASE64.fullmatch(text):
+        if not fetch:
+            raise PictureError("the picture is base64 text", "allow it with `fetch: true`")
+        try:
+            return _open(base64.b64decode(text[encoded.end() :] if encoded else text))
+        except binascii.Error as error:
+            raise PictureError(f"broken base64 ({error})", "mend the row") from error
+    if _ADDRESS.match(text):
+        if not fetch:
+            raise PictureError(
+                f"the picture is an address ({text[:60]})",
+                "download the pictures and name their folder in `images`, or set `fetch: true`",
+            )
+        return _open(_download(text))
+    path = find_picture(folder, text)
+    if path is None:
+        raise PictureError(
+            f"no picture '{text[:80]}' in {folder}", "name the folder of the pictures in `images`"
+        )
+    return _open(path.read_bytes())
+
+
+def _download(address: str) -> bytes:
+    request = urllib.request.Request(address, headers={"User-Agent": "obm-warmstart"})
+    try:
+        with urllib.request.urlopen(request, timeout=FETCH_TIMEOUT_S) as answer:
+            content = answer.read(MAX_FETCHED_BYTES + 1)
+    except (OSError, ValueError) as error:
+        reason = f"{address[:80]} cannot be fetched ({error})"
+        raise PictureError(reason, "try again later, or download the pictures") from error
+    if len(content) > MAX_FETCHED_BYTES:
+        raise PictureError(f"{address[:80]} is larger than 32 MB", "download and shrink it")
+    return content
+
+
+def _open(content: bytes) -> Image.Image:
+    try:
+        picture = Image.open(io.BytesIO(content))
+        picture.load()  # a file that breaks off must be found here
+    except UnidentifiedImageError as error:
+        reason = f"{len(content)} bytes that are no picture"
+        raise PictureError(reason, "store the file's own bytes (jpg, png, webp)") from error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise PictureError(f"a broken picture ({error})", "store it again") from error
+    return _finish(picture)
+
+
+def _finish(picture: Image.Image) -> Image.Image:
+    upright = ImageOps.exif_transpose(picture)
+    return upright.convert("RGB")

@@ -1,0 +1,106 @@
+"""One published row, with what an error must name: file, row number, column, reason, fix."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from environments.benchmarks.pictures import PictureError, decode_picture
+from environments.errors import EnvironmentSetupError
+
+MAX_SHOWN = 60
+"""characters of a bad value that a message repeats"""
+
+
+class BenchmarkError(EnvironmentSetupError):
+    """A benchmark that cannot be read; the message names file, row, column, reason and fix."""
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """How the pictures of a benchmark are found."""
+
+    folder: Path | None = None
+    """where file names are looked up; None: beside the file of the rows"""
+    fetch: bool = False
+    """take base64 text and addresses, too"""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row as published, and where it stands. Columns of columns are written with a dot."""
+
+    values: Mapping[str, Any]
+    file: str
+    number: int
+    """counted from 1; in a .jsonl file the line"""
+    pictures: Pictures = Pictures()
+
+    def fail(self, column: str, reason: str, fix: str) -> NoReturn:
+        """Raises BenchmarkError for this row."""
+        raise BenchmarkError(f"{self.file}, row {self.number}, column '{column}': {reason}; {fix}")
+
+    def get(self, column: str, default: Any = None) -> Any:
+        """The value at `a.b`, or the default where it is missing or null."""
+        value: Any = self.values
+        for name in column.split("."):
+            value = value.get(name) if isinstance(value, Mapping) else None
+        return default if value is None else value
+
+    def need(self, column: str) -> Any:
+        """The value at `a.b`."""
+        value = self.get(column)
+        if value is None:
+            there = ", ".join(sorted(map(str, self.values)))
+            self.fail(column, "missing", f"the row has {there}; is this file of this benchmark?")
+        return value
+
+    def text(self, column: str) -> str:
+        """Text that is not empty."""
+        value = self.need(column)
+        if not isinstance(value, str | int):
+            self.fail(column, f"expected text, got {_shown(value)}", "mend the row")
+        if not str(value).strip():
+            self.fail(column, "is empty", "fill it in or drop the row")
+        return str(value).strip()
+
+    def texts(self, column: str) -> list[str]:
+        """A list of texts; one text is a list of one, empty ones are dropped."""
+        value = self.get(column, [])
+        items = list(value) if isinstance(value, list | tuple) else [value]
+        if not all(isinstance(item, str | int | float) for item in items):
+            self.fail(column, f"expected texts, got {_shown(value)}", "mend the row")
+        return [text for text in (str(item).strip() for item in items) if text]
+
+    def answers(self, column: str, *lists: list[str]) -> list[str]:
+        """Gold answers of several columns, each once, in order.
+
+        Args:
+            column: named where there is none.
+            lists: the answers.
+        """
+        found = list(dict.fromkeys(answer for answers in lists for answer in answers))
+        if not any(any(ch.isalnum() for ch in answer) for answer in found):
+            self.fail(column, "no usable answer", "give one, or drop the row: it cannot be scored")
+        return found
+
+    def picture(self, column: str, value: Any) -> Any:
+        """The decoded picture, RGB.
+
+        Args:
+            column: for the message.
+            value: see `decode_picture`.
+        """
+        folder = self.pictures.folder or Path(self.file).parent
+        try:
+            return decode_picture(value, folder, self.pictures.fetch)
+        except PictureError as error:
+            self.fail(column, error.reason, error.fix)
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    short = text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + "..."
+    return f"{type(value).__name__} {short}"

@@ -1,0 +1,213 @@
+"""Answers of other kinds than a name: yes or no, a choice, a list, "cannot be answered"; and the
+softer comparisons, containment and token F1. Pure functions, linear in their input.
+
+None of them rewards a list of guesses: an answer that offers more candidates than the gold answer
+has, or that negates, is wrong.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+from rewards.dates import MONTHS
+from rewards.normalize import contains_phrase, normalize_answer
+from rewards.quantities import NUMBER_WORDS
+from rewards.units import SCALES, UNITS
+
+_YES = {"yes", "true", "correct", "yeah", "yep"}
+_NO = {"no", "false", "incorrect", "nope", "not"}
+_SAYS = re.compile(
+    r"\W*(?:yes|true|correct|yeah|yep|no|false|incorrect|nope)"
+    r"(?:\s*$|\s*[,.;:!–—]|\s+(?:it|they|he|she|that|this|there|i|we|you)\b)"
+)
+_NEGATIONS = {
+    "not", "no", "never", "neither", "nor", "without", "except", "isnt", "wasnt", "arent", "werent",
+    "cannot", "cant", "dont", "doesnt", "didnt",
+}  # fmt: skip
+NO_ANSWER = frozenset(
+    normalize_answer(phrase)
+    for phrase in (
+        "unanswerable", "cannot be answered", "can not be answered", "can't be answered",
+        "the question cannot be answered", "this question cannot be answered", "not answerable",
+        "unknown", "i don't know", "i do not know", "don't know", "no answer", "invalid question",
+        "not enough information", "insufficient information", "cannot be determined",
+        "unable to answer", "unable to answer due to lack of relevant information",
+    )
+)  # fmt: skip
+_AROUND_NUMBERS = {
+    "about", "approximately", "approx", "around", "roughly", "nearly", "almost", "circa", "ca", "c",
+    "some", "exactly", "it", "its", "is", "was", "has", "had", "the", "a", "of", "in", "on", "at",
+    "as", "since", "from", "to", "and", "between", "until", "by", "year", "date", "estimate", "est",
+    "census", "born", "died", "founded", "established", "independent", "independence", "ad", "ce",
+    "bc", "bce", "per", "square", "sq", "cubic", "million", "st", "nd", "rd", "th",
+}  # fmt: skip
+_REASON = re.compile(r" (?:because|since|due to|as) ")
+_SEPARATOR = re.compile(r"[,;|/\n\r•·]|\bor\b|\band\b|&")
+_LIST_SEPARATOR = re.compile(r"[,;|/\n\r•·]")
+_LIST_AND = re.compile(r"\band\b|&")
+_OPTION = re.compile(r"(?:option|choice|answer)?[\s:]*\(?([a-z])[).:]?(?=\s|$)", re.IGNORECASE)
+_LONE_LETTER = re.compile(r"(?<![\w'’])[A-Z](?![\w'’])")
+
+
+def count_candidates(text: str) -> int:
+    """Answers that a text offers, as separated by commas, slashes, line breaks, "or" and "and"."""
+    return sum(bool(normalize_answer(piece)) for piece in _SEPARATOR.split(text.casefold()))
+
+
+def offers_more(prediction: str, gold: str) -> bool:
+    """Whether the prediction offers more candidates than the gold answer has parts."""
+    return count_candidates(prediction) > max(1, count_candidates(gold))
+
+
+def contains_answer(prediction: str, gold: str) -> bool:
+    """Whether gold stands in the prediction as whole tokens, alone and not negated.
+
+    contains_answer("It is Paris.", "Paris") and not contains_answer("Paris or Rome", "Paris")
+    """
+    if not contains_phrase(prediction, gold) or offers_more(prediction, gold):
+        return False
+    added = Counter(normalize_answer(prediction).split())
+    added -= Counter(normalize_answer(gold).split())
+    return not _NEGATIONS & added.keys()
+
+
+def token_f1(one: str, other: str) -> float:
+    """Harmonic mean of precision and recall of normalised tokens, as multisets. Range [0, 1].
+
+        F1 = 2 |one ∩ other| / (|one| + |other|)
+
+    Symmetric. Two texts without any token have nothing in common: 0.
+    """
+    left, right = normalize_answer(one).split(), normalize_answer(other).split()
+    shared = sum((Counter(left) & Counter(right)).values())
+    return 2.0 * shared / (len(left) + len(right)) if shared else 0.0
+
+
+def careful_f1(prediction: str, gold: str) -> float:
+    """Token F1 that a list of guesses or a negation does not earn. Range [0, 1]."""
+    if offers_more(prediction, gold):
+        return 0.0
+    added = set(normalize_answer(prediction).split()) - set(normalize_answer(gold).split())
+    return 0.0 if _NEGATIONS & added else token_f1(prediction, gold)
+
+
+def polarity(text: str) -> bool | None:
+    """True for a yes, False for a no, None for neither or both.
+
+    The text begins with the word, and what follows is set off: "No, it is not" is a no, and "no
+    official symbol" is none.
+    """
+    words = set(normalize_answer(text).split())
+    if _SAYS.match(text.casefold()) is None or not words & (_YES | _NO):
+        return None
+    says_yes, says_no = bool(_YES & words), bool(_NO & words)
+    return None if says_yes and says_no else says_yes
+
+
+def yes_no_matches(prediction: str, gold: str) -> bool:
+    """Whether prediction and gold are the same of yes and no. Symmetric."""
+    return polarity(prediction) is not None and polarity(prediction) == polarity(gold)
+
+
+def choice_matches(
+    prediction: str, gold: str, choices: Mapping[str, str] | Sequence[str] | None = None
+) -> bool:
+    """Whether the prediction picks the gold option, by its letter, its text, or both.
+
+    Args:
+        prediction: "B", "(b)", "B. Rome", "option B" or "Rome".
+        gold: letter or text of the right option.
+        choices: texts by letter, or in the order A, B, ...; without them letters alone count.
+    """
+    options = _options(choices)
+    picked, wanted = _pick(prediction, options), _pick(gold, options)
+    return picked is not None and picked == wanted
+
+
+def list_matches(prediction: str, items: Sequence[str | Sequence[str]]) -> bool:
+    """Whether the prediction lists exactly these items, in any order, each once.
+
+    Args:
+        prediction: items separated by commas, semicolons, slashes, line breaks or "and".
+        items: one entry an item: its name, or all its names.
+    """
+    names: dict[str, int] = {}
+    for number, item in enumerate(items):
+        for alias in [item] if isinstance(item, str) else item:
+            names.setdefault(normalize_answer(alias), number)
+    names.pop("", None)
+    wanted = set(names.values())
+    if not wanted or len(wanted) < len(items):
+        return False
+    found: list[int | None] = []
+    for piece in _LIST_SEPARATOR.split(prediction):
+        whole = names.get(_without_and(piece))
+        if whole is not None:
+            found.append(whole)
+            continue
+        parts = [normalize_answer(part) for part in _LIST_AND.split(piece)]
+        found += [names.get(part) for part in parts if part]
+    return len(found) == len(wanted) and set(found) == wanted
+
+
+def says_no_answer(text: str) -> bool:
+    """Whether the text says that there is no answer, a reason behind it allowed."""
+    normal = normalize_answer(text)
+    return normal in NO_ANSWER or _REASON.split(normal, maxsplit=1)[0] in NO_ANSWER
+
+
+def is_mostly_number(text: str) -> bool:
+    """Whether a text states a number or a date and little else: at most one strange word, after it.
+
+    is_mostly_number("about 35 million people") and not is_mostly_number("Apollo 11")
+    """
+    known = _AROUND_NUMBERS | UNITS.keys() | SCALES.keys() | MONTHS.keys() | NUMBER_WORDS
+    has_number, n_strange = False, 0
+    for word in normalize_answer(text).split():
+        if word in NUMBER_WORDS or any(ch.isdigit() for ch in word):
+            has_number = True
+        elif word not in known:
+            n_strange += 1
+            if not has_number or n_strange > 1:
+                return False
+    return has_number
+
+
+# ---------------------------------------------------------------- helpers
+
+
+def _without_and(piece: str) -> str:
+    """`and C` of `A, B, and C` is C."""
+    normal = normalize_answer(piece)
+    return normal.removeprefix("and ")
+
+
+def _options(choices: Mapping[str, str] | Sequence[str] | None) -> dict[str, str]:
+    if choices is None:
+        return {}
+    if isinstance(choices, Mapping):
+        return {letter.strip().lower(): normalize_answer(t) for letter, t in choices.items()}
+    return {chr(ord("a") + i): normalize_answer(text) for i, text in enumerate(choices[:26])}
+
+
+def _pick(text: str, options: Mapping[str, str]) -> str | None:
+    """Letter of the one option that a text picks, or None."""
+    text = text.strip()
+    normal = normalize_answer(text)
+    by_text = [letter for letter, option in options.items() if option and option == normal]
+    if len(by_text) == 1:
+        return by_text[0]
+    match = _OPTION.match(text)
+    if match is None:
+        return None
+    letter, rest = match[1].lower(), normalize_answer(text[match.end() :])
+    if options and letter not in options:
+        return None
+    if not rest:
+        return letter
+    # "B. Rome" names the option twice; "B or C", "B. Paris" contradict themselves
+    if options.get(letter) == rest and not _LONE_LETTER.search(text[match.end() :]):
+        return letter
+    return None

@@ -1,0 +1,329 @@
+"""Numbers in answers: thousands, decimals, scale words, units, percent, ranges and restatements.
+
+A text makes claims: "1.05 km (3445 ft)" makes one claim twice, "5 or 7" makes two that exclude each
+other. A number is right if the text makes one claim and that is right; so no list of guesses wins.
+
+    number_matches("1.05 km (3445 ft)", "1050 m")
+    not number_matches("5 or 7", "5")
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rewards.units import CURRENCY_SIGNS, SCALES, UNITS, Unit, plain_digits, read_unit
+
+SAME_CLAIM = 0.02
+"""Relative difference up to which two numbers say the same in different units: both are rounded."""
+CONVERSION = 0.005
+"""Relative error that a change of unit may add."""
+MIN_IOU = 0.5
+"""Overlap from which a range of numbers counts as the gold range (InfoSeek)."""
+
+_NUMBER = re.compile(
+    r"""(?P<sign>(?<![\w.)-])[-+])?(?P<currency>[$€£¥]\s?)?
+    (?:(?<![\w.^])|(?<=\d-))
+    (?P<digits>
+        \d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?      # 1,234,567.8
+      | \d{1,3}(?:\.\d{3}){2,}(?!\d)(?:,\d+)?   # 1.234.567,8
+      | \d{1,3}(?:[ '’]\d{3})+(?!\d)(?:[.,]\d+)?  # 1 234 567.8
+      | \d+(?:[.,]\d+)? | \.\d+
+    )
+    (?P<exponent>e[-+]?\d{1,3}(?!\w)|\s?[x×*]\s?10\s?\^?\s?[-+]?\d{1,3}(?!\w))?""",
+    re.VERBOSE,
+)
+_SCALE = re.compile(
+    r"\s?(hundred|thousand|millions?|billions?|trillion|mn|mio|bn|tn|k)(?![^\W\d_])"
+)
+_BETWEEN = re.compile(r"\s*(?:-|–|—|to|and|until|\.{2,3}|…)\s*")
+_ORDINAL = re.compile(r"(?:st|nd|rd|th)\b")
+_YEAR_WORDS = re.compile(r"(?:\(|\b(?:in|since|of|by|from|year|census|est\.?|estimate))\s*$")
+_ONES = (
+    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven",
+    "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen",
+)  # fmt: skip
+_TENS = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
+_WORDS = {word: i for i, word in enumerate(_ONES)}
+_WORDS |= {word: 10 * i for i, word in enumerate(_TENS, 2)}
+NUMBER_WORDS = frozenset(_WORDS)
+_HAS_DIGIT = re.compile(r"\d")
+_LETTERS = re.compile(r"[^\W\d_]+|[^\s\w]")
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """A number or a range as it stands in a text.
+
+    Attributes:
+        low, high: value without its unit, scale words applied; equal for a single number.
+        unit: dimension and size, or None.
+        step: value of one in the last written digit: how exactly it is meant.
+        is_year: a whole number that can be a year, written as the year of something else.
+    """
+
+    low: float
+    high: float
+    unit: Unit | None = None
+    step: float = 1.0
+    is_year: bool = False
+
+    @property
+    def base(self) -> tuple[float, float]:
+        """Low and high in the dimension's own unit."""
+        size = self.unit[1] if self.unit else 1.0
+        return self.low * size, self.high * size
+
+
+def read_quantities(text: str) -> list[Quantity]:
+    """All numbers and ranges of a text, in order; linear in its length."""
+    text = plain_digits(text)
+    if not _HAS_DIGIT.search(text):
+        text = _words_to_digits(text)
+    found: list[tuple[Quantity, int, int]] = []
+    position = 0
+    while (match := _NUMBER.search(text, position)) is not None:
+        position = match.end()
+        quantity, end = _read_number(text, match)
+        if quantity is None:
+            continue
+        position = max(position, end)
+        if found and (joined := _join(found[-1], quantity, text, match.start())) is not None:
+            found[-1] = (joined, found[-1][1], end)
+        else:
+            found.append((quantity, match.start(), end))
+    return [quantity for quantity, _, _ in found]
+
+
+def is_quantity(text: str) -> bool:
+    """Whether the whole text is one number or range, with or without a unit.
+
+    A letter that touches the digits makes it a code: "5A" and "9H" are none.
+    """
+    plain = plain_digits(text).strip()
+    if len(plain) > 60 or re.search(r"\d[^\W\d_](?![^\W\d_])", plain) or len(plain.split()) > 6:
+        return False
+    rest = re.sub(r"[\d.,+^-]+", " ", plain)
+    words = re.findall(r"[^\W\d_]+", rest)
+    known = UNITS.keys() | SCALES.keys() | {"square", "sq", "cubic", "per", "to", "between", "and"}
+    return len(read_quantities(plain)) == 1 and all(word in known for word in words)
+
+
+def number_matches(
+    prediction: str,
+    gold: str | float | Sequence[float],
+    *,
+    unit: str | None = None,
+    tolerance: float = 0.0,
+) -> bool:
+    """Whether the text claims the gold number, and nothing that contradicts it.
+
+    Args:
+        prediction: an answer.
+        gold: a number as text (with a unit, if it has one) or as a number, or [low, high].
+        unit: of a gold given as a number.
+        tolerance: relative; beside it an answer may differ by half of gold's last written digit.
+
+    Returns:
+        True if the one number that the text states lies in the gold interval, or its range lies
+        within it, or overlaps with it by MIN_IOU.
+    """
+    wanted = _gold(gold, unit)
+    if wanted is None:
+        return False
+    claims = _claims(read_quantities(prediction), wanted)
+    if not claims or not all(_agree(claims[0], other) for other in claims[1:]):
+        return False
+    return any(_matches(claim, wanted, tolerance) for claim in claims)
+
+
+def overlap(one: tuple[float, float], other: tuple[float, float]) -> float:
+    """Intersection over union of two intervals, 0 to 1; equal points overlap by 1."""
+    shared = min(one[1], other[1]) - max(one[0], other[0])
+    union = max(one[1], other[1]) - min(one[0], other[0])
+    if union == 0.0:
+        return 1.0
+    return max(0.0, shared) / union if math.isfinite(union) else 0.0
+
+
+# ---------------------------------------------------------------- reading
+
+
+def _read_number(text: str, match: re.Match[str]) -> tuple[Quantity | None, int]:
+    digits, end = match["digits"], match.end()
+    value, step = _value(digits)
+    if match["exponent"]:
+        power = _power(match["exponent"])
+        value, step = value * power, step * power
+    scale = _SCALE.match(text, end)
+    while scale is not None:
+        value, step, end = value * SCALES[scale[1]], step * SCALES[scale[1]], scale.end()
+        scale = _SCALE.match(text, end)
+    if match["sign"] == "-":
+        value = -value
+    if not math.isfinite(value):
+        return None, end
+    currency = (match["currency"] or "").strip()
+    if currency:
+        return Quantity(value, value, UNITS[currency], step), end
+    room = re.match(r"[\s-]?", text[end : end + 1])
+    start = end + (room.end() if room else 0)
+    unit, length = read_unit(text[start : start + 41])
+    if unit is not None:
+        return Quantity(value, value, unit, step), start + length
+    following = text[end : end + 1]
+    if following.isalpha() and not _ORDINAL.match(text, end):
+        return None, end  # 5A, 3D: a code, no number
+    return Quantity(value, value, None, step, _is_year_of(text, match)), end
+
+
+def _is_year_of(text: str, match: re.Match[str]) -> bool:
+    """(2019 estimate), as of 2019: says when, not how much."""
+    digits = match["digits"]
+    if len(digits) != 4 or not digits.isdigit() or not 1000 <= int(digits) <= 2100:
+        return False
+    return _YEAR_WORDS.search(text[max(0, match.start() - 12) : match.start()]) is not None
+
+
+def _value(digits: str) -> tuple[float, float]:
+    """Value of the digits, and of one in the last of them."""
+    plain = re.sub(r"[ '’]", "", digits)
+    if re.fullmatch(r"\d{1,3}(?:,\d{3})+(?:\.\d+)?", plain):
+        plain = plain.replace(",", "")
+    elif re.fullmatch(r"\d{1,3}(?:\.\d{3}){2,}(?:,\d+)?", plain):
+        plain = plain.replace(".", "")
+    plain = plain.replace(",", ".")
+    return float(plain), 10.0 ** -min(300, len(plain.partition(".")[2]))
+
+
+def _power(exponent: str) -> float:
+    number = re.search(r"[-+]?\d+$", exponent.replace(" ", ""))
+    assert number is not None
+    text = number.group()
+    if exponent.lstrip()[0] != "e" and "^" not in exponent and text.startswith("10"):
+        text = text[2:] or "1"  # `x 105`, once a superscript
+    try:
+        return 10.0 ** int(text)
+    except OverflowError:
+        return math.inf
+
+
+def _join(
+    before: tuple[Quantity, int, int], quantity: Quantity, text: str, start: int
+) -> Quantity | None:
+    """`9-10 km`, `between 9 and 10`: one range, if only a word or a dash stands between."""
+    first, first_start, first_end = before
+    between = _BETWEEN.fullmatch(text, first_end, start)
+    if between is None or first.low != first.high or first.low > quantity.low:
+        return None
+    word = between.group().strip()
+    if word == "and" and not text[max(0, first_start - 8) : first_start].endswith("between "):
+        return None
+    unit = first.unit or quantity.unit
+    if first.unit and quantity.unit and first.unit[0] != quantity.unit[0]:
+        return None
+    low = first.low
+    # the scale word of `2-3 million` stands once and means both
+    ratio = quantity.step / first.step
+    if first.unit is None and ratio >= 100.0 and low * ratio <= quantity.low:
+        low *= 10.0 ** round(math.log10(ratio))
+    if first.unit and quantity.unit:
+        low *= first.unit[1] / quantity.unit[1]
+        unit = quantity.unit
+    return Quantity(min(low, quantity.low), quantity.low, unit, quantity.step)
+
+
+def _words_to_digits(text: str) -> str:
+    """`twenty-five thousand` -> `25 thousand`; other words stay."""
+    pieces: list[str] = []
+    value: int | None = None
+    for match in _LETTERS.finditer(text):
+        word = match.group()
+        if word in _WORDS:
+            number = _WORDS[word]
+            if value is not None and value >= 20 and value % 10 == 0 and 0 < number < 10:
+                value += number
+                continue
+            if value is not None:
+                pieces.append(str(value))
+            value = number
+            continue
+        if word == "-" and value is not None and value >= 20:
+            continue
+        if value is not None:
+            pieces.append(str(value))
+            value = None
+        pieces.append(word)
+    if value is not None:
+        pieces.append(str(value))
+    return " ".join(pieces)
+
+
+# ---------------------------------------------------------------- comparing
+
+
+def _gold(gold: str | float | Sequence[float], unit: str | None) -> Quantity | None:
+    if isinstance(gold, str):
+        read = read_quantities(gold)
+        return read[0] if len(read) == 1 else None
+    named = read_unit(plain_digits(unit))[0] if unit else None
+    if isinstance(gold, int | float):
+        step = 1.0 if float(gold).is_integer() else 0.0
+        return Quantity(float(gold), float(gold), named, step)
+    low, high = (float(value) for value in gold)
+    return Quantity(min(low, high), max(low, high), named, 0.0)
+
+
+def _claims(quantities: list[Quantity], gold: Quantity) -> list[Quantity]:
+    """The quantities that answer the question: not years beside a number, nor other dimensions."""
+    claims = [q for q in quantities if not q.is_year] or quantities
+    if gold.unit is None:
+        return claims
+    alike = [q for q in claims if q.unit is not None and q.unit[0] == gold.unit[0]]
+    return alike or [q for q in claims if q.unit is None]
+
+
+def _agree(one: Quantity, other: Quantity) -> bool:
+    """Whether two quantities say the same, each in its own unit."""
+    if one.unit and other.unit and one.unit[0] != other.unit[0]:
+        return False
+    pairs = [(one.base, other.base)]
+    if one.unit is None or other.unit is None:
+        pairs.append(((one.low, one.high), (other.low, other.high)))
+    exact = one.unit == other.unit
+    return any(
+        all(_near(a, b, 0.0 if exact else SAME_CLAIM) for a, b in zip(*pair, strict=True))
+        for pair in pairs
+    )
+
+
+def _near(a: float, b: float, tolerance: float) -> bool:
+    return abs(a - b) <= tolerance * max(abs(a), abs(b))
+
+
+def _matches(claim: Quantity, gold: Quantity, tolerance: float) -> bool:
+    """Whether one claim lies in the gold interval, widened by rounding and tolerance."""
+    readings = [(claim.low, claim.high)]
+    slack = 0.0
+    if gold.unit is not None and claim.unit is not None:
+        readings = [(claim.base[0] / gold.unit[1], claim.base[1] / gold.unit[1])]
+        if claim.unit != gold.unit:
+            slack = CONVERSION
+    elif gold.unit is None and claim.unit is not None:
+        readings.append(claim.base)  # `1.05 km` where metres were asked for
+    room_low = max(gold.step / 2, (tolerance + slack) * abs(gold.low))
+    room_high = max(gold.step / 2, (tolerance + slack) * abs(gold.high))
+    if gold.step == 1.0 and gold.unit is None and tolerance == 0.0:
+        room_low = room_high = 0.0  # a count is exact
+    wide = (gold.low - room_low * (1 + 1e-9), gold.high + room_high * (1 + 1e-9))
+    for low, high in readings:
+        if wide[0] <= low and high <= wide[1]:
+            return True
+        if low < high and gold.low < gold.high and overlap((low, high), wide) >= MIN_IOU:
+            return True
+    return False
+
+
+assert set(CURRENCY_SIGNS) <= UNITS.keys()

@@ -1,0 +1,355 @@
+"""Whole evaluations: modes, chunks, shards, intervals."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from compare.benchmarks import load_benchmark
+from compare.errors import CompareError
+from compare.evaluate import (
+    HEADLINES,
+    cost_aware_score,
+    measure_episode,
+    run_evaluation,
+    summarize_episodes,
+)
+from compare.modes import MODES, Asker, environment_of, rule_query
+from configs.sections import Config, Environment
+from environments.dialects import DIALECTS
+from environments.episode import SearchEnvironment
+from environments.tools import Hit, ToolResult
+from train.policy import load_policy
+from train.tiny import make_tiny_checkpoints
+from train.trajectories import Trajectory, Turn
+from train.worlds import load_eval_questions
+
+COPIES = Path(__file__).parent / "benchmarks"
+CONFIG = Config(
+    "out",
+    environment=Environment(eval_size=5, eval_kinds=["two", "text"], max_turns=3),
+    grpo={"max_completion_length": 96, "generation_kwargs": {"max_new_tokens": 6}},
+)
+HEADER = {"arm": "tiny", "seed": 0}
+
+
+class CountingIndex:
+    """A back end that says the same to everyone and remembers what it was asked."""
+
+    in_memory = True
+
+    def __init__(self, title, text=""):
+        self.hit = Hit(f"id/{title}", title, text)
+        self.asked = []
+
+    def search(self, queries, k):
+        self.asked += queries
+        return [[self.hit] for _ in queries]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    folder = make_tiny_checkpoints(tmp_path_factory.mktemp("tiny"), seed=0)["vlm"]
+    model, processor = load_policy(folder)
+    return model.eval(), processor
+
+
+@pytest.fixture
+def world():
+    images, texts = CountingIndex("France"), CountingIndex("France", "the capital is Paris")
+    return SearchEnvironment(texts, images, image_searches=1, text_searches=2, max_turns=4)
+
+
+# ---------------------------------------------------------------- modes
+
+
+@pytest.mark.parametrize("query", ["rule", "policy"])
+def test_the_workflow_makes_exactly_its_two_searches(tiny, world, query):
+    questions = load_eval_questions(CONFIG)
+    pictured = [q for q in questions if q["image"] is not None]
+    assert 0 < len(pictured) < len(questions)
+    episodes = Asker(CONFIG, *tiny, mode="rag", query=query, environment=world).ask(questions)
+    assert len(world.image_index.asked) == len(pictured)
+    assert len(world.text_index.asked) == len(questions)
+    for question, episode in zip(questions, episodes, strict=True):
+        has_picture = question["image"] is not None
+        measured = measure_episode(episode, question)
+        assert measured["image_calls"] == int(has_picture)
+        assert measured["text_calls"] == 1
+        # an untrained policy writes no query, so both ways end in the rule's
+        expected = f"France {question['question']}" if has_picture else question["question"]
+        assert episode.turns[int(has_picture)].action["query"] == expected
+        assert "the capital is Paris" in episode.prompt
+        assert episode.prompt.endswith(DIALECTS["search_r1"].direct_text.format(**question))
+        # one turn is the policy's, and only its tokens count
+        assert len(episode.turns) == 2 + has_picture
+        assert measured["n_tokens"] == len(episode.turns[-1].token_ids) > 0
+
+
+def test_the_policy_writes_the_query_where_it_can(tiny, world, monkeypatch):
+    asker = Asker(CONFIG, *tiny, mode="rag", query="policy", environment=world)
+    roll_out, asked = asker._roll_out, []
+
+    def scripted(questions):
+        asked.append(questions)
+        episodes = roll_out(questions)
+        for episode in episodes:
+            episode.turns[-1].text = "<think> x </think> <answer> capital of France </answer>"
+        return episodes
+
+    monkeypatch.setattr(asker, "_roll_out", scripted)
+    asker.ask(load_eval_questions(CONFIG)[:2])
+    assert world.text_index.asked == ["capital of France"] * 2
+    assert len(asked) == 2
+
+
+def test_direct_offers_no_tool_and_ends_after_one_turn(tiny, world):
+    questions = load_eval_questions(CONFIG)
+    asker = Asker(CONFIG, *tiny, mode="direct", environment=world)
+    call = "<think> x </think> <search> <img> </search>"
+    asker._engine.script = lambda question, turn: call
+    episodes = asker.ask(questions)
+    assert not world.image_index.asked
+    for question, episode in zip(questions, episodes, strict=True):
+        assert len(episode.turns) == 1
+        assert episode.stop_reason in ("turn_limit", "length")
+        assert "<search>" not in episode.prompt
+        assert measure_episode(episode, question)["image_calls"] == 0
+
+
+def test_prompted_explains_the_tools_and_agent_asks_as_in_training(world):
+    texts = {}
+    for mode in ("prompted", "agent"):
+        environment = environment_of(world, mode)
+        messages = environment.dialect.prompt("Who?", True)
+        texts[mode] = messages[-1]["content"][-1]["text"]
+        assert environment.budgets == world.budgets
+    assert texts["agent"] == world.dialect.prompt("Who?", True)[-1]["content"][-1]["text"]
+    assert "For example" in texts["prompted"]
+    assert texts["prompted"].endswith("Question: Who?")
+    assert len(texts["prompted"]) > 4 * len(texts["agent"])
+    # MMSearch-R1's prompt explains them already
+    other = replace(world.dialect, name="mmsearch_r1", agent_text="{question}!")
+    world.dialect = other
+    assert environment_of(world, "prompted").dialect is other
+
+
+def test_a_mode_leaves_the_world_as_it_was(world):
+    before = (world.dialect, dict(world.budgets))
+    for mode in MODES:
+        environment_of(world, mode)
+    assert (world.dialect, world.budgets) == before
+
+
+def test_a_query_without_a_match_is_the_question():
+    nothing = ToolResult("Nothing found.", tool="image")
+    assert rule_query({"question": "Who?"}, nothing) == "Who?"
+    assert rule_query({"question": "Who?"}, None) == "Who?"
+
+
+def test_an_unknown_mode_is_refused(tiny, world):
+    with pytest.raises(CompareError, match="no mode 'guess'; choose one of direct"):
+        Asker(CONFIG, *tiny, mode="guess", environment=world)
+
+
+# ---------------------------------------------------------------- chunks
+
+
+class Scripted:
+    """Answers by question number; counts what it is asked and may fail."""
+
+    def __init__(self, fail_at=None):
+        self.asked, self.fail_at = [], fail_at
+
+    def ask(self, questions):
+        if self.fail_at is not None and len(self.asked) >= self.fail_at:
+            raise KeyboardInterrupt
+        self.asked += [question["id"] for question in questions]
+        return [self.episode(question) for question in questions]
+
+    @staticmethod
+    def episode(question):
+        number = int(question["id"])
+        turns = [Turn("", [1], [0.0], {"type": "search", "query": "x"}, observation="y")]
+        turns = turns * (number % 3)
+        answer = "Paris" if number % 2 else "Rome"
+        text = f"<think> x </think> <answer> {answer} </answer>"
+        turns.append(Turn(text, [1, 2], [0.0, 0.0], {"type": "answer", "text": answer}))
+        return Trajectory(question["id"], question["kind"], False, "", [], [], turns, "answer")
+
+
+def numbered(n):
+    return [
+        {
+            "id": str(i), "kind": "ab"[i % 2], "split": "test", "question": "?", "image": None,
+            "answers": ["Paris"], "metrics": ["em"],
+        }
+        for i in range(n)
+    ]  # fmt: skip
+
+
+def evaluate_into(folder, asker, n=10, plan=None, **options):
+    return run_evaluation(
+        numbered(n), lambda: asker, folder, plan=plan or {"model": "a"}, header=HEADER,
+        batch=3, bootstrap=50, **options,
+    )  # fmt: skip
+
+
+def files_of(folder):
+    return {path.name: path.read_text() for path in folder.iterdir() if path.is_file()}
+
+
+def test_an_evaluation_that_was_killed_goes_on_to_the_same_files(tmp_path):
+    whole = evaluate_into(tmp_path / "whole", Scripted())
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_into(tmp_path / "broken", Scripted(fail_at=6))
+    assert not (tmp_path / "broken" / "eval.json").exists()
+    rest = Scripted()
+    assert evaluate_into(tmp_path / "broken", rest) == whole
+    assert rest.asked == ["6", "7", "8", "9"]
+    assert files_of(tmp_path / "broken") == files_of(tmp_path / "whole")
+    assert not (tmp_path / "whole" / "episodes").exists()
+
+
+def test_shards_together_are_one_evaluation(tmp_path):
+    whole = evaluate_into(tmp_path / "whole", Scripted())
+    askers = [Scripted(), Scripted()]
+    assert evaluate_into(tmp_path / "parts", askers[1], shard=(1, 2)) is None
+    assert evaluate_into(tmp_path / "parts", askers[0], shard=(0, 2)) == whole
+    assert askers[0].asked == ["0", "1", "2", "6", "7", "8"]
+    assert askers[1].asked == ["3", "4", "5", "9"]
+    assert files_of(tmp_path / "parts") == files_of(tmp_path / "whole")
+
+
+def test_a_shard_that_comes_last_finds_the_result(tmp_path):
+    evaluate_into(tmp_path / "e", Scripted())
+
+    def never():
+        raise AssertionError("nothing is left to ask")
+
+    again = run_evaluation(numbered(2), never, tmp_path / "e", plan={}, header=HEADER, shard=(3, 4))
+    assert again is not None
+    assert again["metrics"]["n"] == 10
+    assert not (tmp_path / "e" / "episodes").exists()
+    with pytest.raises(CompareError, match="holds another evaluation"):
+        run_evaluation(
+            numbered(2), never, tmp_path / "e", plan={}, header={**HEADER, "mode": "rag"},
+            shard=(3, 4),
+        )  # fmt: skip
+
+
+def test_another_plan_in_the_folder_is_refused(tmp_path):
+    evaluate_into(tmp_path, Scripted(), shard=(0, 2))
+    with pytest.raises(CompareError, match="evaluation with another model; go on with its own"):
+        evaluate_into(tmp_path, Scripted(), plan={"model": "b"}, shard=(1, 2))
+
+
+def test_nothing_to_ask_is_refused(tmp_path):
+    with pytest.raises(CompareError, match="no question"):
+        evaluate_into(tmp_path, Scripted(), n=0)
+
+
+def test_every_line_keeps_trajectory_measures_and_what_scores_it(tmp_path):
+    record = evaluate_into(tmp_path, Scripted())
+    lines = [json.loads(line) for line in (tmp_path / "trajectories.jsonl").open()]
+    assert [line["question_id"] for line in lines] == [str(i) for i in range(10)]
+    assert lines[1]["phase"] == "eval"
+    assert lines[1]["question"] == {
+        "id": "1", "answers": ["Paris"], "split": "test", "metrics": ["em"]
+    }  # fmt: skip
+    assert lines[2]["measured"]["text_calls"] == 2
+    assert record["metrics"]["official/em"] == record["metrics"]["strict/em"] == 0.5
+
+
+def test_the_tiny_policy_gives_equal_numbers_whole_resumed_and_in_shards(tiny, tmp_path):
+    """Real episodes: a chunk is always rolled out as one batch, so no bit may differ."""
+    questions = load_benchmark("livevqa", source=str(COPIES / "livevqa.json"))
+    questions += load_eval_questions(CONFIG)
+
+    def run(folder, shard=(0, 1), limit=None):
+        asker = Asker(CONFIG, *tiny)
+        return run_evaluation(
+            questions[:limit], lambda: asker, tmp_path / folder, plan={}, header=HEADER,
+            batch=3, shard=shard,
+        )  # fmt: skip
+
+    def content(folder):
+        lines = [json.loads(line) for line in (tmp_path / folder / "trajectories.jsonl").open()]
+        for line in lines:
+            for turn in line["turns"]:
+                turn["seconds"] = 0.0  # of the tools
+        return lines
+
+    whole = run("whole")
+    assert whole["metrics"]["n"] == 7
+    assert run("parts", (1, 2)) is None
+    assert run("parts", (0, 2))["metrics"] == whole["metrics"]
+    assert content("parts") == content("whole")
+
+
+# ---------------------------------------------------------------- numbers
+
+
+def measured(accuracy, image=0, text=0, tokens=0, kind="two", split="test"):
+    return {
+        "kind": kind, "split": split, "seen": None, "searched": image + text > 0, "entity": False,
+        "passage": False, "accuracy": accuracy, "n_text": text, "n_image": image,
+        "n_tokens": tokens, "stop_reason": "answer", "text_calls": text, "image_calls": image,
+        "page_calls": 0, "n_calls": text + image,
+    }  # fmt: skip
+
+
+def test_the_cost_aware_score_by_hand():
+    # 100 * 0.5^2 / (0.5 + 2 * 1.5 + 1) = 25 / 4.5
+    assert cost_aware_score(0.5, 500, 1.5) == pytest.approx(25 / 4.5)
+    assert cost_aware_score(1.0, 0, 0) == 100.0
+    assert cost_aware_score(0.0, 10, 1) == 0.0
+
+
+def test_headlines_by_hand_in_all_and_by_group():
+    episodes = [
+        measured(True, image=1, text=2, tokens=100),
+        measured(False, text=1, tokens=300),
+        measured(True, kind="look", split="dev"),
+        measured(False, image=1, kind="look"),
+    ]
+    metrics, intervals = summarize_episodes(episodes, bootstrap=20)
+    assert {name: metrics[name] for name in HEADLINES} == {
+        "accuracy": 0.5, "sr_img": 0.5, "sr_txt": 0.5, "sr_any": 0.75, "calls": 1.25,
+        "cas": pytest.approx(25 / (0.1 + 2.5 + 1)),
+    }  # fmt: skip
+    assert metrics["kind/two/sr_txt"] == 1.0
+    assert metrics["kind/look/calls"] == 0.5
+    assert metrics["split/dev/accuracy"] == 1.0
+    assert metrics["split/test/n"] == 3
+    assert "seen/n" not in metrics
+    assert "unseen/n" not in metrics
+    assert intervals["split/dev/accuracy"] == [1.0, 1.0]
+    low, high = intervals["accuracy"]
+    assert 0.0 <= low <= 0.5 <= high <= 1.0
+
+
+def test_an_interval_is_that_of_a_mean_of_coin_tosses():
+    tosses = np.random.default_rng(0).random(400) < 0.3
+    _, intervals = summarize_episodes([measured(bool(toss)) for toss in tosses], bootstrap=2000)
+    mean, half = tosses.mean(), 1.96 * tosses.std() / np.sqrt(400)
+    # the bootstrap's own noise is a few percent of the half width
+    assert intervals["accuracy"] == pytest.approx([mean - half, mean + half], abs=0.1 * half)
+    again = summarize_episodes([measured(bool(toss)) for toss in tosses], bootstrap=2000)[1]
+    assert again == intervals
+
+
+def test_refused_calls_and_those_of_the_last_turn_are_not_counted_as_searches():
+    def turn(observation, fault=None):
+        call = {"type": "search", "query": "x"}
+        return Turn("", [1], [0.0], call, observation=observation, fault=fault)
+
+    turns = [turn("found"), turn("No searches left", "model"), turn("failed", "infrastructure")]
+    episode = Trajectory("q", "two", False, "", [], [], [*turns, turn(None)], "turn_limit")
+    question = {"kind": "two", "answers": ["x"]}
+    result = measure_episode(episode, question)
+    assert result["n_text"] == 4
+    assert result["text_calls"] == 2
+    assert result["split"] == "all"
