@@ -12,7 +12,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from configs.checks import build, fail, nearest
+from configs.checks import Where, build, fail, nearest
 from configs.documentation import describe
 from configs.errors import ConfigError
 from configs.reader import parse_yaml, read_yaml, write_yaml
@@ -88,6 +88,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     if config.models.freeze_vision and config.lora.train_vision:
         reason = "models.freeze_vision says the opposite"
         fail(where, "lora.train_vision", reason, "remove one of the two")
+    _check_judge(config.rewards, where)
     if config.deepspeed == "none":
         config.deepspeed = None
     name = config.deepspeed
@@ -97,6 +98,17 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             f"use {', '.join(SHIPPED_DEEPSPEED)}, none or the path of a .json file"
         )
     return config
+
+
+def _check_judge(rewards: Rewards, where: Where) -> None:
+    """The settings are written into the run folder, so no key may stand in them."""
+    if rewards.judge is None:
+        return
+    if any(mark in rewards.judge for mark in "@?#"):
+        fix = "name an environment variable in rewards.judge_key_variable"
+        fail(where, "rewards.judge", "an address must not hold a key", fix)
+    if not rewards.judge_model:
+        fail(where, "rewards.judge_model", "nobody is named to judge", "name the service's model")
 
 
 def _read_chain(path: Path, origins: dict[str, str], children: tuple[Path, ...]) -> dict[str, Any]:

@@ -247,9 +247,8 @@ class EvaluationCallback(TrainerCallback):
         gathered = gather_object(numbered) if world > 1 else numbered
         ordered = [episode for _, episode in sorted(gathered, key=lambda pair: pair[0])]
         check_format = trainer.engine.environment.dialect.check_format
-        scores = score_each(
-            ordered, self.questions, trainer.reward_settings, check_format, trainer.judge
-        )
+        judge = trainer.judge if self.recorder.is_main else None  # only its scores are kept
+        scores = score_each(ordered, self.questions, trainer.reward_settings, check_format, judge)
         for episode, rewards in zip(ordered, scores, strict=True):
             episode.rewards = rewards
         metrics = summarize(ordered, self.questions)

@@ -395,3 +395,13 @@ def test_every_key_is_documented_with_its_default():
     assert "| `0.5` |" in rows["| `merge.density`"]
     assert "number from 0 to 1" in rows["| `merge.density`"]
     assert all(len(line.split(" | ")) == 4 for line in rows.values())
+
+
+def test_a_judge_needs_a_model_and_its_address_holds_no_key(write):
+    path = write("output: x\nrewards: {judge: 'http://127.0.0.1:8000/v1', judge_model: m}")
+    assert load_config(path).rewards.judge_model == "m"
+    assert "rewards.judge_model: nobody is named" in message(path, "rewards.judge_model=''")
+    for address in ("http://user:secret@host/v1", "http://host/v1?key=secret"):
+        text = message(path, f"rewards.judge={address}")
+        assert "rewards.judge: an address must not hold a key" in text
+        assert "secret" not in text

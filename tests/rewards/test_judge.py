@@ -41,13 +41,19 @@ class Service:
                 raw = made if isinstance(made, bytes) else json.dumps(content).encode()
                 try:
                     self.send_response(status)
-                    if status == 307:
+                    if 300 <= status < 400:
                         self.send_header("Location", f"{service.url}/elsewhere")
                     self.send_header("Content-Length", str(len(raw)))
                     self.end_headers()
                     self.wfile.write(raw)
                 except OSError:
                     pass  # the client has gone
+
+            def do_GET(self):
+                service.requests.append((self.path, dict(self.headers), {}))
+                self.send_response(200)
+                self.send_header("Content-Length", "0")
+                self.end_headers()
 
             def log_message(self, *args):
                 pass
@@ -251,9 +257,10 @@ def test_without_a_key_none_is_sent(service):
     assert "Authorization" not in service.requests[0][1]
 
 
-def test_a_redirect_does_not_carry_the_key_on(service, monkeypatch):
+@pytest.mark.parametrize("status", [302, 303, 307, 308])
+def test_a_redirect_does_not_carry_the_key_on(service, monkeypatch, status):
     monkeypatch.setenv("OBM_JUDGE_KEY", KEY)
-    service.reply = lambda word, data: 307
+    service.reply = lambda word, data: status
     assert make(service)(QUESTION, "x") is None
     assert len(service.requests) == 1
 

@@ -74,6 +74,13 @@ def test_no_part_is_raised_by_tags_without_content(part):
         assert score({"turns": [turn] * 3}, QUESTION, weights)["total"] <= 0.0
 
 
+def test_a_tag_that_becomes_one_without_invisible_characters_is_none():
+    """The environment does not read it, so it must not be well-formed."""
+    hidden = "<th\u200bink>t</th\u200bink><answer>Rome</answer>"
+    episode = {"turns": [WRITER.raw(hidden, "answer", "Rome")]}
+    assert score(episode, QUESTION, DEFAULT)["format"] == 0.0
+
+
 def test_evidence_is_what_the_environment_returned():
     weights = DEFAULT | {"evidence": 1.0}
 
