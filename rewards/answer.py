@@ -22,7 +22,8 @@ from rewards.checks import (
 from rewards.dates import date_matches, is_date, is_year
 from rewards.errors import RewardError
 from rewards.normalize import normalize_answer
-from rewards.quantities import is_quantity, number_matches
+from rewards.numeric import number_matches
+from rewards.quantities import is_quantity
 from rewards.trajectory import get, turn_texts
 
 Match = Literal["exact", "typed", "contains", "f1"]

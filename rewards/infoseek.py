@@ -8,7 +8,7 @@ of unseen questions and unseen entities, each in percent and rounded to two plac
 Known flaws: two numbers are a range whatever they say, so "1.05 km (3445 ft)" is wrong; no number
 is [0, 0], so "no idea" is right where the range holds 0; digits inside words count ("A6" is 6);
 units and scale words are not read. The comment on time (a year more or less is right) is not in the
-code: the tolerance lies in the answers. The strict twin reads numbers by `rewards.quantities`.
+code: the tolerance lies in the answers. The strict twin reads numbers by `rewards.numeric`.
 """
 
 from __future__ import annotations

@@ -83,7 +83,6 @@ UNITS: dict[str, Unit] = {
     for names, size in sizes.items()
     for name in names.split()
 }
-CURRENCY_SIGNS = "$€£¥"
 
 SCALES = {
     "hundred": 1e2, "thousand": 1e3, "k": 1e3, "million": 1e6, "millions": 1e6, "mn": 1e6,

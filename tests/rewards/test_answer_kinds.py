@@ -17,7 +17,8 @@ from rewards.checks import (
 )
 from rewards.dates import date_matches, read_dates
 from rewards.errors import RewardError
-from rewards.quantities import is_quantity, number_matches, overlap, read_quantities
+from rewards.numeric import number_matches, overlap
+from rewards.quantities import is_quantity, read_quantities
 from rewards.units import read_unit
 
 # ---------------------------------------------------------------- numbers

@@ -19,7 +19,8 @@ from rewards.infoseek import read_prediction
 from rewards.lunches import EVERY_TAG, QUESTION
 from rewards.mmsearch_r1 import official_reward
 from rewards.normalize import normalize_answer
-from rewards.quantities import number_matches, read_quantities
+from rewards.numeric import number_matches
+from rewards.quantities import read_quantities
 from rewards.search import has_searched
 from rewards.search_r1 import format_reward
 from rewards.squad import squad_f1, squad_normalize
@@ -82,17 +83,22 @@ def test_a_hundred_thousand_characters_take_no_time_that_matters(text):
         assert time.process_time() - start < 8.0, name
 
 
+def seconds(function, text):
+    """Processor time; the best of three where it is long enough to be disturbed."""
+    times = []
+    while len(times) < 3 and (not times or min(times) > 0.05):
+        start = time.process_time()
+        function(text)
+        times.append(time.process_time() - start)
+    return min(times)
+
+
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_four_times_the_text_takes_about_four_times_as_long(name):
     """Sixteen times would be quadratic."""
     for text in HOSTILE.values():
-        times = []
-        for part in (text[: N // 20], text[: N // 5]):
-            start = time.process_time()
-            FUNCTIONS[name](part)
-            times.append(time.process_time() - start)
-        if times[1] > 0.1:
-            assert times[1] < 11 * times[0], text[:20]
+        short, long = (seconds(FUNCTIONS[name], text[: N // part]) for part in (20, 5))
+        assert long < max(0.1, 11 * short), text[:20]
 
 
 # ---------------------------------------------------------------- fast and slow

@@ -13,7 +13,8 @@ from configs.schema import Rewards
 from rewards import judge as judging
 from rewards.compose import score, score_each
 from rewards.errors import RewardError
-from rewards.judge import Judge, JudgeError, make_judge, quoted, read_verdict
+from rewards.judge import Judge, JudgeError, make_judge
+from rewards.verdicts import quoted, read_verdict
 
 QUESTION = {"id": "q", "question": "Which city is it?", "answers": ["Paris", ""]}
 KEY = "sk-secret-0123456789"
