@@ -9,6 +9,7 @@ ours to its own fair value.
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -61,6 +62,10 @@ class Writer:
 
     def search(self, query: str, hits: list[str] | None = None, page: str = "") -> dict[str, Any]:
         """A text search and its result."""
+        if self.call == "tool_call":
+            call = {"name": "text_search", "arguments": {"query": query}}
+            written = self.turn("I need it.", self.call, json.dumps(call), "search")
+            return written | {"hits": hits or [], "observation": page}
         shown = f"\n\n<information>{page or 'a page'}</information>\n\n"
         return self.turn(
             "I need it.", self.call, query, "search", hits=hits or [], observation=shown
@@ -77,6 +82,7 @@ class Writer:
 
 Turns = list[dict[str, Any]]
 SEARCH_R1, MMSEARCH_R1 = Writer(), Writer("reason", "text_search")
+HERMES = Writer(call="tool_call")
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import pytest
 
 from environments.atlas.entities import load_entities
 from environments.atlas.questions import KINDS, list_questions
+from environments.benchmarks.registry import BENCHMARKS, load_benchmark
 from rewards.answer import correctness, kind_of
 from rewards.metrics import METRICS
 from rewards.normalize import normalize_answer
@@ -104,10 +105,9 @@ def test_softer_ways_are_bounded_by_what_the_answers_share(questions):
 @pytest.mark.parametrize("name", FILES)
 def test_gold_answers_of_a_benchmarks_copy(name):
     """Gold scores 1, another question's answer 0, by our rules and by the benchmark's metrics."""
-    benchmarks = pytest.importorskip("environments.benchmarks.registry")
     images = str(COPIES / "infoseek" / "oven_images") if name == "infoseek" else None
-    rows = benchmarks.load_benchmark(name, source=str(COPIES / FILES[name]), images=images)
-    metrics = [METRICS[m] for m in benchmarks.BENCHMARKS[name].metrics]
+    rows = load_benchmark(name, source=str(COPIES / FILES[name]), images=images)
+    metrics = [METRICS[m] for m in BENCHMARKS[name].metrics]
     metrics = [metric for metric in metrics if metric.reads == "answer"]
     assert len(rows) > 1
     assert metrics

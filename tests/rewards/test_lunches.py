@@ -1,17 +1,20 @@
 """No trick pays, under any settings; the page shows what each one earns."""
 
+import itertools
 from pathlib import Path
 
 import pytest
 
-from environments.dialects import get_dialect
+from environments.dialects import DIALECTS, get_dialect
 from rewards.answer import correctness
 from rewards.compose import SIGNS, score
+from rewards.format import format_score
 from rewards.lunches import (
     BEGIN,
     DEFAULT,
     END,
     FOUND,
+    HERMES,
     HONEST,
     MMSEARCH_R1,
     QUESTION,
@@ -28,6 +31,7 @@ from rewards.search import redundancy
 EVERYTHING = (*HONEST, *TRICKS)
 PAGE = Path(__file__).parents[2] / "docs" / "rewards.md"
 WRITER = Writer()
+WRITERS = {"search_r1": SEARCH_R1, "mmsearch_r1": MMSEARCH_R1, "hermes": HERMES}
 
 
 @pytest.mark.parametrize("lunch", EVERYTHING, ids=lambda lunch: lunch.name)
@@ -45,22 +49,46 @@ def test_no_setting_makes_a_trick_worth_more_than_an_honest_wrong_answer(lunch, 
 
 
 @pytest.mark.parametrize("lunch", EVERYTHING, ids=lambda lunch: lunch.name)
-@pytest.mark.parametrize(
-    ("writer", "name"), [(SEARCH_R1, "search_r1"), (MMSEARCH_R1, "mmsearch_r1")]
-)
-def test_the_dialect_reads_the_tricks_as_they_say(lunch, writer, name):
+@pytest.mark.parametrize("name", DIALECTS)
+def test_the_dialect_reads_the_tricks_as_they_say(lunch, name):
     dialect = get_dialect(name)
-    for turn in lunch.episode(writer):
+    for turn in lunch.episode(WRITERS[name]):
         kind = type(dialect.parse(turn["text"])).__name__.lower()
         assert kind == turn["action"]["type"]
 
 
 @pytest.mark.parametrize("lunch", EVERYTHING, ids=lambda lunch: lunch.name)
 def test_the_dialects_own_format_rule_gives_no_more(lunch):
-    for writer, name in ((SEARCH_R1, "search_r1"), (MMSEARCH_R1, "mmsearch_r1")):
+    for name, writer in WRITERS.items():
         episode = {"turns": lunch.episode(writer)}
         total = score(episode, QUESTION, DEFAULT, get_dialect(name).check_format)["total"]
         assert total <= lunch.fair + 1e-12
+
+
+CALLS = {
+    "search_r1": ("<search>q</search>", "<search><img></search>"),
+    "mmsearch_r1": ("<text_search>q</text_search>", "<search><img></search>"),
+    "hermes": (
+        '<tool_call>{"name": "text_search", "arguments": {"query": "q"}}</tool_call>',
+        '<tool_call>{"name": "image_search", "arguments": {}}</tool_call>',
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DIALECTS)
+@pytest.mark.parametrize("n_calls", range(5))
+def test_every_legal_sequence_is_well_formed_and_no_other(name, n_calls):
+    """All orders of text and image searches, then the answer; every turn in turn left out."""
+    think = WRITERS[name].think
+    check = get_dialect(name).check_format
+    for calls in itertools.product(CALLS[name], repeat=n_calls):
+        turns = [f"<{think}>t</{think}>\n{call}\n" for call in (*calls, "<answer>x</answer>")]
+        made = {"turns": [{"text": turn} for turn in turns]}
+        assert format_score(made, check) == format_score(made) == 1.0
+        broken = [turns[:-1], [*turns, turns[0]], [turns[-1], *turns], [*turns[:-1], "x"]]
+        broken += [[*turns[:i], turns[i] + "so", *turns[i + 1 :]] for i in range(len(turns))]
+        for texts in broken:
+            assert format_score({"turns": [{"text": text} for text in texts]}, check) == 0.0
 
 
 @pytest.mark.parametrize("part", ["format", *SIGNS])
