@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import train.grpo
 import train.run
 
-score = train.grpo.score
+score_each = train.grpo.score_each
 
 
 class Watchdog(train.run.Watchdog):
@@ -33,11 +33,11 @@ def break_down(*arguments):
         time.sleep(3600)
     if os.environ["RANK"] == "1" and HOW == "die":
         os.kill(os.getpid(), signal.SIGKILL)
-    return score(*arguments)
+    return score_each(*arguments)
 
 
 if __name__ == "__main__":
     HOW = next(word for word in sys.argv[1:] if word in ("sleep", "die"))
-    train.grpo.score = break_down
+    train.grpo.score_each = break_down
     train.run.Watchdog = Watchdog
     sys.exit(train.run.train([word for word in sys.argv[1:] if word != HOW]))
