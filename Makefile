@@ -45,7 +45,7 @@ demo: $(STAMP) ## calibrate, merge with four methods, evaluate, train two arms, 
 test: $(STAMP) ## every test, two-process launch included (15 minutes at most)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(ARGS)
 
-test-vllm: $(STAMP) $(VLLM)/.installed ## the vLLM back end against a real server on the CPU (3 minutes, 3.5 GB of disk)
+test-vllm: $(STAMP) $(VLLM)/.installed ## the vLLM back end against a real server on the CPU (3 to 6 minutes, 3.5 GB of disk)
 	OMP_NUM_THREADS=1 OBM_VLLM=$(CURDIR)/$(VLLM) $(BIN)/python -m pytest -q tests/train/test_vllm.py $(ARGS)
 
 $(VLLM)/.installed: tests/train/vllm_server/install.sh tests/train/vllm_server/requirements.txt
