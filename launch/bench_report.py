@@ -1,4 +1,4 @@
-"""What `obm bench merge` found: medians, targets, and the page in docs/results."""
+"""What `obm bench merge` found: medians, targets, page; targets and endings for other benches."""
 
 from __future__ import annotations
 
@@ -138,6 +138,21 @@ def _ratio(above: Measurement | None, below: Measurement | None, figure: str) ->
     return f"{above[figure] / below[figure]:.1f}"
 
 
+def ending(record: Measurement) -> list[str]:
+    """Last lines of a bench's page: its targets, and what made it."""
+    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    return [
+        *(
+            f"* {target['name']}: {target['value']}, target {target['target']:g} "
+            f"({'met' if target['met'] else 'missed'})"
+            for target in record["targets"]
+        ),
+        "",
+        f"Made by `{record['command']}` at commit {record['commit']} on {record['hardware']}, "
+        f"with {versions}.",
+    ]
+
+
 def render_page(record: dict[str, Any]) -> str:
     """docs/results/bench-merge.md from the content of bench-merge.json."""
     rows = medians(record["runs"])
@@ -146,7 +161,6 @@ def render_page(record: dict[str, Any]) -> str:
         n_bytes = SIZES[size].n_bytes
         sparse = ", sparse" if SIZES[size].is_sparse else ""
         files.append(f"{size}: {3 * n_bytes / 1e9:.2f} GB in, {n_bytes / 1e9:.2f} GB out{sparse}")
-    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     lines = [
         "# Merging beside mergekit and beside a raw copy",
         "",
@@ -177,13 +191,6 @@ def render_page(record: dict[str, Any]) -> str:
             for row in record["compiled"]
         ),
         "",
-        *(
-            f"* {target['name']}: {target['value']}, target {target['target']:g} "
-            f"({'met' if target['met'] else 'missed'})"
-            for target in record["targets"]
-        ),
-        "",
-        f"Made by `{record['command']}` at commit {record['commit']} on {record['hardware']}, "
-        f"with {versions}.",
+        *ending(record),
     ]
     return "\n".join(lines) + "\n"

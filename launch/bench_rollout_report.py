@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from launch.bench_report import ending
 from launch.bench_rollout import AXES, Record, pairs
 
 STAGES = {
@@ -67,7 +68,6 @@ def render_page(record: dict[str, Any]) -> str:
     runs = record["runs"]
     done = runs[0]["done"]
     work = runs[0]["work"]
-    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     lines = [
         "# Rollout and GRPO step beside stock TRL's tool loop",
         "",
@@ -121,14 +121,7 @@ def render_page(record: dict[str, Any]) -> str:
         "",
         "## Targets",
         "",
-        *(
-            f"* {target['name']}: {target['value']}, target {target['target']:g} "
-            f"({'met' if target['met'] else 'missed'})"
-            for target in record["targets"]
-        ),
-        "",
-        f"Made by `{record['command']}` at commit {record['commit']} on {record['hardware']}, "
-        f"with {versions}.",
+        *ending(record),
     ]
     return "\n".join(lines) + "\n"
 

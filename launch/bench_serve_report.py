@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from launch.bench_report import ending
+
 Row = dict[str, Any]
 
 PEER_NAMES = {
@@ -60,7 +62,6 @@ def _target(name: str, value: float, target: float, sign: str) -> Row:
 
 def render_page(record: Row) -> str:
     """docs/results/bench-serve.md from the content of bench-serve.json."""
-    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     peer = PEER_NAMES.get(record["peer"], "")
     lines = [
         "# The search server under load",
@@ -120,13 +121,6 @@ def render_page(record: Row) -> str:
             for row in record["builds"]
         ),
         "",
-        *(
-            f"* {target['name']}: {target['value']}, target {target['target']:g} "
-            f"({'met' if target['met'] else 'missed'})"
-            for target in record["targets"]
-        ),
-        "",
-        f"Made by `{record['command']}` at commit {record['commit']} on {record['hardware']}, "
-        f"with {versions}.",
+        *ending(record),
     ]
     return "\n".join(lines) + "\n"

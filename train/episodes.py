@@ -15,10 +15,10 @@ from typing import Any, Protocol
 
 from environments.dialects import IMAGE_MARK, action_dict
 from environments.sanitize import forgeable
-from train.timing import clock
+from train.policy import causal_model
+from train.timing import timed
 from train.trajectories import Trajectory, Turn
 from train.vision import EncodedImage, ImageStore, suppressed_token_ids
-from train.watchdog import progress
 
 WORDS_PER_HIT = (20, 10, 5, 2, 0)
 """Lengths tried in turn when a result has to be shortened to fit the token budget."""
@@ -163,8 +163,7 @@ class EpisodeEngine:
     @property
     def _core(self) -> Any:
         """The causal model inside a PEFT wrapper."""
-        model = self.model
-        return model.get_base_model() if hasattr(model, "get_base_model") else model
+        return causal_model(self.model)
 
     # ---------------------------------------------------------------- public calls
 
@@ -260,13 +259,12 @@ class EpisodeEngine:
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
         """Adds the block's seconds to `timings[stage]`."""
-        start = clock()
-        progress.enter(stage)
-        try:
+
+        def record(seconds: float) -> None:
+            self.timings[stage] += seconds
+
+        with timed(stage, record):
             yield
-        finally:
-            progress.leave()
-            self.timings[stage] += clock() - start
 
     # ---------------------------------------------------------------- a rollout
 

@@ -40,8 +40,9 @@ from train import credit, scoring
 from train.anchor import SaliencyAnchor
 from train.episodes import Script
 from train.groups import Groups
+from train.policy import causal_model
 from train.resume import Saved, state_name
-from train.timing import clock, speeds, time_forward
+from train.timing import clock, speeds, time_forward, timed
 from train.trajectories import Trajectory
 from train.vision import EncodedImage
 from train.watchdog import progress
@@ -189,10 +190,8 @@ class SearchGRPOTrainer(GRPOTrainer):
         for model in (self.model, self.ref_model):
             if model is None:
                 continue
-            core = self.accelerator.unwrap_model(model)
-            core = core.get_base_model() if hasattr(core, "get_base_model") else core
             scoring.install(
-                core,
+                causal_model(self.accelerator.unwrap_model(model)),
                 temperature=self.temperature,
                 merge_size=images.merge_size if images else 2,
                 blank=blank,
@@ -200,8 +199,7 @@ class SearchGRPOTrainer(GRPOTrainer):
 
     def _time_tower(self) -> None:
         """The vision tower works inside several stages; each of its forwards is timed."""
-        core = self.accelerator.unwrap_model(self.model)
-        core = core.get_base_model() if hasattr(core, "get_base_model") else core
+        core = causal_model(self.accelerator.unwrap_model(self.model))
         tower = getattr(core.model, "visual", None)
         if tower is not None:
             time_forward(tower, lambda seconds: self._add_seconds("vision", seconds))
@@ -631,13 +629,8 @@ class SearchGRPOTrainer(GRPOTrainer):
 
     @contextmanager
     def _timed(self, stage: str) -> Iterator[None]:
-        start = clock()
-        progress.enter(stage)
-        try:
+        with timed(stage, lambda seconds: self._add_seconds(stage, seconds)):
             yield
-        finally:
-            progress.leave()
-            self._add_seconds(stage, clock() - start)
 
     def _add_seconds(self, stage: str, seconds: float) -> None:
         """What an evaluation does is no part of a training step's time."""

@@ -146,6 +146,11 @@ def load_policy(folder: str | Path, dtype: torch.dtype = torch.float32) -> tuple
     return model, processor
 
 
+def causal_model(model: Any) -> Any:
+    """The model itself, or the one inside a PEFT wrapper."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def _require_checkpoint(folder: str | Path) -> None:
     path = Path(folder)
     looks_local = path.is_absolute() or path.exists() or str(folder).startswith((".", "runs/"))

@@ -1,17 +1,19 @@
-"""Seconds of work that no line of ours surrounds: the forward of a module.
+"""Seconds of the stages of a step, and of work that no line of ours surrounds: a module's forward.
 
-The timers of stages that our own code runs are context managers where they run (`train.grpo`,
-`train.rollout`). A GPU works on after a call has returned, so on CUDA every timer waits for the
+A GPU works on after a call has returned, so on CUDA every timer waits for the
 device first; otherwise a stage's time would be found in the next one that reads a number.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+
+from train.watchdog import progress
 
 Record = Callable[[float], None]
 """Takes the seconds of one call."""
@@ -25,6 +27,17 @@ def clock() -> float:
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         torch.cuda.synchronize()
     return time.perf_counter()
+
+
+@contextmanager
+def timed(stage: str, record: Record) -> Iterator[None]:
+    """The block is a stage for the watchdog; its seconds are reported, also when it raises."""
+    start = clock()
+    try:
+        with progress.stage(stage):
+            yield
+    finally:
+        record(clock() - start)
 
 
 def time_forward(module: Any, record: Record) -> None:

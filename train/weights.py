@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from train.policy import causal_model
+
 SHARD_BYTES = 2**31
 """Tensors are collected up to this size before they are written: what main memory has to hold."""
 
@@ -49,7 +51,7 @@ def merged_weights(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
     Args:
         model: a transformers model, or a PEFT wrapper around one.
     """
-    core = model.get_base_model() if hasattr(model, "get_base_model") else model
+    core = causal_model(model)
     adapted = {
         name: module
         for name, module in core.named_modules()
