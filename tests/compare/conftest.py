@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.compare.browser import chromium
+
 BASE_CONFIG = {
     "seed": 0,
     "models": {"init": "atlas://vlm"},
@@ -55,3 +57,10 @@ def make_run(tmp_path):
         return run
 
     return write
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """A headless Chromium for all tests of pages; see tests/compare/browser.py."""
+    with chromium() as running:
+        yield running
