@@ -176,7 +176,7 @@ def _caption(summary: dict[str, Any]) -> str:
 def _csv(arms: dict[str, list[Run]]) -> str:
     """One row an evaluation: arm, seed, step, time, tokens, then every metric that any run has."""
     runs = [run for members in arms.values() for run in members]
-    head = ["arm", "seed", "step", "time_s", "tokens"]
+    head = ["arm", "seed", "step", "time_s", "device_s", "tokens"]
     names = sorted({key for run in runs for line in run.evaluations for key in line} - set(head))
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, [*head, *names], restval="", lineterminator="\n")

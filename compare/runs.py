@@ -26,6 +26,7 @@ _FREE_GRPO = {
     "logging_dir", "save_steps", "save_strategy", "save_total_limit", "disable_tqdm",
 }  # fmt: skip
 _FREE_REWARDS = {"judge_key_variable", "judge_timeout_s", "judge_workers", "judge_cache"}
+_SINCE_START = ("step", "time_s", "device_s", "tokens")
 _EVALUATION_KEYS = {"eval_split", "eval_size", "eval_kinds"}
 
 
@@ -69,7 +70,7 @@ class Run:
             {name for name, value in line.items() if isinstance(value, int | float)}
             for line in self.evaluations
         ]
-        return set.intersection(*names) - {"step", "time_s", "tokens"} if names else set()
+        return set.intersection(*names) - set(_SINCE_START) if names else set()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -242,7 +243,7 @@ def _strip_prefix(record: dict[str, Any]) -> dict[str, Any]:
         key.removeprefix("eval/"): value for key, value in record.items() if key.startswith("eval/")
     }
     # eval/time_s is how long the evaluation took; time_s, which says when it was, must win.
-    return measured | {key: record[key] for key in ("step", "time_s", "tokens") if key in record}
+    return measured | {key: record[key] for key in _SINCE_START if key in record}
 
 
 def _arm(config: dict[str, Any]) -> str:

@@ -13,7 +13,8 @@ import os
 import secrets
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,6 +66,7 @@ class Recorder:
         self.training_lines: list[dict[str, Any]] = []
         """training lines of metrics.jsonl before this start"""
         self._start = time.perf_counter()
+        self._device = DeviceClock()
         self._wandb: Any = None
         if not is_main:
             return
@@ -76,12 +78,25 @@ class Recorder:
                 truncate_jsonl(self._health, resume_step)
             self.training_lines = [line for line in kept if line["phase"] == "train"]
             self._start -= kept[-1]["time_s"] if kept else 0.0
+            self._device.add(kept[-1].get("device_s", 0.0) if kept else 0.0)
         self._wandb = start_wandb(folder, config)
 
     @property
     def time_s(self) -> float:
         """Seconds of running, interruptions left out."""
         return round(time.perf_counter() - self._start, 3)
+
+    @property
+    def device_s(self) -> float:
+        """Device seconds of training so far, all processes, evaluations left out."""
+        return round(self._device.seconds, 3)
+
+    @contextmanager
+    def not_training(self) -> Iterator[None]:
+        """What happens within is not counted in `device_s`."""
+        before = self._device.seconds
+        yield
+        self._device.add(before - self._device.seconds)
 
     def metrics(self, step: int, phase: str, n_tokens: int, values: dict[str, Any]) -> None:
         """One line of metrics.jsonl, and the same in W&B.
@@ -96,11 +111,11 @@ class Recorder:
             return
         prefix = "eval/" if phase == "eval" else ""
         clean = {prefix + name: _finite(value) for name, value in values.items()}
-        line = {"step": step, "phase": phase, "time_s": self.time_s, "tokens": n_tokens, **clean}
-        append_jsonl(self._metrics, [line])
+        since_start = {"time_s": self.time_s, "device_s": self.device_s, "tokens": n_tokens}
+        append_jsonl(self._metrics, [{"step": step, "phase": phase, **since_start, **clean}])
         if self._wandb is not None:
             shown = clean if phase == "eval" else {f"train/{k}": v for k, v in clean.items()}
-            extra = {"train/global_step": step, "tokens": n_tokens}
+            extra = {"train/global_step": step, **since_start}
             self._wandb.log({k: v for k, v in shown.items() if v is not None} | extra, step=step)
 
     def trajectories(self, step: int, phase: str, episodes: Sequence[Trajectory]) -> None:
@@ -146,6 +161,31 @@ class Recorder:
         """Ends the W&B run."""
         if self._wandb is not None:
             self._wandb.finish()
+
+
+class DeviceClock:
+    """Seconds of device time since it was made, all processes together.
+
+    On a GPU a process has its device for itself, so that its wall time counts. On a CPU the time
+    that this process computed counts, on all its threads: what else runs on the machine, or waiting
+    for a service, costs nothing. The other processes are taken to be as busy as this one.
+    """
+
+    def __init__(self) -> None:
+        import torch
+
+        self._now = time.perf_counter if torch.cuda.is_available() else time.process_time
+        self._processes = int(os.environ.get("WORLD_SIZE", "1"))
+        self._start, self._added = self._now(), 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Device seconds so far."""
+        return (self._now() - self._start) * self._processes + self._added
+
+    def add(self, seconds: float) -> None:
+        """Count more, or with a negative number less."""
+        self._added += seconds
 
 
 class RunCallback(TrainerCallback):
@@ -234,6 +274,11 @@ class EvaluationCallback(TrainerCallback):
 
     def evaluate(self) -> dict[str, float]:
         """Runs and records one evaluation; every process must call it."""
+        with self.recorder.not_training():
+            metrics = self._evaluate()
+        return {f"eval_{name}": value for name, value in metrics.items()}
+
+    def _evaluate(self) -> dict[str, float]:
         trainer, accelerator = self.trainer, self.trainer.accelerator
         start = time.perf_counter()
         rank, world = accelerator.process_index, accelerator.num_processes
@@ -259,7 +304,7 @@ class EvaluationCallback(TrainerCallback):
         if self.recorder.is_main:
             parts = "  ".join(f"{part} {metrics[part]:.3f}" for part in FOUR_PARTS)
             tqdm.write(f"evaluation at step {step}  {parts}", file=sys.stderr)
-        return {f"eval_{name}": value for name, value in metrics.items()}
+        return metrics
 
 
 # ---------------------------------------------------------------- W&B

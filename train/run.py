@@ -210,6 +210,7 @@ def _train(
         summary = {
             "step": trainer.state.global_step,
             "time_s": recorder.time_s,
+            "device_s": recorder.device_s,
             "tokens": trainer.n_policy_tokens,
             "policy": str(final.relative_to(folder)),
         }

@@ -69,7 +69,7 @@ def deepspeed(*arguments: str, script: Path = SCRIPT, n: int = 2) -> subprocess.
 
 def lines_of(folder: Path) -> list[dict]:
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    clocks = ("time_s", "eval/time_s", "step_time")
+    clocks = ("time_s", "device_s", "eval/time_s", "step_time")
     return [
         {k: v for k, v in row.items() if k not in clocks and not k.startswith(("time/", "speed/"))}
         for row in rows

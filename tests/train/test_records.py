@@ -120,6 +120,24 @@ def test_a_mean_over_nothing_is_null_in_the_file(tmp_path, config):
     assert line["tokens"] == 10
 
 
+def test_device_seconds_leave_evaluations_out_and_go_on_after_a_stop(tmp_path, config, monkeypatch):
+    config.tracking.wandb = "disabled"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    now = [100.0]
+    monkeypatch.setattr("train.callbacks.time.process_time", lambda: now[0])
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    recorder = Recorder(tmp_path, config, is_main=True)
+    now[0] += 3.0
+    with recorder.not_training():
+        now[0] += 50.0
+    recorder.metrics(1, "train", 10, {"loss": 0.5})
+    assert recorder.device_s == 6.0  # two processes of three seconds each
+    now[0] = 900.0
+    resumed = Recorder(tmp_path, config, is_main=True, resume_step=1)
+    now[0] += 1.0
+    assert resumed.device_s == 8.0
+
+
 def test_other_processes_write_nothing(tmp_path, config):
     recorder = Recorder(tmp_path, config, is_main=False)
     recorder.metrics(1, "train", 10, {"loss": 0.5})

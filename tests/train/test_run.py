@@ -54,7 +54,7 @@ def run_with(path: Path, *overrides: str, **flags: bool) -> Path:
 def lines_of(folder: Path) -> list[dict]:
     """metrics.jsonl without what a clock decides."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    clocks = ("time_s", "eval/time_s", "step_time")
+    clocks = ("time_s", "device_s", "eval/time_s", "step_time")
     return [
         {k: v for k, v in row.items() if k not in clocks and not k.startswith(("time/", "speed/"))}
         for row in rows
