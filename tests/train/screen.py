@@ -125,7 +125,7 @@ class Terminal:
         )  # fmt: skip
         os.close(slave)
 
-    def read_until(self, is_there: Callable[[Screen], bool], timeout_s: float = 60.0) -> Screen:
+    def read_until(self, is_there: Callable[[Screen], bool], timeout_s: float = 120.0) -> Screen:
         """Feeds the screen until it shows what is asked for; fails when it never does."""
         end = time.monotonic() + timeout_s
         while not is_there(self.screen):
@@ -134,7 +134,7 @@ class Terminal:
             self._read(0.2)
         return self.screen
 
-    def read_to_end(self, timeout_s: float = 60.0) -> Screen:
+    def read_to_end(self, timeout_s: float = 120.0) -> Screen:
         """Feeds the screen until the program has ended; the screen then."""
         end = time.monotonic() + timeout_s
         while self._read(0.2) or self.process.poll() is None:

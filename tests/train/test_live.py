@@ -234,3 +234,34 @@ def test_without_a_terminal_a_training_prints_a_line_a_step(training):
     steps = [line for line in ended.stderr.splitlines() if line.startswith("step ")]
     assert [line.split("  ")[0] for line in steps] == [f"step {n}/4" for n in (1, 2, 3, 4)]
     assert "\x1b" not in ended.stderr + ended.stdout
+
+
+def test_watch_follows_a_run_that_goes_on_and_ends_with_q(tmp_path):
+    """Read as it is written: a line cut short, a resumed run that begins anew at step 1."""
+    metrics = tmp_path / "metrics.jsonl"
+    (tmp_path / "config.yaml").write_text("output: x\nmodels: {init: runs/a/obm}\nseed: 3\n")
+    line = '{"step": %d, "phase": "train", "time_s": %d, "reward": 0.5}\n'
+    metrics.write_text(line % (1, 5) + line % (2, 10))
+    command = [sys.executable, "-m", "launch.cli", "watch", str(tmp_path)]
+    terminal = Terminal(command, PYTHONPATH=ROOT, columns=70)
+    try:
+        screen = terminal.read_until(shows("step 2/40"))
+        assert "obm-s3" in screen.text()[0]
+        with metrics.open("a") as file:
+            file.write(line % (3, 15) + line[:9])
+        terminal.read_until(shows("step 3/40"))
+        metrics.write_text(line % (1, 5))
+        terminal.read_until(shows("step 1/40"))
+        terminal.press("q")
+        terminal.read_to_end()
+        assert terminal.process.returncode == 0
+    finally:
+        terminal.close()
+
+
+def test_watch_refuses_what_is_no_run(tmp_path):
+    command = [sys.executable, "-m", "launch.cli", "watch", str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": ROOT}
+    ended = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert ended.returncode == 2
+    assert "holds no config.yaml; name the folder of a training run" in ended.stderr
