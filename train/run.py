@@ -42,6 +42,7 @@ PACKAGES = ("torch", "transformers", "trl", "deepspeed", "accelerate", "peft", "
 MAY_CHANGE = (
     "rewards.judge_key_variable", "rewards.judge_timeout_s", "rewards.judge_workers",
     "rewards.judge_cache",
+    "sport.iterations", "sport.llm_timeout_s", "sport.llm_workers",
     "output", "tracking.", "compare.", "deepspeed", "hang_timeout_s", "grpo.max_steps",
     "grpo.save_", "rollout.tool_workers", "rollout.url", "rollout.timeout_s", "rollout.retries",
     # train.resume checks that their product with the number of processes stays
@@ -198,7 +199,7 @@ def _train(
         anchor=make_anchor(config, init, model),
     )
     watchdog.step = lambda: trainer.state.global_step
-    _keep_only_ours(trainer)
+    keep_only_ours(trainer)
     trainer.add_callback(RunCallback(trainer, recorder, health_settings(config, init)))
     trainer.add_callback(
         EvaluationCallback(
@@ -392,7 +393,7 @@ def _last_policy(trainer: Any, folder: Path) -> Path:
     return last
 
 
-def _keep_only_ours(trainer: Any) -> None:
+def keep_only_ours(trainer: Any) -> None:
     """transformers' console printing would repeat every number."""
     from transformers import PrinterCallback, ProgressCallback
 
