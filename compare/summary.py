@@ -1,8 +1,45 @@
-"""What a comparison says about each arm: floor, ceiling, area, steps to target, search rates,
-groups.
+"""What a comparison says: one plain dict, written to NAME.json, from which all tables are drawn.
 
-Numbers are means over seeds; `intervals` holds their 95 % limits and `per_seed` what they were made
-from.
+    summary["target"]     {"arm", "value"}: the ceiling that the others must reach
+    summary["reference"]  the arm that the tables hold others against
+    summary["equal_budget"]  {"device_s", "arm"}: the smallest mean total of device seconds that a
+                          trained arm spent, and that arm; None where no arm recorded its cost
+    summary["smoothing"], ["bootstrap"], ["interval"], ["command"], ["commit"], ["run_commits"],
+    ["hardware"], ["evaluation"], ["versions"] ({package: [versions of the runs]})
+    summary["comparable"] {"allowed": [settings that --allow let differ],
+                          "differences": [{"setting", "kind", "values": {value as JSON text: [run
+                          folders]}}]}: every setting that differs; without --allow there is none
+    summary["cost"]       {"clock": "recorded" | "wall time" | "mixed", "notes": [...]}
+    summary["arms"][arm]  below
+    summary["curves"][arm][metric]  below
+    summary["pairs"]      [{"arm", "other", "metric", "mean", "low", "high", "probability",
+                          "n_pairs", "paired", "p_value", "bootstrap": [low, high] | None,
+                          "per_seed"}]: arm minus other for every ordered pair of trained arms and
+                          floor (of untrained ones, too), ceiling, auc, final, at_equal_budget
+
+An arm has (means over seeds; None where a seed has no number):
+
+    floor {part: ...}, ceiling, auc, final, search_rate_text, search_rate_image,
+    steps_to_target, tokens_to_target, device_s_to_target (preparation included),
+    preparation_device_s {part: s} (None: not recorded), training_device_s, at_equal_budget,
+    by_group {group: {"floor", "ceiling", "n"}},
+    stability {"collapses", "final_minus_best", "largest_drop", "ceiling_sd", "curve_sd",
+               "zero_signal", "not_a_number"},
+    seeds, is_trained, last_step, runs, reward_parts,
+    intervals {name: [low, high]}, per_seed {name: [value or None a seed]}
+
+with names `floor.accuracy`, `ceiling`, `GROUP.floor`, `GROUP.ceiling`, `stability.collapses` ...
+
+A curve has, each list with one entry a point:
+
+    steps, tokens, device_s   means over seeds; device_s with the preparation, None if unknown
+    mean, low, high           of the smoothed curves, 95 %; one seed: low = high = mean
+    per_seed                  one list a seed, raw (of "reward": smoothed)
+
+The metrics are accuracy, searched, entity, passage, search_rate_text, search_rate_image,
+calls_per_episode, tokens_per_episode, behaviour/{image_only,text_only,both,none}, stop/<reason>,
+<group>/accuracy, and "reward", the training reward on a grid of its own (at most 200 points).
+Those that a run lacks are left out. Numbers are means over seeds; docs/metrics.md defines them.
 """
 
 from __future__ import annotations
