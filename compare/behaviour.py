@@ -1,8 +1,8 @@
 """How episodes searched, of runs that did not record it: counted in their trajectories.jsonl.
 
 An evaluation reports `behaviour/image_only`, `text_only`, `both` and `none`: shares of episodes
-that add up to 1. Older runs have only `search_rate_image` and `search_rate_text`, which overlap; but
-they kept every episode of every evaluation.
+that add up to 1. Older runs have only `search_rate_image` and `search_rate_text`, which overlap;
+but they kept every episode of every evaluation.
 """
 
 from __future__ import annotations

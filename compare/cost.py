@@ -125,7 +125,8 @@ def _from_stages(run: Run) -> tuple[dict[str, float] | None, str]:
         names[f"calibrate-{task}"] = [f"calibrate-{run.arm}-{task}", f"calibrate-{task}"]
     parts = {}
     for part, candidates in names.items():
-        found = [seconds for name in candidates if (seconds := _seconds(stages / f"{name}.json"))]
+        read = [_seconds(stages / f"{name}.json") for name in candidates]
+        found = [seconds for seconds in read if seconds is not None]
         if not found:
             return None, f"{part}: no cost recorded"
         parts[part] = found[0]

@@ -152,16 +152,27 @@ def largest_drop(values: Sequence[float], window: int) -> float:
 
 
 def band(
-    curves: Sequence[Sequence[float]], *, bootstrap: int = 2000, seed: int = 0
+    curves: Sequence[Sequence[float]],
+    *,
+    bootstrap: int = 2000,
+    seed: int = 0,
+    bounds: tuple[float, float] | None = (0.0, 1.0),
 ) -> tuple[list[float], list[float], list[float]]:
     """Mean and interval at every evaluation of several seeds' curves of equal length.
+
+    Args:
+        curves: one a seed.
+        bootstrap: see `interval`.
+        seed: see `interval`.
+        bounds: see `interval`.
 
     Returns:
         (mean, low, high), each as long as a curve; low and high are the mean itself for a single
         seed.
     """
     points = [
-        interval(column, bootstrap=bootstrap, seed=seed) for column in zip(*curves, strict=True)
+        interval(column, bootstrap=bootstrap, seed=seed, bounds=bounds)
+        for column in zip(*curves, strict=True)
     ]
     mean = [point.mean for point in points]
     low = [point.mean if point.low is None else point.low for point in points]

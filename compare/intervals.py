@@ -30,6 +30,8 @@ ALL_RESAMPLES = 3125
 """So many resamples (five values: 5^5) are gone through one by one instead of drawn."""
 ALL_PERMUTATIONS = 1 << 16
 """So many sign flips or ways to share out are gone through one by one instead of drawn."""
+DEFAULT_RESAMPLES = 2000
+"""Where none are asked for, probabilities still need some."""
 ROUNDING = 1e-9
 """Differences of shares below this are rounding errors."""
 
@@ -169,7 +171,7 @@ def paired_difference(
     estimate = interval(sample.tolist(), bootstrap=bootstrap, seed=seed, bounds=bounds)
     if n == 1:
         return Difference(estimate.mean, None, None, None, None, None, 1, True)
-    means = sample[resamples(n, max(bootstrap, 1), seed)].mean(axis=1)
+    means = sample[resamples(n, bootstrap or DEFAULT_RESAMPLES, seed)].mean(axis=1)
     low, high = np.percentile(means, [2.5, 97.5])
     return Difference(
         estimate.mean, estimate.low, estimate.high, share_above(means), sign_flip_p(sample, seed),
@@ -198,8 +200,9 @@ def unpaired_difference(
     mean, n = float(first.mean() - second.mean()), min(len(first), len(second))
     if n == 1:
         return Difference(mean, None, None, None, None, None, 1, False)
+    n_draws = bootstrap or DEFAULT_RESAMPLES
     draws = [
-        values[np.random.default_rng(seed + i).integers(0, len(values), (bootstrap, len(values)))]
+        values[np.random.default_rng(seed + i).integers(0, len(values), (n_draws, len(values)))]
         for i, values in enumerate((first, second))
     ]
     means = draws[0].mean(axis=1) - draws[1].mean(axis=1)

@@ -218,7 +218,10 @@ def group_runs(runs: Iterable[Run]) -> dict[str, list[Run]]:
 
 
 def cut_to_common_steps(runs: Sequence[Run]) -> None:
-    """Drop, in place, the evaluations that not every trained run has; for unfinished runs."""
+    """Drop, in place, the evaluations that not every trained run has, and training after the last.
+
+    For unfinished runs, and for runs that were allowed to be of unequal length.
+    """
     trained = [run for run in runs if run.is_trained]
     if not trained:
         return
@@ -229,6 +232,7 @@ def cut_to_common_steps(runs: Sequence[Run]) -> None:
         )
     for run in trained:
         run.evaluations = [line for line in run.evaluations if int(line["step"]) in common]
+        run.training = [line for line in run.training if int(line["step"]) <= max(common)]
 
 
 def _read_zero_shot(folder: Path) -> Run:
