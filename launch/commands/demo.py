@@ -31,7 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Run the shipped study `demo`."""
     from launch.arguments import check_overrides, command_line
-    from launch.study import describe_study, load_study, run_study
+    from launch.studies.ceiling import describe_study, run_ceiling
+    from launch.studies.file import load_study
 
     check_overrides(options.overrides)
     study = load_study("demo")
@@ -41,7 +42,7 @@ def run(options: argparse.Namespace) -> int:
         print(describe_study(study, options.overrides))
         return 0
     # The demo's folder is the demo's own: changed settings make its stages again.
-    run_study(
+    run_ceiling(
         study,
         command=command_line(),
         overrides=options.overrides,

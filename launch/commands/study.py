@@ -13,8 +13,8 @@ import argparse
 from pathlib import Path
 
 EXAMPLES = (
-    "obm study convergence --dry-run",
-    "obm study floors --dry-run",
+    "obm study ceiling --dry-run",
+    "obm study floor --dry-run",
     "obm study paper --dry-run",
     "obm study my_study.yaml --parallel 2 grpo.max_steps=50",
 )
@@ -43,9 +43,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Run what is missing, write the report."""
     from launch.arguments import check_overrides, command_line
-    from launch.floors import run_floors
-    from launch.paper_table import run_table
-    from launch.study import describe_study, load_study, run_study
+    from launch.studies.ceiling import describe_study, run_ceiling
+    from launch.studies.file import load_study
+    from launch.studies.floor import run_floor
+    from launch.studies.paper_table import run_table
 
     check_overrides(options.overrides)
     study = load_study(options.study)
@@ -56,8 +57,8 @@ def run(options: argparse.Namespace) -> int:
     if options.dry_run:
         print(describe_study(study, options.overrides))
         return 0
-    run_any = run_floors if study.floors else run_table if study.benchmarks else run_study
-    run_any(
+    runners = {"ceiling": run_ceiling, "floor": run_floor, "table": run_table}
+    runners[study.kind](
         study,
         command=command_line(),
         overrides=options.overrides,

@@ -17,14 +17,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch.stages import Stages
-from launch.study import Arm, Plan, Study, calibrate_role, say
+from launch.studies.file import Arm, Study
+from launch.studies.plan import Plan
+from launch.studies.starts import calibrate_role, say
 from launch.tasks import check_merges, make_task, merged_roles, needed_kinds
 
 if TYPE_CHECKING:
     from configs.schema import Config
 
 
-def run_floors(
+def run_floor(
     study: Study,
     *,
     command: str,
@@ -43,9 +45,9 @@ def run_floors(
         redo: make statistics again whose settings have changed.
 
     Returns:
-        The summary of `compare.floors.summarise_floors`, and how it was made.
+        The summary of `compare.floor.summarise_floor`, and how it was made.
     """
-    from compare.floors import floors_text_table, summarise_floors, write_floors
+    from compare.floor import floor_text_table, summarise_floor, write_floor
     from compare.zero_shot import Results, measure_all
     from launch.commands.merge import merge_checkpoints
 
@@ -79,9 +81,9 @@ def run_floors(
         {"arm": arm.name, "seed": seed, "recipe": _recipe(arm), "metrics": result["metrics"]}
         for (arm, seed, _), result in zip(runs, measured, strict=True)
     ]
-    summary = summarise_floors(rows, reference=study.arms[0].name)
+    summary = summarise_floor(rows, reference=study.arms[0].name)
     output = study.report or study.output / "report"
-    summary = write_floors(
+    summary = write_floor(
         summary,
         rows,
         output,
@@ -90,7 +92,7 @@ def run_floors(
         command=command,
         environment=runs[0][2].environment,
     )
-    say("\n" + "\n".join(floors_text_table(summary)) + "\n")
+    say("\n" + "\n".join(floor_text_table(summary)) + "\n")
     say(f"tables:  {output / study.report_name}.md")
     say(f"finished in {(time.monotonic() - started) / 60:.1f} minutes")
     return summary

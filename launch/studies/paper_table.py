@@ -19,7 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 from launch.errors import LaunchError
 from launch.stages import Stages, fingerprint
-from launch.study import Arm, Plan, Study, flatten, make_starts, reused, say, start_key, train_arms
+from launch.studies.file import Arm, Study
+from launch.studies.plan import Plan, flatten, start_key
+from launch.studies.starts import make_starts, reused, say
+from launch.studies.trainings import train_arms
 
 if TYPE_CHECKING:
     from configs.schema import Config

@@ -27,7 +27,7 @@ ROUNDING = 1e-9
 """Differences of shares below this are rounding errors."""
 
 
-def summarise_floors(rows: Sequence[Mapping[str, Any]], reference: str) -> dict[str, Any]:
+def summarise_floor(rows: Sequence[Mapping[str, Any]], reference: str) -> dict[str, Any]:
     """Means over seeds of every arm, and the differences of the reference to each other arm.
 
     Args:
@@ -86,7 +86,7 @@ def summarise_floors(rows: Sequence[Mapping[str, Any]], reference: str) -> dict[
     }
 
 
-def write_floors(
+def write_floor(
     summary: Mapping[str, Any],
     rows: Sequence[Mapping[str, Any]],
     folder: Path,
@@ -99,7 +99,7 @@ def write_floors(
     """Write `<name>.json`, `.csv` and `.md`.
 
     Args:
-        summary: of `summarise_floors`.
+        summary: of `summarise_floor`.
         rows: what it was made from.
         folder: made where missing.
         name: of the files.
@@ -128,7 +128,7 @@ def write_floors(
     return record
 
 
-def floors_text_table(summary: Mapping[str, Any]) -> list[str]:
+def floor_text_table(summary: Mapping[str, Any]) -> list[str]:
     """The floors as lines of a Markdown table, best accuracy first."""
     arms = summary["arms"]
     columns = [c for c in COLUMNS if all(c in arm["parts"] for arm in arms.values())]
@@ -183,7 +183,7 @@ def _markdown(record: Mapping[str, Any], title: str, name: str) -> str:
         f"questions a seed (kinds: {', '.join(asked['eval_kinds'])}), greedy; mean over "
         f"{len(seeds)} seeds [95 % interval]. Most right answers first.",
         "",
-        *floors_text_table(record),
+        *floor_text_table(record),
         "",
         "`searched` any search; `entity` the right entity in a text query; `passage` a gold "
         "passage retrieved; `accuracy` the answer right, also on places whose flag the VLM has "
