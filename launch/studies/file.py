@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from launch.errors import LaunchError
 
-KINDS = ("ceiling", "floor", "table")
-"""What is done with the arms: trained and compared, evaluated as they are, put in a table."""
-
+KINDS = ("ceiling", "floor", "ablation", "transfer", "table")
+"""What is done: arms are trained and compared (ceiling), evaluated as they are (floor), one is
+varied (ablation), asked where they were not trained (transfer), or put in the paper's table."""
+ALL_NEED = {"config", "output", "seeds", "title"}
+ALL_MAY = {"kind", "overrides", "report", "report_name", "recipes"}
+NEEDED = {
+    "ceiling": {"arms"},
+    "floor": {"arms"},
+    "ablation": {"reference", "axes"},
+    "transfer": {"arms", "benchmarks", "references"},
+    "table": {"arms", "benchmarks"},
+}
+OPTIONAL = {"ceiling": {"zero_shot"}, "transfer": {"trained", "starts"}}
 NOT_STUDIES = ("recipes", "grid")
 """Files in configs/studies that studies and `obm tune` read."""
 
@@ -27,9 +38,9 @@ class Arm:
     train: bool = True
     """False: evaluated as it is, not trained"""
     modes: list[str] = field(default_factory=lambda: ["agent"])
-    """with `benchmarks`: how the start is asked, see `compare.modes`"""
+    """table: how the start is asked, see `compare.modes`"""
     trained: str | None = None
-    """with `benchmarks`: a policy that was trained from this start already"""
+    """table: a policy that was trained from this start already"""
 
 
 @dataclass
@@ -42,14 +53,48 @@ class Study:
     arms: list[Arm]
     seeds: list[int]
     title: str
+    kind: str = "ceiling"
+    """one of `KINDS`"""
     zero_shot: bool = False
     overrides: dict[str, Any] = field(default_factory=dict)
     report: Path | None = None
+    """folder of the report; None = `report/` of the output"""
     report_name: str = "compare"
-    kind: str = "ceiling"
-    """one of `KINDS`"""
     benchmarks: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """title -> settings of its questions; every arm is evaluated on each, for a table"""
+    """title -> settings of its questions; every arm is evaluated on each (table, transfer)"""
+    axes: dict[str, Any] = field(default_factory=dict)
+    """ablation: name -> what is varied, see `launch.studies.axes`"""
+    trained: str | None = None
+    """transfer: run folders of another study, with `{arm}` and `{seed}`; None = trained here"""
+    starts: str | None = None
+    """transfer: merges of another study, with `{arm}`; None = merged here"""
+    references: list[str] = field(default_factory=list)
+    """transfer: arms that the others are held against"""
+    folder: Path = Path()
+    """where the study file lies"""
+
+    @property
+    def report_folder(self) -> Path:
+        """Where the report goes."""
+        return self.report or self.output / "report"
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a study is run."""
+
+    command: str
+    """kept in the report"""
+    overrides: Sequence[str] = ()
+    """`key=value`, laid over the study's own"""
+    parallel: int | None = None
+    """trainings, or evaluations, at a time; None = what the machine takes"""
+    n_processes: int = 1
+    """of one training"""
+    redo: bool = False
+    """make stages again whose settings have changed"""
+    partial: bool = False
+    """where trainings fail, report what is complete"""
 
 
 def load_study(path: str | Path) -> Study:
@@ -66,26 +111,25 @@ def load_study(path: str | Path) -> Study:
 
     path = _study_path(str(path))
     raw = read_yaml(path)
-    _check_keys(raw, {"config", "output", "arms", "seeds", "title"}, {
-        "kind", "zero_shot", "overrides", "report", "report_name", "recipes", "benchmarks"
-    }, str(path))  # fmt: skip
-    recipes = read_yaml(path.parent / raw["recipes"]) if "recipes" in raw else {}
-    if not isinstance(raw["arms"], list) or not raw["arms"]:
-        raise LaunchError(f"{path}:arms: expected a list of arms, each with a name")
-    arms = [_load_arm(entry, recipes, f"{path}:arms[{i}]") for i, entry in enumerate(raw["arms"])]
-    names = [arm.name for arm in arms]
-    repeated = sorted({name for name in names if names.count(name) > 1})
-    if repeated:
-        raise LaunchError(f"{path}:arms: {repeated[0]!r} appears twice; give each a name")
     kind = raw.get("kind", KINDS[0])
     if kind not in KINDS:
         raise LaunchError(f"{path}:kind: {kind!r}; choose one of {', '.join(KINDS)}")
+    may = ALL_MAY | OPTIONAL.get(kind, set())
+    _check_keys(raw, ALL_NEED | NEEDED[kind], may, str(path))
+    recipes = read_yaml(path.parent / raw["recipes"]) if "recipes" in raw else {}
+    entries = [_reference(raw["reference"])] if kind == "ablation" else raw["arms"]
+    arms = _load_arms(entries, recipes, path)
     shows_starts = raw.get("zero_shot") or kind != "ceiling"
     if not shows_starts and not all(arm.train for arm in arms):
         raise LaunchError(f"{path}: an arm with train: false is only seen with zero_shot: true")
     seeds = raw["seeds"]
     if not isinstance(seeds, list) or not seeds or len(set(seeds)) < len(seeds):
         raise LaunchError(f"{path}:seeds: {seeds!r}; list at least one seed, each once")
+    references = [str(name) for name in raw.get("references") or []]
+    unknown = [name for name in references if name not in [arm.name for arm in arms]]
+    if unknown or (kind == "transfer" and not references):
+        named = f"no arm {unknown[0]!r}" if unknown else "none is named"
+        raise LaunchError(f"{path}:references: {named}; choose among the arms")
     return Study(
         name=path.stem,
         config=(path.parent / raw["config"]).resolve(),
@@ -93,12 +137,17 @@ def load_study(path: str | Path) -> Study:
         arms=arms,
         seeds=[int(seed) for seed in seeds],
         title=str(raw["title"]),
+        kind=str(kind),
         zero_shot=bool(raw.get("zero_shot", False)),
         overrides=dict(raw.get("overrides") or {}),
         report=Path(raw["report"]) if raw.get("report") else None,
         report_name=str(raw.get("report_name", "compare")),
-        kind=str(kind),
         benchmarks=dict(raw.get("benchmarks") or {}),
+        axes=dict(raw.get("axes") or {}),
+        trained=raw.get("trained"),
+        starts=raw.get("starts"),
+        references=references,
+        folder=path.parent,
     )
 
 
@@ -114,6 +163,23 @@ def _study_path(name: str) -> Path:
         names = sorted(p.stem for p in folder.glob("*.yaml") if p.stem not in NOT_STUDIES)
         raise LaunchError(f"no shipped study {name!r}; choose one of {', '.join(names)}, or a file")
     return shipped
+
+
+def _reference(reference: Any) -> dict[str, Any]:
+    """The one arm of an ablation: a recipe's name, or the merge's settings."""
+    name = reference if isinstance(reference, str) else "reference"
+    return {"name": name, "merge": reference}
+
+
+def _load_arms(entries: Any, recipes: dict[str, Any], path: Path) -> list[Arm]:
+    if not isinstance(entries, list) or not entries:
+        raise LaunchError(f"{path}:arms: expected a list of arms, each with a name")
+    arms = [_load_arm(entry, recipes, f"{path}:arms[{i}]") for i, entry in enumerate(entries)]
+    names = [arm.name for arm in arms]
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise LaunchError(f"{path}:arms: {repeated[0]!r} appears twice; give each a name")
+    return arms
 
 
 def _load_arm(entry: Any, recipes: dict[str, Any], where: str) -> Arm:

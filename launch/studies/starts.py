@@ -1,11 +1,16 @@
-"""The starts of a study: statistics of the parents, merges, and what each does before training."""
+"""The starts of a study: statistics of the parents, merges, and what each does before training.
+
+Each is a step with its inputs, so that a dry run can ask what is there without making anything.
+"""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from launch.stages import Stages, fingerprint
 from launch.studies.plan import Plan, calibrations, start_key
@@ -15,24 +20,74 @@ if TYPE_CHECKING:
     from configs.schema import Config
 
 
+STATES = {
+    "done": "there already",
+    "begun": "begun",
+    "missing": "to make",
+    "changed": "made with other settings",
+    "foreign": "not made here",
+}
+"""What `Stages.look` finds, in words."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """A stage before it is made."""
+
+    name: str
+    inputs: dict[str, Any]
+    """plain data that decides its result"""
+    target: Path
+    make: Callable[[], object]
+    describe: Callable[[], str]
+    """one line when it is there"""
+
+
+def run_steps(steps: Iterable[Step], stages: Stages) -> None:
+    """Make what is missing, one after another."""
+    for step in steps:
+        made = stages.run(step.name, step.inputs, step.target, step.make)
+        say(f"{step.describe()}{reused(made)}")
+
+
+def describe_steps(steps: Iterable[Step], stages: Stages) -> list[str]:
+    """What is there of the stages before the trainings, in one line; none where there are none."""
+    counts: dict[str, int] = {}
+    for step in steps:
+        state = stages.look(step.name, step.inputs, step.target)
+        counts[state] = counts.get(state, 0) + 1
+    if not counts:
+        return []
+    words = ", ".join(
+        f"{counts[state]} {name}" for state, name in STATES.items() if state in counts
+    )
+    return [f"{sum(counts.values())} calibrations, merges and evaluations: {words}"]
+
+
+def start_steps(plan: Plan, stages: Stages) -> Iterator[Step]:
+    """Statistics, then merges. A merge's inputs hold the keys of the statistics before it, so each
+    step must have been looked at, or run, before the next is asked for."""
+    yield from _calibration_steps(plan)
+    yield from _merge_steps(plan, stages)
+
+
 def make_starts(plan: Plan, stages: Stages) -> None:
     """Statistics and merges that are missing."""
-    _calibrate(plan, stages)
-    _merge(plan, stages)
+    run_steps(start_steps(plan, stages), stages)
 
 
-def _calibrate(plan: Plan, stages: Stages) -> None:
+def _calibration_steps(plan: Plan) -> Iterator[Step]:
     seen: set[str] = set()
     for arm in plan.study.arms:
         config = plan.config(arm)
         for role, name in calibrations(arm, config):
             if name not in seen:
                 seen.add(name)
-                calibrate_role(config, role, name, stages)
+                yield calibration_step(config, role, name)
 
 
-def calibrate_role(config: Config, role: str, name: str, stages: Stages) -> None:
-    """The stage that makes one model's statistics, of the kinds that the settings name."""
+def calibration_step(config: Config, role: str, name: str) -> Step:
+    """One model's statistics, of the kinds that the settings name."""
     from launch.commands.calibrate import calibrate_parent, parent_folder, stats_path
 
     inputs = {
@@ -40,14 +95,16 @@ def calibrate_role(config: Config, role: str, name: str, stages: Stages) -> None
         "calibration": asdict(config.calibration),
         "environment": asdict(config.environment),
     }
-    target = stats_path(config, role).parent
-    made = stages.run(name, inputs, target, partial(calibrate_parent, config, role))
     kinds = ", ".join(config.calibration.kinds)
     what = name.removeprefix("calibrate-")
-    say(f"calibrate  {what}: {kinds} of {config.calibration.samples} samples{reused(made)}")
+    words = f"calibrate  {what}: {kinds} of {config.calibration.samples} samples"
+    return Step(
+        name, inputs, stats_path(config, role).parent,
+        partial(calibrate_parent, config, role), lambda: words,
+    )  # fmt: skip
 
 
-def _merge(plan: Plan, stages: Stages) -> None:
+def _merge_steps(plan: Plan, stages: Stages) -> Iterator[Step]:
     from launch.commands.calibrate import parent_folder
     from launch.commands.merge import merge_checkpoints
 
@@ -62,12 +119,13 @@ def _merge(plan: Plan, stages: Stages) -> None:
             "stats": [stages.key(name) for _, name in calibrations(arm, config)],
         }
         target = plan.merged_folder(arm)
+        words = f"merge      {arm.name}: {_recipe(config)}"
         make = partial(merge_checkpoints, config, target)
-        made = stages.run(f"merge-{arm.name}", inputs, target, make)
-        say(f"merge      {arm.name}: {_recipe(config)}{reused(made)}")
+        yield Step(f"merge-{arm.name}", inputs, target, make, partial(str, words))
 
 
-def evaluate_starts(plan: Plan, stages: Stages, command: str) -> None:
+def evaluation_steps(plan: Plan, stages: Stages, command: str) -> Iterator[Step]:
+    """What every start does as it is; its merge must have been looked at."""
     from launch.commands.eval import describe, evaluate_checkpoint
 
     for arm in plan.study.arms:
@@ -81,9 +139,12 @@ def evaluate_starts(plan: Plan, stages: Stages, command: str) -> None:
         make = partial(
             evaluate_checkpoint, config, str(plan.start(arm)), target, arm=arm.name, command=command
         )
-        made = stages.run(f"evaluate-{arm.name}", inputs, target, make)
-        record = json.loads((target / "eval.json").read_text(encoding="utf-8"))
-        say(f"evaluate   {describe(record)}{reused(made)}")
+
+        def words(target: Path = target) -> str:
+            record = json.loads((target / "eval.json").read_text(encoding="utf-8"))
+            return f"evaluate   {describe(record)}"
+
+        yield Step(f"evaluate-{arm.name}", inputs, target, make, words)
 
 
 def _recipe(config: Config) -> str:
