@@ -211,7 +211,7 @@ def _about(study: Study, name: str, config: Config) -> dict[str, Any]:
     changed = ", ".join(flatten(study.benchmarks[name])) or "as it was trained"
     environment = asdict(config.environment)
     del environment["data_seed"]
-    return {"settings": changed.replace("environment.", "").replace("=", " "),
+    return {"settings": changed.replace("environment.", "").replace("=", " ").replace('"', ""),
             "environment": environment}  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Transfer: gains, what is lost from world to world, differences to references, all within a seed."""
+"""Transfer: gains, what is lost from world to world, differences to references."""
 
 import csv
 import json
@@ -73,7 +73,8 @@ def test_the_page_has_a_table_a_world(rows, tmp_path):
     assert [world["name"] for world in record["worlds"]] == ["flags", "maps"]
     page = (tmp_path / "transfer.md").read_text()
     for words in (
-        "## flags", "## maps", "| maps | eval_domain maps |", "Trained in `flags`: 60 steps of GRPO",
+        "## flags", "## maps", "| maps | eval_domain maps |",
+        "Trained in `flags`: 60 steps of GRPO",
         "| start | searched | by image | entity | passage | accuracy | unseen | gain | minus vlm |",
         "**+0.10**", "obm study transfer", "seeds: 0, 1",
     ):  # fmt: skip
