@@ -7,6 +7,7 @@ step k always has the evaluation of step k in the files.
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import os
@@ -67,6 +68,8 @@ class Recorder:
         """training lines of metrics.jsonl before this start"""
         self._start = time.perf_counter()
         self._device = DeviceClock()
+        self._held: float | None = None
+        """what `device_s` shows while something else than training happens"""
         self._wandb: Any = None
         if not is_main:
             return
@@ -79,7 +82,7 @@ class Recorder:
             self.training_lines = [line for line in kept if line["phase"] == "train"]
             self._start -= kept[-1]["time_s"] if kept else 0.0
             self._device.add(kept[-1].get("device_s", 0.0) if kept else 0.0)
-        self._wandb = start_wandb(folder, config)
+        self._wandb = start_wandb(folder, config, resume_step)
 
     @property
     def time_s(self) -> float:
@@ -89,17 +92,22 @@ class Recorder:
     @property
     def device_s(self) -> float:
         """Device seconds of training so far, all processes, evaluations left out."""
-        return round(self._device.seconds, 3)
+        return round(self._device.seconds if self._held is None else self._held, 3)
 
     @contextmanager
     def not_training(self) -> Iterator[None]:
-        """What happens within is not counted in `device_s`."""
-        before = self._device.seconds
+        """What happens within is not counted in `device_s`, which stands still meanwhile."""
+        before = self._held = self._device.seconds
         yield
+        self._held = None
         self._device.add(before - self._device.seconds)
 
     def metrics(self, step: int, phase: str, n_tokens: int, values: dict[str, Any]) -> None:
-        """One line of metrics.jsonl, and the same in W&B.
+        """One line of metrics.jsonl, and the same in W&B, from where it can be read back.
+
+        W&B keeps one row a step, so that the names of both phases must differ: what training logs
+        gets the prefix `train/`, and the clocks of a line are kept under `train_clock/` and
+        `eval_clock/` beside the plain ones, which serve as x axes. A null is a NaN there.
 
         Args:
             step: optimizer steps done.
@@ -115,8 +123,9 @@ class Recorder:
         append_jsonl(self._metrics, [{"step": step, "phase": phase, **since_start, **clean}])
         if self._wandb is not None:
             shown = clean if phase == "eval" else {f"train/{k}": v for k, v in clean.items()}
-            extra = {"train/global_step": step, **since_start}
-            self._wandb.log({k: v for k, v in shown.items() if v is not None} | extra, step=step)
+            row = {k: math.nan if v is None else v for k, v in shown.items()}
+            row |= {f"{phase}_clock/{name}": value for name, value in since_start.items()}
+            self._wandb.log({**row, "train/global_step": step, **since_start}, step=step)
 
     def trajectories(self, step: int, phase: str, episodes: Sequence[Trajectory]) -> None:
         """Lines of trajectories.jsonl: all of an evaluation, `log_trajectories` of a step.
@@ -310,10 +319,13 @@ class EvaluationCallback(TrainerCallback):
 # ---------------------------------------------------------------- W&B
 
 
-def start_wandb(folder: Path, config: Config) -> Any:
+def start_wandb(folder: Path, config: Config, resume_step: int | None = None) -> Any:
     """The run in Weights & Biases, offline where there is no login; None if it is disabled.
 
     The run id lies in `<folder>/wandb_id`, so that a resumed training goes on in the same run.
+    Beside the settings its config has `record`: environment.json and start_cost.json of the run
+    folder, whether its start is a merge and the step that the run goes on from, so that `obm
+    compare` needs no run folder.
     """
     mode: Any = config.tracking.wandb
     if mode == "auto":
@@ -326,6 +338,14 @@ def start_wandb(folder: Path, config: Config) -> Any:
     id_file = folder / "wandb_id"
     run_id = id_file.read_text().strip() if id_file.exists() else secrets.token_hex(4)
     id_file.write_text(run_id + "\n")
+    record: dict[str, Any] = {
+        "resumed_at": resume_step,
+        "merged": (folder / "merge.json").is_file(),
+    }
+    for name in ("environment", "start_cost"):
+        file = folder / f"{name}.json"
+        if file.is_file():
+            record[name] = json.loads(file.read_text(encoding="utf-8"))
     return wandb.init(
         project=config.tracking.project,
         group=config.tracking.group,
@@ -335,7 +355,7 @@ def start_wandb(folder: Path, config: Config) -> Any:
         resume="allow",
         mode=mode,
         dir=str(folder),
-        config={**asdict(config), "arm": config.arm_name},
+        config={**asdict(config), "arm": config.arm_name, "record": record},
         settings=wandb.Settings(silent=True, console="off"),
     )
 

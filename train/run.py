@@ -1,7 +1,8 @@
 """Train a policy from a settings file: `deepspeed launch/train.sh --config configs/demo.yaml`.
 
 A run folder stands alone: config.yaml, environment.json, metrics.jsonl, trajectories.jsonl,
-checkpoints/, heartbeat/, wandb_id, merge.json (of a merged start) and, at the end, done.json.
+checkpoints/, heartbeat/, wandb_id, merge.json and start_cost.json (of a merged start) and, at the
+end, done.json.
 """
 
 from __future__ import annotations
@@ -161,7 +162,8 @@ def _train(
     """The part of a run that all processes go through together."""
     rank = watchdog.rank
     checkpoint = start.path if start else None
-    resume_step = start.step if start else 0
+    # without a checkpoint everything is done again, the evaluation of step 0 included
+    resume_step = start.step if start else -1
 
     from transformers.utils.logging import disable_progress_bar
 
@@ -315,6 +317,9 @@ def prepare_folder(folder: Path, config: Config, init: str, resume: bool, overwr
     recipe = Path(init) / "merge.json"
     if recipe.is_file():
         shutil.copyfile(recipe, folder / "merge.json")
+    cost = Path(init) / "cost.json"
+    if cost.is_file():
+        shutil.copyfile(cost, folder / "start_cost.json")
 
 
 def describe_machine(config: Config) -> dict[str, Any]:
@@ -335,6 +340,7 @@ def describe_machine(config: Config) -> dict[str, Any]:
         "versions": versions,
         "hardware": ", ".join(gpus) or processor_name(),
         "cores": len(os.sched_getaffinity(0)),
+        "device": "gpu" if gpus else "cpu",
         "world_size": int(os.environ.get("WORLD_SIZE", "1")),
         "deepspeed": config.deepspeed,
     }
