@@ -192,7 +192,7 @@ class Merge:
     saliency: Literal["diagonal", "inverse"] = "diagonal"
     """obm's estimate of the loss change of dropping an entry; `inverse` needs calibration.kinds"""
     normalization: Literal["none", "mean", "rank"] = "none"
-    """how saliencies (sar: sensitivities) of the parents are made comparable before the sign vote"""
+    """how saliencies (sar: sensitivities) of the parents are made comparable before they vote"""
     combine: Literal["sum", "mean"] = "sum"
     """entries that agree in sign are summed, or averaged over the parents that kept them"""
     budget: Literal["tensor", "layer", "global"] = "tensor"

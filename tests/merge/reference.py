@@ -386,7 +386,7 @@ def fisher(problem: Problem, margins: dict):
 
 
 def sar(problem: Problem, margins: dict):
-    """Conflicts in the supports go to the largest F delta^2; the largest |delta| of what is left."""
+    """Conflicts in the supports go to the largest F delta^2; of what is left the largest stay."""
     supports = _above(problem)
     squares = [
         [f[i] * (d * d) for i, d in enumerate(delta)]
