@@ -101,7 +101,9 @@ def diagnose(
             that are not finite.
     """
     if not models:
-        raise MergeError("diagnose: no model; set models.vlm, models.agent, or give --model NAME=DIR")
+        raise MergeError(
+            "diagnose: no model; set models.vlm, models.agent, or give --model NAME=DIR"
+        )
     if rank < 1:
         raise MergeError(f"diagnose: a rank of {rank} has no directions; use 1 or more")
     roles = {"base": base, **models}

@@ -52,7 +52,9 @@ class Sums:
     """[K]: of that, what would lie there if the update had no preference."""
 
     def __add__(self, other: "Sums") -> "Sums":
-        return Sums(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(Sums)})
+        return Sums(
+            **{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(Sums)}
+        )
 
 
 def no_sums(n_models: int) -> Sums:

@@ -42,7 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--rank", type=int, default=32, metavar="K",
         help="leading directions of the base's weights (default: 32)",
     )  # fmt: skip
-    parser.add_argument("--output", type=Path, metavar="DIR", help="write tables and a picture here")
+    parser.add_argument(
+        "--output", type=Path, metavar="DIR", help="write tables and a picture here"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace earlier results")
     parser.add_argument("--dry-run", action="store_true", help="check models, read headers only")
 
