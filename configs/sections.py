@@ -23,6 +23,7 @@ Method = Literal[
     "ram_plus",
     "layer_swap",
     "fisher",
+    "sar",
     "regmean_diagonal",
     "regmean",
     "wudi",
@@ -41,6 +42,7 @@ Elementwise = Literal[
     "ram_plus",
     "layer_swap",
     "fisher",
+    "sar",
     "vlm",
     "agent",
     "base",
@@ -123,7 +125,7 @@ class Calibration:
         default_factory=lambda: ["diagonal"]
     )
     """statistics to make: diagonal (obm, regmean_diagonal), inverse (obm with saliency: inverse),
-    fisher (fisher), gram (regmean); the last two are as large as a checkpoint, or larger"""
+    fisher (fisher, sar), gram (regmean); the last two are as large as a checkpoint, or larger"""
     tokens: Literal["all", "answer"] = "all"
     """which tokens count: all, or what the parent itself says (no prompt, no observations); fisher
     is of the answer always"""
@@ -190,7 +192,7 @@ class Merge:
     saliency: Literal["diagonal", "inverse"] = "diagonal"
     """obm's estimate of the loss change of dropping an entry; `inverse` needs calibration.kinds"""
     normalization: Literal["none", "mean", "rank"] = "none"
-    """how saliencies of the parents are made comparable before the sign vote"""
+    """how saliencies (sar: sensitivities) of the parents are made comparable before they vote"""
     combine: Literal["sum", "mean"] = "sum"
     """entries that agree in sign are summed, or averaged over the parents that kept them"""
     budget: Literal["tensor", "layer", "global"] = "tensor"
@@ -209,7 +211,7 @@ class Merge:
     outliers: Annotated[float, Between(0, 1)] = 0.01
     """breadcrumbs: share of the largest entries that is dropped first"""
     threshold: Annotated[float, NotNegative] = 1.0e-5
-    """ram, ram_plus: an entry counts as changed where its delta is larger"""
+    """ram, ram_plus, sar: an entry counts as changed where its delta is larger"""
     boost: Annotated[float, NotNegative] = 0.1
     """ram_plus: gain r of what only one task changed"""
     boost_limit: Annotated[float, NotNegative] = 0.2

@@ -18,6 +18,7 @@ VERBS = {
     "atlas": "the embedded world: train its tiny checkpoints, or print what its search finds",
     "calibrate": "second moments of each parent's linear inputs, which OBM needs",
     "merge": "merge base, VLM and agent into one checkpoint",
+    "diagnose": "the geometry of task vectors: sparsity, overlap, spectrum, and what suits them",
     "tune": "tune the merge of every method on held-out questions, all as hard",
     "train": "train a checkpoint by GRPO on multi-step search, under DeepSpeed",
     "eval": "evaluate a checkpoint on held-out questions",

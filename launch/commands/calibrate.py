@@ -146,7 +146,7 @@ def describe(config: Config, role: str, shard: tuple[int, int] = WHOLE) -> str:
 
     parent = Parent(config, role, parent_folder(config, role))
     kinds = config.calibration.kinds
-    streams = parent.streams and kinds != ["fisher"]
+    streams = parent.streams_fisher if kinds == ["fisher"] else parent.streams
     share = "" if shard == WHOLE else f", batches {shard[0]}, {sum(shard)}, ... of them"
     return (
         f"{config.calibration.samples} {parent.data_words}{share} through {parent.folder}, "
