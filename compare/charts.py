@@ -187,8 +187,13 @@ def area_chart(
     parts = [_x_axis(x_range, x_label, frame)]
     for css_class, name, shares in layers:
         above = [low + max(0.0, share) for low, share in zip(below, shares, strict=True)]
-        upper = [f"{coordinate(x_of(a))} {coordinate(y_of(min(b, 1)))}" for a, b in zip(x, above)]
-        lower = [f"{coordinate(x_of(a))} {coordinate(y_of(min(b, 1)))}" for a, b in zip(x, below)]
+        upper, lower = (
+            [
+                f"{coordinate(x_of(a))} {coordinate(y_of(min(b, 1)))}"
+                for a, b in zip(x, line, strict=True)
+            ]
+            for line in (above, below)
+        )
         tip = f"{name}: {shares[0]:.2f} at the start, {shares[-1]:.2f} at the end"
         outline = "M" + "L".join([*upper, *reversed(lower)]) + "Z"
         parts.append(f'<path class="layer {css_class}" data-tip="{escape(tip)}" d="{outline}"/>')

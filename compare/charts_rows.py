@@ -249,17 +249,17 @@ def heat_map(
         for j, value in enumerate(line):
             if value is None:
                 continue
-            shade, x = shade_of(value, limits), label_width + j * cell
+            shade, begin = shade_of(value, limits), label_width + j * cell
             text = format(value, form).replace("-", "−")
             tip = escape(f"layer {columns[j]}, {row}: {value:.4g} {unit}")
             parts.append(
-                f'<rect class="h{shade}" data-tip="{tip}" x="{coordinate(x + 0.75)}" '
+                f'<rect class="h{shade}" data-tip="{tip}" x="{coordinate(begin + 0.75)}" '
                 f'y="{y + 0.75}" width="{coordinate(cell - 1.5)}" height="{cell_height - 1.5}" '
                 'rx="2"/>'
             )
             if cell > 7.2 * len(text) + 2:
                 parts.append(
-                    f'<text class="t{shade}" x="{coordinate(x + cell / 2)}" y="{y + 12}" '
+                    f'<text class="t{shade}" x="{coordinate(begin + cell / 2)}" y="{y + 12}" '
                     f'dy=".35em" text-anchor="middle">{text}</text>'
                 )
     size = f'width="{width}" height="{frame.height}"'
@@ -302,16 +302,16 @@ def bar_chart(
     )
     parts = [f'<g class="grid">{grid}</g>']
     for i, (arm, label, pieces) in enumerate(rows):
-        y, x = i * ROW_HEIGHT, float(label_width)
+        y, at = i * ROW_HEIGHT, float(label_width)
         bars = []
         for css_class, name, length in pieces:
             wide = max(0.0, length) / total * room
             tip = escape(f"{label}, {name}: {length:.3g}")
             bars.append(
-                f'<rect class="{css_class}" data-tip="{tip}" x="{coordinate(x)}" y="{y + 4}" '
+                f'<rect class="{css_class}" data-tip="{tip}" x="{coordinate(at)}" y="{y + 4}" '
                 f'width="{coordinate(wide)}" height="{ROW_HEIGHT - 8}"/>'
             )
-            x += wide
+            at += wide
         parts.append(
             f'<g data-arm="{arm}"><text class="row" x="{label_width - 6}" '
             f'y="{y + ROW_HEIGHT / 2}" dy=".35em" text-anchor="end">{escape(label)}</text>'

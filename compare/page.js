@@ -38,7 +38,10 @@
     }
   }, { rootMargin: "-20% 0px -70% 0px" });
   for (const section of all("main > section[id]")) watcher.observe(section);
-  if (window.innerWidth < 1100) all("nav.contents details").forEach((d) => d.removeAttribute("open"));
+  const wide = window.matchMedia("(min-width: 1100px)");
+  const openContents = () => { document.querySelector("nav.contents details").open = wide.matches; };
+  wide.addEventListener("change", openContents);
+  openContents();
 
   // ---- arms
 

@@ -142,7 +142,7 @@ def write_page(path: str | Path, page: Page) -> int:
     n_bytes = len(text.encode())
     if n_bytes > MAX_BYTES:
         raise CompareError(
-            f"{path}: the page has {n_bytes / 1e6:.1f} MB, more than 5; name fewer files with --with"
+            f"{path}: the page has {n_bytes / 1e6:.1f} MB, more than 5; name fewer files"
         )
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -355,7 +355,8 @@ def _legend(arms: Arms) -> str:
     many = " many" if len(arms.names) > MANY_ARMS else ""
     return (
         f'<div class="legend{many}" role="group" aria-label="arms: click to hide or show"><ul>'
-        f'{items}<li class="control"><button type="button" data-all>show all</button></li></ul></div>'
+        f'{items}<li class="control"><button type="button" data-all>show all</button></li>'
+        "</ul></div>"
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
 from typing import Any
 
 from compare import page
@@ -41,6 +42,7 @@ MEASURES = {
 }  # fmt: skip
 AXES = {"step": "steps", "tokens": "tokens", "device_s": "device_s"}
 """Column of a figure's data -> list in a curve."""
+LIMITS = ("mean", "low", "high")
 SMALL = Frame(width=310, height=190, left=38, right=12, top=10, bottom=40)
 
 
@@ -135,56 +137,54 @@ def curve_figure(
 ) -> str:
     """One metric of all arms as curves."""
     title, note = CURVES.get(metric, (metric, ""))
-    curves, rows, n_seeds = [], [], 0
-    for arm, metrics in data.curves.items():
-        if metric not in metrics:
-            continue
-        found = metrics[metric]
-        keep = page.thinned(len(found["mean"]), data.detail.max_points)
-        seeds = found.get("per_seed") or [] if data.detail.seeds else []
-        n_seeds = max(n_seeds, len(seeds))
-        picked = {key: [values[i] for i in keep] for key, values in found.items()
-                  if key in ("steps", "tokens", "device_s", "mean", "low", "high") and values}  # fmt: skip
-        seeds = [[seed[i] for i in keep] for seed in seeds]
-        has_band = len(found.get("per_seed") or []) != 1
-        number = data.arms.number(arm)
-        curves.append(
-            Curve(
-                number,
-                data.arms.label(arm),
-                picked["steps"],
-                picked["mean"],
-                picked["low"] if has_band else (),
-                picked["high"] if has_band else (),
-                seeds if len(seeds) > 1 else (),
-            )  # fmt: skip
-        )
-        rows += [
-            [arm, *(picked[list_name][i] if list_name in picked else None
-                    for list_name in (*AXES.values(), "mean", "low", "high")),
-             *(seed[i] for seed in seeds)]
-            for i in range(len(keep))
-        ]  # fmt: skip
-    rows = [row + [None] * (7 + n_seeds - len(row)) for row in rows]
+    made = [
+        _curve_and_rows(data, arm, metrics[metric])
+        for arm, metrics in data.curves.items()
+        if metric in metrics
+    ]
+    curves = [curve for curve, _ in made]
+    n_columns = max(len(row) for _, rows in made for row in rows)
+    rows = [row + [None] * (n_columns - len(row)) for _, lines in made for row in lines]
     values = [v for c in curves for line in (c.y, c.low, c.high, *c.seeds) for v in line]
     low, high = value_range(values)
-    is_share = metric not in NO_SHARES
-    chart = {
-        "title": title,
-        "description": _describe(curves),
-        "x_label": "optimizer steps",
-        "y_range": (low, min(high, 1.02) if is_share else high),
-        "target": target,
-    }
-    narrow = line_chart(curves, frame=NARROW, **chart)
-    charts = narrow
-    if is_large:
-        charts = page.both_widths(line_chart(curves, frame=WIDE, **chart), narrow)
-    columns = ["arm", *AXES, "mean", "low", "high", *(f"seed_{i}" for i in range(n_seeds))]
-    return page.figure(
-        f"{data.prefix}{metric}".replace("/", "-"), title, charts, columns, rows,
-        note=note, css_class="curves",
+    if metric not in NO_SHARES:
+        high = min(high, 1.02)
+    wide, narrow = (
+        line_chart(
+            curves, title=title, description=_describe(curves), x_label="optimizer steps",
+            y_range=(low, high), frame=frame, target=target,
+        )
+        for frame in (WIDE, NARROW)
     )  # fmt: skip
+    charts = page.both_widths(wide, narrow) if is_large else narrow
+    columns = ["arm", *AXES, *LIMITS]
+    columns += [f"seed_{i}" for i in range(n_columns - len(columns))]
+    name = f"{data.prefix}{metric}".replace("/", "-")
+    return page.figure(name, title, charts, columns, rows, note=note, css_class="curves")
+
+
+def _curve_and_rows(
+    data: Comparison, arm: str, found: Mapping[str, Any]
+) -> tuple[Curve, list[list[Any]]]:
+    """An arm's curve, and its points as the rows of the figure's data."""
+    keep = page.thinned(len(found["mean"]), data.detail.max_points)
+    kept = {
+        key: [found[key][i] for i in keep] for key in (*AXES.values(), *LIMITS) if found.get(key)
+    }
+    per_seed = found.get("per_seed") or []
+    seeds = [[seed[i] for i in keep] for seed in per_seed] if data.detail.seeds else []
+    has_band = len(per_seed) != 1
+    curve = Curve(
+        arm=data.arms.number(arm),
+        label=data.arms.label(arm),
+        x=kept["steps"],
+        y=kept["mean"],
+        low=kept["low"] if has_band else (),
+        high=kept["high"] if has_band else (),
+        seeds=seeds if len(seeds) > 1 else (),
+    )
+    columns = [kept.get(key) or [None] * len(keep) for key in (*AXES.values(), *LIMITS)]
+    return curve, [[arm, *values] for values in zip(*columns, *seeds, strict=True)]
 
 
 def _describe(curves: Sequence[Curve]) -> str:
@@ -393,7 +393,9 @@ def behaviour_section(data: Comparison) -> Section | None:
         chart = area_chart(
             x, [(f"way-{way}", WAYS[way], shares[way]) for way in reversed(BEHAVIOURS)],
             title=f"Searches of {data.arms.label(arm)}",
-            description="; ".join(f"{WAYS[w]} {s[0]:.2f} to {s[-1]:.2f}" for w, s in shares.items()),
+            description="; ".join(
+                f"{WAYS[way]} {share[0]:.2f} to {share[-1]:.2f}" for way, share in shares.items()
+            ),
             x_label="optimizer steps", frame=SMALL,
         )  # fmt: skip
         charts.append(_small_chart(data, arm, chart))
@@ -415,8 +417,6 @@ def behaviour_section(data: Comparison) -> Section | None:
 
 
 def _small_chart(data: Comparison, arm: str, chart: str) -> str:
-    from html import escape
-
     label = escape(data.arms.label(arm))
     number = data.arms.number(arm)
     return (
@@ -661,7 +661,7 @@ def rewards_section(data: Comparison) -> Section | None:
     chart = page.both_widths(wide, narrow)
     legend = "".join(
         f'<li><i class="{_REWARD_CLASSES[i % len(_REWARD_CLASSES)]}"></i>'
-        f"{page.escape(name.replace('accuracy', 'right answers'))}</li>"
+        f"{escape(name.replace('accuracy', 'right answers'))}</li>"
         for i, name in enumerate(names)
     )
     hacked = [arm for arm, made in known.items() if made.get("rises_without_answers")]

@@ -21,7 +21,7 @@ from compare.page import DETAILS, MAX_BYTES, Arms, Detail, Page, Section, facts,
 from compare.page_comparison import Comparison, comparison_sections
 from compare.page_data import curves_of
 from compare.page_studies import ablation_sections, floor_sections, transfer_sections
-from compare.verdict import Verdict, comparison_verdict, floor_verdict
+from compare.verdict import Verdict, comparison_verdict, floor_verdict, reference_of
 
 KINDS = ("comparison", "floor", "ablation", "transfer", "merge")
 
@@ -167,13 +167,6 @@ def _sections(record: Record, arms: Arms, detail: Detail, prefix: str) -> list[S
     if record.kind == "transfer":
         return transfer_sections(record.data, arms, detail, prefix)
     return merge_sections(record.data, record.name, prefix)
-
-
-def reference_of(summary: Mapping[str, Any]) -> str:
-    """The arm that others are held against: the summary's, else `obm`, else the first."""
-    arms = summary["arms"]
-    named = summary.get("reference")
-    return str(named if named in arms else "obm" if "obm" in arms else next(iter(arms)))
 
 
 def _verdict(record: Record, arms: Arms) -> Verdict | None:

@@ -60,15 +60,13 @@ def comparison_verdict(
     Args:
         summary: content of the report's json file.
         label: how an arm is written.
-        reference: the arm to judge; by default the summary's, else `obm`, else its first.
+        reference: the arm to judge; see `reference_of`.
 
     Returns:
         None where there is no other arm.
     """
     arms = summary["arms"]
-    reference = reference or summary.get("reference")
-    if reference not in arms:
-        reference = "obm" if "obm" in arms else next(iter(arms))
+    reference = reference or reference_of(summary)
     is_trained = bool(arms[reference].get("is_trained", True))
     measure = "ceiling" if is_trained else "floor.accuracy"
     others = [arm for arm in arms if arm != reference and _mean(arms[arm], measure) is not None]
@@ -131,6 +129,13 @@ def floor_verdict(record: Mapping[str, Any], label: Label) -> Verdict | None:
         if column in arms[reference]["parts"]
     ]  # fmt: skip
     return Verdict(tone, headline, sentences, tiles)
+
+
+def reference_of(summary: Mapping[str, Any]) -> str:
+    """The arm that others are held against: the summary's, else `obm`, else the first."""
+    arms = summary["arms"]
+    named = summary.get("reference")
+    return str(named if named in arms else "obm" if "obm" in arms else next(iter(arms)))
 
 
 def stand(

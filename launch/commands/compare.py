@@ -1,8 +1,9 @@
 """Compare finished runs: floor, ceiling, steps to target, area, search rates, with intervals.
 
 Reads run folders (and folders that `obm eval` wrote: arms with a floor only) and writes
-compare.json, .csv, .md, .png and .svg. Runs that differ in data, evaluation, rewards or budget are
-refused, with the setting in which they differ.
+compare.json, .csv, .md, .html, .png and .svg. The html is one page that needs no network; `--with`
+adds to it what other studies and merges have written. Runs that differ in data, evaluation, rewards
+or budget are refused, with the setting in which they differ.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from pathlib import Path
 
 EXAMPLES = (
     "obm compare runs/demo/runs/* --output runs/demo/report",
+    "obm compare runs/demo/runs/* --with runs/floor/floor.json runs/demo/merged/obm/merge.json",
     "obm compare runs/a-s0 runs/b-s0 runs/b-s1 --output runs/ab --target-arm a --smoothing 1",
 )
 
@@ -28,6 +30,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--smoothing", type=int, metavar="N", help="evaluations in a mean")
     parser.add_argument("--bootstrap", type=int, metavar="N", help="resamples (five seeds and up)")
     parser.add_argument("--partial", action="store_true", help="take unfinished runs as they are")
+    parser.add_argument(
+        "--with", dest="beside", nargs="+", default=[], metavar="FILE",
+        help="further json files for the page: of other studies, merge.json",
+    )  # fmt: skip
+    parser.add_argument(
+        "--wandb-report",
+        metavar="PROJECT",
+        help="also send the report to W&B: ENTITY/PROJECT, or PROJECT",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace a report of that name")
 
 
@@ -40,6 +51,10 @@ def run(options: argparse.Namespace) -> int:
     runs = [read_run(folder, partial=options.partial) for folder in options.runs]
     # What the command line leaves open, the runs' own settings say.
     settings = runs[0].config.get("compare") or {}
+    if options.wandb_report:
+        from compare.wandb_report import load_reports
+
+        load_reports()  # what is missing is said before anything is written
     summary = write_report(
         runs,
         options.output,
@@ -51,7 +66,15 @@ def run(options: argparse.Namespace) -> int:
         bootstrap=options.bootstrap or settings.get("bootstrap", 2000),
         partial=options.partial,
         overwrite=options.overwrite,
+        beside=options.beside,
     )
     print(text_table(summary))
-    print(f"\npicture: {Path(options.output) / options.name}.png")
+    base = Path(options.output) / options.name
+    print(f"\npicture: {base}.png\npage:    {base}.html")
+    if options.wandb_report:
+        from compare.wandb_report import send_report
+
+        text = Path(f"{base}.md").read_text(encoding="utf-8")
+        address = send_report(text, project=options.wandb_report, title=options.title)
+        print(f"W&B:     {address}")
     return 0
