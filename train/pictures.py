@@ -1,4 +1,4 @@
-"""Small copies of the pictures of recorded episodes: pictures/<hash>.webp beside trajectories.jsonl.
+"""Small copies of recorded episodes' pictures: pictures/<hash>.webp beside trajectories.jsonl.
 
 The hash is that of the trajectory's line, so that equal pictures are kept once, over all steps.
 """
@@ -56,7 +56,7 @@ def small(image: Any, size: int) -> Any:
     """A copy of a PIL image in RGB or RGBA, scaled down to `size` pixels on its longest side."""
     is_clear = "A" in image.getbands() or "transparency" in image.info
     copy = image.convert("RGBA" if is_clear else "RGB")
-    copy.thumbnail((size, size))
+    copy.thumbnail((size, size), reducing_gap=2.0)
     return copy
 
 

@@ -1,7 +1,8 @@
 """Train a policy from a settings file: `deepspeed launch/train.sh --config configs/demo.yaml`.
 
 A run folder stands alone: config.yaml, environment.json, metrics.jsonl, trajectories.jsonl,
-pictures/, checkpoints/, heartbeat/, wandb_id, merge.json (of a merged start) and, at the end, done.json.
+pictures/, checkpoints/, heartbeat/, wandb_id, merge.json (of a merged start) and, at the end,
+done.json.
 """
 
 from __future__ import annotations

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import groupby
-from os.path import commonprefix
 from typing import Any
 
 BROKEN = "\N{REPLACEMENT CHARACTER}"
@@ -56,9 +55,15 @@ def cut(token_ids: list[int], decode: Callable[[Sequence[int]], str]) -> list[st
     """
     whole, texts, begin = decode(token_ids), [], 0
     for n in range(1, len(token_ids) + 1):
-        end = (
-            len(whole) if n == len(token_ids) else len(commonprefix([decode(token_ids[:n]), whole]))
-        )
+        end = len(whole)
+        if n < len(token_ids):
+            end = max(begin, n_equal(decode(token_ids[:n]), whole))
         texts.append(whole[begin:end])
-        begin = max(begin, end)
+        begin = end
     return texts
+
+
+def n_equal(one: str, other: str) -> int:
+    """Characters at the beginning of both texts that are equal."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
