@@ -51,8 +51,8 @@ def find_file(place: str | Path) -> Path:
     return path / NAME
 
 
-def read_lines(path: Path) -> Iterator[dict[str, Any] | None]:
-    """The JSON objects of a file, in order; None at the end stands for a torn last line.
+def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | None]]:
+    """(number, JSON object) of a file's lines, in order; None stands for a torn last line.
 
     Raises:
         CompareError: names the first other line that is no JSON object.
@@ -74,9 +74,9 @@ def read_lines(path: Path) -> Iterator[dict[str, Any] | None]:
                 continue
             if not isinstance(row, dict):
                 raise CompareError(f"{path}:{number}: not a JSON object; restore or remove it")
-            yield row
+            yield number, row
     if torn is not None:
-        yield None
+        yield torn[0], None
 
 
 def check_row(row: dict[str, Any], where: str) -> None:

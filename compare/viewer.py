@@ -4,8 +4,8 @@
 
 How it works: `pack` turns lines of trajectories.jsonl into an index (a few numbers for each
 episode: what the list shows, filters and sorts by) and chunks (the episodes themselves, neighbours
-by question, each text once a chunk). Both are JSON, deflated, and lie as base64 in data blocks of the
-page; `compare/viewer_page` inflates a chunk when one of its episodes is looked at.
+by question, each text once a chunk). Both are JSON, deflated, and lie as base64 in data blocks of
+the page; `compare/viewer_page` inflates a chunk when one of its episodes is looked at.
 
 Texts of policies and pages are data: they stand in JSON in base64, the page shows them as text
 nodes, and its content security policy allows its own script and nothing from elsewhere.
@@ -88,6 +88,9 @@ def pack(files: Sequence[TrajectoryFile], *, with_pictures: bool = True) -> Pack
         index["chunks"].append(n)
         packed.chunks.append(chunk)
     packed.pictures = [_find_picture(key, files) for key in pictures]
+    index["columns"]["picture"] = [
+        pictures.get(str(row["images"][0])) if row["images"] else None for _, row in episodes
+    ]
     index["pictures"] = [bool(picture) for picture in packed.pictures]
     return packed
 

@@ -102,11 +102,11 @@ def read_file(path: Path, choice: Choice) -> TrajectoryFile:
         CompareError: names the first line that is no trajectory.
     """
     file = TrajectoryFile(path, [])
-    for number, row in enumerate(read_lines(path), start=1):
+    for number, row in read_lines(path):
         if row is None:
             file.is_torn = True
             break
-        check_row(row, f"{path}: episode {number}")
+        check_row(row, f"{path}:{number}")
         if choice.takes(row):
             file.rows.append(row)
     return file

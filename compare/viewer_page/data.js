@@ -20,6 +20,7 @@ async function openIndex() {
   firstOfChunk = [0];
   for (const n of index.chunks) firstOfChunk.push(firstOfChunk[firstOfChunk.length - 1] + n);
   index.size = column.step.length;
+  index.hasPictures = index.pictures.includes(true);
   // episodes of a question lie side by side: evaluations first, by run and step
   index.firstOf = new Int32Array(index.questions.length + 1).fill(-1);
   for (let i = index.size - 1; i >= 0; i--) index.firstOf[column.question[i]] = i;

@@ -8,12 +8,11 @@ function shadeOf(probability) {
   return SHADES.findIndex((least) => probability >= least);
 }
 
-function drawEpisode(ep, before) {
-  const i = ep.number, changed = before ? changes(before, ep) : [];
-  return h('article', {class: 'episode', data: {episode: i}},
-    before && drawChanges(before, ep, changed),
-    drawPictures(ep.images, 'Picture of the question'),
-    drawPrompt(ep),
+// `before`: the same run's evaluation before; `isBare`: the question is shown already.
+function drawEpisode(ep, {before, isBare} = {}) {
+  return h('article', {class: 'episode', data: {episode: ep.number}},
+    before && drawChanges(before, ep, changes(before, ep)),
+    isBare ? null : drawQuestion(ep),
     ep.turns.map((turn, n) => drawTurn(ep, turn, n)),
     drawOutcome(ep));
 }
@@ -42,6 +41,10 @@ function drawPictures(numbers, alt) {
     });
     return button;
   }));
+}
+
+function drawQuestion(ep) {
+  return [drawPictures(ep.images, 'Picture of the question'), drawPrompt(ep)];
 }
 
 function drawPrompt(ep) {

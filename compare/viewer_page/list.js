@@ -33,15 +33,21 @@ function row(place) {
   const i = shown[place], answer = answerOf(i);
   return h('div', {
     class: 'row', role: 'option', id: `row-${i}`, data: {episode: i}, style: {top: `${place * ROW}px`},
-    'aria-selected': String(i === chosen), 'aria-posinset': place + 1, 'aria-setsize': shown.length,
+    title: plain(index.questions[column.question[i]].id), 'aria-selected': String(i === chosen), 'aria-posinset': place + 1, 'aria-setsize': shown.length,
   },
-  badge(i),
+  drawThumb(i), badge(i),
   h('div', {class: 'what'},
     h('div', {class: 'question'}, questionText(i)),
     h('div', {class: 'facts'}, armDot(i), `${runName(i)} · ${column.is_training[i] ? 'train ' : ''}step ${column.step[i]} · `,
       `${column.calls[i]} call${column.calls[i] === 1 ? '' : 's'} · `,
       answer === null ? h('em', {}, stopOf(i) || 'no answer') : `“${answer}”`)),
   h('div', {class: 'reward'}, decimal(column.reward[i]), column.marks[i] ? h('span', {class: 'flag', title: markWords(column.marks[i])}, '!') : null));
+}
+
+function drawThumb(i) {
+  if (!index.hasPictures) return null;
+  const source = column.picture[i] === null ? null : pictureSource(column.picture[i]);
+  return source ? h('img', {class: 'thumb', src: source, alt: ''}) : h('span', {class: 'thumb'});
 }
 
 function markWords(marks) {

@@ -64,7 +64,9 @@ function drawScaleFor(episodes) {
 
 // Another run at the same step; where there is one run, another step of it.
 function partner(i) {
-  const run = column.run[i];
+  const run = column.run[i], before = state.other < 0 ? run : column.run[state.other];
+  const kept = before === run ? null : nearest(i, before);
+  if (kept !== null) return kept;
   for (let other = 0; other < index.runs.length; other++) {
     const k = other === run ? null : nearest(i, other);
     if (k !== null) return k;
@@ -82,6 +84,7 @@ async function viewSide() {
     isSame ? h('div', {class: 'heading'}, h('h2', {}, questionText(chosen))) : h('div', {class: 'heading'}, h('h2', {}, 'Two questions')),
     isSame ? h('p', {class: 'differ'}, differ.length ? ['They differ in ', h('b', {}, differ.join(', ')), '.'] : 'Same answer, reward, searches and end.') : null,
     drawScaleFor([one, other]),
+    isSame ? drawQuestion(one) : null,
     h('div', {class: 'panes'}, drawPane('a', one, isSame), drawPane('b', other, isSame)),
   ];
 }
@@ -99,8 +102,13 @@ function drawPane(name, ep, isSame) {
         onclick: () => { state.pane = name; drawView(); },
       }, isTarget ? 'list opens here' : 'open here')),
     drawStepper(i, go),
-    heading(i, 'h3'), isSame ? null : drawFacts(i),
-    drawEpisode(ep));
+    isSame ? drawVerdict(ep) : [heading(i, 'h3'), drawFacts(i)],
+    drawEpisode(ep, {isBare: isSame}));
+}
+
+function drawVerdict(ep) {
+  return h('div', {class: 'heading'}, badge(ep.number), h('h3', {}, ep.answer === null ? `no answer (${stopOf(ep.number)})` : ep.answer),
+    h('span', {class: 'quiet'}, decimal(column.reward[ep.number])));
 }
 
 function openPane(name, i) {
@@ -136,7 +144,7 @@ async function viewTime() {
     drawVisits(ofRun(chosen, column.run[chosen]), episodes, changed),
     drawStepper(chosen, (k) => open(k)),
     drawScaleFor([ep]),
-    drawEpisode(ep, earlier),
+    drawEpisode(ep, {before: earlier}),
   ];
 }
 
@@ -144,8 +152,10 @@ function drawStrips(same, episodes, changed) {
   const steps = [...new Set(same.map((k) => column.step[k]))].sort((a, b) => a - b);
   const runs = [...new Set(same.map((k) => column.run[k]))];
   const labelled = Math.ceil(steps.length / 24);
+  const at = new Map();
+  for (const k of same) if (!at.has(`${column.run[k]} ${column.step[k]}`)) at.set(`${column.run[k]} ${column.step[k]}`, k);
   const cell = (run, step) => {
-    const k = same.find((m) => column.run[m] === run && column.step[m] === step);
+    const k = at.get(`${run} ${step}`);
     if (k === undefined) return h('td', {});
     const news = changed.get(k) || [], answer = answerOf(k);
     const words = `${index.runs[run].name}, step ${step}: ${result(k)}, reward ${decimal(column.reward[k])}, `
@@ -159,7 +169,8 @@ function drawStrips(same, episodes, changed) {
     h('thead', {}, h('tr', {}, h('th', {scope: 'col'}, 'step'), steps.map((step, n) => h('th', {scope: 'col'}, n % labelled ? '' : String(step))))),
     h('tbody', {}, runs.map((run) => h('tr', {}, h('th', {scope: 'row'}, dot(index.arms[index.runs[run].arm].colour), index.runs[run].name),
       steps.map((step) => cell(run, step)))))),
-  h('p', {class: 'quiet'}, '✓ right   ✗ wrong   – not scored   a bar above: something changed since the run\'s evaluation before'));
+  h('p', {class: 'legend'}, h('span', {}, '✓ right'), h('span', {}, '✗ wrong'), h('span', {}, '– not scored'),
+    h('span', {}, h('i', {class: 'news-bar', 'aria-hidden': 'true'}), 'answer, reward, searches or end changed since the evaluation before')));
 }
 
 // The table of `obm follow`.
