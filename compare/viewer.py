@@ -16,7 +16,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import html
-import io
 import json
 import math
 import os
@@ -28,7 +27,7 @@ from typing import Any
 
 from compare.figure import arm_colours
 from compare.trajectory_files import TrajectoryFile
-from train.pictures import PICTURES
+from compare.viewer_pictures import find_pictures
 
 CHUNK_BYTES = 128 * 1024
 """JSON of a chunk before it is deflated: one is inflated and parsed in about 2 ms"""
@@ -87,7 +86,7 @@ def pack(files: Sequence[TrajectoryFile], *, with_pictures: bool = True) -> Pack
     for n, chunk in _chunks(episodes, index["parts"], pictures if with_pictures else None):
         index["chunks"].append(n)
         packed.chunks.append(chunk)
-    packed.pictures = [_find_picture(key, files) for key in pictures]
+    packed.pictures = find_pictures(list(pictures), files)
     index["columns"]["picture"] = [
         pictures.get(str(row["images"][0])) if row["images"] else None for _, row in episodes
     ]
@@ -336,23 +335,6 @@ def utf16_length(text: str) -> int:
 def _json(value: Any) -> str:
     # ASCII: a lone surrogate, which is no UTF-8, stays an escape
     return json.dumps(value, separators=(",", ":"), allow_nan=False)
-
-
-def _find_picture(key: str, files: Sequence[TrajectoryFile]) -> bytes:
-    """The picture's file from the first folder that has a sound one; empty if none has."""
-    from PIL import Image, UnidentifiedImageError
-
-    if not key.isalnum():  # a name from a file must not lead out of the folder
-        return b""
-    for folder in dict.fromkeys(file.path.parent / PICTURES for file in files):
-        try:
-            content = (folder / f"{key}.webp").read_bytes()
-            with Image.open(io.BytesIO(content), formats=["WEBP"]) as image:
-                image.load()
-        except (OSError, UnidentifiedImageError, Image.DecompressionBombError):
-            continue
-        return content
-    return b""
 
 
 # ---------------------------------------------------------------- the page

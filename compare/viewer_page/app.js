@@ -30,7 +30,7 @@ function open(i, settings = {}) {
 function setMode(mode) {
   state.mode = mode;
   if (mode === 'side') state.other = chosen < 0 ? -1 : partner(chosen);
-  state.pane = 'a';
+  state.pane = state.other === chosen ? 'b' : 'a';
   drawBar();
   remember(false);
   return drawView();

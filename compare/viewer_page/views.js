@@ -82,7 +82,8 @@ async function viewSide() {
   const differ = changes(one, other);
   return [
     isSame ? h('div', {class: 'heading'}, h('h2', {}, questionText(chosen))) : h('div', {class: 'heading'}, h('h2', {}, 'Two questions')),
-    isSame ? h('p', {class: 'differ'}, differ.length ? ['They differ in ', h('b', {}, differ.join(', ')), '.'] : 'Same answer, reward, searches and end.') : null,
+    chosen === state.other ? h('p', {class: 'differ'}, 'No other episode of this question; choose one in the list.')
+      : isSame ? h('p', {class: 'differ'}, differ.length ? ['They differ in ', h('b', {}, differ.join(', ')), '.'] : 'Same answer, reward, searches and end.') : null,
     drawScaleFor([one, other]),
     isSame ? drawQuestion(one) : null,
     h('div', {class: 'panes'}, drawPane('a', one, isSame), drawPane('b', other, isSame)),
