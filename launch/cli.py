@@ -24,6 +24,7 @@ VERBS = {
     "eval": "evaluate a checkpoint on held-out questions",
     "compare": "floor, ceiling and curves of finished runs, as tables and a picture",
     "follow": "how a run's episodes on chosen questions changed from evaluation to evaluation",
+    "view": "episodes of runs as one page: filter, read, two side by side, over training",
     "index": "build an index over passages or pictures, for search and for serve",
     "serve": "serve text and image search over HTTP, as Search-R1's server does",
     "study": "several starts times several seeds, then the comparison",

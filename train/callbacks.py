@@ -28,7 +28,9 @@ from rewards.compose import score_each
 from train.evaluation import FOUR_PARTS, summarize
 from train.followed import chosen, follow
 from train.health import HealthMonitor, HealthWarning, Settings
-from train.trajectories import Trajectory, append_jsonl, truncate_jsonl
+from train.pictures import PictureFolder
+from train.token_texts import TokenTexts
+from train.trajectories import Trajectory, append_jsonl, gold_of, truncate_jsonl
 
 if TYPE_CHECKING:
     from configs.schema import Config
@@ -63,6 +65,7 @@ class Recorder:
         self._metrics = folder / "metrics.jsonl"
         self._trajectories = folder / "trajectories.jsonl"
         self._health = folder / "health.jsonl"
+        self._token_texts: TokenTexts | None = None
         self._followed: list[dict[str, Any]] = []
         self.training_lines: list[dict[str, Any]] = []
         """training lines of metrics.jsonl before this start"""
@@ -82,7 +85,13 @@ class Recorder:
             self.training_lines = [line for line in kept if line["phase"] == "train"]
             self._start -= kept[-1]["time_s"] if kept else 0.0
             self._device.add(kept[-1].get("device_s", 0.0) if kept else 0.0)
+        self._pictures = PictureFolder(folder, config.tracking.picture_size)
         self._wandb = start_wandb(folder, config, resume_step)
+
+    def use_tokenizer(self, tokenizer: Any) -> None:
+        """Has the lines of trajectories hold the tokens' texts, if the settings want them."""
+        if self.config.tracking.token_logprobs:
+            self._token_texts = TokenTexts(tokenizer)
 
     @property
     def time_s(self) -> float:
@@ -127,24 +136,48 @@ class Recorder:
             row |= {f"{phase}_clock/{name}": value for name, value in since_start.items()}
             self._wandb.log({**row, "train/global_step": step, **since_start}, step=step)
 
-    def trajectories(self, step: int, phase: str, episodes: Sequence[Trajectory]) -> None:
+    def trajectories(
+        self,
+        step: int,
+        phase: str,
+        episodes: Sequence[Trajectory],
+        questions: Sequence[dict[str, Any]] = (),
+    ) -> None:
         """Lines of trajectories.jsonl: all of an evaluation, `log_trajectories` of a step.
 
-        Of an evaluation the questions that are followed carry `"followed": true`.
+        Of an evaluation the questions that are followed carry `"followed": true`. The pictures go
+        to `pictures/`.
+
+        Args:
+            step: optimizer steps done.
+            phase: "train" or "eval".
+            episodes: in the order of their rows.
+            questions: theirs, in the same order; none where they are not known.
         """
         if not self.is_main:
             return
         config, n_shown = self.config, self.config.tracking.log_trajectories
-        few = _spread(episodes, n_shown)
-        kept = episodes if phase == "eval" else few
-        rows = [episode.to_dict(step, config.arm_name, config.seed, phase) for episode in kept]
+        few = _spread(range(len(episodes)), n_shown)
+        kept = range(len(episodes)) if phase == "eval" else few
+        rows = []
+        for index in kept:
+            episode = episodes[index]
+            if self._token_texts is not None:
+                for turn in episode.turns:
+                    turn.tokens = self._token_texts(turn.token_ids)
+            row = episode.to_dict(step, config.arm_name, config.seed, phase)
+            if questions:
+                row["gold"] = gold_of(questions[index])
+            self._pictures.add(episode, row)
+            rows.append(row)
         if phase == "eval":
             for index in chosen(len(rows), config.tracking.follow, config.environment.data_seed):
                 rows[index]["followed"] = True
             self._followed += [row for row in rows if row.get("followed")]
         append_jsonl(self._trajectories, rows)
         if self._wandb is not None and few and phase == "eval":
-            tables = {"trajectories": trajectory_table(few, step)}
+            shown = [episodes[index] for index in few]
+            tables = {"trajectories": trajectory_table(shown, step)}
             if self._followed:
                 tables["followed"] = followed_table(self._followed)
             self._wandb.log(tables, step=step)
@@ -227,7 +260,9 @@ class RunCallback(TrainerCallback):
         values = {k: v for k, v in logs.items() if k not in NOT_METRICS}
         step = state.global_step
         self.recorder.metrics(step, "train", self.trainer.n_policy_tokens, values)
-        self.recorder.trajectories(step, "train", self.trainer.last_trajectories)
+        self.recorder.trajectories(
+            step, "train", self.trainer.last_trajectories, self.trainer.last_questions
+        )
         if not self.recorder.is_main:
             return
         shown = {k: f"{values[name]:.3g}" for k, name in SHOWN.items() if _is_number(values, name)}
@@ -309,7 +344,7 @@ class EvaluationCallback(TrainerCallback):
         metrics["time_s"] = round(time.perf_counter() - start, 3)
         step = trainer.state.global_step
         self.recorder.metrics(step, "eval", trainer.n_policy_tokens, metrics)
-        self.recorder.trajectories(step, "eval", ordered)
+        self.recorder.trajectories(step, "eval", ordered, self.questions)
         if self.recorder.is_main:
             parts = "  ".join(f"{part} {metrics[part]:.3f}" for part in FOUR_PARTS)
             tqdm.write(f"evaluation at step {step}  {parts}", file=sys.stderr)
@@ -427,7 +462,7 @@ def _is_number(values: dict[str, Any], name: str) -> bool:
     return isinstance(values.get(name), int | float)
 
 
-def _spread(episodes: Sequence[Trajectory], n: int) -> list[Trajectory]:
-    """n episodes from all over the batch, so that they are not all of one group."""
-    n = min(n, len(episodes))
-    return [episodes[i * len(episodes) // n] for i in range(n)]
+def _spread(rows: Sequence[int], n: int) -> list[int]:
+    """n rows from all over the batch, so that they are not all of one group."""
+    n = min(n, len(rows))
+    return [rows[i * len(rows) // n] for i in range(n)]

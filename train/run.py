@@ -1,8 +1,8 @@
 """Train a policy from a settings file: `deepspeed launch/train.sh --config configs/demo.yaml`.
 
 A run folder stands alone: config.yaml, environment.json, metrics.jsonl, trajectories.jsonl,
-checkpoints/, heartbeat/, wandb_id, merge.json and start_cost.json (of a merged start) and, at the
-end, done.json.
+pictures/, checkpoints/, heartbeat/, wandb_id, merge.json and start_cost.json (of a merged start)
+and, at the end, done.json.
 """
 
 from __future__ import annotations
@@ -180,6 +180,7 @@ def _train(
     if checkpoint is not None:
         logger.info("resuming at step %d of %s", resume_step, folder)
     model, processor = load_policy(init)
+    recorder.use_tokenizer(getattr(processor, "tokenizer", processor))
     if config.models.freeze_vision:
         freeze_vision(model)
     reference = config.models.reference
