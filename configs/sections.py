@@ -536,6 +536,9 @@ class Tracking:
     """`auto` = online with a login, offline without"""
     log_trajectories: Annotated[int, NotNegative] = 8
     """trajectories per logged step in the W&B table"""
+    live: Literal["auto", "off"] = "auto"
+    """`auto` = the run's status in the last rows of the terminal, where there is one, else a line a
+    step; `off` = a line a step everywhere"""
     follow: Annotated[int, NotNegative] = 4
     """evaluation questions whose episodes are marked at every evaluation, in trajectories.jsonl and
     in a W&B table of their own; `obm follow RUN` shows how they change"""

@@ -23,6 +23,7 @@ VERBS = {
     "train": "train a checkpoint by GRPO on multi-step search, under DeepSpeed",
     "eval": "evaluate a checkpoint on held-out questions",
     "compare": "floor, ceiling and curves of finished runs, as tables and a picture",
+    "watch": "the status of a run that goes on elsewhere, as the training itself shows it",
     "follow": "how a run's episodes on chosen questions changed from evaluation to evaluation",
     "view": "episodes of runs as one page: filter, read, two side by side, over training",
     "index": "build an index over passages or pictures, for search and for serve",

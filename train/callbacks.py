@@ -1,6 +1,7 @@
-"""What a run writes while it goes: metrics, trajectories and health, W&B, and one line a step.
+"""What a run writes while it goes: metrics, trajectories and health, W&B, and the console.
 
-`metrics.jsonl` is the record; W&B and the console show the same numbers. Evaluation runs where
+`metrics.jsonl` is the record; W&B and the console show the same numbers, a terminal as a live view,
+anything else as one line a step. Evaluation runs where
 transformers would run its own: after a step's log, before its checkpoint, so that a checkpoint of
 step k always has the evaluation of step k in the files.
 """
@@ -12,7 +13,6 @@ import logging
 import math
 import os
 import secrets
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import gather_object
-from tqdm import tqdm
 from transformers import TrainerCallback
 
 from rewards.compose import score_each
@@ -35,6 +34,7 @@ from train.trajectories import Trajectory, append_jsonl, gold_of, truncate_jsonl
 if TYPE_CHECKING:
     from configs.schema import Config
     from train.grpo import SearchGRPOTrainer
+    from train.live import LiveView
 
 logger = logging.getLogger(__name__)
 
@@ -67,8 +67,10 @@ class Recorder:
         self._health = folder / "health.jsonl"
         self._token_texts: TokenTexts | None = None
         self._followed: list[dict[str, Any]] = []
-        self.training_lines: list[dict[str, Any]] = []
-        """training lines of metrics.jsonl before this start"""
+        self.earlier_lines: list[dict[str, Any]] = []
+        """lines of metrics.jsonl before this start"""
+        self.live: LiveView | None = None
+        """shows every line; None where no terminal is to show it"""
         self._start = time.perf_counter()
         self._device = DeviceClock()
         self._held: float | None = None
@@ -82,7 +84,7 @@ class Recorder:
             self._followed = [row for row in earlier if row.get("followed")]
             if self._health.exists():
                 truncate_jsonl(self._health, resume_step)
-            self.training_lines = [line for line in kept if line["phase"] == "train"]
+            self.earlier_lines = kept
             self._start -= kept[-1]["time_s"] if kept else 0.0
             self._device.add(kept[-1].get("device_s", 0.0) if kept else 0.0)
         self._pictures = PictureFolder(folder, config.tracking.picture_size)
@@ -129,7 +131,10 @@ class Recorder:
         prefix = "eval/" if phase == "eval" else ""
         clean = {prefix + name: _finite(value) for name, value in values.items()}
         since_start = {"time_s": self.time_s, "device_s": self.device_s, "tokens": n_tokens}
-        append_jsonl(self._metrics, [{"step": step, "phase": phase, **since_start, **clean}])
+        line = {"step": step, "phase": phase, **since_start, **clean}
+        append_jsonl(self._metrics, [line])
+        if self.live is not None:
+            self.live.take(line)
         if self._wandb is not None:
             shown = clean if phase == "eval" else {f"train/{k}": v for k, v in clean.items()}
             row = {k: math.nan if v is None else v for k, v in shown.items()}
@@ -182,20 +187,24 @@ class Recorder:
                 tables["followed"] = followed_table(self._followed)
             self._wandb.log(tables, step=step)
 
-    def health(self, step: int, found: Sequence[HealthWarning], n_active: int) -> None:
+    def health(
+        self, step: int, found: Sequence[HealthWarning], active: Sequence[HealthWarning]
+    ) -> None:
         """Lines of health.jsonl, alerts of W&B, and its curve `health/active`.
 
         Args:
             step: optimizer steps done.
             found: warnings to say now.
-            n_active: warnings that hold, said now or before.
+            active: warnings that hold, said now or before.
         """
         if not self.is_main:
             return
+        if self.live is not None:
+            self.live.warn(active)
         if found:
             append_jsonl(self._health, [{"step": step, **asdict(warning)} for warning in found])
         if self._wandb is not None:
-            self._wandb.log({"health/active": n_active}, step=step)
+            self._wandb.log({"health/active": len(active)}, step=step)
             for warning in found:
                 self._wandb.alert(title=warning.code, text=str(warning), level="WARN")
 
@@ -231,7 +240,7 @@ class DeviceClock:
 
 
 class RunCallback(TrainerCallback):
-    """Feeds the recorder from the trainer's log, and shows progress and health.
+    """Feeds the recorder from the trainer's log, and says how it goes.
 
     Args:
         trainer: gives episodes and token count.
@@ -241,15 +250,13 @@ class RunCallback(TrainerCallback):
 
     def __init__(self, trainer: SearchGRPOTrainer, recorder: Recorder, health: Settings) -> None:
         self.trainer, self.recorder = trainer, recorder
-        self.monitor = HealthMonitor(health, recorder.training_lines)
-        self._bar: tqdm[Any] | None = None
+        earlier = [line for line in recorder.earlier_lines if line["phase"] == "train"]
+        self.monitor = HealthMonitor(health, earlier)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Opens the bar on a terminal."""
-        if self.recorder.is_main and sys.stderr.isatty():
-            self._bar = tqdm(
-                total=state.max_steps, initial=state.global_step, desc="train", unit="step"
-            )
+        """Only now it is known how many steps there are where epochs decide."""
+        if self.recorder.live is not None:
+            self.recorder.live.status.max_steps = state.max_steps
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any
@@ -265,22 +272,15 @@ class RunCallback(TrainerCallback):
         )
         if not self.recorder.is_main:
             return
-        shown = {k: f"{values[name]:.3g}" for k, name in SHOWN.items() if _is_number(values, name)}
-        if self._bar is not None:
-            self._bar.update(step - self._bar.n)
-            self._bar.set_postfix(shown)
-        else:
-            text = "  ".join(f"{name} {value}" for name, value in shown.items())
-            logger.info("step %d/%d  %s", step, state.max_steps, text)
+        if self.recorder.live is None:
+            shown = [
+                f"{k} {values[name]:.3g}" for k, name in SHOWN.items() if _is_number(values, name)
+            ]
+            logger.info("step %d/%d  %s", step, state.max_steps, "  ".join(shown))
         found = self.monitor.check({"step": step, **values})
-        self.recorder.health(step, found, self.monitor.n_active)
+        self.recorder.health(step, found, self.monitor.active)
         for warning in found:
-            tqdm.write(f"health at step {step}: {warning}", file=sys.stderr)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Closes the bar."""
-        if self._bar is not None:
-            self._bar.close()
+            logger.info("health at step %d: %s", step, warning)
 
 
 class EvaluationCallback(TrainerCallback):
@@ -347,7 +347,7 @@ class EvaluationCallback(TrainerCallback):
         self.recorder.trajectories(step, "eval", ordered, self.questions)
         if self.recorder.is_main:
             parts = "  ".join(f"{part} {metrics[part]:.3f}" for part in FOUR_PARTS)
-            tqdm.write(f"evaluation at step {step}  {parts}", file=sys.stderr)
+            logger.info("evaluation at step %d  %s", step, parts)
         return metrics
 
 

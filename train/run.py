@@ -17,6 +17,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -171,6 +172,7 @@ def _train(
     from train.callbacks import EvaluationCallback, Recorder, RunCallback
     from train.grpo import SearchGRPOTrainer
     from train.health import health_settings
+    from train.live import LiveView, live_descriptor, new_status
     from train.policy import load_policy
     from train.worlds import load_environment, load_eval_questions, load_train_questions
 
@@ -207,7 +209,12 @@ def _train(
         )
     )
     progress.begin("train")
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    terminal = live_descriptor(config, rank == 0)
+    if terminal is not None:
+        status = new_status(config, recorder.earlier_lines)
+        recorder.live = LiveView(status, terminal)
+    with recorder.live or nullcontext():
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     final = _last_policy(trainer, folder)
     if rank == 0:
         summary = {
