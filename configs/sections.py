@@ -237,15 +237,17 @@ class Benchmark:
     """A benchmark of the field in the place of the atlas' questions; docs/evaluation.md."""
 
     name: Literal[
-        "atlas", "fvqa_train", "fvqa_test", "infoseek", "mmsearch", "livevqa", "nq_hotpotqa_train",
-        "nq_hotpotqa_test",
+        "atlas", "table", "fvqa_train", "fvqa_test", "infoseek", "mmsearch", "livevqa",
+        "nq_hotpotqa_train", "nq_hotpotqa_test",
     ] = "atlas"  # fmt: skip
-    """which; `atlas` = the keys of `environment` choose the questions"""
+    """which; `atlas` = the keys of `environment` choose the questions, `table` = questions of your
+    own (docs/recipes.md)"""
     source: str | None = None
-    """.jsonl, .json or .parquet file, folder of such files, or hub id; null = where it is
+    """.jsonl, .json, .csv or .parquet file, folder of such files, or hub id; null = where it is
     published"""
     split: str | None = None
-    """only questions of this split"""
+    """only questions of this split, or a part of it in the order of the rows: `train`, `[:80%]`,
+    `train[100:]`"""
     kinds: list[str] = field(default_factory=list)
     """only questions of these kinds, as the benchmark names them; empty = all"""
     images: str | None = None

@@ -170,7 +170,12 @@ def _train(
     from train.grpo import SearchGRPOTrainer
     from train.health import health_settings
     from train.policy import load_policy
-    from train.worlds import load_environment, load_eval_questions, load_train_questions
+    from train.worlds import (
+        count_shared,
+        load_environment,
+        load_eval_questions,
+        load_train_questions,
+    )
 
     progress.begin("load")
     disable_progress_bar()
@@ -181,10 +186,18 @@ def _train(
     if config.models.freeze_vision:
         freeze_vision(model)
     reference = config.models.reference
+    questions, held_out = load_train_questions(config), load_eval_questions(config)
+    n_shared = count_shared(questions, held_out)
+    if n_shared:
+        logger.warning(
+            "%d of %d evaluation questions are trained on: the evaluation shows memory; keep them "
+            "apart by environment.train_benchmark.split and eval_benchmark.split",
+            n_shared, len(held_out),
+        )  # fmt: skip
     trainer = SearchGRPOTrainer(
         model,
         args=args,
-        questions=load_train_questions(config),
+        questions=questions,
         environment=load_environment(config),
         rewards=config.rewards,
         processing_class=processor,
@@ -198,11 +211,7 @@ def _train(
     watchdog.step = lambda: trainer.state.global_step
     _keep_only_ours(trainer)
     trainer.add_callback(RunCallback(trainer, recorder, health_settings(config, init)))
-    trainer.add_callback(
-        EvaluationCallback(
-            trainer, recorder, load_eval_questions(config), config.compare.eval_every
-        )
-    )
+    trainer.add_callback(EvaluationCallback(trainer, recorder, held_out, config.compare.eval_every))
     progress.begin("train")
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     final = _last_policy(trainer, folder)

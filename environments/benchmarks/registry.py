@@ -9,18 +9,22 @@ decoded only when its question is asked.
 
 from __future__ import annotations
 
+import csv
 import itertools
 import json
+import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from environments.benchmarks.rows import BenchmarkError, Pictures, Row
-from environments.benchmarks.schemas import PICTURE_COLUMN, SCHEMAS, Schema
+from environments.benchmarks.rows import PICTURE_COLUMN, BenchmarkError, Pictures, Row
+from environments.benchmarks.schemas import SCHEMAS, Schema
 
-LOCAL_SUFFIXES = (".jsonl", ".json", ".parquet")
+LOCAL_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
+_SLICE = re.compile(r"([^\[\]]*)\[(\d*%?):(\d*%?)\]")
+"""A split's name, which may be empty, and the part of it: `train[:80%]`, `[8:]`."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,10 @@ BENCHMARKS: dict[str, Benchmark] = {
             "nq_hotpotqa_test", SCHEMAS["search_r1"], "test", ("em", "search_r1_em"),
             "PeterJinGo/nq_hotpotqa_train", "test.parquet",
         ),
+        Benchmark(
+            "table", SCHEMAS["table"], "all", ("em",),
+            where="a .jsonl, .csv or .parquet file with the columns question, answers, image",
+        ),
     )
 }  # fmt: skip
 
@@ -117,7 +125,7 @@ class Selection:
     source: str | None = None
     """file, folder or hub id; None: where it is published"""
     split: str | None = None
-    """only questions of this split"""
+    """only questions of this split, or a part of it: `train[:80%]`, `[80%:]`, `[:100]`"""
     kinds: list[str] = field(default_factory=list)
     """only questions of these kinds; empty: all"""
     images: str | None = None
@@ -142,9 +150,40 @@ def iterate_benchmark(name: str, selection: Selection | None = None) -> Iterator
         BenchmarkError: unknown benchmark, unreadable source, bad row, an id that comes twice.
     """
     benchmark, chosen = find_benchmark(name), selection or Selection()
+    split, first, last = read_split(chosen.split)
+    chosen = replace(chosen, split=split)
     found = _published(benchmark, chosen) if benchmark.schema else _atlas(benchmark, chosen)
     fitting = (question for question in found if _is_chosen(question, chosen))
+    if first or last:
+        fitting = iter(_part(list(fitting), first, last))
     return itertools.islice(fitting, chosen.limit)
+
+
+def read_split(text: str | None) -> tuple[str | None, str, str]:
+    """The name of a split, None for all of them, and the bounds of the part that is asked for.
+
+    Raises:
+        BenchmarkError: brackets that hold no part.
+    """
+    match = _SLICE.fullmatch(text or "")
+    if match is not None:
+        return match[1] or None, match[2], match[3]
+    if text and ("[" in text or "]" in text):
+        raise BenchmarkError(
+            f"split {text!r}: not a part of a split; write train[:80%], [80%:] or [:100]"
+        )
+    return text, "", ""
+
+
+def _part(questions: list[dict[str, Any]], first: str, last: str) -> list[dict[str, Any]]:
+    """The questions from one bound to the other, in their order; percents are rounded."""
+
+    def place(bound: str, otherwise: int) -> int:
+        if not bound.endswith("%"):
+            return int(bound) if bound else otherwise
+        return round(len(questions) * int(bound[:-1] or 0) / 100)
+
+    return questions[place(first, 0) : place(last, len(questions))]
 
 
 def load_benchmark(
@@ -199,7 +238,7 @@ def read_rows(
 
     Args:
         benchmark: says where it is published.
-        source: a .jsonl, .json or .parquet file, a folder of such files, or a hub id.
+        source: a .jsonl, .json, .csv or .parquet file, a folder of such files, or a hub id.
 
     Raises:
         BenchmarkError: nothing there, or not readable.
@@ -246,7 +285,7 @@ def _further_columns(benchmark: Benchmark, file: Path) -> dict[Any, dict[str, An
 
 def _rows_of(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     readers: dict[str, Callable[[Path], Iterator[tuple[int, Any]]]] = {
-        ".jsonl": _read_jsonl, ".json": _read_json, ".parquet": _read_parquet,
+        ".jsonl": _read_jsonl, ".json": _read_json, ".parquet": _read_parquet, ".csv": _read_csv,
     }  # fmt: skip
     for number, values in readers[file.suffix](file):
         if not isinstance(values, dict):
@@ -279,6 +318,28 @@ def _read_json(path: Path) -> Iterator[tuple[int, Any]]:
     if not isinstance(rows, list):
         raise BenchmarkError(f"{path}: expected a list of rows; name the file with the questions")
     yield from enumerate(rows, 1)
+
+
+def _read_csv(path: Path) -> Iterator[tuple[int, Any]]:
+    """Rows as a spreadsheet numbers them: the first one is the names of the columns."""
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file, strict=True)
+            _check_header(path, reader.fieldnames or [])
+            for number, values in enumerate(reader, 2):
+                if None in values or None in values.values():
+                    raise BenchmarkError(
+                        f"{path}, row {number}: another number of cells than columns; put cells "
+                        "that hold a comma in quotes"
+                    )
+                yield number, values
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise BenchmarkError(f"{path}: not a .csv in UTF-8 ({error}); save it again") from error
+
+
+def _check_header(path: Path, names: Sequence[str]) -> None:
+    if len(names) == 1 and any(mark in names[0] for mark in ";\t"):
+        raise BenchmarkError(f"{path}: one column, '{names[0][:60]}'; separate columns by commas")
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[int, Any]]:
