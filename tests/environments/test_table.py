@@ -118,13 +118,13 @@ def test_a_split_that_holds_nothing_is_refused(rows, write):
     [
         (
             {"image": "pictures/none.png"},
-            "row 3, column 'image': no picture 'pictures/none.png' in",
+            "row 3, column 'image': no picture 'pictures/none.png'",
         ),
         ({"image": "text.txt"}, "row 3, column 'image': .*text.txt is no picture; store it as jpg"),
         ({"image": 7}, "row 3, column 'image': expected a file name, got int 7"),
         (
             {"image": "https://example.org/a.png"},
-            "row 3, column 'image': the picture is an address",
+            "row 3, column 'image': .* is an address",
         ),
         ({"answers": []}, "row 3, column 'answers': no usable answer"),
         ({"answers": " | "}, "row 3, column 'answers': no usable answer"),
@@ -174,5 +174,5 @@ def test_a_spreadsheet_in_another_encoding_is_one_clear_error(tmp_path):
 
 
 def test_a_table_needs_a_source():
-    with pytest.raises(BenchmarkError, match="set `source` to your copy .*question, answers"):
+    with pytest.raises(BenchmarkError, match=r"set `source` to your copy .*question, answers"):
         load(None)
