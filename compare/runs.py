@@ -272,6 +272,9 @@ def _training_settings(run: Run) -> dict[str, Any]:
         for key, value in rewards.items()
         if key not in _FREE_REWARDS
     }
+    settings["rewards: reward_functions"] = run.config.get("reward_functions") or []
+    # the same name may stand for other lines of Python
+    settings["rewards: own_files"] = run.provenance.get("own_files") or {}
     compare = dict(run.config.get("compare") or {})
     settings["evaluation: compare.eval_every"] = compare.get("eval_every")
     world_size = run.provenance.get("world_size")

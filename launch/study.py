@@ -349,7 +349,7 @@ def _missing_trainings(plan: Plan, stages: Stages) -> list[tuple[Job, dict[str, 
     """Trainings that are not done, with what decides their result; each is marked as begun."""
     from configs.schema import dump_config
     from train.resume import whole_checkpoints
-    from train.run import write_text
+    from train.run import own_files, write_text
 
     trainings = []
     # Seeds outside, arms inside: a study that is stopped early has whole seeds to compare.
@@ -364,6 +364,10 @@ def _missing_trainings(plan: Plan, stages: Stages) -> list[tuple[Job, dict[str, 
             "eval_every": config.compare.eval_every,
             "deepspeed": config.deepspeed,
         }
+        if config.reward_functions:
+            inputs["reward_functions"] = settings["reward_functions"]
+        if own := own_files(config):
+            inputs["own_files"] = own
         output = plan.run_folder(arm, seed)
         if stages.is_done(f"train-{name}", inputs, output):
             say(f"train      {name}{reused(False)}")

@@ -151,7 +151,7 @@ def iterate_benchmark(name: str, selection: Selection | None = None) -> Iterator
     split, first, last = read_split(chosen.split)
     chosen = replace(chosen, split=split)
     found = _published(benchmark, chosen) if benchmark.schema else _atlas(benchmark, chosen)
-    fitting = (question for question in found if _is_chosen(question, chosen))
+    fitting: Iterator[dict[str, Any]] = (q for q in found if _is_chosen(q, chosen))
     if first or last:
         fitting = iter(_part(list(fitting), first, last))
     return itertools.islice(fitting, chosen.limit)
