@@ -514,12 +514,15 @@ def _share_cores(n_processes: int) -> None:
 
 def _commit() -> str | None:
     root = Path(__file__).resolve().parent.parent
-    result = subprocess.run(
-        ["git", "-C", str(root), "rev-parse", "--short=12", "HEAD"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    try:
+        result = subprocess.run(
+            ["git", "-C", str(root), "rev-parse", "--short=12", "HEAD"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    except OSError:  # a container without git
+        return None
     return result.stdout.strip() or None
 
 
