@@ -239,15 +239,17 @@ class Benchmark:
     """A benchmark of the field in the place of the atlas' questions; docs/evaluation.md."""
 
     name: Literal[
-        "atlas", "fvqa_train", "fvqa_test", "infoseek", "mmsearch", "livevqa", "nq_hotpotqa_train",
-        "nq_hotpotqa_test",
+        "atlas", "table", "fvqa_train", "fvqa_test", "infoseek", "mmsearch", "livevqa",
+        "nq_hotpotqa_train", "nq_hotpotqa_test",
     ] = "atlas"  # fmt: skip
-    """which; `atlas` = the keys of `environment` choose the questions"""
+    """which; `atlas` = the keys of `environment` choose the questions, `table` = questions of your
+    own (docs/recipes.md)"""
     source: str | None = None
-    """.jsonl, .json or .parquet file, folder of such files, or hub id; null = where it is
+    """.jsonl, .json, .csv or .parquet file, folder of such files, or hub id; null = where it is
     published"""
     split: str | None = None
-    """only questions of this split"""
+    """only questions of this split, or a part of it in the order of the rows: `train`, `[:80%]`,
+    `train[100:]`"""
     kinds: list[str] = field(default_factory=list)
     """only questions of these kinds, as the benchmark names them; empty = all"""
     images: str | None = None
@@ -282,8 +284,9 @@ class Environment:
     """`read` asks for what is missing and keeps it; `write` always asks and keeps what is new;
     `refresh` asks once more and replaces; `offline` never asks, and a miss is a fault of
     infrastructure"""
-    dialect: Literal["search_r1", "mmsearch_r1", "hermes"] = "search_r1"
-    """how calls, observations and answers look as text"""
+    dialect: str = "search_r1"
+    """how calls, observations and answers look as text: `search_r1`, `mmsearch_r1`, `hermes`, or a
+    `.yaml` file with one of your own (docs/environment.md)"""
     kinds: list[Kind] = field(default_factory=lambda: ["two"])
     """question kinds to train on"""
     relations: list[str] | None = None
@@ -452,6 +455,17 @@ class Rewards:
 
 
 @dataclass
+class OwnReward:
+    """A reward function of your own, in a Python file of this machine; docs/recipes.md."""
+
+    function: str
+    """`my_rewards.py:name`, relative to the current directory; called once a batch as
+    name(trajectories, **columns), it returns one number an episode, or None"""
+    weight: float = 1.0
+    """what its part is multiplied by in the total; below 0 it is a cost, 0 = only logged"""
+
+
+@dataclass
 class Algorithm:
     """Parts that TRL lacks, each a switch on one baseline; docs/algorithms.md has the sources."""
 
@@ -584,6 +598,8 @@ class Config:
     """search services on the net"""
     rewards: Rewards = field(default_factory=Rewards)
     """reward parts"""
+    reward_functions: list[OwnReward] = field(default_factory=list)
+    """reward functions of your own, added to the total; each is logged as a part of its own"""
     rollout: Rollout = field(default_factory=Rollout)
     """back end of the rollout"""
     grpo: dict[str, Any] = field(default_factory=dict)

@@ -24,6 +24,7 @@ from accelerate.utils import gather_object
 from transformers import TrainerCallback
 
 from rewards.compose import score_each
+from rewards.functions import add_functions
 from train.evaluation import FOUR_PARTS, summarize
 from train.followed import chosen, follow
 from train.health import HealthMonitor, HealthWarning, Settings
@@ -338,9 +339,13 @@ class EvaluationCallback(TrainerCallback):
         check_format = trainer.engine.environment.dialect.check_format
         judge = trainer.judge if self.recorder.is_main else None  # only its scores are kept
         scores = score_each(ordered, self.questions, trainer.reward_settings, check_format, judge)
+        add_functions(trainer.functions, ordered, self.questions, scores)
         for episode, rewards in zip(ordered, scores, strict=True):
             episode.rewards = rewards
         metrics = summarize(ordered, self.questions)
+        for function in trainer.functions:
+            values = [parts[function.name] or 0.0 for parts in scores]
+            metrics[f"rewards/{function.name}/mean"] = sum(values) / len(values)
         metrics["time_s"] = round(time.perf_counter() - start, 3)
         step = trainer.state.global_step
         self.recorder.metrics(step, "eval", trainer.n_policy_tokens, metrics)
@@ -399,7 +404,7 @@ def trajectory_table(episodes: Sequence[Trajectory], step: int) -> Any:
     """A few episodes as a W&B table: the conversation, each reward part, why it ended."""
     import wandb
 
-    parts = ("total", "accuracy", "format", "search_penalty")
+    parts = list(dict.fromkeys(part for episode in episodes for part in episode.rewards))
     table = wandb.Table(
         columns=["step", "question_id", "prompt", "episode", "answer", "stop_reason", *parts]
     )
