@@ -1,7 +1,8 @@
 """Train a policy from a settings file: `deepspeed launch/train.sh --config configs/demo.yaml`.
 
 A run folder stands alone: config.yaml, environment.json, metrics.jsonl, trajectories.jsonl,
-checkpoints/, heartbeat/, wandb_id, merge.json (of a merged start) and, at the end, done.json.
+checkpoints/, heartbeat/, wandb_id, merge.json (of a merged start), frozen_heads.json (where some
+are) and, at the end, done.json.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ from train.estimate import (
     estimate_arguments,
     find_machine,
 )
+from train.frozen import FILE_NAME as FROZEN_HEADS
+from train.frozen import FrozenHeads, check_same_heads, choose_heads
 from train.resume import Start, convert, find_start
 from train.settings import build_grpo_config, describe_step, resolved_grpo, zero_stage
 from train.watchdog import Watchdog, clear_heartbeats, progress
@@ -46,6 +49,8 @@ MAY_CHANGE = (
     # train.resume checks that their product with the number of processes stays
     "grpo.per_device_train_batch_size", "grpo.gradient_accumulation_steps",
     "rollout.sync_dir", "rollout.sleep", "environment.timeout_s", "environment.retries",
+    # the heads that they choose are compared themselves (train.frozen)
+    "conflict.", "freeze_heads.map",
     "environment.backoff_s", "environment.cache", "live.requests_per_second", "live.retries",
 )  # fmt: skip
 """Settings that may differ between a run and its continuation."""
@@ -127,6 +132,7 @@ def run_training(config: Config, resume: bool = False, overwrite: bool = False) 
     init = resolve_model(config.models.init)
     describe_step(config, world)
     check_pulls(config)
+    frozen = choose_frozen(config, init)
     if config.rollout.backend == "vllm":
         from train.worlds import connect
 
@@ -134,7 +140,7 @@ def run_training(config: Config, resume: bool = False, overwrite: bool = False) 
     start = find_start(folder, config, world) if resume else None
     if rank == 0:
         check_start(init)
-        prepare_folder(folder, config, init, resume, overwrite)
+        prepare_folder(folder, config, init, resume, overwrite, frozen)
     _share_cores(world)
 
     # torch.distributed starts here, if a launcher asked for it
@@ -146,7 +152,7 @@ def run_training(config: Config, resume: bool = False, overwrite: bool = False) 
     with Watchdog(folder, rank, world, config.hang_timeout_s) as watchdog:
         if start is not None and start.needs_conversion:
             convert(start, rank)
-        return _train(config, folder, init, args, resume, start, watchdog)
+        return _train(config, folder, init, args, resume, start, watchdog, frozen)
 
 
 def _train(
@@ -157,6 +163,7 @@ def _train(
     resume: bool,
     start: Start | None,
     watchdog: Watchdog,
+    frozen: FrozenHeads | None,
 ) -> Path:
     """The part of a run that all processes go through together."""
     rank = watchdog.rank
@@ -195,6 +202,16 @@ def _train(
         reference=None if reference == "init" else resolve_model(reference),
         anchor=make_anchor(config, init, model),
     )
+    if frozen is not None:
+        from train.cast import gate_trainer
+
+        gate = gate_trainer(trainer, frozen.heads, frozen.shared)
+        logger.info(
+            "%d of %d heads stay as they are, %d numbers",
+            len(frozen.heads),
+            frozen.n_heads,
+            gate.n_numbers,
+        )
     watchdog.step = lambda: trainer.state.global_step
     _keep_only_ours(trainer)
     trainer.add_callback(RunCallback(trainer, recorder, health_settings(config, init)))
@@ -286,7 +303,28 @@ def make_anchor(config: Config, init: str, model: Any) -> Any:
     return SaliencyAnchor(model, anchor_statistics(init, folders), config.algorithm.anchor)
 
 
-def prepare_folder(folder: Path, config: Config, init: str, resume: bool, overwrite: bool) -> None:
+def choose_frozen(config: Config, init: str) -> FrozenHeads | None:
+    """The heads that `freeze_heads` keeps out of the training, or None.
+
+    Raises:
+        ConfigError: no conflict map, or heads that are not known.
+    """
+    if config.freeze_heads.source == "none":
+        return None
+    from train.heads import head_layout
+    from train.policy import load_config as load_model_config
+
+    return choose_heads(config.freeze_heads, head_layout(load_model_config(init)), init)
+
+
+def prepare_folder(
+    folder: Path,
+    config: Config,
+    init: str,
+    resume: bool,
+    overwrite: bool,
+    frozen: FrozenHeads | None = None,
+) -> None:
     """Creates the run folder, or checks the one that shall go on.
 
     Raises:
@@ -295,6 +333,7 @@ def prepare_folder(folder: Path, config: Config, init: str, resume: bool, overwr
     if folder.exists() and any(folder.iterdir()):
         if resume:
             _refuse_other_run(folder, config)
+            check_same_heads(folder, frozen)
         elif overwrite:
             if not (folder / "config.yaml").exists():
                 raise ConfigError(
@@ -312,6 +351,8 @@ def prepare_folder(folder: Path, config: Config, init: str, resume: bool, overwr
     (folder / "done.json").unlink(missing_ok=True)
     write_text(folder / "config.yaml", dump_config(config))
     write_json(folder / "environment.json", describe_machine(config))
+    if frozen is not None:
+        write_json(folder / FROZEN_HEADS, frozen.to_dict())
     recipe = Path(init) / "merge.json"
     if recipe.is_file():
         shutil.copyfile(recipe, folder / "merge.json")
