@@ -52,11 +52,12 @@ def run(options: argparse.Namespace) -> int:
     layout = head_layout(load_config(start))
     section = config.conflict
     if options.dry_run:
-        n_heads = len(layout.heads())
+        n_heads, kinds = len(layout.heads()), ", ".join(section.keep_kinds)
         print(
             f"{n_heads} heads of {start}: gradients of search ({section.search}, "
-            f"{section.search_questions} questions) and of keep ({', '.join(section.keep_kinds)}, "
-            f"{section.keep_questions} questions), then the keep loss {n_heads} times; into {folder}"
+            f"{section.search_questions} questions) and of keep ({kinds}, "
+            f"{section.keep_questions} questions), then the keep loss {n_heads} times; "
+            f"into {folder}"
         )
         return 0
     if section.device == "cuda":
