@@ -359,6 +359,8 @@ def test_a_run_keeps_its_gate_when_it_goes_on(tiny_checkpoints, tmp_path):
 def test_a_missing_map_is_found_before_anything_is_written(tiny_checkpoints, tmp_path):
     path = tmp_path / "settings.yaml"
     path.write_text(SETTINGS.format(output=tmp_path / "run", init=tiny_checkpoints["vlm"]))
-    with pytest.raises(ConfigError, match=r"freeze_heads\.map: no conflict map at .*conflict\.json"):
+    with pytest.raises(
+        ConfigError, match=r"freeze_heads\.map: no conflict map at .*conflict\.json"
+    ):
         run_training(load_config(path, ["freeze_heads=cast(top=10%)"]))
     assert not (tmp_path / "run").exists()
