@@ -364,6 +364,8 @@ def _missing_trainings(plan: Plan, stages: Stages) -> list[tuple[Job, dict[str, 
             "eval_every": config.compare.eval_every,
             "deepspeed": config.deepspeed,
         }
+        if config.freeze_heads.source != "none":
+            inputs["freeze_heads"] = settings["freeze_heads"]
         output = plan.run_folder(arm, seed)
         if stages.is_done(f"train-{name}", inputs, output):
             say(f"train      {name}{reused(False)}")

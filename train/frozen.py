@@ -115,17 +115,12 @@ def read_map(path: Path) -> tuple[dict[str, Any], str]:
 
 
 def rank_heads(record: dict[str, Any], layout: HeadLayout, path: Path) -> list[Head]:
-    """Heads of a conflict map, the most conflicting first.
-
-    Equal scores: the more opposed head first, then the order in the model.
+    """Heads of a conflict map, the most conflicting first; see `conflict_order`.
 
     Raises:
         ConfigError: the map is of a model with other heads.
     """
-    rows = sorted(
-        record["heads"],
-        key=lambda row: (-row["score"], row["cosine"], row["layer"], row["head"]),
-    )
+    rows = sorted(record["heads"], key=conflict_order)
     heads = [Head(row["layer"], row["head"]) for row in rows]
     if sorted(heads) != layout.heads():
         raise ConfigError(
@@ -133,6 +128,11 @@ def rank_heads(record: dict[str, Any], layout: HeadLayout, path: Path) -> list[H
             f"{layout.n_layers} layers of {layout.n_heads}; diagnose this start"
         )
     return heads
+
+
+def conflict_order(row: dict[str, Any]) -> tuple[float, ...]:
+    """Sorts heads of a map by score; of equal ones the more opposed first, then by place."""
+    return (-row["score"], row["cosine"], row["layer"], row["head"])
 
 
 def check_same_heads(folder: Path, frozen: FrozenHeads | None) -> None:

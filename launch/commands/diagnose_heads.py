@@ -109,10 +109,10 @@ def _record(
 
     from compare.provenance import code_commit, hardware
     from train.conflict import conflict_score
-    from train.frozen import SCHEMA_VERSION
+    from train.frozen import SCHEMA_VERSION, conflict_order
 
     score = conflict_score(found, config.conflict.join)
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "layer": head.layer,
             "head": head.head,
@@ -127,8 +127,7 @@ def _record(
         }
         for head in layout.heads()
     ]
-    # the order in which train.frozen takes them
-    order = sorted(rows, key=lambda r: (-r["score"], r["cosine"], r["layer"], r["head"]))
+    order = sorted(rows, key=conflict_order)
     places = {(row["layer"], row["head"]): place for place, row in enumerate(order, 1)}
     return {
         "schema_version": SCHEMA_VERSION,

@@ -14,7 +14,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from train.policy import load_policy, load_processor
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 ROOT = Path(__file__).resolve().parents[2]
 HEADS = [(0, 1), (1, 0)]
@@ -50,7 +50,7 @@ def deepspeed(script, *arguments):
         env={**os.environ, "PATH": programs, "OMP_NUM_THREADS": "1", "CXX": "/nonexistent"},
         capture_output=True,
         text=True,
-        timeout=380,
+        timeout=580,
         check=False,
     )
     assert result.returncode == 0, result.stderr[-3000:]
