@@ -537,6 +537,57 @@ class Lora:
 
 
 @dataclass
+class Conflict:
+    """Which attention heads search and perception pull apart: `obm diagnose heads`, docs/cast.md.
+    The paper's formulas are not public; each choice here is our reading."""
+
+    search: Literal["grpo", "agent"] = "grpo"
+    """search objective: `grpo` = the policy gradient on episodes of models.init itself; `agent` =
+    log-likelihood of models.agent's right episodes on text questions"""
+    search_questions: Annotated[int, Positive] = 64
+    """training questions of the search objective"""
+    group_size: Annotated[int, Positive] = 8
+    """grpo: episodes a question"""
+    keep_questions: Annotated[int, Positive] = 128
+    """training questions of the keep objective; those that the teacher answers right count"""
+    keep_kinds: list[Kind] = field(default_factory=lambda: ["look", "image"])
+    """their kinds"""
+    keep_benchmark: Benchmark | None = None
+    """the keep objective asks these instead; null = the atlas', by keep_kinds"""
+    keep_words: Literal["vlm", "init"] = "vlm"
+    """teacher, whose right answers (greedy, without tools) are the words to keep: models.vlm, or
+    models.init itself"""
+    batch_size: Annotated[int, Positive] = 64
+    """episodes a backward pass"""
+    join: Literal["ranks", "product", "opposition", "sensitivity"] = "ranks"
+    """conflict score: product of the ranks of opposition and sensitivity, product of the two, or
+    one of them alone"""
+    seed: int = 0
+    """seed of the choice of questions and of the episodes"""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """where the models run"""
+
+
+@dataclass
+class FreezeHeads:
+    """Attention heads that training leaves as they are, to the bit (CAST, docs/cast.md). Short:
+    `freeze_heads: cast(top=10%)`."""
+
+    source: Literal["none", "cast", "random", "anti"] = "none"
+    """`cast` = those of the highest conflict score, `anti` = of the lowest, `random` = drawn"""
+    top: Annotated[float, Between(0, 1, above=True)] = 0.1
+    """share of all query heads of the language module, rounded up to whole heads"""
+    map: str | None = None
+    """conflict.json of `obm diagnose heads`; null = conflict/conflict.json in the folder of
+    models.init"""
+    shared: Literal["most", "all", "any"] = "most"
+    """keys and values that several heads use (GQA), and norms, are frozen with `most` (more than
+    half), `all` or `any` of their heads"""
+    seed: int = 0
+    """random: seed of the draw"""
+
+
+@dataclass
 class Tracking:
     """Where numbers go, besides metrics.jsonl and trajectories.jsonl."""
 
@@ -611,6 +662,10 @@ class Config:
     file; docs/distributed.md says which fits"""
     lora: Lora = field(default_factory=Lora)
     """adapters"""
+    conflict: Conflict = field(default_factory=Conflict)
+    """diagnosis of heads"""
+    freeze_heads: FreezeHeads = field(default_factory=FreezeHeads)
+    """heads that are not trained"""
     hang_timeout_s: Annotated[float, Between(0, above=True)] | None = 1800.0
     """seconds without progress in any process after which the run ends and says who was where;
     null = wait for ever"""

@@ -2,7 +2,8 @@
 
 A run folder stands alone: config.yaml, environment.json, metrics.jsonl, trajectories.jsonl,
 pictures/, checkpoints/, heartbeat/, wandb_id, merge.json and start_cost.json (of a merged start),
-own/ (reward functions and dialect of one's own) and, at the end, done.json.
+own/ (reward functions and dialect of one's own), frozen_heads.json (where some are) and, at the
+end, done.json.
 """
 
 from __future__ import annotations
@@ -42,6 +43,8 @@ from train.estimate import (
     estimate_arguments,
     find_machine,
 )
+from train.frozen import FILE_NAME as FROZEN_HEADS
+from train.frozen import FrozenHeads, check_same_heads, choose_heads
 from train.resume import Start, convert, find_start
 from train.settings import build_grpo_config, describe_step, resolved_grpo, zero_stage
 from train.watchdog import Watchdog, clear_heartbeats, progress
@@ -61,6 +64,8 @@ MAY_CHANGE = (
     # train.resume checks that their product with the number of processes stays
     "grpo.per_device_train_batch_size", "grpo.gradient_accumulation_steps",
     "rollout.sync_dir", "rollout.sleep", "environment.timeout_s", "environment.retries",
+    # the heads that they choose are compared themselves (train.frozen)
+    "conflict.", "freeze_heads.map",
     "environment.backoff_s", "environment.cache", "live.requests_per_second", "live.retries",
 )  # fmt: skip
 """Settings that may differ between a run and its continuation."""
@@ -147,6 +152,7 @@ def run_training(config: Config, resume: bool = False, overwrite: bool = False) 
     describe_step(config, world)
     check_pulls(config)
     given = read_given(config)  # what is wrong with it must be found before anything is written
+    given.frozen = choose_frozen(config, init)
     if config.rollout.backend == "vllm":
         from train.worlds import connect
 
@@ -154,7 +160,7 @@ def run_training(config: Config, resume: bool = False, overwrite: bool = False) 
     start = find_start(folder, config, world) if resume else None
     if rank == 0:
         check_start(init)
-        prepare_folder(folder, config, init, resume, overwrite)
+        prepare_folder(folder, config, init, resume, overwrite, frozen)
     _share_cores(world)
 
     # torch.distributed starts here, if a launcher asked for it
@@ -179,6 +185,8 @@ class Given:
     """of the evaluation"""
     functions: list[RewardFunction]
     """reward functions of one's own"""
+    frozen: FrozenHeads | None = None
+    """heads that stay as they are"""
 
 
 def read_given(config: Config) -> Given:
@@ -256,6 +264,14 @@ def _train(
         anchor=make_anchor(config, init, model),
         functions=given.functions,
     )
+    if given.frozen is not None:
+        from train.cast import gate_trainer
+
+        gate = gate_trainer(trainer, given.frozen.heads, given.frozen.shared)
+        logger.info(
+            "%d of %d heads stay as they are, %d numbers",
+            len(given.frozen.heads), given.frozen.n_heads, gate.n_numbers,
+        )  # fmt: skip
     watchdog.step = lambda: trainer.state.global_step
     _keep_only_ours(trainer)
     trainer.add_callback(RunCallback(trainer, recorder, health_settings(config, init)))
@@ -350,7 +366,28 @@ def make_anchor(config: Config, init: str, model: Any) -> Any:
     return SaliencyAnchor(model, anchor_statistics(init, folders), config.algorithm.anchor)
 
 
-def prepare_folder(folder: Path, config: Config, init: str, resume: bool, overwrite: bool) -> None:
+def choose_frozen(config: Config, init: str) -> FrozenHeads | None:
+    """The heads that `freeze_heads` keeps out of the training, or None.
+
+    Raises:
+        ConfigError: no conflict map, or heads that are not known.
+    """
+    if config.freeze_heads.source == "none":
+        return None
+    from train.heads import head_layout
+    from train.policy import load_config as load_model_config
+
+    return choose_heads(config.freeze_heads, head_layout(load_model_config(init)), init)
+
+
+def prepare_folder(
+    folder: Path,
+    config: Config,
+    init: str,
+    resume: bool,
+    overwrite: bool,
+    frozen: FrozenHeads | None = None,
+) -> None:
     """Creates the run folder, or checks the one that shall go on.
 
     Raises:
@@ -359,6 +396,7 @@ def prepare_folder(folder: Path, config: Config, init: str, resume: bool, overwr
     if folder.exists() and any(folder.iterdir()):
         if resume:
             _refuse_other_run(folder, config)
+            check_same_heads(folder, frozen)
         elif overwrite:
             if not (folder / "config.yaml").exists():
                 raise ConfigError(
@@ -379,6 +417,8 @@ def prepare_folder(folder: Path, config: Config, init: str, resume: bool, overwr
     for name in own_files(config):
         (folder / OWN_FOLDER).mkdir(exist_ok=True)
         shutil.copyfile(Path(name).expanduser(), folder / OWN_FOLDER / Path(name).name)
+    if frozen is not None:
+        write_json(folder / FROZEN_HEADS, frozen.to_dict())
     recipe = Path(init) / "merge.json"
     if recipe.is_file():
         shutil.copyfile(recipe, folder / "merge.json")

@@ -69,6 +69,8 @@ def list_trainings(plan: Plan, stages: Stages) -> Iterator[Training]:
         }
         if config.reward_functions:
             inputs["reward_functions"] = settings["reward_functions"]
+        if config.freeze_heads.source != "none":
+            inputs["freeze_heads"] = settings["freeze_heads"]
         if own := own_files(config):
             inputs["own_files"] = own
         output = plan.run_folder(arm, seed)
