@@ -160,7 +160,7 @@ def run_training(config: Config, resume: bool = False, overwrite: bool = False) 
     start = find_start(folder, config, world) if resume else None
     if rank == 0:
         check_start(init)
-        prepare_folder(folder, config, init, resume, overwrite, frozen)
+        prepare_folder(folder, config, init, resume, overwrite, given.frozen)
     _share_cores(world)
 
     # torch.distributed starts here, if a launcher asked for it
