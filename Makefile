@@ -21,7 +21,7 @@ ARGS ?=
 export PYTHONSAFEPATH := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install demo test test-vllm bench bench-merge bench-serve bench-rollout bench-rewards lint atlas tune study-floor study-ceiling study-ablation study-transfer study-cold study-zero study-worlds soak results results-paper clean
+.PHONY: help install demo test test-vllm bench bench-merge bench-serve bench-rollout bench-rewards lint atlas tune study-floor study-ceiling study-ablation study-transfer study-cold study-zero study-cast study-worlds soak results results-paper clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1: /p' Makefile
@@ -100,6 +100,9 @@ study-cold: $(STAMP) ## three seeds of the plain VLM by how much tool use it has
 
 study-zero: $(STAMP) ## one training under ZeRO-1, 2, 3, offload and LoRA, two processes, docs/results/zero.* (twenty minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m launch.zero_study $(ARGS)
+
+study-cast: $(STAMP) ## GRPO from OBM with conflicting heads frozen, three seeds, docs/results/cast.* (half an hour)
+	$(BIN)/python -m launch.cast_study $(ARGS)
 
 soak: $(STAMP) ## 200 steps of two processes under ZeRO-3 with failing tools, docs/results/soak.* (a quarter of an hour)
 	$(BIN)/python tests/train/soak.py $(ARGS)

@@ -54,7 +54,7 @@ class _Running:
     job: Job
     process: subprocess.Popen[bytes]
     devices: tuple[int, ...]
-    follower: _Follower
+    follower: Follower
     started: float = field(default_factory=time.monotonic)
 
 
@@ -164,18 +164,26 @@ def run_jobs(
         raise failed[0]
 
 
-class _Follower:
-    """Reads the lines that a run appends to its metrics.jsonl, from where the file stands now."""
+class Follower:
+    """Reads the lines that a run appends to its metrics.jsonl.
 
-    def __init__(self, job: Job) -> None:
-        self._path = job.output / "metrics.jsonl"
-        self._offset = self._size()
+    Args:
+        path: the file; it need not exist yet.
+        from_start: also what it holds now.
+    """
+
+    def __init__(self, path: Path, *, from_start: bool = False) -> None:
+        self._path = path
+        self._offset = 0 if from_start else self._size()
+        self.n_cuts = 0
+        """times that the file became shorter and was read again from its start"""
 
     def new_lines(self) -> list[dict[str, Any]]:
         """Complete lines since the last call."""
         if self._size() < self._offset:
             # Resuming cuts the file back to its checkpoint, overwriting starts it anew.
             self._offset = 0
+            self.n_cuts += 1
         if self._size() == self._offset:
             return []
         with self._path.open("rb") as file:
@@ -191,7 +199,7 @@ class _Follower:
 def _start(job: Job, environment: dict[str, str], devices: tuple[int, ...]) -> _Running:
     job.log.parent.mkdir(parents=True, exist_ok=True)
     command = training_command(job.arguments, n_processes=job.n_processes, devices=devices)
-    follower = _Follower(job)
+    follower = Follower(job.output / "metrics.jsonl")
     with job.log.open("ab") as log:
         log.write(f"$ {' '.join(command)}\n".encode())
         log.flush()

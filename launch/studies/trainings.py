@@ -54,6 +54,8 @@ class Training:
 
 def list_trainings(plan: Plan, stages: Stages) -> Iterator[Training]:
     """All of them, whole seeds first; the starts must have been looked at."""
+    from train.run import own_files
+
     for seed, arm in product(plan.study.seeds, plan.study.arms):
         if not arm.train:
             continue
@@ -65,6 +67,12 @@ def list_trainings(plan: Plan, stages: Stages) -> Iterator[Training]:
             "eval_every": config.compare.eval_every,
             "deepspeed": config.deepspeed,
         }
+        if config.reward_functions:
+            inputs["reward_functions"] = settings["reward_functions"]
+        if config.freeze_heads.source != "none":
+            inputs["freeze_heads"] = settings["freeze_heads"]
+        if own := own_files(config):
+            inputs["own_files"] = own
         output = plan.run_folder(arm, seed)
         yield Training(f"{arm.name}-s{seed}", arm, seed, config, inputs, output)
 

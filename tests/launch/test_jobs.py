@@ -66,7 +66,7 @@ def test_a_file_that_was_cut_back_is_read_from_its_start(tmp_path):
     job.output.mkdir()
     path = job.output / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n')
-    follower = jobs._Follower(job)
+    follower = jobs.Follower(job.output / "metrics.jsonl")
     path.write_text('{"step": 1}\n')
     assert follower.new_lines() == [{"step": 1}]
     with path.open("a") as file:
