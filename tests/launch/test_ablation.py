@@ -172,7 +172,7 @@ def test_the_record_has_every_axis_with_the_reference_on_it(write_study, made, t
     # reference minus arm, in both seeds: 0.25 - 0.5
     half = record["differences"]["density 0.5"]["accuracy"]
     assert half["per_seed"] == pytest.approx([-0.25, -0.25])
-    for suffix in ("md", "csv", "png", "svg"):
+    for suffix in ("md", "csv", "png", "svg", "html"):
         assert (tmp_path / "out" / "report" / f"compare.{suffix}").stat().st_size > 100
 
 

@@ -127,7 +127,7 @@ def test_a_study_runs_its_stages_in_order(study_file, scripted_stages, capsys):
     assert summary["arms"]["obm"]["seeds"] == [0, 1]
     assert summary["arms"]["ties"]["ceiling"] is None
     out = capsys.readouterr().out
-    assert "compare.{json,csv,md,png,svg}" in out
+    assert "compare.{json,csv,md,html,png,svg}" in out
     assert "steps to vlm's ceiling" in out
 
 
