@@ -11,7 +11,6 @@ are all of one form, and `figures` turns any of them into shares. Nothing here r
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from itertools import combinations
-from typing import Any
 
 import numpy as np
 
