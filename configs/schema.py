@@ -15,13 +15,15 @@ from typing import Any
 from configs.checks import Where, build, fail, nearest
 from configs.documentation import describe
 from configs.errors import ConfigError
-from configs.reader import parse_yaml, read_yaml, write_yaml
+from configs.reader import expand_call, parse_yaml, read_yaml, write_yaml
 from configs.sections import (
     Algorithm,
     Calibration,
     Compare,
     Config,
+    Conflict,
     Environment,
+    FreezeHeads,
     Lora,
     Merge,
     Models,
@@ -37,7 +39,9 @@ __all__ = [
     "Compare",
     "Config",
     "ConfigError",
+    "Conflict",
     "Environment",
+    "FreezeHeads",
     "Lora",
     "Merge",
     "Models",
@@ -145,6 +149,8 @@ def _lay_over(
     for name, value in above.items():
         dotted = f"{key}.{name}" if key else str(name)
         origins[dotted] = origin
+        if dotted == "freeze_heads" and isinstance(value, str):
+            value = expand_call(value, f"{origin}:{dotted}")
         if isinstance(value, dict) and isinstance(below.get(name), dict):
             _lay_over(below[name], value, origin, dotted, origins)
         elif isinstance(value, dict):

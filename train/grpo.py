@@ -44,7 +44,7 @@ from train.groups import Groups
 from train.policy import causal_model
 from train.resume import Saved, state_name
 from train.timing import clock, speeds, time_forward, timed
-from train.trajectories import Trajectory
+from train.trajectories import Trajectory, first_masked_turn, turn_advantages
 from train.vision import EncodedImage
 from train.watchdog import progress
 from train.worlds import engine_class
@@ -225,6 +225,10 @@ class SearchGRPOTrainer(GRPOTrainer):
         batch["advantages"] = self._assign_credit(
             batch["advantages"], batch["completion_ids"].shape[1]
         )
+        for episode, advantages in zip(
+            self.last_trajectories, batch["advantages"].tolist(), strict=True
+        ):
+            episode.advantages = turn_advantages(episode, advantages)
         missing = batch["completion_ids"].shape[1] - self._batch_entropies.shape[1]
         entropies = torch.nn.functional.pad(self._batch_entropies, (0, missing))
         batch["sampling_entropies"] = entropies.to(batch["completion_ids"].device)
@@ -257,6 +261,8 @@ class SearchGRPOTrainer(GRPOTrainer):
                 for mask, trajectory in zip(masks, trajectories, strict=True)
             ]
         completion_ids = [trajectory.completion_ids for trajectory in trajectories]
+        for trajectory, mask in zip(trajectories, masks, strict=True):
+            trajectory.masked_from = first_masked_turn(trajectory, mask)
         self.last_trajectories = trajectories
         self._batch_pictures = [
             [self.engine.encode_image(image) for image in trajectory.all_images]
@@ -309,6 +315,11 @@ class SearchGRPOTrainer(GRPOTrainer):
             is_cut=episode.stop_reason == "length",
         )
         episode.rewards |= {"overlong": penalty, "total": total + penalty}
+
+    @property
+    def last_questions(self) -> list[dict[str, Any]]:
+        """The questions of `last_trajectories`, in their order."""
+        return [self.questions[row] for row in self._batch_rows]
 
     def _all_rows(self, values: list[Any]) -> list[Any]:
         """The values of all processes, in the order of their rows."""

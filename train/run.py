@@ -1,8 +1,9 @@
 """Train a policy from a settings file: `deepspeed launch/train.sh --config configs/demo.yaml`.
 
 A run folder stands alone: config.yaml, environment.json, metrics.jsonl, trajectories.jsonl,
-checkpoints/, heartbeat/, wandb_id, merge.json (of a merged start), own/ (reward functions and
-dialect of one's own) and, at the end, done.json.
+pictures/, checkpoints/, heartbeat/, wandb_id, merge.json and start_cost.json (of a merged start),
+own/ (reward functions and dialect of one's own), frozen_heads.json (where some are) and, at the
+end, done.json.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -41,6 +43,8 @@ from train.estimate import (
     estimate_arguments,
     find_machine,
 )
+from train.frozen import FILE_NAME as FROZEN_HEADS
+from train.frozen import FrozenHeads, check_same_heads, choose_heads
 from train.resume import Start, convert, find_start
 from train.settings import build_grpo_config, describe_step, resolved_grpo, zero_stage
 from train.watchdog import Watchdog, clear_heartbeats, progress
@@ -60,6 +64,8 @@ MAY_CHANGE = (
     # train.resume checks that their product with the number of processes stays
     "grpo.per_device_train_batch_size", "grpo.gradient_accumulation_steps",
     "rollout.sync_dir", "rollout.sleep", "environment.timeout_s", "environment.retries",
+    # the heads that they choose are compared themselves (train.frozen)
+    "conflict.", "freeze_heads.map",
     "environment.backoff_s", "environment.cache", "live.requests_per_second", "live.retries",
 )  # fmt: skip
 """Settings that may differ between a run and its continuation."""
@@ -146,6 +152,7 @@ def run_training(config: Config, resume: bool = False, overwrite: bool = False) 
     describe_step(config, world)
     check_pulls(config)
     given = read_given(config)  # what is wrong with it must be found before anything is written
+    given.frozen = choose_frozen(config, init)
     if config.rollout.backend == "vllm":
         from train.worlds import connect
 
@@ -153,7 +160,7 @@ def run_training(config: Config, resume: bool = False, overwrite: bool = False) 
     start = find_start(folder, config, world) if resume else None
     if rank == 0:
         check_start(init)
-        prepare_folder(folder, config, init, resume, overwrite)
+        prepare_folder(folder, config, init, resume, overwrite, given.frozen)
     _share_cores(world)
 
     # torch.distributed starts here, if a launcher asked for it
@@ -178,6 +185,8 @@ class Given:
     """of the evaluation"""
     functions: list[RewardFunction]
     """reward functions of one's own"""
+    frozen: FrozenHeads | None = None
+    """heads that stay as they are"""
 
 
 def read_given(config: Config) -> Given:
@@ -217,7 +226,8 @@ def _train(
     """The part of a run that all processes go through together."""
     rank = watchdog.rank
     checkpoint = start.path if start else None
-    resume_step = start.step if start else 0
+    # without a checkpoint everything is done again, the evaluation of step 0 included
+    resume_step = start.step if start else -1
 
     from transformers.utils.logging import disable_progress_bar
 
@@ -225,6 +235,7 @@ def _train(
     from train.callbacks import EvaluationCallback, Recorder, RunCallback
     from train.grpo import SearchGRPOTrainer
     from train.health import health_settings
+    from train.live import LiveView, live_descriptor, new_status
     from train.policy import load_policy
     from train.worlds import load_environment
 
@@ -234,6 +245,7 @@ def _train(
     if checkpoint is not None:
         logger.info("resuming at step %d of %s", resume_step, folder)
     model, processor = load_policy(init)
+    recorder.use_tokenizer(getattr(processor, "tokenizer", processor))
     if config.models.freeze_vision:
         freeze_vision(model)
     reference = config.models.reference
@@ -252,6 +264,14 @@ def _train(
         anchor=make_anchor(config, init, model),
         functions=given.functions,
     )
+    if given.frozen is not None:
+        from train.cast import gate_trainer
+
+        gate = gate_trainer(trainer, given.frozen.heads, given.frozen.shared)
+        logger.info(
+            "%d of %d heads stay as they are, %d numbers",
+            len(given.frozen.heads), given.frozen.n_heads, gate.n_numbers,
+        )  # fmt: skip
     watchdog.step = lambda: trainer.state.global_step
     _keep_only_ours(trainer)
     trainer.add_callback(RunCallback(trainer, recorder, health_settings(config, init)))
@@ -259,7 +279,12 @@ def _train(
         EvaluationCallback(trainer, recorder, given.held_out, config.compare.eval_every)
     )
     progress.begin("train")
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    terminal = live_descriptor(config, rank == 0)
+    if terminal is not None:
+        status = new_status(config, recorder.earlier_lines)
+        recorder.live = LiveView(status, terminal)
+    with recorder.live or nullcontext():
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     final = _last_policy(trainer, folder)
     if rank == 0:
         summary = {
@@ -341,7 +366,28 @@ def make_anchor(config: Config, init: str, model: Any) -> Any:
     return SaliencyAnchor(model, anchor_statistics(init, folders), config.algorithm.anchor)
 
 
-def prepare_folder(folder: Path, config: Config, init: str, resume: bool, overwrite: bool) -> None:
+def choose_frozen(config: Config, init: str) -> FrozenHeads | None:
+    """The heads that `freeze_heads` keeps out of the training, or None.
+
+    Raises:
+        ConfigError: no conflict map, or heads that are not known.
+    """
+    if config.freeze_heads.source == "none":
+        return None
+    from train.heads import head_layout
+    from train.policy import load_config as load_model_config
+
+    return choose_heads(config.freeze_heads, head_layout(load_model_config(init)), init)
+
+
+def prepare_folder(
+    folder: Path,
+    config: Config,
+    init: str,
+    resume: bool,
+    overwrite: bool,
+    frozen: FrozenHeads | None = None,
+) -> None:
     """Creates the run folder, or checks the one that shall go on.
 
     Raises:
@@ -350,6 +396,7 @@ def prepare_folder(folder: Path, config: Config, init: str, resume: bool, overwr
     if folder.exists() and any(folder.iterdir()):
         if resume:
             _refuse_other_run(folder, config)
+            check_same_heads(folder, frozen)
         elif overwrite:
             if not (folder / "config.yaml").exists():
                 raise ConfigError(
@@ -370,9 +417,14 @@ def prepare_folder(folder: Path, config: Config, init: str, resume: bool, overwr
     for name in own_files(config):
         (folder / OWN_FOLDER).mkdir(exist_ok=True)
         shutil.copyfile(Path(name).expanduser(), folder / OWN_FOLDER / Path(name).name)
+    if frozen is not None:
+        write_json(folder / FROZEN_HEADS, frozen.to_dict())
     recipe = Path(init) / "merge.json"
     if recipe.is_file():
         shutil.copyfile(recipe, folder / "merge.json")
+    cost = Path(init) / "cost.json"
+    if cost.is_file():
+        shutil.copyfile(cost, folder / "start_cost.json")
 
 
 def own_files(config: Config) -> dict[str, str]:
@@ -417,6 +469,7 @@ def describe_machine(config: Config) -> dict[str, Any]:
         "versions": versions,
         "hardware": ", ".join(gpus) or processor_name(),
         "cores": len(os.sched_getaffinity(0)),
+        "device": "gpu" if gpus else "cpu",
         "world_size": int(os.environ.get("WORLD_SIZE", "1")),
         "deepspeed": config.deepspeed,
         "own_files": own_files(config),

@@ -4,8 +4,9 @@ import json
 
 import pytest
 
+from compare.comparable import check_comparable
 from compare.errors import CompareError
-from compare.runs import check_comparable, cut_to_common_steps, group_runs, read_run
+from compare.runs import cut_to_common_steps, group_runs, read_run
 
 
 def test_a_run_folder_is_read_with_its_curve(make_run):

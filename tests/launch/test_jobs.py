@@ -26,8 +26,8 @@ print("hello from", run.name)
 def scripted(monkeypatch):
     """Jobs whose first argument is Python code instead of train.sh's options."""
 
-    def command(arguments, *, n_processes=1, device=None):
-        return [sys.executable, "-c", *arguments, *([str(device)] if device is not None else [])]
+    def command(arguments, *, n_processes=1, devices=()):
+        return [sys.executable, "-c", *arguments, *(str(device) for device in devices)]
 
     monkeypatch.setattr(jobs, "training_command", command)
     monkeypatch.setattr(jobs, "POLL_S", 0.02)
@@ -66,7 +66,7 @@ def test_a_file_that_was_cut_back_is_read_from_its_start(tmp_path):
     job.output.mkdir()
     path = job.output / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n')
-    follower = jobs._Follower(job)
+    follower = jobs.Follower(job.output / "metrics.jsonl")
     path.write_text('{"step": 1}\n')
     assert follower.new_lines() == [{"step": 1}]
     with path.open("a") as file:
@@ -99,7 +99,7 @@ def test_each_gpu_has_one_training_at_a_time(scripted, tmp_path):
         "time.sleep(0.1)\n"
         "mine.rmdir()\n"
     )
-    run_jobs([make_job(tmp_path, name, code) for name in "abcd"], parallel=4, devices=[0, 1])
+    run_jobs([make_job(tmp_path, name, code) for name in "abcd"], parallel=4, devices=[(0,), (1,)])
 
 
 def test_a_failed_job_is_named_with_its_log_and_the_others_finish(scripted, tmp_path, capsys):
@@ -168,8 +168,9 @@ def test_the_training_command_has_a_port_of_its_own():
     assert one[4] != other[4]
 
 
-def test_a_device_takes_the_place_of_a_count():
-    assert training_command([], device=1)[1:3] == ["--include", "localhost:1"]
+def test_devices_take_the_place_of_a_count():
+    assert training_command([], devices=[1])[1:3] == ["--include", "localhost:1"]
+    assert training_command([], devices=[2, 3])[1:3] == ["--include", "localhost:2,3"]
 
 
 def test_children_share_the_cores_and_find_our_packages(monkeypatch):

@@ -7,14 +7,16 @@ import pytest
 import yaml
 
 from compare.paper_table import CELLS, _finish_row, _new_row
-from launch import paper_table as table_module
-from launch import study as study_module
 from launch.commands import calibrate as calibrate_module
 from launch.commands import eval as eval_module
 from launch.commands import merge as merge_module
 from launch.errors import LaunchError
-from launch.paper_table import run_table
-from launch.study import NOT_STUDIES, Plan, flatten, load_study, run_study
+from launch.studies import paper_table as table_module
+from launch.studies import trainings as trainings_module
+from launch.studies.ceiling import run_ceiling
+from launch.studies.file import NOT_STUDIES, Options, load_study
+from launch.studies.paper_table import run_table
+from launch.studies.plan import Plan, flatten
 from train.resume import Saved
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -85,7 +87,7 @@ def scripted_stages(monkeypatch, write_scripted_run):
         asked = f" {mode} {kinds}" if config.output.endswith("paper") else ""
         made.append(f"evaluate {arm} {Path(checkpoint).name}{asked}")
 
-    def run_jobs(jobs, *, parallel, on_line, on_done, devices):
+    def run_jobs(jobs, *, parallel, on_line, on_done, on_failed, devices):
         for job in jobs:
             made.append(" ".join(["train", job.name, *job.arguments[2:]]))
             write_scripted_run(job.arguments[1])
@@ -96,13 +98,12 @@ def scripted_stages(monkeypatch, write_scripted_run):
     monkeypatch.setattr(calibrate_module, "calibrate_parent", calibrate)
     monkeypatch.setattr(merge_module, "merge_checkpoints", merge)
     monkeypatch.setattr(eval_module, "evaluate_checkpoint", evaluate)
-    monkeypatch.setattr(study_module, "run_jobs", run_jobs)
-    monkeypatch.setattr(study_module, "_devices", list)
+    monkeypatch.setattr(trainings_module, "run_jobs", run_jobs)
     return made
 
 
 def test_a_study_runs_its_stages_in_order(study_file, scripted_stages, capsys):
-    summary = run_study(load_study(study_file), command="obm study x")
+    summary = run_ceiling(load_study(study_file), Options("obm study x"))
     assert scripted_stages == [
         "calibrate vlm", "calibrate agent",
         "merge obm 2.0", "merge ties 1.0",
@@ -113,12 +114,12 @@ def test_a_study_runs_its_stages_in_order(study_file, scripted_stages, capsys):
     assert summary["arms"]["obm"]["seeds"] == [0, 1]
     assert summary["arms"]["ties"]["ceiling"] is None
     out = capsys.readouterr().out
-    assert "compare.png" in out
+    assert "compare.{json,csv,md,png,svg}" in out
     assert "steps to vlm's ceiling" in out
 
 
 def test_the_trainings_differ_in_start_seed_and_place_only(study_file, scripted_stages, tmp_path):
-    run_study(load_study(study_file), command="c")
+    run_ceiling(load_study(study_file), Options("c"))
     configs = {
         name: yaml.safe_load((tmp_path / "out" / "configs" / f"{name}.yaml").read_text())
         for name in ("obm-s0", "vlm-s0", "obm-s1")
@@ -139,7 +140,7 @@ def test_an_arm_may_have_a_parent_of_its_own(study_file, scripted_stages, tmp_pa
     models = {"vlm": str(tmp_path / "other")}
     content["arms"] = [{"name": "own", "merge": "obm", "models": models}, *content["arms"]]
     study_file.write_text(yaml.safe_dump(content))
-    run_study(load_study(study_file), command="c")
+    run_ceiling(load_study(study_file), Options("c"))
     assert scripted_stages[:5] == [
         "calibrate vlm", "calibrate agent", "calibrate vlm", "calibrate agent", "merge own 2.0"
     ]  # fmt: skip
@@ -166,29 +167,29 @@ def test_all_kinds_of_statistics_that_any_arm_needs_are_made_at_once(study_file)
 
 
 def test_a_second_run_reuses_everything(study_file, scripted_stages):
-    run_study(load_study(study_file), command="c")
+    run_ceiling(load_study(study_file), Options("c"))
     n_made = len(scripted_stages)
-    summary = run_study(load_study(study_file), command="again")
+    summary = run_ceiling(load_study(study_file), Options("again"))
     assert len(scripted_stages) == n_made
     assert summary["command"] == "again"
 
 
 def test_changed_settings_are_refused_or_made_again(study_file, scripted_stages):
-    run_study(load_study(study_file), command="c")
+    run_ceiling(load_study(study_file), Options("c"))
     scripted_stages.clear()
     changed = ["grpo.max_steps=99"]
     with pytest.raises(LaunchError, match=r"grpo\.max_steps was 15, is 99"):
-        run_study(load_study(study_file), command="c", overrides=changed)
-    run_study(load_study(study_file), command="c", overrides=changed, redo=True)
+        run_ceiling(load_study(study_file), Options("c", overrides=changed))
+    run_ceiling(load_study(study_file), Options("c", overrides=changed, redo=True))
     assert "merge obm 2.0" not in scripted_stages
     assert "train obm-s0" in scripted_stages
 
 
 def test_a_changed_recipe_makes_what_follows_from_it_again(study_file, scripted_stages, tmp_path):
-    run_study(load_study(study_file), command="c")
+    run_ceiling(load_study(study_file), Options("c"))
     scripted_stages.clear()
     (tmp_path / "recipes.yaml").write_text(yaml.safe_dump({"obm": {"method": "obm"}}))
-    run_study(load_study(study_file), command="c", redo=True)
+    run_ceiling(load_study(study_file), Options("c", redo=True))
     assert scripted_stages == [
         "merge obm 1.0", "evaluate obm obm", "train obm-s0", "train obm-s1"
     ]  # fmt: skip
@@ -197,7 +198,7 @@ def test_a_changed_recipe_makes_what_follows_from_it_again(study_file, scripted_
 def test_a_broken_training_goes_on_from_its_checkpoint(study_file, scripted_stages, tmp_path):
     from launch.stages import Stages
 
-    run_study(load_study(study_file), command="c")
+    run_ceiling(load_study(study_file), Options("c"))
     scripted_stages.clear()
     marker = tmp_path / "out" / "stages" / "train-obm-s0.json"
     record = json.loads(marker.read_text())
@@ -209,7 +210,7 @@ def test_a_broken_training_goes_on_from_its_checkpoint(study_file, scripted_stag
     Saved(n_processes=1, is_boundary=True, per_rollout=8, per_step=8, zero_stage=0).write(
         checkpoint
     )
-    run_study(load_study(study_file), command="c")
+    run_ceiling(load_study(study_file), Options("c"))
     assert scripted_stages == ["train obm-s0 --resume"]
 
 
@@ -236,7 +237,7 @@ def test_a_wrong_study_file_is_refused(study_file, change, words):
         load_study(study_file)
 
 
-@pytest.mark.parametrize("name", ["demo", "convergence", "floors", "paper"])
+@pytest.mark.parametrize("name", ["demo", "ceiling", "floor", "paper"])
 def test_shipped_studies_load_and_describe_themselves(name):
     study = load_study(name)
     assert study.config.is_file()
@@ -262,6 +263,7 @@ def table_file(study_file):
     del content["zero_shot"]
     content |= {
         "output": str(study_file.parent / "paper"),
+        "kind": "table",
         "report_name": "paper-table",
         "seeds": [0],
         "arms": [
@@ -286,14 +288,14 @@ def trained_policy(monkeypatch):
         (run / "policy").mkdir(exist_ok=True)
         return run / "policy"
 
-    monkeypatch.setattr(table_module, "_policy", policy)
+    monkeypatch.setattr(table_module, "trained_policy", policy)
 
 
 def test_the_table_has_a_row_for_each_mode_merge_and_policy(
     table_file, scripted_stages, trained_policy
 ):
     study = load_study(table_file)
-    table = run_table(study, command="obm study x")
+    table = run_table(study, Options("obm study x"))
     evaluations = [line for line in scripted_stages if line.startswith("evaluate")]
     assert evaluations == [
         "evaluate vlm vlm direct two", "evaluate vlm vlm direct image",
@@ -318,7 +320,7 @@ def test_the_table_has_a_row_for_each_mode_merge_and_policy(
     assert "**RL from each start**" in page
     assert json.loads((report / "paper-table.json").read_text()) == table
     n_made = len(scripted_stages)
-    assert run_table(study, command="obm study x")["rows"] == table["rows"]
+    assert run_table(study, Options("obm study x"))["rows"] == table["rows"]
     assert len(scripted_stages) == n_made
 
 
@@ -347,7 +349,7 @@ def test_an_unknown_mode_of_an_arm_is_refused(table_file):
     content["arms"][0]["modes"] = ["guess"]
     table_file.write_text(yaml.safe_dump(content))
     with pytest.raises(LaunchError, match="arm vlm: no mode 'guess'"):
-        run_table(load_study(table_file), command="x")
+        run_table(load_study(table_file), Options("x"))
 
 
 def test_nested_settings_become_overrides():

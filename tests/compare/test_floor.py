@@ -6,7 +6,7 @@ import json
 import pytest
 
 from compare.errors import CompareError
-from compare.floors import floors_text_table, separation_text, summarise_floors, write_floors
+from compare.floor import floor_text_table, separation_text, summarise_floor, write_floor
 from configs.sections import Environment
 
 METRICS = ("searched", "entity", "passage", "accuracy", "seen/accuracy", "unseen/accuracy")
@@ -31,18 +31,18 @@ def rows():
 
 
 def test_an_arm_has_the_mean_over_seeds_with_students_interval(rows):
-    parts = summarise_floors(rows, "obm")["arms"]["obm"]["parts"]
+    parts = summarise_floor(rows, "obm")["arms"]["obm"]["parts"]
     # mean 0.5, standard deviation 0.3, t(2) = 4.303: 0.5 -+ 4.303 * 0.3 / sqrt(3), cut to 0 and 1
     assert parts["accuracy"]["mean"] == pytest.approx(0.5)
     assert (parts["accuracy"]["low"], parts["accuracy"]["high"]) == (0.0, 1.0)
-    vlm = summarise_floors(rows, "obm")["arms"]["vlm"]["parts"]["seen accuracy"]
+    vlm = summarise_floor(rows, "obm")["arms"]["vlm"]["parts"]["seen accuracy"]
     # 0.95 - 4.303 * 0.05 / sqrt(3) = 0.8258
     assert vlm["low"] == pytest.approx(0.8258, abs=1e-4)
     assert vlm["per_seed"] == [0.9, 0.95, 1.0]
 
 
 def test_differences_are_taken_within_a_seed(rows):
-    differences = summarise_floors(rows, "obm")["differences"]
+    differences = summarise_floor(rows, "obm")["differences"]
     ties = differences["ties"]["accuracy"]
     assert ties["per_seed"] == pytest.approx([0.1, 0.1, 0.1])
     assert ties["low"] == pytest.approx(0.1)
@@ -52,24 +52,24 @@ def test_differences_are_taken_within_a_seed(rows):
 
 
 def test_the_sentence_separates_only_what_the_interval_does(rows):
-    summary = summarise_floors(rows, "obm")
+    summary = summarise_floor(rows, "obm")
     # against vlm: -0.7, -0.45, -0.2: mean -0.45, half 4.303 * 0.25 / sqrt(3) = 0.62
     assert separation_text(summary, "accuracy") == (
         "accuracy: obm is above ties; not separated from dare, vlm."
     )
     lower = [*rows_of("obm", [0.1, 0.1, 0.12]), *rows_of("ties", [0.6, 0.6, 0.6])]
-    assert separation_text(summarise_floors(lower, "obm"), "passage") == (
+    assert separation_text(summarise_floor(lower, "obm"), "passage") == (
         "passage: obm is below ties."
     )
 
 
 def test_one_seed_separates_nothing():
-    summary = summarise_floors([*rows_of("obm", [0.9]), *rows_of("ties", [0.1])], "obm")
+    summary = summarise_floor([*rows_of("obm", [0.9]), *rows_of("ties", [0.1])], "obm")
     assert "not separated from ties" in separation_text(summary, "accuracy")
 
 
 def test_the_table_begins_with_the_most_right_answers(rows):
-    lines = floors_text_table(summarise_floors(rows, "obm"))
+    lines = floor_text_table(summarise_floor(rows, "obm"))
     assert lines[0].startswith("| start | searched | entity | passage | accuracy | seen accuracy")
     assert [line.split("|")[1].strip() for line in lines[2:]] == ["vlm", "obm", "dare", "ties"]
     assert "recognition" not in lines[0]
@@ -77,16 +77,16 @@ def test_the_table_begins_with_the_most_right_answers(rows):
 
 def test_an_arm_without_all_seeds_or_a_missing_reference_is_refused(rows):
     with pytest.raises(CompareError, match="vlm has other seeds than obm"):
-        summarise_floors(rows[:-1], "obm")
+        summarise_floor(rows[:-1], "obm")
     with pytest.raises(CompareError, match="'sce'"):
-        summarise_floors(rows, "sce")
+        summarise_floor(rows, "sce")
 
 
 def test_the_report_says_where_its_numbers_come_from(rows, tmp_path):
     for row in rows:
         row["metrics"]["recognition"] = 1.0
-    record = write_floors(
-        summarise_floors(rows, "obm"),
+    record = write_floor(
+        summarise_floor(rows, "obm"),
         rows,
         tmp_path / "results",
         name="floors",

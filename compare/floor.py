@@ -23,11 +23,12 @@ COLUMNS = {**PARTS, "recognition": "recognition"}
 """Column -> metric."""
 COMPARED = ("searched", "entity", "passage", "accuracy")
 """Columns whose differences are shown."""
+SUFFIXES = ("json", "csv", "md")
 ROUNDING = 1e-9
 """Differences of shares below this are rounding errors."""
 
 
-def summarise_floors(rows: Sequence[Mapping[str, Any]], reference: str) -> dict[str, Any]:
+def summarise_floor(rows: Sequence[Mapping[str, Any]], reference: str) -> dict[str, Any]:
     """Means over seeds of every arm, and the differences of the reference to each other arm.
 
     Args:
@@ -65,13 +66,13 @@ def summarise_floors(rows: Sequence[Mapping[str, Any]], reference: str) -> dict[
         "arms": {
             arm: {
                 "recipe": arms[arm][0]["recipe"],
-                "parts": {column: _estimate(v, (0.0, 1.0)) for column, v in columns.items()},
+                "parts": {column: estimate_of(v, (0.0, 1.0)) for column, v in columns.items()},
             }
             for arm, columns in values.items()
         },
         "differences": {
             arm: {
-                column: _estimate(
+                column: estimate_of(
                     [
                         a - b
                         for a, b in zip(values[reference][column], columns[column], strict=True)
@@ -86,7 +87,7 @@ def summarise_floors(rows: Sequence[Mapping[str, Any]], reference: str) -> dict[
     }
 
 
-def write_floors(
+def write_floor(
     summary: Mapping[str, Any],
     rows: Sequence[Mapping[str, Any]],
     folder: Path,
@@ -99,7 +100,7 @@ def write_floors(
     """Write `<name>.json`, `.csv` and `.md`.
 
     Args:
-        summary: of `summarise_floors`.
+        summary: of `summarise_floor`.
         rows: what it was made from.
         folder: made where missing.
         name: of the files.
@@ -123,38 +124,40 @@ def write_floors(
     }
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / f"{name}.json", record)
-    write_text(folder / f"{name}.csv", _csv(rows))
+    write_text(folder / f"{name}.csv", rows_csv(rows))
     write_text(folder / f"{name}.md", _markdown(record, title, name))
     return record
 
 
-def floors_text_table(summary: Mapping[str, Any]) -> list[str]:
+def floor_text_table(summary: Mapping[str, Any]) -> list[str]:
     """The floors as lines of a Markdown table, best accuracy first."""
     arms = summary["arms"]
     columns = [c for c in COLUMNS if all(c in arm["parts"] for arm in arms.values())]
     body = [
-        [name, *(_cell(arms[name]["parts"][column]) for column in columns)]
+        [name, *(cell(arms[name]["parts"][column]) for column in columns)]
         for name in sorted(arms, key=lambda name: -arms[name]["parts"]["accuracy"]["mean"])
     ]
-    return _table(["start", *columns], body)
+    return table(["start", *columns], body)
 
 
 def separation_text(summary: Mapping[str, Any], column: str) -> str:
     """One sentence: above which arms the reference lies, below which, and the rest."""
     groups: dict[str, list[str]] = {"above": [], "below": [], "not separated from": []}
     for arm, parts in summary["differences"].items():
-        groups[_side(parts[column])].append(arm)
+        groups[separation(parts[column])].append(arm)
     words = [f"{side} {', '.join(arms)}" for side, arms in groups.items() if arms]
     return f"{column}: {summary['reference']} is {'; '.join(words)}."
 
 
-def _side(estimate: Mapping[str, Any]) -> str:
+def separation(estimate: Mapping[str, Any]) -> str:
+    """Where a difference lies: `above` 0, `below`, or `not separated from` it."""
     if estimate["low"] is None or (estimate["low"] <= ROUNDING and estimate["high"] >= -ROUNDING):
         return "not separated from"
     return "above" if estimate["mean"] > 0 else "below"
 
 
-def _estimate(values: Sequence[float], bounds: tuple[float, float]) -> dict[str, Any]:
+def estimate_of(values: Sequence[float], bounds: tuple[float, float]) -> dict[str, Any]:
+    """{"mean", "low", "high", "per_seed"}: 95 % limits, None for one seed."""
     estimate: Estimate = interval(values, bounds=bounds)
     return {
         "mean": estimate.mean,
@@ -170,7 +173,7 @@ def _markdown(record: Mapping[str, Any], title: str, name: str) -> str:
     differences = record["differences"]
     heads = [f"{reference} minus", *COMPARED]
     body = [
-        [arm, *(_signed_cell(parts[column]) for column in COMPARED)]
+        [arm, *(signed_cell(parts[column]) for column in COMPARED)]
         for arm, parts in differences.items()
     ]
     recipes = [[arm, found["recipe"]] for arm, found in record["arms"].items()]
@@ -183,7 +186,7 @@ def _markdown(record: Mapping[str, Any], title: str, name: str) -> str:
         f"questions a seed (kinds: {', '.join(asked['eval_kinds'])}), greedy; mean over "
         f"{len(seeds)} seeds [95 % interval]. Most right answers first.",
         "",
-        *floors_text_table(record),
+        *floor_text_table(record),
         "",
         "`searched` any search; `entity` the right entity in a text query; `passage` a gold "
         "passage retrieved; `accuracy` the answer right, also on places whose flag the VLM has "
@@ -195,7 +198,7 @@ def _markdown(record: Mapping[str, Any], title: str, name: str) -> str:
         f"`{reference}` minus each other start, on the same questions and photos. Bold: the "
         "interval does not hold 0.",
         "",
-        *_table(heads, body),
+        *table(heads, body),
         "",
         "## What this separates, and what it does not",
         "",
@@ -213,7 +216,7 @@ def _markdown(record: Mapping[str, Any], title: str, name: str) -> str:
         "",
         "## Recipes",
         "",
-        *_table(["start", "recipe"], recipes, align="---"),
+        *table(["start", "recipe"], recipes, align="---"),
         "",
         "## How it was made",
         "",
@@ -229,7 +232,8 @@ def _markdown(record: Mapping[str, Any], title: str, name: str) -> str:
     ])  # fmt: skip
 
 
-def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
+def rows_csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Every evaluation as a line: arm, seed, and every metric that any has."""
     names = sorted({metric for row in rows for metric in row["metrics"]})
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, ["arm", "seed", *names], restval="", lineterminator="\n")
@@ -239,7 +243,8 @@ def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
     return buffer.getvalue()
 
 
-def _cell(estimate: Mapping[str, Any], form: str = ".2f") -> str:
+def cell(estimate: Mapping[str, Any], form: str = ".2f") -> str:
+    """`0.39 [0.33, 0.46]`; the mean alone where there is no interval, or none to see."""
     mean = format(estimate["mean"], form)
     if estimate["low"] is None:
         return mean
@@ -247,11 +252,13 @@ def _cell(estimate: Mapping[str, Any], form: str = ".2f") -> str:
     return mean if low == high else f"{mean} [{low}, {high}]"
 
 
-def _signed_cell(estimate: Mapping[str, Any]) -> str:
-    text = _cell(estimate, "+.2f")
-    return text if _side(estimate) == "not separated from" else f"**{text}**"
+def signed_cell(estimate: Mapping[str, Any]) -> str:
+    """A difference with its sign; bold where its interval does not hold 0."""
+    text = cell(estimate, "+.2f")
+    return text if separation(estimate) == "not separated from" else f"**{text}**"
 
 
-def _table(heads: Sequence[str], body: Sequence[Sequence[str]], align: str = "---:") -> list[str]:
+def table(heads: Sequence[str], body: Sequence[Sequence[str]], align: str = "---:") -> list[str]:
+    """Lines of a Markdown table."""
     rule = ["---", *(align for _ in heads[1:])]
     return [f"| {' | '.join(cells)} |" for cells in (heads, rule, *body)]

@@ -10,7 +10,6 @@ Every evaluation is a stage (launch/stages.py) under `table/` of the study's fol
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -19,7 +18,12 @@ from typing import TYPE_CHECKING, Any
 
 from launch.errors import LaunchError
 from launch.stages import Stages, fingerprint
-from launch.study import Arm, Plan, Study, flatten, make_starts, reused, say, start_key, train_arms
+from launch.studies.ceiling import describe_ceiling
+from launch.studies.file import Arm, Options, Study
+from launch.studies.plan import Plan, flatten, start_key
+from launch.studies.report import publish
+from launch.studies.starts import make_starts, reused, say
+from launch.studies.trainings import raise_failures, train_arms
 
 if TYPE_CHECKING:
     from configs.schema import Config
@@ -38,57 +42,55 @@ class Entry:
     """of the training; None before training"""
 
 
-def run_table(
-    study: Study,
-    *,
-    command: str,
-    overrides: Sequence[str] = (),
-    parallel: int | None = None,
-    redo: bool = False,
-) -> dict[str, Any]:
+def run_table(study: Study, options: Options) -> dict[str, Any]:
     """Make what is missing, evaluate it, write the table.
-
-    Args:
-        study: with `benchmarks`.
-        command: kept in the report.
-        overrides: `key=value`, laid over the study's own.
-        parallel: trainings at a time.
-        redo: make stages again whose settings have changed.
 
     Returns:
         The content of the report's .json.
 
     Raises:
         LaunchError: an unknown mode, a trained policy that is not there.
+        JobFailedError: trainings failed; there is no table then.
     """
     from compare.paper_table import table_lines, write_table
 
-    started = time.monotonic()
-    plan, stages = Plan(study, list(overrides)), Stages(study.output, redo=redo)
+    plan = Plan(study, list(options.overrides))
+    stages = Stages(study.output, redo=options.redo)
     plan.check()
     _check_modes(study)
-    configs = {title: _config(plan, title, overrides) for title in study.benchmarks}
+    configs = {
+        title: benchmark_config(plan, title, options.overrides) for title in study.benchmarks
+    }
     make_starts(plan, stages)
-    train_arms(plan, stages, parallel)
+    raise_failures(train_arms(plan, stages, options), plan, is_reported=True)
     results = []
     for entry in _entries(plan):
         for title, config in configs.items():
-            record = _evaluate(plan, stages, entry, title, config, command)
+            record = _evaluate(plan, stages, entry, title, config, options.command)
             results.append(_result(entry, title, record))
-    output = study.report or study.output / "report"
     table = write_table(
         results,
-        output,
+        study.report_folder,
         name=study.report_name,
         title=study.title,
-        command=command,
+        command=options.command,
         benchmarks={title: _about(config) for title, config in configs.items()},
         training=_training(plan),
     )
     print("\n" + "\n".join(table_lines(table)) + "\n")
-    say(f"table:   {output / study.report_name}.md")
-    say(f"finished in {(time.monotonic() - started) / 60:.1f} minutes")
+    publish(study, table, ("json", "md"))
     return table
+
+
+def describe_table(study: Study, options: Options) -> list[str]:
+    """Arms, evaluations, what will be reused, what is left."""
+    n_starts = sum(len(arm.modes) for arm in study.arms)
+    n_policies = sum(
+        len(study.seeds) if arm.train else arm.trained is not None for arm in study.arms
+    )
+    n = (n_starts + n_policies) * len(study.benchmarks)
+    evaluations = f"{n} evaluations on {', '.join(study.benchmarks)}"
+    return [*describe_ceiling(study, options), evaluations]
 
 
 def _check_modes(study: Study) -> None:
@@ -102,7 +104,7 @@ def _check_modes(study: Study) -> None:
                 )
 
 
-def _config(plan: Plan, title: str, overrides: Sequence[str]) -> Config:
+def benchmark_config(plan: Plan, title: str, overrides: Sequence[str]) -> Config:
     """Settings of one benchmark's evaluation."""
     from configs.schema import load_config
 
@@ -125,7 +127,9 @@ def _entries(plan: Plan) -> list[Entry]:
             after.append(Entry(f"{arm.name}/rl", arm, "agent", _trained(arm), 0))
         elif arm.train:
             after += [
-                Entry(f"{arm.name}/rl", arm, "agent", _policy(plan.run_folder(arm, seed)), seed)
+                Entry(
+                    f"{arm.name}/rl", arm, "agent", trained_policy(plan.run_folder(arm, seed)), seed
+                )
                 for seed in study.seeds
             ]
     return [*before, *after]
@@ -137,7 +141,7 @@ def _trained(arm: Arm) -> str:
     return resolve_model(arm.trained or "")
 
 
-def _policy(run: Path) -> Path:
+def trained_policy(run: Path) -> Path:
     """The trained policy of a finished run."""
     done = json.loads((run / "done.json").read_text(encoding="utf-8"))
     return run / done["policy"]

@@ -7,10 +7,11 @@ import pytest
 import yaml
 
 from compare.zero_shot import Evaluator
-from launch import floors as floors_module
 from launch.commands import calibrate as calibrate_module
-from launch.floors import run_floors
-from launch.study import describe_study, load_study
+from launch.studies import measure as measure_module
+from launch.studies.file import Options, load_study
+from launch.studies.floor import run_floor
+from launch.studies.run import describe_study
 
 DEMO = Path(__file__).resolve().parents[2] / "configs" / "demo.yaml"
 
@@ -20,7 +21,7 @@ def study(tmp_path):
     """A study of two merges and the plain VLM with two seeds."""
     content = {
         "title": "Floors", "config": str(DEMO), "output": str(tmp_path / "out"), "seeds": [3, 5],
-        "floors": True, "overrides": {"environment": {"eval_split": "test"}},
+        "kind": "floor", "overrides": {"environment": {"eval_split": "test"}},
         "arms": [
             {"name": "obm", "merge": {"method": "obm", "density": 0.3}},
             {"name": "dare", "merge": {"method": "dare", "weights": {"agent": 0.5}}},
@@ -50,13 +51,13 @@ def made(monkeypatch):
 
     monkeypatch.setattr(calibrate_module, "calibrate_parent", calibrate)
     monkeypatch.setattr(Evaluator, "measure", measure)
-    monkeypatch.setattr(floors_module, "check_merges", lambda tasks, scratch: list(tasks))
+    monkeypatch.setattr(measure_module, "check_merges", lambda tasks, scratch: list(tasks))
     return calibrated, measured
 
 
 def test_a_seed_changes_calibration_random_stream_and_questions(study, made, tmp_path):
     calibrated, measured = made
-    run_floors(study, command="c", parallel=1)
+    run_floor(study, Options("c", parallel=1))
     assert calibrated == [
         ("vlm", 3, ["diagonal"]), ("agent", 3, ["diagonal"]),
         ("vlm", 5, ["diagonal"]), ("agent", 5, ["diagonal"]),
@@ -75,7 +76,7 @@ def test_a_seed_changes_calibration_random_stream_and_questions(study, made, tmp
 
 
 def test_the_first_arm_is_held_against_the_others(study, made, tmp_path, capsys):
-    summary = run_floors(study, command="obm study floors", parallel=1)
+    summary = run_floor(study, Options("obm study floors", parallel=1))
     assert summary["reference"] == "obm"
     assert summary["differences"]["dare"]["accuracy"]["per_seed"] == pytest.approx([0.25, 0.35])
     record = json.loads((tmp_path / "out" / "report" / "compare.json").read_text())
@@ -88,21 +89,23 @@ def test_the_first_arm_is_held_against_the_others(study, made, tmp_path, capsys)
 
 def test_a_second_run_makes_nothing_and_a_further_seed_only_itself(study, made):
     calibrated, measured = made
-    run_floors(study, command="c", parallel=1)
-    run_floors(study, command="c", parallel=1)
+    run_floor(study, Options("c", parallel=1))
+    run_floor(study, Options("c", parallel=1))
     assert (len(calibrated), len(measured)) == (4, 6)
     study.seeds.append(7)
-    run_floors(study, command="c", parallel=1)
+    run_floor(study, Options("c", parallel=1))
     assert (len(calibrated), len(measured)) == (6, 9)
 
 
 def test_a_changed_recipe_is_measured_again(study, made):
     _, measured = made
-    run_floors(study, command="c", parallel=1)
+    run_floor(study, Options("c", parallel=1))
     study.arms[1].merge["density"] = 0.9
-    run_floors(study, command="c", parallel=1)
+    run_floor(study, Options("c", parallel=1))
     assert [task.name for task in measured[6:]] == ["dare-s3", "dare-s5"]
 
 
 def test_the_description_counts_evaluations_and_no_training(study):
-    assert describe_study(study).splitlines()[-1] == "6 evaluations, no training"
+    lines = describe_study(study, Options("c", parallel=1)).splitlines()
+    assert lines[-2].startswith("6 evaluations, no training; 1 at a time")
+    assert lines[-1] == "  0 there already, 6 to run"
