@@ -59,11 +59,12 @@ def check_obm(arguments: Sequence[str]) -> None:
         if arguments[0] == "train":
             check_step(config, options.num_processes)
     elif arguments[0] in ("study", "demo"):
-        from launch.study import describe_study, load_study
+        from launch.studies.file import Options, load_study
+        from launch.studies.run import describe_study
 
         name = getattr(options, "study", "demo")
         if name != "my_study.yaml":  # the reader's own
-            describe_study(load_study(name), overrides)
+            describe_study(load_study(name), Options("docs", overrides))
     if arguments[0] == "tune":
         assert Path(ROOT, options.grid).is_file(), options.grid
 

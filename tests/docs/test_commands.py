@@ -12,7 +12,7 @@ from tests.docs.walker import Walker
 WALKED = {
     "docs/quickstart.md": [
         # checked only: what takes minutes
-        "obm study convergence #",
+        "obm study ceiling #", "obm study ablation", "obm study transfer",
     ],
     "docs/recipes.md": [
         "make install", "source .venv", "obm calibrate --config qwen2.5-vl-7b",
@@ -124,7 +124,7 @@ def check_words(page, text):
     assert verb in VERBS, f"{page}: `{text}`: there is no verb {verb}"
     words = [word for word in rest if word not in ("...", "[...]")]
     if verb == "study" and words and words[0].islower():
-        from launch.study import load_study
+        from launch.studies.file import load_study
 
         load_study(words[0])
     options = [word for word in words if word.startswith("--")]
