@@ -118,9 +118,9 @@ def versions_page() -> str:
             lines.append(f"| {requirement.name} | `{asked}` | {version} | {part} |")
     lines += [
         "",
-        "Without a GPU `make install` takes the CPU build of torch in the version above, with one the",
-        "build of your package index. A vLLM server has an environment of its own; tested with vLLM",
-        "0.32.0 ([vllm.md](vllm.md)).",
+        "Without a GPU `make install` takes the CPU build of torch in the version above, with one",
+        "the build of your package index. A vLLM server has an environment of its own; tested with",
+        "vLLM 0.32.0 ([vllm.md](vllm.md)).",
     ]
     return "\n".join(lines) + "\n"
 

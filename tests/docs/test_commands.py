@@ -12,7 +12,7 @@ from tests.docs.walker import Walker
 WALKED = {
     "docs/quickstart.md": [
         # checked only: what takes minutes
-        "obm study ceiling #",
+        "obm study ceiling #", "obm study ablation", "obm study transfer",
     ],
     "docs/recipes.md": [
         "make install", "source .venv", "obm calibrate --config qwen2.5-vl-7b",

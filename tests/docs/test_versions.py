@@ -22,7 +22,8 @@ def rows(page):
 
 def declared():
     table = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    lines = [*table["dependencies"], *sum(table["optional-dependencies"].values(), [])]
+    extras = table["optional-dependencies"].values()
+    lines = [*table["dependencies"], *(line for extra in extras for line in extra)]
     return {r.name: r for r in map(Requirement, lines) if r.name != "obm-warmstart"}
 
 
