@@ -108,7 +108,12 @@ def _evaluation(run: Run) -> Settings:
 
 
 def _rewards(run: Run) -> Settings:
-    return _section(run, "rewards", asdict(Rewards()), leave_out=_FREE_REWARDS)
+    return {
+        **_section(run, "rewards", asdict(Rewards()), leave_out=_FREE_REWARDS),
+        "reward_functions": run.config.get("reward_functions") or [],
+        # the same name may stand for other lines of Python
+        "own_files": run.provenance.get("own_files") or {},
+    }
 
 
 def _budget(run: Run) -> Settings:

@@ -1,4 +1,4 @@
-"""The report of a comparison: one summary, written as json, csv, md, png and svg.
+"""The report of a comparison: one summary, written as json, csv, md, html, png and svg.
 
     obm compare runs/demo/runs/* --output runs/demo/report
 
@@ -26,7 +26,7 @@ from compare.runs import SINCE_START, Run, cut_to_common_steps, group_runs
 from compare.summary import summarise
 from compare.tables import markdown_table, overview_rows, sections
 
-SUFFIXES = ("json", "csv", "md", "png", "svg")
+SUFFIXES = ("json", "csv", "md", "html", "png", "svg")
 
 
 def write_report(
@@ -43,8 +43,9 @@ def write_report(
     allow: Sequence[str] = (),
     partial: bool = False,
     overwrite: bool = False,
+    beside: Sequence[str | Path] = (),
 ) -> dict[str, Any]:
-    """Check the runs, summarise them, and write `<name>.json .csv .md .png .svg` into a folder.
+    """Check the runs, summarise them, and write `<name>.json .csv .md .html .png .svg`.
 
     Args:
         runs: training runs and zero-shot evaluations.
@@ -59,15 +60,18 @@ def write_report(
         allow: settings that may differ; see `compare.comparable.check_comparable`.
         partial: cut the runs to the evaluations they share.
         overwrite: replace a report of that name.
+        beside: json files of other studies and merges that the html page shows too; see
+            `compare.report_page.read_record`.
 
     Returns:
         The summary as written to the json file.
 
     Raises:
         CompareError: nothing to compare, runs that differ in more than their start, or a report is
-            there already.
+            there already, or a file beside it that no page shows.
     """
     from compare.figure import draw
+    from compare.report_page import Record, read_record, write_report_page
 
     if not runs:
         raise CompareError("nothing to compare; name at least one run folder")
@@ -78,6 +82,7 @@ def write_report(
         raise CompareError(
             f"{present[0]} exists; pass --overwrite, another --output or another --name"
         )
+    shown = [read_record(file) for file in beside]
     arms = group_runs(runs)
     if reference is not None and reference not in arms:
         raise CompareError(f"--reference {reference}: no such arm; there are {', '.join(arms)}")
@@ -100,8 +105,13 @@ def write_report(
     temporary = {suffix: output / f".{name}.tmp.{suffix}" for suffix in SUFFIXES}
     try:
         temporary["json"].write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-        temporary["csv"].write_text(_csv(arms), encoding="utf-8")
+        table = _csv(arms)
+        temporary["csv"].write_text(table, encoding="utf-8")
         temporary["md"].write_text(_markdown(summary, title, name, caption), encoding="utf-8")
+        write_report_page(
+            temporary["html"], [Record("comparison", name, summary, table), *shown], title=title,
+            files=[f"{name}.{suffix}" for suffix in SUFFIXES if suffix != "html"],
+        )  # fmt: skip
         draw(
             arms, summary, [temporary["png"], temporary["svg"]],
             smoothing=smoothing, bootstrap=bootstrap, caption=caption,
@@ -219,6 +229,7 @@ def _markdown(summary: dict[str, Any], title: str, name: str, caption: str) -> s
     lines = [
         f"# {title}",
         "",
+        *_verdict_lines(summary),
         f"![floor, accuracy and search rates]({name}.png)",
         "",
         caption,
@@ -245,7 +256,7 @@ def _markdown(summary: dict[str, Any], title: str, name: str, caption: str) -> s
         *_allowed_lines(summary["comparable"]),
         f"* interval: {summary['interval']}; smoothing over {summary['smoothing']} evaluations",
         f"* every evaluation of every seed: [{name}.csv]({name}.csv); numbers: "
-        f"[{name}.json]({name}.json)",
+        f"[{name}.json]({name}.json); a page to read them on: [{name}.html]({name}.html)",
         "",
     ]
     return "\n".join(lines)
@@ -261,3 +272,12 @@ def _allowed_lines(comparable: dict[str, Any]) -> list[str]:
         )
         lines.append(f"* **differs between the runs** (`--allow`): `{found['setting']}`: {values}")
     return lines
+
+
+def _verdict_lines(summary: dict[str, Any]) -> list[str]:
+    from compare.verdict import comparison_verdict
+
+    verdict = comparison_verdict(summary, str)
+    if verdict is None:
+        return []
+    return [f"**{verdict.headline}**", "", *(f"* {text}" for text in verdict.sentences), ""]

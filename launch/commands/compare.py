@@ -1,9 +1,10 @@
 """Compare finished runs: floor, ceiling, cost to target, differences by seed, with intervals.
 
 A RUN is a run folder, a folder that `obm eval` wrote (an arm with a floor only), a W&B offline
-folder or .wandb file, or wandb://entity/project/run_id. Writes compare.json, .csv, .md, .png and
-.svg. Runs that differ in data, evaluation, rewards, budget or training are refused, with every
-setting in which they differ; --allow lets one differ and is noted in the report.
+folder or .wandb file, or wandb://entity/project/run_id. Writes compare.json, .csv, .md, .html, .png
+and .svg; the html is one page that needs no network, and `--with` adds to it what other studies and
+merges have written. Runs that differ in data, evaluation, rewards, budget or training are refused,
+with every setting in which they differ; --allow lets one differ and is noted in the report.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pathlib import Path
 
 EXAMPLES = (
     "obm compare runs/demo/runs/* --output runs/demo/report",
+    "obm compare runs/demo/runs/* --with runs/floor/floor.json runs/demo/merged/obm/merge.json",
     "obm compare runs/a-s0 runs/b-s0 runs/b-s1 --output runs/ab --target-arm a --smoothing 1",
     "obm compare runs/*/wandb/offline-run-* wandb://me/search/a0e1d10c --reference obm",
     "obm compare runs/gspo-s* runs/grpo-s* --allow grpo.loss_type --allow algorithm",
@@ -41,6 +43,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="resamples (of probabilities; of intervals from ten seeds on)",
     )
     parser.add_argument("--partial", action="store_true", help="take unfinished runs as they are")
+    parser.add_argument(
+        "--with", dest="beside", nargs="+", default=[], metavar="FILE",
+        help="further json files for the page: of other studies, merge.json",
+    )  # fmt: skip
+    parser.add_argument(
+        "--wandb-report",
+        metavar="PROJECT",
+        help="also send the report to W&B: ENTITY/PROJECT, or PROJECT",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace a report of that name")
 
 
@@ -53,6 +64,10 @@ def run(options: argparse.Namespace) -> int:
     runs = [read_run(folder, partial=options.partial) for folder in options.runs]
     # What the command line leaves open, the runs' own settings say.
     settings = runs[0].config.get("compare") or {}
+    if options.wandb_report:
+        from compare.wandb_report import load_reports
+
+        load_reports()  # what is missing is said before anything is written
     summary = write_report(
         runs,
         options.output,
@@ -66,7 +81,15 @@ def run(options: argparse.Namespace) -> int:
         allow=options.allow,
         partial=options.partial,
         overwrite=options.overwrite,
+        beside=options.beside,
     )
     print(text_table(summary))
-    print(f"\npicture: {Path(options.output) / options.name}.png")
+    base = Path(options.output) / options.name
+    print(f"\npicture: {base}.png\npage:    {base}.html")
+    if options.wandb_report:
+        from compare.wandb_report import send_report
+
+        text = Path(f"{base}.md").read_text(encoding="utf-8")
+        address = send_report(text, project=options.wandb_report, title=options.title)
+        print(f"W&B:     {address}")
     return 0

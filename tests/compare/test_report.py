@@ -60,7 +60,7 @@ def test_the_report_has_every_file_and_key(runs, tmp_path):
     command = "obm compare a b --output report"
     write_report(runs, output, command=command, smoothing=3)
     names = sorted(path.name for path in output.iterdir())
-    assert names == [f"compare.{suffix}" for suffix in ("csv", "json", "md", "png", "svg")]
+    assert names == [f"compare.{suffix}" for suffix in ("csv", "html", "json", "md", "png", "svg")]
     report = json.loads((output / "compare.json").read_text())
     assert {"arms", "command", "commit", "hardware"} <= report.keys()
     assert report["hardware"] == "test machine, 2 cores"
