@@ -95,6 +95,8 @@ class Decision:
     """Half the range of probabilities (magprune)."""
     changed_above: np.float32
     """An entry counts as changed where |delta| is above (above)."""
+    arbiter: Any = None
+    """`sar.Arbiter` that settles each piece before it is applied; None but for SAR."""
 
 
 @dataclass

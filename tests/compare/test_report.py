@@ -49,6 +49,7 @@ def test_the_summary_has_the_numbers_worked_out_by_hand(runs):
     assert obm["by_group"]["unseen"] == {
         "floor": pytest.approx(0.175),
         "ceiling": pytest.approx(0.325),
+        "n": None,
     }
     # sd .05 over three seeds: half width 4.303*.05/sqrt(3) = .12422
     assert obm["intervals"]["ceiling"] == pytest.approx([0.65 - 0.12422, 0.65 + 0.12422], abs=1e-4)

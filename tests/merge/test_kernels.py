@@ -30,6 +30,8 @@ VARIANTS = {
     "della": [{}, {"window": 0.5}],
     "breadcrumbs": [{}, {"outliers": 0.0}],
     "ram_plus": [{"boost": 0.5, "boost_limit": 2.0}],
+    "sar": [{"normalization": n, "combine": c} for n, c in
+            (("none", "sum"), ("mean", "mean"), ("rank", "sum"))],
 }  # fmt: skip
 
 
