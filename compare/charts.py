@@ -78,15 +78,17 @@ WIDE = Frame(width=1000, height=400, right=LABEL_WIDTH + 16)
 
 
 def ticks(low: float, high: float, about: int = 5) -> list[float]:
-    """Round numbers from low to high, some `about` of them: steps of 1, 2 or 5 times a power of
-    ten."""
+    """Round numbers from low to high, some `about` of them and at least two: steps of 1, 2 or 5
+    times a power of ten."""
     if not high > low:
         return [low]
     raw = (high - low) / about
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(m * power for m in (1, 2, 5, 10) if m * power >= raw * 0.999)
-    first = math.ceil(low / step - 1e-9)
-    return [round(i * step, 12) for i in range(first, math.floor(high / step + 1e-9) + 1)]
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    if last <= first and about < 64:
+        return ticks(low, high, 2 * about)
+    return [round(i * step, 12) for i in range(first, last + 1)]
 
 
 def number(value: float) -> str:

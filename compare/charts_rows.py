@@ -14,6 +14,8 @@ from compare.palette import N_SHADES
 ROW_HEIGHT = 24
 MARK_SCALE = 1.35
 MAX_CELL = 52
+POINT, REFERENCE_POINT = -7, -4
+"""Numbers for rows that are no arm: a disc and a diamond in colours of the page."""
 SMALLEST_RANGE = 0.1
 LABEL_WIDTH = 128
 HEAD_HEIGHT = 28
@@ -139,7 +141,7 @@ def _panel(
         f'<path d="M{coordinate(x_of(value))} {top + HEAD_HEIGHT}V{bottom}"/>'
         f'<text x="{coordinate(x_of(value))}" y="{bottom + 15}" text-anchor="middle">'
         f"{number(value)}</text>"
-        for value in ticks(low, high, 4 if right - left > 150 else 2)
+        for value in ticks(low, high, max(2, round((right - left) / 55)))
     )
     parts = [
         f'<text class="head" x="{coordinate(left)}" y="{top + 17}">{escape(name)}</text>',

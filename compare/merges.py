@@ -39,6 +39,7 @@ class Map:
         of: the number from a tensor's figures and a task, None where there is none.
         is_share: whether the scale runs from 0 to 1.
         per_task: one map a task.
+        more: further maps beside those of the tasks.
     """
 
     key: str
@@ -48,6 +49,7 @@ class Map:
     of: Callable[[Figures, str], float | None]
     is_share: bool = False
     per_task: bool = True
+    more: Sequence[str] = ()
 
 
 MAPS = (
@@ -61,14 +63,12 @@ MAPS = (
     Map("won", "Conflicts won", "Share of the conflicts that the task’s sign wins.",
         "of the conflicts",
         lambda f, t: f["conflicts_won"].get(t) if f["conflicts"] else None, True),
-    Map("delta-norm", "Norm of the task vector", "Frobenius norm, an entry: root mean square of "
-        "what the task changed; log10.", "log10",
-        lambda f, t: _log(f["delta_norm"].get(t), math.sqrt(f["entries"]))),
+    Map("norms", "Norms", "Root mean square, an entry, of what a task changed and of what the merge "
+        "adds to the base; log10.", "log10",
+        lambda f, t: _log(f["delta_norm"].get(t, f["update_norm"]), math.sqrt(f["entries"])),
+        more=("update",)),
     Map("conflicts", "Conflicts", "Share of entries where kept changes have opposite signs.",
         "of the entries", lambda f, t: f["conflicts"] / max(1, f["entries"]), False, False),
-    Map("update-norm", "Norm of the update", "Root mean square of what the merge adds to the "
-        "base, an entry; log10.", "log10",
-        lambda f, t: _log(f["update_norm"], math.sqrt(f["entries"])), False, False),
 )  # fmt: skip
 
 
@@ -96,7 +96,7 @@ def merge_sections(record: Figures, name: str, prefix: str = "") -> list[Section
     maps = "".join(_map_figure(m, places, tasks, prefix) for m in MAPS) if places else ""
     if not places:
         body += paragraph("No linear layer was merged entry by entry.", "notice")
-    body += f'<div class="grid-2">{maps}</div>' if maps else ""
+    body += f'<div class="grid-2 loose">{maps}</div>' if maps else ""
     body += _groups_table(record, tasks) + _recipe(record)
     return [Section(f"{prefix}merge", title, body)]
 
@@ -120,7 +120,7 @@ def _map_figure(
         {module for _, module in places},
         key=lambda m: (order.index(m) if m in order else len(order), m),
     )
-    shown = list(tasks) if made.per_task else [""]
+    shown = [*tasks, *made.more] if made.per_task else [""]
     grids = {
         task: [[_value(made, places.get((layer, m)), task) for layer in layers] for m in modules]
         for task in shown

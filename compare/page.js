@@ -114,11 +114,10 @@
     const raw = (high - low) / about;
     const power = 10 ** Math.floor(Math.log10(raw));
     const step = [1, 2, 5, 10].map((m) => m * power).find((s) => s >= raw * 0.999);
-    const found = [];
-    for (let i = Math.ceil(low / step - 1e-9); i <= Math.floor(high / step + 1e-9); i++) {
-      found.push(i * step);
-    }
-    return found;
+    const first = Math.ceil(low / step - 1e-9);
+    const last = Math.floor(high / step + 1e-9);
+    if (last <= first && about < 64) return ticks(low, high, 2 * about);
+    return Array.from({ length: last - first + 1 }, (_, i) => (first + i) * step);
   };
   const geometry = (figure, svg) => {
     const [left, top, right, bottom] = svg.dataset.plot.split(" ").map(Number);

@@ -265,12 +265,12 @@ def estimate_cell(
     """A mean with its interval; signed numbers whose interval leaves out 0 are coloured."""
     if mean is None:
         return Cell("–")
-    sign = "+" if signed else ""
     text = with_sign(mean, digits) if signed else minus(format(mean, f",.{digits}f"))
     low, high = limits if limits else (None, None)
     if low is None or high is None or low == high:
         return Cell(text, mean)
-    small = minus(f"[{low:{sign},.{digits}f}, {high:{sign},.{digits}f}]")
+    ends = (with_sign(v, digits) if signed else minus(f"{v:,.{digits}f}") for v in (low, high))
+    small = f"[{', '.join(ends)}]"
     side = ("up" if low > 0 else "down" if high < 0 else "") if signed else ""
     return Cell(text, mean, small, side)
 

@@ -572,7 +572,7 @@ def cost_section(data: Comparison) -> Section | None:
     notes = [text, *(data.summary.get("cost") or {}).get("notes", [])]
     goal = data.arms.label(target["arm"])
     return Section(
-        f"{data.prefix}cost", f"Cost to {goal}’s ceiling",
+        f"{data.prefix}cost", f"Cost to the ceiling of {goal}",
         "".join(paragraph(note) for note in notes) + page.table(
             f"Cost to reach the ceiling of {goal}, and accuracy at equal device time",
             ["start", "steps", "tokens", "device time", "preparation", "whole training",

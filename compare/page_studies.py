@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from compare import page
-from compare.charts_rows import Row, dot_chart, range_of
+from compare.charts_rows import POINT, REFERENCE_POINT, Row, dot_chart, range_of
 from compare.page import Arms, Cell, Detail, Section, TableRow, estimate_cell, paragraph
 
 Estimate = Mapping[str, Any]
@@ -111,7 +111,7 @@ def difference_section(
         "such intervals leaves out 0 by chance."
     )
     return Section(
-        f"{prefix}start-differences", f"{reference} against the other starts",
+        f"{prefix}start-differences", f"{reference} against the others before training",
         page.figure(f"{prefix}start-differences", f"{reference} minus every other start", chart,
                     ["other", "part", "mean", "low", "high"], values, note=note)
         + page.table(f"{reference} minus the other start: difference and 95 % interval",
@@ -144,7 +144,7 @@ def ablation_sections(
         for point in axis["points"]:
             is_reference = point.get("is_reference", point["arm"] == reference)
             label = f"{point['value']}{' ◂' if is_reference else ''}"
-            rows.append(_dots_plain(0 if is_reference else 1, label,
+            rows.append(_dots_plain(REFERENCE_POINT if is_reference else POINT, label,
                                     [point["parts"].get(c) for c in columns], detail))  # fmt: skip
             values += [
                 [axis["name"], str(point["value"]), c, *_numbers(point["parts"].get(c))]

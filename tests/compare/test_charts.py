@@ -33,6 +33,8 @@ def test_ticks_are_round_and_inside():
     assert ticks(0, 0.47) == [0, 0.1, 0.2, 0.3, 0.4]
     assert ticks(-0.3, 0.3, 4) == [-0.2, 0, 0.2]
     assert ticks(2, 2) == [2]
+    # steps of .5 would leave one
+    assert ticks(0, 0.47, 2) == [0, 0.2, 0.4]
     assert [number(v) for v in (0.25, 12000, 3_400_000, -0.5)] == ["0.25", "12k", "3.4M", "−0.5"]
 
 

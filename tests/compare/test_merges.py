@@ -47,8 +47,9 @@ def test_every_map_has_its_numbers():
     assert ["vlm", 1, "q", 0.75] in found["merge-won"]
     assert found["merge-conflicts"][0] == ["all", 0, "q", 0.04]  # 40 of 1,000
     # 2 / sqrt(1000) = .0632456, log10 -1.19897
-    assert found["merge-delta-norm"][0][3] == pytest.approx(-1.19897)
-    assert found["merge-update-norm"][0][3] == pytest.approx(-1.32391)  # 1.5 / sqrt(1000)
+    assert found["merge-norms"][0][3] == pytest.approx(-1.19897)
+    # 1.5 / sqrt(1000) = .0474342
+    assert ["update", 1, "down", pytest.approx(-1.32391)] in found["merge-norms"]
     # two tasks, two layers, two modules
     assert len(found["merge-density"]) == 8
 
