@@ -34,6 +34,7 @@ from environments.episode import STOP_REASONS
 from environments.live import tool_counts
 from environments.tools import CUT_MARK
 from rewards.compose import part_names, score_each
+from rewards.functions import RewardFunction, add_functions, check_columns
 from rewards.judge import make_judge
 from rewards.trajectory import get
 from train import credit, scoring
@@ -59,6 +60,7 @@ class SearchGRPOTrainer(GRPOTrainer):
         questions: training questions, in the columns that `environments` describes.
         environment: has `start(question) -> Episode` and `dialect`.
         rewards: the section `rewards` of the settings.
+        functions: reward functions of one's own, added to the total.
         processing_class: processor of the policy.
         algorithm: the section `algorithm` of the settings.
         reference: folder of the reference policy of `beta`; None = where `model` was loaded from.
@@ -87,13 +89,16 @@ class SearchGRPOTrainer(GRPOTrainer):
         algorithm: Algorithm | None = None,
         reference: str | None = None,
         anchor: SaliencyAnchor | None = None,
+        functions: Sequence[RewardFunction] = (),
     ) -> None:
         self.questions = list(questions)
         self.reward_settings = rewards
         self.algorithm = algorithm or Algorithm()
         self.anchor = anchor
         self.judge = make_judge(rewards)
-        parts = part_names(rewards)
+        self.functions = list(functions)
+        check_columns(self.functions, self.questions)
+        parts = [*part_names(rewards), *(function.name for function in self.functions)]
         # only the total, the first, is optimised; the parts are there to be logged
         args.reward_weights = [1.0] + [0.0] * (len(parts) - 1)
         # TRL recognises a truncated episode by its last token; here the stop reason says it
@@ -292,6 +297,7 @@ class SearchGRPOTrainer(GRPOTrainer):
             scores = score_each(
                 trajectories, questions, self.reward_settings, check_format, self.judge
             )
+            add_functions(self.functions, trajectories, questions, scores)
             for trajectory, parts in zip(trajectories, scores, strict=True):
                 trajectory.rewards = parts
                 self._punish_length(trajectory)
