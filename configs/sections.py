@@ -671,7 +671,7 @@ class Tracking:
     in a W&B table of their own; `obm follow RUN` shows how they change"""
     token_logprobs: bool = True
     """trajectories.jsonl has text and log-prob of every token of the policy (`obm view` shades by
-    them); lines are about half as long again"""
+    them); lines are about a third longer"""
     picture_size: Annotated[int, Between(0, 2048)] = 256
     """longest side in pixels of the copies that `pictures/` keeps of recorded episodes' pictures;
     0 = none"""
