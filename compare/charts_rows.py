@@ -14,6 +14,7 @@ from compare.palette import N_SHADES
 ROW_HEIGHT = 24
 MARK_SCALE = 1.35
 MAX_CELL = 52
+SMALLEST_RANGE = 0.1
 LABEL_WIDTH = 128
 HEAD_HEIGHT = 28
 FOOT_HEIGHT = 26
@@ -88,7 +89,9 @@ def range_of(rows: Sequence[Row]) -> tuple[float, float]:
                 shown = (estimate.get("mean"), estimate.get("low"), estimate.get("high"))
                 values += [v for v in (*shown, *(estimate.get("per_seed") or ())) if v is not None]
     low, high = min(values), max(values)
-    room = max(high - low, 0.05) * 0.04
+    if high - low < SMALLEST_RANGE:
+        high = low + SMALLEST_RANGE
+    room = (high - low) * 0.04
     return low - (room if low < 0 else 0), min(high + room, 1.0) if high <= 1 else high + room
 
 

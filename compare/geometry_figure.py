@@ -1,4 +1,4 @@
-"""The picture of `obm diagnose`: heat maps of layer by module, and bars of what averaging leaves."""
+"""The picture of `obm diagnose`: heat maps of layer by module, bars of what averaging leaves."""
 
 from __future__ import annotations
 
@@ -108,13 +108,12 @@ def _draw_bars(panel: Any, record: Mapping[str, Any], names: Sequence[str]) -> N
     figures = [group["models"][name] for name in names]
     places = np.arange(len(names))
     left = [own.get("left_by_average", 0.0) for own in figures]
-    panel.bar(places - 0.2, left, 0.38, color=BLUE, label="left by the average")
+    panel.bar(places - 0.2, left, 0.38, color=BLUE, label="left by average")
     support = [own["support"] for own in figures]
     panel.bar(places + 0.2, support, 0.38, color=ORANGE, label="support")
-    panel.axhline(1 / len(names), color=GREY, linewidth=0.8, linestyle="--")
-    panel.text(len(names) - 0.5, 1 / len(names), " 1/K", color=GREY, fontsize=7, va="bottom",
-               ha="right")  # fmt: skip
+    panel.axhline(1 / len(names), color=GREY, linewidth=0.8, linestyle="--", label="1 / K")
     panel.set_xticks(places, names)
-    panel.set_ylim(0, max(1.05, *left))
+    panel.set_xlim(-0.6, len(names) - 0.4)
+    panel.set_ylim(0, 1.35 * max(1.0, *left))
     panel.set_title("The sparsity curse: what averaging\nleaves along each update", fontsize=8)
-    panel.legend(frameon=False, fontsize=7)
+    panel.legend(frameon=False, fontsize=7, loc="upper center", ncols=3, columnspacing=1.0)

@@ -43,6 +43,8 @@ MEASURES = {
 AXES = {"step": "steps", "tokens": "tokens", "device_s": "device_s"}
 """Column of a figure's data -> list in a curve."""
 LIMITS = ("mean", "low", "high")
+SMALLEST_RANGE = 0.1
+"""An axis of shares does not end below: noise would look like a curve."""
 SMALL = Frame(width=310, height=190, left=38, right=12, top=10, bottom=40)
 
 
@@ -148,7 +150,7 @@ def curve_figure(
     values = [v for c in curves for line in (c.y, c.low, c.high, *c.seeds) for v in line]
     low, high = value_range(values)
     if metric not in NO_SHARES:
-        high = min(high, 1.02)
+        high = min(max(high, SMALLEST_RANGE), 1.02)
     wide, narrow = (
         line_chart(
             curves, title=title, description=_describe(curves), x_label="optimizer steps",

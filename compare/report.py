@@ -266,7 +266,10 @@ def _allowed_lines(comparable: dict[str, Any]) -> list[str]:
     """What `--allow` let differ, with the values: a comparison of more than starts must say so."""
     lines = []
     for found in comparable["differences"]:
-        values = ", ".join(f"{text} ({len(runs)} runs)" for text, runs in found["values"].items())
+        values = ", ".join(
+            f"{text} ({len(runs)} run{'s' if len(runs) > 1 else ''})"
+            for text, runs in found["values"].items()
+        )
         lines.append(f"* **differs between the runs** (`--allow`): `{found['setting']}`: {values}")
     return lines
 

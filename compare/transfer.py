@@ -126,8 +126,7 @@ def write_transfer(
         training: the trainings in words.
 
     Returns:
-        The content of the json file: the summary, `worlds` with what was asked, and how it was
-        made.
+        The content of the json file: the summary with `worlds` as given, and how it was made.
     """
     from compare.provenance import code_commit, hardware
     from train.run import write_json, write_text
@@ -138,7 +137,7 @@ def write_transfer(
         "hardware": hardware(),
         "training": training,
         **summary,
-        "worlds": [{"name": world, **worlds[world]} for world in summary["worlds"]],
+        "worlds": {world: dict(worlds[world]) for world in summary["worlds"]},
     }
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / f"{name}.json", record)
@@ -149,7 +148,7 @@ def write_transfer(
 
 def accuracy_table(record: Mapping[str, Any]) -> list[str]:
     """Accuracy before and after training in every world, as lines of a Markdown table."""
-    worlds = [world["name"] for world in record["worlds"]]
+    worlds = list(record["worlds"])
     body = [
         [
             arm,
@@ -169,8 +168,8 @@ def _minus(one: Sequence[float], other: Sequence[float]) -> dict[str, Any]:
 
 
 def _markdown(record: Mapping[str, Any], title: str, name: str) -> str:
-    seeds, trained_in = record["seeds"], record["worlds"][0]["name"]
-    asked = record["worlds"][0]["environment"]
+    seeds, trained_in = record["seeds"], next(iter(record["worlds"]))
+    asked = record["worlds"][trained_in]["environment"]
     lines = [
         f"# {title}",
         "",
@@ -184,13 +183,13 @@ def _markdown(record: Mapping[str, Any], title: str, name: str) -> str:
         "",
         *table(
             ["world", "what is different"],
-            [[world["name"], world["settings"]] for world in record["worlds"]],
+            [[world, about["settings"]] for world, about in record["worlds"].items()],
             align="---",
         ),
         "",
     ]
     for world in record["worlds"]:
-        lines += [f"## {world['name']}", "", *_world_table(record, world["name"]), ""]
+        lines += [f"## {world}", "", *_world_table(record, world), ""]
     references = " and ".join(f"`{reference}`" for reference in record["references"])
     return "\n".join([
         *lines,
@@ -243,7 +242,7 @@ def _world_table(record: Mapping[str, Any], world: str) -> list[str]:
 
 
 def _shift_table(record: Mapping[str, Any]) -> list[str]:
-    worlds = [world["name"] for world in record["worlds"]][1:]
+    worlds = list(record["worlds"])[1:]
     body = [
         [arm, *(f"{signed_cell(s[w]['before'])} → {signed_cell(s[w]['after'])}" for w in worlds)]
         for arm, s in record["shift"].items()

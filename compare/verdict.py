@@ -253,7 +253,8 @@ def _cost_sentence(summary: Mapping[str, Any], reference: str, label: Label) -> 
     if target["value"] is None or target["arm"] == reference:
         return []
     own = arms[reference]
-    goal = f"the ceiling of {label(target['arm'])} ({target['value']:.2f})"
+    height = f"{target['value']:.2f}" if target["value"] >= 0.01 else f"{target['value']:.3f}"
+    goal = f"the ceiling of {label(target['arm'])} ({height})"
     steps, seconds = own.get("steps_to_target"), own.get("device_s_to_target")
     if steps is None:
         reached = [s for s in own["per_seed"].get("steps_to_target", []) if s is not None]

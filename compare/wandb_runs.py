@@ -8,8 +8,9 @@ under `eval/`, the clocks of each under `train_clock/` and `eval_clock/`, a null
 older runs lack the clocks; there the plain `time_s`, `device_s` and `tokens` of the row stand for
 both lines, which at a step with an evaluation are the evaluation's.
 
-Offline files are read by W&B's own reader (`wandb leet inspect --json`). A run that was resumed has
-several of them, in one folder `wandb`; what a later one did again counts. Of a run on a server the
+Files are read by W&B's own reader (`wandb leet inspect --json`), those of online runs as well as
+offline ones. A run that was resumed has several of them, in one folder `wandb`; what a later one
+did again counts. Of a run on a server the
 whole history is read, not the sampled one. There, steps that a resumed run did again are as they
 were the first time, since W&B takes no step twice.
 """
@@ -154,16 +155,13 @@ def _number(value: Any) -> Any:
 def _files_of_run(path: Path) -> list[Path]:
     """All `.wandb` files of the run that `path` belongs to, oldest first."""
     files = sorted(path.glob("run-*.wandb")) if path.is_dir() else [path]
-    if len(files) != 1 or not files[0].is_file():
+    if len(files) != 1:
         raise CompareError(f"{path}: holds {len(files)} runs of W&B; name one .wandb file")
+    if not files[0].is_file():
+        raise CompareError(f"{path}: no such file; name a folder wandb/offline-run-*")
     file = files[0].resolve()
-    # folders are offline-run-DATE_TIME-ID, with -1, -2 ... where two fell into one second
-    beside = [
-        other
-        for other in file.parent.parent.glob(f"*run-*/{file.name}")
-        if other.parent.name.partition("run-")[0] == file.parent.name.partition("run-")[0]
-        and other.parent.resolve() == other.parent.absolute()
-    ]
+    # folders are offline-run-DATE_TIME-ID or run-DATE_TIME-ID, with -1, -2 ... in one second
+    beside = file.parent.parent.glob(f"*run-*/{file.name}")
     return sorted({file, *beside}, key=_started)
 
 

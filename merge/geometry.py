@@ -11,7 +11,6 @@ are all of one form, and `figures` turns any of them into shares. Nothing here r
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from itertools import combinations
-from typing import Any
 
 import numpy as np
 
@@ -150,7 +149,7 @@ def sum_entries(
 
 
 def model_figures(sums: Sums, k: int) -> dict[str, float]:
-    """Shares and norms of one update; None-free: what has no meaning is left out."""
+    """Shares and norms of one update; what has no meaning is left out."""
     n, square = max(sums.n, 1.0), sums.gram[k, k]
     found = {
         "norm": float(np.sqrt(square)),
@@ -251,8 +250,8 @@ def advise(sums: Sums, names: Sequence[str]) -> list[dict[str, str]]:
                 advice.append({
                     "about": about,
                     "method": f"weights.{small} up, normalization: mean",
-                    "reason": f"the update of {large} is {max(ratio, 1 / ratio):.1f} times as long: "
-                    "unweighed it decides on sums and votes",
+                    "reason": f"the update of {large} is {max(ratio, 1 / ratio):.1f} times as "
+                    "long: unweighed it decides on sums and votes",
                 })  # fmt: skip
     return advice
 
@@ -270,16 +269,16 @@ def _advise_pair(
     if pair["cosine"] > ALIGNED:
         return (
             "task_arithmetic, linear, obm",
-            f"cosine {pair['cosine']:.2f}: the updates go the same way; a sum with weights below 1, "
-            "or an average, loses little",
+            f"cosine {pair['cosine']:.2f}: the updates go the same way; a sum with weights below "
+            "1, or an average, loses little",
         )
     sparser = min((0, 1), key=lambda index: supports[index])
     if conflict > CONTESTED and supports[sparser] < SPARSE:
         return (
             "sar, obm",
-            f"{names[sparser]} changed {supports[sparser]:.0%} of the entries, {overlap:.0%} of them "
-            f"changed by {names[1 - sparser]} too, {conflict:.0%} of these against it: an average "
-            "halves them; let sensitivity decide and restore the norm",
+            f"{names[sparser]} changed {supports[sparser]:.0%} of the entries, {overlap:.0%} of "
+            f"them changed by {names[1 - sparser]} too, {conflict:.0%} of these against it: an "
+            "average halves them; let sensitivity decide and restore the norm",
         )
     if conflict > CONTESTED:
         return (

@@ -1,9 +1,10 @@
 """Spectra of matrices that come a block of rows at a time: the leading singular values and vectors.
 
-    Halko, Martinsson and Tropp, "Finding structure with randomness", arXiv 0909.4061, algorithm 4.4
-    (randomised subspace iteration) and 5.1 (SVD of the small matrix that is left)
+    Halko, Martinsson and Tropp, "Finding structure with randomness", arXiv 0909.4061, algorithms
+    4.4 (randomised subspace iteration) and 5.1 (SVD of the small matrix that is left)
 
-so that a matrix is read 2 * (iterations + 1) times and never held; a narrow one is decomposed whole.
+so that a matrix is read 2 * (iterations + 1) times and never held; one with a short side is
+decomposed whole.
 """
 
 from collections.abc import Callable, Iterable

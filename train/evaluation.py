@@ -11,13 +11,15 @@ Each part needs the one before, so they say where a policy's skill ends.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from environments.episode import STOP_REASONS
 from rewards.answer import exact_match, final_answer
 from rewards.normalize import contains_phrase
-from train.episodes import Engine
 from train.trajectories import Trajectory
+
+if TYPE_CHECKING:
+    from train.episodes import Engine
 
 FOUR_PARTS = ("searched", "entity", "passage", "accuracy")
 

@@ -59,6 +59,7 @@ OWN_FOLDER = "own"
 MAY_CHANGE = (
     "rewards.judge_key_variable", "rewards.judge_timeout_s", "rewards.judge_workers",
     "rewards.judge_cache",
+    "sport.iterations", "sport.llm_timeout_s", "sport.llm_workers",
     "output", "tracking.", "compare.", "deepspeed", "hang_timeout_s", "grpo.max_steps",
     "grpo.save_", "rollout.tool_workers", "rollout.url", "rollout.timeout_s", "rollout.retries",
     # train.resume checks that their product with the number of processes stays
@@ -273,7 +274,7 @@ def _train(
             len(given.frozen.heads), given.frozen.n_heads, gate.n_numbers,
         )  # fmt: skip
     watchdog.step = lambda: trainer.state.global_step
-    _keep_only_ours(trainer)
+    keep_only_ours(trainer)
     trainer.add_callback(RunCallback(trainer, recorder, health_settings(config, init)))
     trainer.add_callback(
         EvaluationCallback(trainer, recorder, given.held_out, config.compare.eval_every)
@@ -536,7 +537,7 @@ def _last_policy(trainer: Any, folder: Path) -> Path:
     return last
 
 
-def _keep_only_ours(trainer: Any) -> None:
+def keep_only_ours(trainer: Any) -> None:
     """transformers' console printing would repeat every number."""
     from transformers import PrinterCallback, ProgressCallback
 

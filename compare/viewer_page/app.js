@@ -239,7 +239,7 @@ function listen() {
     clearTimeout(timer);
     timer = setTimeout(() => search(event.target.value), 200);
   });
-  $('list').addEventListener('scroll', () => requestAnimationFrame(drawRows), {passive: true});
+  $('list').addEventListener('scroll', onScroll, {passive: true});
   addEventListener('resize', drawRows);
   $('list').addEventListener('click', (event) => {
     const at = event.target.closest('[data-episode]');

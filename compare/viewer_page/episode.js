@@ -150,7 +150,7 @@ function drawChanges(before, now, changed) {
 }
 
 function drawScale() {
-  const words = ['90 % and more', '50 to 90 %', '20 to 50 %', '5 to 20 %', 'less than 5 %'];
+  const words = ['≥ 90 %', '50–90 %', '20–50 %', '5–20 %', '< 5 %'];
   return h('p', {class: 'scale'}, 'Shade of a token: the probability with which it was drawn. ',
     words.map((text, n) => h('span', {class: `token p${n}`}, text)));
 }

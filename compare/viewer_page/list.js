@@ -13,27 +13,53 @@ function drawSort() {
   }, order.down ? '↓' : '↑'));
 }
 
+const drawnRows = new Map();  // place in the list -> element
+let isScrolling = false;
+
 function drawList() {
+  drawnRows.clear();
+  $('rows').replaceChildren();
   $('rows').style.height = `${shown.length * ROW}px`;
+  if (!shown.length) $('rows').append(h('p', {class: 'empty'}, 'No episode passes these filters.'));
   drawRows();
 }
 
+// Draws what has come into sight, and takes away what has left it.
 function drawRows() {
   const list = $('list'), rows = $('rows');
   const first = Math.max(0, Math.floor(list.scrollTop / ROW) - 6);
   const last = Math.min(shown.length, Math.ceil((list.scrollTop + list.clientHeight) / ROW) + 6);
-  const elements = [];
-  for (let place = first; place < last; place++) elements.push(row(place));
-  if (!shown.length) elements.push(h('p', {class: 'empty'}, 'No episode passes these filters.'));
-  rows.replaceChildren(...elements);
+  for (const [place, element] of drawnRows) {
+    if (place >= first && place < last) continue;
+    element.remove();
+    drawnRows.delete(place);
+  }
+  // from below, so that each new row finds the one that it stands before
+  for (let place = last - 1; place >= first; place--) {
+    if (!drawnRows.has(place)) {
+      drawnRows.set(place, row(place));
+      rows.insertBefore(drawnRows.get(place), drawnRows.get(place + 1) || null);
+    }
+    drawnRows.get(place).setAttribute('aria-selected', String(shown[place] === chosen));
+  }
   list.setAttribute('aria-activedescendant', rows.querySelector('[aria-selected="true"]')?.id || '');
+}
+
+// Once a frame, however often the list says that it moved.
+function onScroll() {
+  if (isScrolling) return;
+  isScrolling = true;
+  requestAnimationFrame(() => {
+    isScrolling = false;
+    drawRows();
+  });
 }
 
 function row(place) {
   const i = shown[place], answer = answerOf(i);
   return h('div', {
     class: 'row', role: 'option', id: `row-${i}`, data: {episode: i}, style: {top: `${place * ROW}px`},
-    title: plain(index.questions[column.question[i]].id), 'aria-selected': String(i === chosen), 'aria-posinset': place + 1, 'aria-setsize': shown.length,
+    title: plain(index.questions[column.question[i]].id), 'aria-posinset': place + 1, 'aria-setsize': shown.length,
   },
   drawThumb(i), badge(i),
   h('div', {class: 'what'},

@@ -1,9 +1,10 @@
 """The geometry of what fine-tuning changed, and which merge method suits it.
 
-For a base and any number of models tuned from it: how sparse each update is, where updates meet and
-disagree, their cosine and norms by layer, their spectrum and what of it lies in the base's principal
-directions, what averaging would leave of each. Prints a table with advice; --output writes
-geometry.json, .csv, .md, .svg and .png. Nothing is trained or merged; docs/sar.md has the formulas.
+For a base and any number of models tuned from it: how sparse each update is, where updates meet
+and disagree, their cosine and norms by layer, their spectrum and what of it lies in the base's
+principal directions, what averaging would leave of each. Prints a table with advice; --output
+writes geometry.json, .csv, .md, .svg and .png. Nothing is trained or merged; docs/sar.md has the
+formulas.
 
 `obm diagnose heads` compares attention heads instead, by gradients (docs/cast.md).
 """

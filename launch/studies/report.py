@@ -1,4 +1,4 @@
-"""Where every study ends: its files are named, and its page is written."""
+"""Where every study ends: its page is written, and its files are named."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from launch.studies.starts import say
 
 
 def publish(study: Study, record: Mapping[str, Any], suffixes: Sequence[str]) -> None:
-    """Say where the report lies.
+    """Write the page of a study from its record, and say where the report lies.
 
-    The one place for all kinds of studies: whoever draws a page of a study draws it here, from the
-    record that its json file holds.
+    The one place for all kinds; the page of a ceiling is written with its other files, and the
+    paper's table has none.
 
     Args:
         study: says where the report goes.
@@ -21,4 +21,14 @@ def publish(study: Study, record: Mapping[str, Any], suffixes: Sequence[str]) ->
         suffixes: of the files that were written.
     """
     base = study.report_folder / study.report_name
-    say(f"report     {base}.{{{','.join(suffixes)}}}, commit {record['commit']}")
+    written = list(suffixes)
+    if study.kind in ("floor", "ablation", "transfer"):
+        from compare.report_page import Record, write_report_page
+
+        names = [f"{study.report_name}.{suffix}" for suffix in suffixes]
+        page = Record(study.kind, study.report_name, record)
+        write_report_page(
+            base.with_name(f"{base.name}.html"), [page], title=study.title, files=names
+        )
+        written.append("html")
+    say(f"report     {base}.{{{','.join(written)}}}, commit {record['commit']}")

@@ -91,7 +91,7 @@ def test_the_report_says_where_its_numbers_come_from(rows, tmp_path):
         tmp_path / "results",
         name="floors",
         title="Floors",
-        command="obm study floors",
+        command="obm study floor",
         environment=Environment(eval_split="test", eval_size=128),
     )
     assert json.loads((tmp_path / "results" / "floors.json").read_text()) == record
@@ -102,7 +102,7 @@ def test_the_report_says_where_its_numbers_come_from(rows, tmp_path):
     page = (tmp_path / "results" / "floors.md").read_text()
     for words in (
         "128 test questions a seed", "| ties | **+0.10** |", "not separated from dare, vlm",
-        "seeds: 0, 1, 2; interval: 95 %, Student's t over 3 seeds", "obm study floors",
+        "seeds: 0, 1, 2; interval: 95 %, Student's t over 3 seeds", "obm study floor",
         "The highest mean accuracy is that of vlm (0.95)", "Of 12 such intervals",
         f"commit: {record['commit']}", record["hardware"],
     ):  # fmt: skip

@@ -70,7 +70,7 @@ def test_the_page_has_a_table_a_world(rows, tmp_path):
         training="60 steps of GRPO",
     )  # fmt: skip
     assert json.loads((tmp_path / "transfer.json").read_text()) == record
-    assert [world["name"] for world in record["worlds"]] == ["flags", "maps"]
+    assert list(record["worlds"]) == ["flags", "maps"]
     page = (tmp_path / "transfer.md").read_text()
     for words in (
         "## flags", "## maps", "| maps | eval_domain maps |",

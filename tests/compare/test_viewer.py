@@ -151,7 +151,7 @@ def test_the_list_sorts_both_ways_and_scrolls_to_its_end(browser, page):
         view = ready(tab)
 
         def first_reward():
-            return float(view.inner_text(".row >> nth=0 >> .reward"))
+            return float(view.inner_text("[aria-posinset='1'] .reward"))
 
         view.select_option("#sort", "reward")
         assert first_reward() == 1.0
@@ -358,7 +358,7 @@ def test_a_link_leads_a_colleague_to_the_same_view_and_filters(browser, page):
         set_filter(view, "arm", "vlm")
         set_filter(view, "result", "right")
         view.select_option("#sort", "question")
-        view.click(".row >> nth=2")
+        view.click("[aria-posinset='3']")
         view.keyboard.press("2")
         view.wait_for_selector("[data-pane=b]")
         link, text, n = view.url, view.inner_text("#view"), n_shown(view)
@@ -380,7 +380,7 @@ def test_a_phone_has_list_and_episode_as_two_screens(browser, page, scheme):
         assert view.is_visible("#list")
         assert not view.is_visible("#view")
         tab.screenshot(f"viewer-phone-list-{scheme}")
-        view.click(".row >> nth=1")
+        view.click("[aria-posinset='2']")
         view.wait_for_selector(".episode")
         assert not view.is_visible("#list")
         for mode in ("one", "side", "time"):
@@ -503,9 +503,9 @@ def test_hostile_texts_are_shown_and_nothing_runs_or_is_fetched(browser, tmp_pat
             (7, "null U+0000 byte"),
             (8, "lineU+2028separator"),
         ):
-            view.evaluate("n => document.querySelectorAll('.row')[13 - n].click()", step)
+            view.evaluate("n => document.querySelector(`[aria-posinset='${14 - n}']`).click()", step)
             until(view, "shown => document.querySelector('.own').textContent === shown", shown)
-        view.click(".row >> nth=0")
+        view.click("[aria-posinset='1']")
         wait_for_episode(view, "U+D83D alone")
         tab.screenshot("viewer-hostile")
         assert view.evaluate("window.hacked") is None

@@ -1,18 +1,22 @@
 """What goes into the viewer's page: lines read and refused, packed, chosen; the verb."""
 
+import io
 import json
 import zlib
 from pathlib import Path
 
 import pytest
-from PIL import Image
+from PIL import Image, ImageChops, ImageStat
 
 from compare.errors import CompareError
 from compare.trajectory_files import TrajectoryFile, find_file, read_lines
 from compare.viewer import CHUNK_BYTES, deflate, is_right, marks, n_calls, pack, utf16_length
 from compare.viewer_choice import Choice, parse_steps, read_file, thin_out
+from configs.schema import load_config
 from launch.cli import main
 from tests.compare.episode_lines import line, run_of, turn, write_lines
+from train.trajectories import image_hash
+from train.worlds import load_eval_questions, load_train_questions
 
 
 def packed_of(rows, folder="run", **settings):
@@ -161,6 +165,27 @@ def test_a_picture_is_taken_once_and_missing_or_broken_ones_are_counted(tmp_path
     without = pack([file], with_pictures=False)
     assert without.pictures == []
     assert episodes_of(without)[0]["images"] == [-1]
+
+
+def test_photos_of_the_atlas_are_made_again_where_a_run_kept_none(tmp_path):
+    settings = tmp_path / "config.yaml"
+    settings.write_text(
+        "output: x\nenvironment: {eval_size: 4, train_size: 4, eval_kinds: [two], kinds: [image]}\n"
+    )
+    config = load_config(settings)
+    asked, trained = load_eval_questions(config)[2], load_train_questions(config)[1]
+    keys = [image_hash(question["image"]) for question in (asked, trained)]
+    rows = [line(n, images=[key]) for n, key in enumerate([*keys, "ab" * 32])]
+    packed = pack([TrajectoryFile(tmp_path / "trajectories.jsonl", rows)])
+    assert packed.index["pictures"] == [True, True, False]  # no photo has the last hash
+    for picture, question in zip(packed.pictures, (asked, trained), strict=False):
+        with Image.open(io.BytesIO(picture)) as again:
+            difference = ImageStat.Stat(
+                ImageChops.difference(again.convert("RGB"), question["image"].convert("RGB"))
+            )
+        assert max(difference.mean) < 12  # grey levels of 255; the copy is compressed
+    settings.write_text("output: x\nenvironment: {no_such_key: 1}\n")
+    assert pack([TrajectoryFile(tmp_path / "trajectories.jsonl", rows)]).n_missing == 3
 
 
 # ---------------------------------------------------------------- reading

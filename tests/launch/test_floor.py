@@ -76,11 +76,12 @@ def test_a_seed_changes_calibration_random_stream_and_questions(study, made, tmp
 
 
 def test_the_first_arm_is_held_against_the_others(study, made, tmp_path, capsys):
-    summary = run_floor(study, Options("obm study floors", parallel=1))
+    summary = run_floor(study, Options("obm study floor", parallel=1))
     assert summary["reference"] == "obm"
     assert summary["differences"]["dare"]["accuracy"]["per_seed"] == pytest.approx([0.25, 0.35])
     record = json.loads((tmp_path / "out" / "report" / "compare.json").read_text())
-    assert record["command"] == "obm study floors"
+    assert "Every start before any training" in (tmp_path / "out/report/compare.html").read_text()
+    assert record["command"] == "obm study floor"
     assert record["arms"]["obm"]["recipe"] == "obm: density 0.3"
     assert record["arms"]["dare"]["recipe"] == "dare: agent 0.5"
     assert record["arms"]["vlm"]["recipe"] == "as it is"

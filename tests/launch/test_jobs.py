@@ -112,6 +112,28 @@ def test_a_failed_job_is_named_with_its_log_and_the_others_finish(scripted, tmp_
     assert "what went wrong" in capsys.readouterr().err
 
 
+def test_failures_may_be_taken_instead_of_raised(scripted, tmp_path):
+    failed, done = {}, []
+    mistake = "import sys; print('error: no such folder', file=sys.stderr); sys.exit(2)"
+    work = [make_job(tmp_path, "bad", "raise SystemExit(3)"), make_job(tmp_path, "wrong", mistake)]
+    run_jobs(
+        [*work, make_job(tmp_path, "good")],
+        on_done=lambda job, seconds: done.append(job.name),
+        on_failed=lambda job, error: failed.update({job.name: error}),
+    )
+    assert done == ["good"]
+    assert isinstance(failed["bad"], JobFailedError)
+    assert str(failed["wrong"]) == "wrong: no such folder"
+
+
+def test_a_mistake_of_an_earlier_attempt_is_not_shown_for_this_one(scripted, tmp_path):
+    job = make_job(tmp_path, "a", "raise SystemExit(3)")
+    job.log.parent.mkdir()
+    job.log.write_text("$ earlier\nerror: long ago\n")
+    with pytest.raises(JobFailedError, match="ended with code 3"):
+        run_jobs([job])
+
+
 def test_a_users_mistake_in_a_job_is_handed_on(scripted, tmp_path):
     code = "import sys; print('error: models.init: no such folder', file=sys.stderr); sys.exit(2)"
     with pytest.raises(LaunchError, match=r"^a: models\.init: no such folder$"):

@@ -88,8 +88,10 @@ def test_every_start_and_policy_is_asked_in_every_world_with_its_seeds_questions
         elif task.name.startswith("obm"):
             assert task.checkpoint == str(tmp_path / "done" / "merged" / "obm")
     assert record["arms"]["obm"]["maps"]["gain"]["accuracy"]["mean"] == pytest.approx(0.5)
-    assert record["worlds"][1]["settings"] == "eval_domain maps"
+    assert record["worlds"]["maps"]["settings"] == "eval_domain maps"
     assert "60 steps of GRPO on questions of kind two, commit abc" in record["training"]
+    page = (tmp_path / "out" / "report" / "compare.html").read_text()
+    assert "Transfer to other worlds" in page
     assert len(run_transfer(study, Options("c", parallel=1))["arms"]) == 2
     assert len(measured) == 16
 

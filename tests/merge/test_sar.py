@@ -156,7 +156,7 @@ def test_values_that_are_not_finite_are_named_even_where_they_lose():
         parents = {task: parent.copy() for task, parent in case.parents.items()}
         parents["agent"][1, 2] = value
         zero = {"vlm": case.entries["vlm"], "agent": np.zeros((4, 5), np.float32)}
-        with pytest.raises(MergeError, match="agent: tensor layer.weight holds NaN or infinity"):
+        with pytest.raises(MergeError, match=r"agent: tensor layer\.weight holds NaN or infinity"):
             merge_tensor("sar", case.base, parents, zero, settings_of(parents))
 
 
@@ -170,6 +170,6 @@ def test_settling_by_hand():
     deltas = np.array([[1, 1, -1, 0, 1e-6], [-1, 1, 1, -1, -1]], np.float32)
     votes = np.array([[3, 3, 2, 0, 9], [2, 9, 2, 0, 0]], np.float32)
     stays, conflict = settle_conflicts(deltas, votes, np.float32(1e-5))
-    # 0: 3 > 2; 1: agree; 2: votes tie, the sum 0 ties, plus; 3: the second alone; 4: 1e-6 is nothing
+    # 0: 3 > 2; 1: agree; 2: votes and sum tie, so plus; 3: the second alone; 4: 1e-6 is nothing
     assert conflict.tolist() == [True, False, True, False, False]
     assert stays.tolist() == [[True, True, False, False, False], [False, True, True, True, True]]
