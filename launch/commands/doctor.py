@@ -25,6 +25,8 @@ EXAMPLES = (
 )
 
 # Free space that the demo needs: six merged checkpoints, two runs, the environment's caches.
+NOT_TESTED = "not tested"
+"""In the table of versions: an extra that is not installed where the tests ran."""
 DEMO_DISK_GB = 2.0
 DEMO_MEMORY_GB = 4.0
 
@@ -112,7 +114,7 @@ def versions_page() -> str:
             try:
                 version = metadata.version(requirement.name)
             except metadata.PackageNotFoundError:
-                version = "not installed"
+                version = NOT_TESTED
             asked = str(requirement.specifier) or "any"
             part = f"`[{extra}]`" if extra else "all"
             lines.append(f"| {requirement.name} | `{asked}` | {version} | {part} |")

@@ -54,6 +54,9 @@ def check_obm(arguments: Sequence[str]) -> None:
     overrides = list(getattr(options, "overrides", []))
     if overrides[:1] in (["verify"], ["adapter"]):
         return
+    module = importlib.import_module(f"launch.commands.{arguments[0]}")
+    if overrides and overrides[0] in getattr(module, "SUB_VERBS", ()):
+        overrides = overrides[1:]
     if hasattr(options, "config"):
         config = settings(options.config, overrides)
         if arguments[0] == "train":

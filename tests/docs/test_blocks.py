@@ -15,7 +15,7 @@ FAMILIES = "my_vlm:"
 DIALECTS = ("my_dialect.yaml",)
 """Blocks that are dialects, by the name in their first line."""
 
-NAMESPACES = ("docs/merge.md", "docs/recipes.md")
+NAMESPACES = ("docs/cast.md", "docs/merge.md", "docs/recipes.md")
 """Pages with Python blocks that use names of the reader; the tests below give them."""
 
 
@@ -88,3 +88,19 @@ def test_statistics_in_code(trio, tmp_path, monkeypatch):
     width = model.config.text_config.intermediate_size
     assert moments["model.layers.0.mlp.down_proj"].shape == (width,)
     assert (tmp_path / "stats" / "vlm" / "stats.safetensors").is_file()
+
+
+def test_heads_of_any_trainer_are_frozen(tmp_path):
+    from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+    from train.tiny import make_tiny_checkpoints
+
+    [block] = blocks("docs/cast.md", "python")
+    folder = make_tiny_checkpoints(tmp_path, head_dim=16)["agent"]  # four heads a layer
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    arguments = TrainingArguments(str(tmp_path / "out"), use_cpu=True, report_to="none")
+    names = {"trainer": Trainer(model, arguments)}
+    gated = "model.layers.1.self_attn.q_proj.weight"
+    assert gated in names["trainer"].get_decay_parameter_names(model)
+    exec(block.text, names)
+    assert gated not in names["trainer"].get_decay_parameter_names(model)
