@@ -23,6 +23,7 @@ Method = Literal[
     "ram_plus",
     "layer_swap",
     "fisher",
+    "sar",
     "regmean_diagonal",
     "regmean",
     "wudi",
@@ -41,6 +42,7 @@ Elementwise = Literal[
     "ram_plus",
     "layer_swap",
     "fisher",
+    "sar",
     "vlm",
     "agent",
     "base",
@@ -123,7 +125,7 @@ class Calibration:
         default_factory=lambda: ["diagonal"]
     )
     """statistics to make: diagonal (obm, regmean_diagonal), inverse (obm with saliency: inverse),
-    fisher (fisher), gram (regmean); the last two are as large as a checkpoint, or larger"""
+    fisher (fisher, sar), gram (regmean); the last two are as large as a checkpoint, or larger"""
     tokens: Literal["all", "answer"] = "all"
     """which tokens count: all, or what the parent itself says (no prompt, no observations); fisher
     is of the answer always"""
@@ -190,7 +192,7 @@ class Merge:
     saliency: Literal["diagonal", "inverse"] = "diagonal"
     """obm's estimate of the loss change of dropping an entry; `inverse` needs calibration.kinds"""
     normalization: Literal["none", "mean", "rank"] = "none"
-    """how saliencies of the parents are made comparable before the sign vote"""
+    """how saliencies (sar: sensitivities) of the parents are made comparable before they vote"""
     combine: Literal["sum", "mean"] = "sum"
     """entries that agree in sign are summed, or averaged over the parents that kept them"""
     budget: Literal["tensor", "layer", "global"] = "tensor"
@@ -209,7 +211,7 @@ class Merge:
     outliers: Annotated[float, Between(0, 1)] = 0.01
     """breadcrumbs: share of the largest entries that is dropped first"""
     threshold: Annotated[float, NotNegative] = 1.0e-5
-    """ram, ram_plus: an entry counts as changed where its delta is larger"""
+    """ram, ram_plus, sar: an entry counts as changed where its delta is larger"""
     boost: Annotated[float, NotNegative] = 0.1
     """ram_plus: gain r of what only one task changed"""
     boost_limit: Annotated[float, NotNegative] = 0.2
@@ -237,15 +239,17 @@ class Benchmark:
     """A benchmark of the field in the place of the atlas' questions; docs/evaluation.md."""
 
     name: Literal[
-        "atlas", "fvqa_train", "fvqa_test", "infoseek", "mmsearch", "livevqa", "nq_hotpotqa_train",
-        "nq_hotpotqa_test",
+        "atlas", "table", "fvqa_train", "fvqa_test", "infoseek", "mmsearch", "livevqa",
+        "nq_hotpotqa_train", "nq_hotpotqa_test",
     ] = "atlas"  # fmt: skip
-    """which; `atlas` = the keys of `environment` choose the questions"""
+    """which; `atlas` = the keys of `environment` choose the questions, `table` = questions of your
+    own (docs/recipes.md)"""
     source: str | None = None
-    """.jsonl, .json or .parquet file, folder of such files, or hub id; null = where it is
+    """.jsonl, .json, .csv or .parquet file, folder of such files, or hub id; null = where it is
     published"""
     split: str | None = None
-    """only questions of this split"""
+    """only questions of this split, or a part of it in the order of the rows: `train`, `[:80%]`,
+    `train[100:]`"""
     kinds: list[str] = field(default_factory=list)
     """only questions of these kinds, as the benchmark names them; empty = all"""
     images: str | None = None
@@ -280,8 +284,9 @@ class Environment:
     """`read` asks for what is missing and keeps it; `write` always asks and keeps what is new;
     `refresh` asks once more and replaces; `offline` never asks, and a miss is a fault of
     infrastructure"""
-    dialect: Literal["search_r1", "mmsearch_r1", "hermes"] = "search_r1"
-    """how calls, observations and answers look as text"""
+    dialect: str = "search_r1"
+    """how calls, observations and answers look as text: `search_r1`, `mmsearch_r1`, `hermes`, or a
+    `.yaml` file with one of your own (docs/environment.md)"""
     kinds: list[Kind] = field(default_factory=lambda: ["two"])
     """question kinds to train on"""
     relations: list[str] | None = None
@@ -450,6 +455,17 @@ class Rewards:
 
 
 @dataclass
+class OwnReward:
+    """A reward function of your own, in a Python file of this machine; docs/recipes.md."""
+
+    function: str
+    """`my_rewards.py:name`, relative to the current directory; called once a batch as
+    name(trajectories, **columns), it returns one number an episode, or None"""
+    weight: float = 1.0
+    """what its part is multiplied by in the total; below 0 it is a cost, 0 = only logged"""
+
+
+@dataclass
 class Algorithm:
     """Parts that TRL lacks, each a switch on one baseline; docs/algorithms.md has the sources."""
 
@@ -518,6 +534,57 @@ class Lora:
     """linears that get one, by the end of their name; null = all of the language module"""
     train_vision: bool = False
     """vision tower and projector get adapters, too"""
+
+
+@dataclass
+class Conflict:
+    """Which attention heads search and perception pull apart: `obm diagnose heads`, docs/cast.md.
+    The paper's formulas are not public; each choice here is our reading."""
+
+    search: Literal["grpo", "agent"] = "grpo"
+    """search objective: `grpo` = the policy gradient on episodes of models.init itself; `agent` =
+    log-likelihood of models.agent's right episodes on text questions"""
+    search_questions: Annotated[int, Positive] = 64
+    """training questions of the search objective"""
+    group_size: Annotated[int, Positive] = 8
+    """grpo: episodes a question"""
+    keep_questions: Annotated[int, Positive] = 128
+    """training questions of the keep objective; those that the teacher answers right count"""
+    keep_kinds: list[Kind] = field(default_factory=lambda: ["look", "image"])
+    """their kinds"""
+    keep_benchmark: Benchmark | None = None
+    """the keep objective asks these instead; null = the atlas', by keep_kinds"""
+    keep_words: Literal["vlm", "init"] = "vlm"
+    """teacher, whose right answers (greedy, without tools) are the words to keep: models.vlm, or
+    models.init itself"""
+    batch_size: Annotated[int, Positive] = 64
+    """episodes a backward pass"""
+    join: Literal["ranks", "product", "opposition", "sensitivity"] = "ranks"
+    """conflict score: product of the ranks of opposition and sensitivity, product of the two, or
+    one of them alone"""
+    seed: int = 0
+    """seed of the choice of questions and of the episodes"""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """where the models run"""
+
+
+@dataclass
+class FreezeHeads:
+    """Attention heads that training leaves as they are, to the bit (CAST, docs/cast.md). Short:
+    `freeze_heads: cast(top=10%)`."""
+
+    source: Literal["none", "cast", "random", "anti"] = "none"
+    """`cast` = those of the highest conflict score, `anti` = of the lowest, `random` = drawn"""
+    top: Annotated[float, Between(0, 1, above=True)] = 0.1
+    """share of all query heads of the language module, rounded up to whole heads"""
+    map: str | None = None
+    """conflict.json of `obm diagnose heads`; null = conflict/conflict.json in the folder of
+    models.init"""
+    shared: Literal["most", "all", "any"] = "most"
+    """keys and values that several heads use (GQA), and norms, are frozen with `most` (more than
+    half), `all` or `any` of their heads"""
+    seed: int = 0
+    """random: seed of the draw"""
 
 
 @dataclass
@@ -602,6 +669,12 @@ class Tracking:
     follow: Annotated[int, NotNegative] = 4
     """evaluation questions whose episodes are marked at every evaluation, in trajectories.jsonl and
     in a W&B table of their own; `obm follow RUN` shows how they change"""
+    token_logprobs: bool = True
+    """trajectories.jsonl has text and log-prob of every token of the policy (`obm view` shades by
+    them); lines are about a third longer"""
+    picture_size: Annotated[int, Between(0, 2048)] = 256
+    """longest side in pixels of the copies that `pictures/` keeps of recorded episodes' pictures;
+    0 = none"""
 
 
 @dataclass
@@ -638,6 +711,8 @@ class Config:
     """search services on the net"""
     rewards: Rewards = field(default_factory=Rewards)
     """reward parts"""
+    reward_functions: list[OwnReward] = field(default_factory=list)
+    """reward functions of your own, added to the total; each is logged as a part of its own"""
     rollout: Rollout = field(default_factory=Rollout)
     """back end of the rollout"""
     grpo: dict[str, Any] = field(default_factory=dict)
@@ -649,6 +724,10 @@ class Config:
     file; docs/distributed.md says which fits"""
     lora: Lora = field(default_factory=Lora)
     """adapters"""
+    conflict: Conflict = field(default_factory=Conflict)
+    """diagnosis of heads"""
+    freeze_heads: FreezeHeads = field(default_factory=FreezeHeads)
+    """heads that are not trained"""
     hang_timeout_s: Annotated[float, Between(0, above=True)] | None = 1800.0
     """seconds without progress in any process after which the run ends and says who was where;
     null = wait for ever"""
