@@ -2,6 +2,8 @@
 
 import pytest
 
+from environments.actions import Answer, ImageSearch, Invalid, Search
+from environments.atlas.editions import Edition
 from environments.atlas.questions import load_questions
 from environments.atlas.solver import next_turn
 from environments.atlas.world import load_environment
@@ -20,6 +22,16 @@ def play(environment, question):
             break
         episode.step(turns[-1])
     return episode, turns
+
+
+@pytest.mark.parametrize("edition", [Edition(counterfactual=0), Edition(news="both")])
+def test_it_answers_by_the_facts_of_the_edition(edition):
+    environment = load_environment(edition)
+    questions = load_questions("train", ["text", "two", "three"], 30, seed=3, edition=edition)
+    played = [(play(environment, question)[0], question) for question in questions]
+    answered = [(episode, question) for episode, question in played if episode.done]
+    assert len(answered) > 15
+    assert all(exact_match(episode.answer, question["answers"]) for episode, question in answered)
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
@@ -101,3 +113,16 @@ def test_a_fork_of_an_episode_goes_on_by_itself():
     second.step("<think> x </think> <answer> Bamako </answer>")
     assert not fork.done
     assert second.answer == "Bamako"
+
+
+ACTIONS = [Search('fish "n" chips'), ImageSearch(), ImageSearch("left"), Answer("São Tomé")]
+
+
+@pytest.mark.parametrize("action", ACTIONS)
+@pytest.mark.parametrize("dialect", DIALECTS.values(), ids=DIALECTS)
+def test_a_dialect_reads_back_what_it_writes(dialect, action):
+    written = dialect.write("a thought", action)
+    assert dialect.parse(written) == action
+    assert written.startswith(f"<{dialect.think}> a thought </{dialect.think}>")
+    with pytest.raises(ValueError, match="cannot write"):
+        dialect.write("a thought", Invalid("nothing"))

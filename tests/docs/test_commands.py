@@ -47,7 +47,7 @@ def test_every_command_could_be_started(page):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("page", WALKED)
 def test_a_page_is_walked_from_top_to_bottom(page, trio, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

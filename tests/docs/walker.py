@@ -144,7 +144,7 @@ class Walker:
             environment = _environment(**dict(v.split("=", 1) for v in command.variables))
             result = subprocess.run(
                 ["deepspeed", *where, *words[script + 1 :]], env=environment, capture_output=True,
-                text=True, check=False, timeout=280,
+                text=True, check=False, timeout=560,
             )  # fmt: skip
             assert result.returncode == 0, f"{command}\n{result.stderr[-3000:]}"
             return

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from compare.comparable import check_comparable
 from compare.errors import CompareError
 from compare.parts import contributions
-from compare.runs import check_comparable, read_run
+from compare.runs import read_run
 from configs.errors import ConfigError
 from configs.schema import load_config
 from environments.benchmarks.rows import BenchmarkError
