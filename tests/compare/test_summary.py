@@ -92,12 +92,13 @@ def test_the_same_arm_twice_differs_by_nothing():
 
 
 def test_halves_of_one_arm_differ_in_five_per_cent_of_the_comparisons():
-    """The null study on whole curves: 600 comparisons of five seeds with five of the same arm.
+    """The null study on whole curves: 300 comparisons of five seeds with five of the same arm.
 
-    The error of a share is .009; the metrics are not normal (a ceiling is a maximum), so .03 more.
+    The error of a share is .0126: three of them either way. A ceiling is a maximum and not normal,
+    but differences of two ceilings are nearly so.
     """
     generator = np.random.default_rng(0)
-    n_studies, steps = 600, np.arange(11)
+    n_studies, steps = 300, np.arange(11)
     held = {"floor": 0, "ceiling": 0, "auc": 0, "final": 0}
     for _ in range(n_studies):
         per_seed = {}
@@ -112,7 +113,7 @@ def test_halves_of_one_arm_differ_in_five_per_cent_of_the_comparisons():
             if pair["arm"] == "a":
                 held[pair["metric"]] += not separated(pair)
     for metric, n in held.items():
-        assert 0.92 <= n / n_studies <= 0.98, metric
+        assert 0.912 <= n / n_studies <= 0.988, metric
 
 
 def test_stability_is_worked_out_by_hand():
@@ -183,7 +184,8 @@ def test_the_sections_name_what_they_show():
     for heading in ("## Differences", "## Cost to target", "## Stability", "## Behaviour"):
         assert heading in text
     assert "| minus vlm | pairs |" in text
-    assert "| obm | 3 | +0.300 |" in text  # equal differences have no width
+    # floors differ by .3 in every seed: the interval has no width, all resamples are above 0
+    assert "| obm | 3 | **+0.300 [+0.300, +0.300]** 1.00, p 0.25 |" in text
     assert "0 of 3 seeds" in text
     assert "stop/answer" in text
     assert "stop/invalid" not in text
