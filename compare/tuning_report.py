@@ -56,7 +56,8 @@ def tuning_markdown(record: Mapping[str, Any]) -> str:
     """The page of a tuning: the best of each, then every setting, then how it was made.
 
     Args:
-        record: rows, best, environment, command, commit, hardware.
+        record: rows, best, environment, command, commit, hardware; `added`, where methods were
+            tuned later with the same questions: name -> commit, hardware.
     """
     settings = record["environment"]
     ranked = sorted(record["rows"], key=lambda row: -row["score"])
@@ -79,6 +80,11 @@ def tuning_markdown(record: Mapping[str, Any]) -> str:
         *settings_table(ranked),
         "",
         f"Made by `{record['command']}` at commit {record['commit']} on {record['hardware']}.",
+        *(
+            f"Added later, same questions and as many settings: {name} at commit {own['commit']} "
+            f"on {own['hardware']}."
+            for name, own in record.get("added", {}).items()
+        ),
         "",
     ])  # fmt: skip
 

@@ -58,6 +58,9 @@ __all__ = [
 
 COMMAND_LINE = "command line"
 ATLAS_PREFIX = "atlas://"
+SHIPPED_DIALECTS = ("search_r1", "mmsearch_r1", "hermes")
+"""Names that the setting `environment.dialect` takes; else it is a file."""
+DIALECT_SUFFIX = ".yaml"
 SHIPPED_DEEPSPEED = ("zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
 """Files of configs/deepspeed, by the names that the setting `deepspeed` takes."""
 
@@ -93,6 +96,14 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         reason = "models.freeze_vision says the opposite"
         fail(where, "lora.train_vision", reason, "remove one of the two")
     _check_judge(config.rewards, where)
+    dialect = config.environment.dialect
+    if dialect not in SHIPPED_DIALECTS and not dialect.endswith(DIALECT_SUFFIX):
+        names = (*SHIPPED_DIALECTS, f"the path of a {DIALECT_SUFFIX} file")
+        reason = f"there is no dialect '{dialect}'"
+        fix = nearest(dialect, SHIPPED_DIALECTS)
+        if not fix.startswith("did"):
+            fix = f"use {', '.join(names)}"
+        fail(where, "environment.dialect", reason, fix)
     if config.deepspeed == "none":
         config.deepspeed = None
     name = config.deepspeed

@@ -57,6 +57,7 @@ def estimate(checkpoint: Checkpoint, family: Family, kinds: Sequence[str], dtype
 
     total = language = 0
     layers: dict[int, int] = {}
+    entries: dict[int, int] = {}
     widths: dict[int, list[int]] = {}
     for name, info in checkpoint.tensors.items():
         canonical = canonical_name(family, name) or name
@@ -68,6 +69,7 @@ def estimate(checkpoint: Checkpoint, family: Family, kinds: Sequence[str], dtype
         if layer is None:
             continue
         layers[layer] = layers.get(layer, 0) + n_bytes
+        entries[layer] = entries.get(layer, 0) + prod(info.shape)
         site = canonical.removeprefix(f"model.layers.{layer}.").removesuffix(".weight")
         if site in family.input_sites and canonical.endswith(".weight"):
             widths.setdefault(layer, []).append(info.shape[1])
@@ -82,12 +84,15 @@ def estimate(checkpoint: Checkpoint, family: Family, kinds: Sequence[str], dtype
     if "inverse" in kinds:  # the factor of the widest, and a copy of it
         grams += 16 * max(flat) ** 2
     largest = max(layers.values())
-    gradients = language * (4 + ITEM_BYTES.get(dtype, 4)) if "fisher" in kinds else 0
+    # a gradient and a sum for each weight: of the whole model, or of one layer
+    an_entry = 4 + ITEM_BYTES.get(dtype, 4) if "fisher" in kinds else 0
+    gradients = an_entry * max(entries.values())
     hidden = int(checkpoint.text_config.get("hidden_size", flat[0]))
     return Estimate(
-        whole=total + gradients,
-        streamed=max(total - sum(layers.values()), largest + grams),
-        hidden_per_token=2 * hidden * ITEM_BYTES.get(dtype, 4),
+        whole=total + an_entry * language,
+        streamed=max(total - sum(layers.values()), largest + max(grams, gradients)),
+        # of one layer and of the next; gradients need the inputs of all layers
+        hidden_per_token=(len(layers) + 2 if an_entry else 2) * hidden * ITEM_BYTES.get(dtype, 4),
         files={
             "diagonal": 4 * sum(flat),
             "inverse": 4 * sum(flat),

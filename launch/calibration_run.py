@@ -57,6 +57,13 @@ class Parent:
         return must_stream(self.estimate, section.kinds, section.streaming, section.device)
 
     @property
+    def streams_fisher(self) -> bool:
+        """Whether gradients are made a layer at a time."""
+        from launch.calibration_plan import must_stream
+
+        return must_stream(self.estimate, ["fisher"], self.section.streaming, self.section.device)
+
+    @property
     def dtype(self) -> Any:
         """In which it runs; None = as stored."""
         import torch
@@ -99,9 +106,8 @@ class Parent:
             free = size_words(free_memory(self.section.device))
             raise LaunchError(
                 f"{self.role} {self.folder}: needs {size_words(self.estimate.whole)} of memory as "
-                f"a whole, {free} are free. A layer at a time it cannot generate or give "
-                f"gradients: set calibration.{name} to samples with answers, "
-                "calibration.streaming=true and calibration.kinds without fisher"
+                f"a whole, {free} are free. A layer at a time it cannot generate: set "
+                f"calibration.{name} to samples with answers, and calibration.streaming=true"
             )
         from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
         from transformers.utils.logging import disable_progress_bar
@@ -230,15 +236,24 @@ def measure_inputs(
 
 
 def measure_fisher(parent: Parent, folder: Path, shard: tuple[int, int]) -> None:
-    """Squared gradients, a sequence at a time, of the answers alone."""
+    """Squared gradients of the answers alone, a sequence at a time; of a whole model or a layer."""
     from launch.calibration_batches import Batches
     from merge.fisher import collect_fisher, save_fisher
+    from merge.fisher_streaming import stream_fisher
     from merge.sums import shard_name, weight_checksums
 
+    streams = parent.streams_fisher  # asked before a model takes memory
     samples = parent.samples(1, shard)
     batches = Batches(
         samples, 1, parent.processor, tokens="answer", max_tokens=parent.section.max_tokens
     )
+    if streams:
+        parent.unload()
+        stream_fisher(
+            parent.checkpoint, batches, folder, dtype=parent.dtype, device=parent.section.device,
+            shard=shard, families=parent.families,
+        )  # fmt: skip
+        return
     fisher = collect_fisher(parent.load(), batches, shard=shard, families=parent.families)
     path = folder / shard_name("fisher", shard)
     weights = weight_checksums(parent.checkpoint, parent.family, "fisher")

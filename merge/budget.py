@@ -42,7 +42,7 @@ def group_budgets(
         rule = rule_of(tensor.settings)
         if not METHODS[tensor.action].is_sparse:
             continue
-        if rule.keep != "top":
+        if rule.keep != "top" or rule.arbitrate:
             raise MergeError(
                 f"merge.budget={tensor.settings.budget}: {tensor.action} chooses its entries "
                 "tensor by tensor; use merge.budget=tensor, or obm or ties"

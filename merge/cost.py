@@ -21,6 +21,7 @@ SECONDS_AN_ENTRY = {
     "magprune": 3e-8,
     "all": 3e-9,
     "above": 4e-9,
+    "arbitrate": 8e-8,
 }
 """Arithmetic of a rule for two task vectors, by what it keeps."""
 SECONDS_A_FLOP = 2e-11
@@ -47,7 +48,9 @@ def estimate_cost(plan: MergePlan, n_bytes: Mapping[str, int], n_files: int) -> 
         n = math.prod(tensor.shape)
         if method.rule is not None:
             n_tasks = len(tensor.sources) - 1
-            seconds += SECONDS_AN_ENTRY[method.rule(tensor.settings).keep] * n * n_tasks / 2
+            rule = method.rule(tensor.settings)
+            an_entry = SECONDS_AN_ENTRY["arbitrate" if rule.arbitrate else rule.keep]
+            seconds += an_entry * n * n_tasks / 2
             continue
         n_out, n_in = tensor.shape[0], tensor.shape[-1]
         products = tensor.settings.steps if tensor.action == "wudi" else 4

@@ -6,6 +6,7 @@ with the data's own answers (the empirical Fisher of Matena and Raffel, arXiv 21
 log-likelihood is the sum over the answer's tokens, and each sequence's gradient is squared on its
 own: squaring the gradient of a batch would let sequences cancel. The whole model, its gradients and
 the sums are in memory; a killed run starts anew, since its sums are as large as the model.
+`fisher_streaming` does the same with one decoder layer in memory.
 """
 
 from collections.abc import Iterable, Mapping
@@ -80,7 +81,7 @@ def collect_fisher(
         parameter.requires_grad_(True)
     try:
         for number, batch in numbered(batches, shard, "fisher"):
-            scored = _scored_tokens(record, number, batch)
+            scored = scored_tokens(record, number, batch)
             likelihoods = sequence_log_likelihoods(model, batch, scored)
             # a sequence without an answer has no likelihood, and no part in the mean
             record.sequences -= len(scored) - len(likelihoods)
@@ -160,7 +161,7 @@ def save_fisher(
     return writer.finish()
 
 
-def _scored_tokens(record: Record, number: int, batch: Mapping[str, Any]) -> Tensor:
+def scored_tokens(record: Record, number: int, batch: Mapping[str, Any]) -> Tensor:
     """Enters a batch into the record; returns bool [B, T] of the tokens that are scored."""
     labels = batch.get("labels")
     if labels is not None:

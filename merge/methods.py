@@ -55,7 +55,7 @@ class MethodSettings:
     outliers: float = 0.01
     """Breadcrumbs: share of the largest entries that is dropped first."""
     threshold: float = 1e-5
-    """RAM: an entry counts as changed where |delta| is above."""
+    """RAM, SAR: an entry counts as changed where |delta| is above."""
     boost: float = 0.1
     """RAM+: r, gain of what only one task changed."""
     boost_limit: float = 0.2
@@ -97,6 +97,9 @@ class Rule:
     """RAM+: scale what only one task keeps."""
     energy: bool = False
     """SCE: multiply lambda_k by the share that task k has in the squares of kept deltas."""
+    arbitrate: bool = False
+    """SAR: before, settle conflicts by sensitivity; after, multiply lambda_k by what restores the
+    norm. See `sar`."""
 
 
 RuleOf = Callable[[MethodSettings], Rule]
@@ -249,6 +252,29 @@ def fisher(settings: MethodSettings) -> Rule:
     return Rule(keep="all", score="entry", combine="ratio")
 
 
+def sar(settings: MethodSettings) -> Rule:
+    """SAR-Merging: sensitivity settles conflicts, magnitude trims, a factor restores the norm.
+
+    Source: "SAR-Merging", arXiv 2606.18521, of which the abstract and no formula is public. It
+    "resolves conflicts in overlapping update regions via Fisher Information-based sensitivity
+    arbitration, followed by magnitude-aware sparsification and rescaling". Our reading:
+
+        M_k     = |delta_k| > threshold                                          (support)
+        winner  = sign(delta_w), w = argmax_k F_k delta_k^2, where signs in the supports differ
+        tau_k   = delta_k * [M_k and no conflict, or sign(delta_k) = winner]     (arbitration)
+        kept_k  = the `density` share of entries of largest |tau_k|              (sparsification)
+        f_k     = ||tau_k|| / ||tau_k * kept_k||, over the tensor                (rescaling)
+        theta_M = theta_B + sum_k lambda_k f_k tau_k kept_k
+
+    with F_k[i] the mean squared gradient of log p of model k's own answers. What one task alone
+    changed meets no conflict, and stays whole while it is not more than the density allows. Ours,
+    not the paper's: `normalization` of F delta^2 before it decides; `combine`, what happens where
+    supports overlap and agree; ties (`sar.settle_conflicts`); that f_k makes up for trimming, not
+    for lost conflicts. docs/sar.md argues each.
+    """
+    return Rule(keep="top", combine=settings.combine, arbitrate=True)
+
+
 @dataclass(frozen=True)
 class Method:
     """One way of merging a tensor."""
@@ -280,6 +306,7 @@ METHODS: dict[str, Method] = {
         Method("ram_plus", ram_plus),
         Method("layer_swap", None),
         Method("fisher", fisher, needs="fisher"),
+        Method("sar", sar, needs="fisher", is_sparse=True),
         Method("regmean_diagonal", regmean_diagonal, needs="vector", linear_only=True),
         Method("regmean", None, needs="gram", linear_only=True),
         Method("wudi", None, linear_only=True),

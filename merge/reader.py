@@ -13,12 +13,12 @@ import xxhash
 
 from merge.checkpoint import Checkpoint
 from merge.kernels import Piece
-from merge.methods import METHODS, Rule
+from merge.methods import Rule
 from merge.plan import PlannedTensor
 from merge.sampling import SMALL, Sample, as_row, n_sampled, run_starts, sample_vectors, take_sample
 from merge.shards import NUMPY_DTYPES, to_float
 from merge.stats import Stats
-from merge.tensor import needs_rows
+from merge.tensor import needs_entries, needs_rows
 
 RESIDENT_BYTES = 200 * 1024 * 1024
 """Memory for whole tensors, all workers together."""
@@ -80,6 +80,7 @@ class TensorReader:
         self._is_bf16 = set(self._dtypes.values()) == {"BF16"}
         self._dtype = NUMPY_DTYPES["BF16" if self._is_bf16 else "F32"]
         self._needs_rows = needs_rows(rule)
+        self._needs_entries = needs_entries(rule)
         self._score = rule.score
         shape = tensor.shape
         n_rows = shape[0] if len(shape) > 1 else 1
@@ -88,7 +89,9 @@ class TensorReader:
             n_rows, n_columns = int(np.prod(shape[:-1])), shape[-1]
         self.n_rows = n_rows if tensor.n_common_rows is None else tensor.n_common_rows
         self.n_columns = n_columns
-        entry_bytes = 4 if METHODS[tensor.action].needs == "fisher" else 0
+        entry_bytes = 4 if self._needs_entries else 0
+        if rule.arbitrate:  # the settled task vectors
+            entry_bytes += self._dtype.itemsize
         row_bytes = n_columns * (len(self._roles) * self._dtype.itemsize)
         row_bytes += n_columns * entry_bytes * len(self.tasks)
         is_resident = self.n_rows * row_bytes <= resident_bytes
@@ -153,7 +156,7 @@ class TensorReader:
         name = self.tensor.canonical
         if self._score == "saliency" and self._statistics:
             vectors = self._vectors()
-        elif self._score == "entry":
+        elif self._needs_entries:
             entries = self._workspace.array("entries", (len(self.tasks), n), NUMPY_DTYPES["F32"])
             for k, task in enumerate(self.tasks):
                 entries[k] = self._statistics[task].entries(name, first_row * self.n_columns, n)

@@ -164,6 +164,18 @@ def vote_ranks(level: Level) -> np.ndarray:
     return ((level.n_entries - larger) / max(level.n_entries, 1)).astype(np.float32)
 
 
+def vote_tables(
+    level: Level | None, normalization: str, n_tasks: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """What turns scores into votes: scales fp32 [K], and ranks fp32 [K, 65,536] or [K, 0]."""
+    scales, ranks = np.ones(n_tasks, np.float32), np.zeros((n_tasks, 0), np.float32)
+    if level is not None and normalization == "mean":
+        scales = vote_scales(level)
+    elif level is not None and normalization == "rank":
+        ranks = vote_ranks(level)
+    return scales, ranks
+
+
 def random_key(settings: MethodSettings, task: str) -> np.uint64:
     """The key of a task's random stream in a tensor; neither order nor threads change it."""
     text = f"{settings.seed}/{task}/{settings.tensor_name}"
@@ -192,12 +204,8 @@ def make_decision(
     # one cut for all tasks stands for each of them
     cuts = list(cuts) * (n_tasks if len(cuts) == 1 else 1) or [EVERYTHING] * n_tasks
     outer_cuts = list(outer_cuts) or [NOTHING] * n_tasks
-    scales, ranks = np.ones(n_tasks, np.float32), np.zeros((n_tasks, 0), np.float32)
-    if rule.elect == "saliency" and level is not None:
-        if settings.normalization == "mean":
-            scales = vote_scales(level)
-        elif settings.normalization == "rank":
-            ranks = vote_ranks(level)
+    votes = level if rule.elect == "saliency" else None
+    scales, ranks = vote_tables(votes, settings.normalization, n_tasks)
     return Decision(
         rule=rule,
         weights=np.array([settings.weights[task] for task in tasks], np.float32),

@@ -40,6 +40,8 @@ class Stub(nn.Module):
         self._replaced = [layer]  # in a list, so that it is no part of the model
         self._is_last = is_last
         self.hidden: Tensor | None = None
+        self.output: Tensor | None = None
+        """What the last stub returns, where the model is to go on behind the layers."""
         self.arguments: dict[str, Any] = {}
 
     def __getattr__(self, name: str) -> Any:
@@ -50,6 +52,8 @@ class Stub(nn.Module):
 
     def forward(self, hidden_states: Tensor, **arguments: Any) -> Tensor:
         self.hidden, self.arguments = hidden_states, arguments
+        if self.output is not None:
+            return self.output
         if self._is_last:
             raise LastLayerReached
         return torch.zeros_like(hidden_states)
@@ -89,7 +93,12 @@ class Shell:
 
 
 def load_shell(
-    checkpoint: Checkpoint, family: Family, dtype: torch.dtype | None, device: torch.device
+    checkpoint: Checkpoint,
+    family: Family,
+    dtype: torch.dtype | None,
+    device: torch.device,
+    *,
+    has_head: bool = False,
 ) -> Shell:
     """Loads a checkpoint's model without its decoder layers.
 
@@ -98,6 +107,7 @@ def load_shell(
         family: Says where the layers are.
         dtype: Of the weights; the checkpoint's own when None.
         device: Where the model runs.
+        has_head: Load the output head too, where it is not tied to the embeddings.
 
     Raises:
         MergeError: transformers has no such model, or weights are missing.
@@ -115,7 +125,7 @@ def load_shell(
     if type(config) not in mapping:
         raise MergeError(f"{checkpoint.folder}: transformers has no model for {config.model_type}")
     layers: list[nn.Module] = []
-    model_class = _without_layers(mapping[type(config)], family, layers)
+    model_class = _without_layers(mapping[type(config)], family, layers, has_head)
     with _quiet():
         model, report = model_class.from_pretrained(
             str(checkpoint.folder), dtype=dtype or "auto", output_loading_info=True
@@ -128,7 +138,9 @@ def load_shell(
     return Shell(model.to(device).eval(), layers)
 
 
-def _without_layers(model_class: Any, family: Family, layers: list[nn.Module]) -> Any:
+def _without_layers(
+    model_class: Any, family: Family, layers: list[nn.Module], has_head: bool
+) -> Any:
     """Makes a subclass that puts its decoder layers aside before any weight is loaded."""
 
     def __init__(self: Any, config: Any, *arguments: Any, **keywords: Any) -> None:
@@ -139,7 +151,7 @@ def _without_layers(model_class: Any, family: Family, layers: list[nn.Module]) -
         language.layers = nn.ModuleList(
             Stub(layer, index == last) for index, layer in enumerate(layers)
         )
-        if not self.config.tie_word_embeddings:  # as large as the embeddings, and not needed
+        if not has_head and not self.config.tie_word_embeddings:  # as large as the embeddings
             self.lm_head = nn.Identity()
 
     members = {

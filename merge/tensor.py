@@ -1,13 +1,13 @@
 """One tensor: from the parents' values to the merged ones, in memory or piece by piece.
 
 `merge_tensor` is every method as a pure function: arrays in, arrays out. The engine does the same
-with pieces that it reads from files: `decide` first, `kernels.apply` for each piece then.
+with pieces that it reads from files: `decide` first, `apply_decision` for each piece then.
 """
 
 import copy
 import importlib
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import ModuleType
 
 import numpy as np
@@ -17,6 +17,7 @@ from merge.errors import MergeError
 from merge.kernels import Counts, Decision, Piece
 from merge.methods import METHODS, MethodSettings, Rule
 from merge.sampling import Sample, cut_by_sample, take_sample
+from merge.sar import Arbiter, as_saliency, join_counts, norm_factors
 from merge.selection import (
     Cut,
     Pieces,
@@ -25,6 +26,7 @@ from merge.selection import (
     make_decision,
     score_of,
     share_of,
+    vote_tables,
 )
 
 KERNELS = {"numba": "merge.kernels", "numpy": "merge.kernels_numpy", "torch": "merge.kernels_torch"}
@@ -49,6 +51,11 @@ def needs_rows(rule: Rule) -> bool:
     return rule.score == "saliency" or rule.keep == "magprune"
 
 
+def needs_entries(rule: Rule) -> bool:
+    """Whether the rule needs a number an entry: Fisher information."""
+    return rule.score == "entry" or rule.arbitrate
+
+
 def decide(
     pieces: Pieces,
     rule: Rule,
@@ -70,8 +77,10 @@ def decide(
         sample: Takes a sample of the tensor; without it thresholds are found by histograms.
 
     Returns:
-        The decision; `kernels.apply` counts down its ties, so it serves once.
+        The decision; `apply_decision` counts down its ties, so it serves once.
     """
+    if rule.arbitrate:
+        return _decide_settled(pieces, rule, settings, tasks, kernels)
     score, level = score_of(rule), None
     outer: Sequence[Cut] = ()
     is_scaled = rule.elect == "saliency" and settings.normalization != "none"
@@ -93,6 +102,41 @@ def decide(
     if rule.boost or rule.energy:
         _weigh_kept(decision, pieces, settings, kernels)
     return decision
+
+
+def _decide_settled(
+    pieces: Pieces, rule: Rule, settings: MethodSettings, tasks: Sequence[str], kernels: ModuleType
+) -> Decision:
+    """The decision of SAR: sensitivities' scales, then cuts and norms of what was settled."""
+    level = None
+    if settings.normalization != "none":
+        level = count_level(
+            lambda: (as_saliency(piece) for piece in pieces()), "saliency", len(tasks), kernels
+        )
+    scales, ranks = vote_tables(level, settings.normalization, len(tasks))
+    arbiter = Arbiter(np.float32(settings.threshold), scales, ranks)
+
+    def settled() -> Iterator[Piece]:
+        return (arbiter.settle(piece)[0] for piece in pieces())
+
+    level = count_level(settled, rule.score, len(tasks), kernels)
+    n_keep = [share_of(settings.density, level.n_entries)] * len(tasks)
+    cuts = cut_tensor(settled, rule.score, level, n_keep, kernels)
+    decision = make_decision(rule, settings, tasks, None, cuts)
+    decision.arbiter = arbiter
+    decision.weights *= norm_factors(settled, decision.thresholds, decision.ties, len(tasks))
+    return decision
+
+
+def apply_decision(
+    piece: Piece, decision: Decision, out: np.ndarray, kernels: ModuleType
+) -> Counts:
+    """`kernels.apply`, and before it what settles conflicts; same arguments."""
+    if decision.arbiter is None:
+        counts: Counts = kernels.apply(piece, decision, out)
+        return counts
+    settled, before = decision.arbiter.settle(piece)
+    return join_counts(before, kernels.apply(settled, decision, out))
 
 
 def _weigh_kept(
@@ -117,6 +161,10 @@ def _weigh_kept(
 
 def add_counts(one: Counts, other: Counts) -> Counts:
     """Adds what was counted over two pieces of a tensor."""
+
+    def add(a: np.ndarray | None, b: np.ndarray | None) -> np.ndarray | None:
+        return None if a is None or b is None else a + b
+
     return Counts(
         kept=one.kept + other.kept,
         conflicts=one.conflicts + other.conflicts,
@@ -126,6 +174,8 @@ def add_counts(one: Counts, other: Counts) -> Counts:
         delta_square=one.delta_square + other.delta_square,
         update_square=one.update_square + other.update_square,
         not_finite=one.not_finite | other.not_finite,
+        saliency=add(one.saliency, other.saliency),
+        saliency_kept=add(one.saliency_kept, other.saliency_kept),
     )
 
 
@@ -145,7 +195,7 @@ def merge_tensor(
         base: fp32 [out, in] or [n]: theta_B.
         parents: Task -> fp32, shape of base: theta_k; the order of tasks breaks ties.
         statistics: Task -> what the method needs: fp32 [in] for obm and regmean_diagonal, fp32 of
-            base's shape for fisher, fp32 [in, in] for regmean; None for the others.
+            base's shape for fisher and sar, fp32 [in, in] for regmean; None for the others.
         settings: Weights, density and so on.
         kernels: numba, numpy or torch; see `load_kernels`.
 
@@ -178,13 +228,13 @@ def merge_tensor(
         n_columns=n_columns,
         begin=0,
         vectors=stacked if rule.score == "saliency" else empty,
-        entries=stacked if rule.score == "entry" else empty,
+        entries=stacked if needs_entries(rule) else empty,
     )
     decision = decide(
         lambda: [piece], rule, settings, tasks, module, sample=lambda: take_sample(piece)
     )
     out = np.empty_like(flat_base)
-    counts = module.apply(piece, decision, out)
+    counts = apply_decision(piece, decision, out, module)
     check_finite(counts, ["base", *tasks], name)
     return out.reshape(base.shape), counts
 

@@ -28,7 +28,14 @@ from merge.shards import (
     to_float,
 )
 from merge.stats import Stats
-from merge.tensor import add_counts, check_finite, decide, load_kernels, merge_tensor
+from merge.tensor import (
+    add_counts,
+    apply_decision,
+    check_finite,
+    decide,
+    load_kernels,
+    merge_tensor,
+)
 from merge.validate import check_weights, kind_needed
 
 
@@ -95,7 +102,7 @@ class TensorWriter:
         total: Counts | None = None
         for piece in reader.pieces():
             out = self._workspace.array("out", piece.base.shape, piece.base.dtype)
-            counts = self.kernels.apply(piece, decision, out)
+            counts = apply_decision(piece, decision, out, self.kernels)
             total = counts if total is None else add_counts(total, counts)
             self._check_finite(tensor, counts, reader.tasks)
             reader.restore_protected(out)
@@ -255,7 +262,7 @@ def _plain_counts(counts: Counts, tasks: Sequence[str], tensor: PlannedTensor) -
     def by_task(values: np.ndarray) -> dict[str, Any]:
         return {task: value.item() for task, value in zip(tasks, values, strict=True)}
 
-    return {
+    plain = {
         "entries": n_entries,
         "kept": by_task(counts.kept),
         "conflicts": counts.conflicts,
@@ -263,3 +270,7 @@ def _plain_counts(counts: Counts, tasks: Sequence[str], tensor: PlannedTensor) -
         "delta_square": by_task(counts.delta_square),
         "update_square": counts.update_square,
     }
+    if counts.saliency is not None and counts.saliency_kept is not None:
+        plain["saliency"] = by_task(counts.saliency)
+        plain["saliency_kept"] = by_task(counts.saliency_kept)
+    return plain

@@ -6,6 +6,8 @@ recorded rollouts: calibration.vlm_data and calibration.agent_data. Padding does
 vlm/stats.safetensors, agent/stats.safetensors and so on, which `obm merge` finds by itself; other
 statistics than second moments by calibration.kinds. A run that was killed goes on where it was.
 
+Fisher information can also be taken from the optimizer of a training: --adam CHECKPOINT.
+
 Several machines share the work: `--shard 0/2` and `--shard 1/2`, then `--merge-shards`.
 """
 
@@ -26,6 +28,7 @@ EXAMPLES = (
     "obm calibrate --parent vlm calibration.samples=128 calibration.output=runs/stats",
     "obm calibrate --dry-run calibration.kinds=[diagonal,inverse] calibration.streaming=true",
     "obm calibrate --parent agent calibration.agent_data.source=runs/agent/trajectories.jsonl",
+    "obm calibrate --parent agent --adam runs/agent/checkpoints/checkpoint-60",
 )
 ROLES = ("vlm", "agent")
 WHOLE = (0, 1)
@@ -41,6 +44,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace statistics")
     parser.add_argument("--dry-run", action="store_true", help="say what would be measured")
     parser.add_argument(
+        "--adam", metavar="DIR",
+        help="take the parent's Fisher information from Adam's second moments in this checkpoint "
+        "of a training under DeepSpeed",
+    )  # fmt: skip
+    parser.add_argument(
         "--shard", metavar="RANK/N", help="measure every N-th batch, from the RANK-th on"
     )
     parser.add_argument(
@@ -55,6 +63,8 @@ def run(options: argparse.Namespace) -> int:
     if options.merge_shards and options.shard:
         raise LaunchError("--shard measures, --merge-shards adds up afterwards; give one of them")
     roles = _chosen_roles(config, options.parent)
+    if options.adam:
+        return _take_adam(options, config, roles)
     for role in roles:
         parent_folder(config, role)  # a missing setting is found before anything has run
         for path in _targets(config, role, shard):
@@ -69,6 +79,33 @@ def run(options: argparse.Namespace) -> int:
             print(f"{role}: {merge_parent_shards(config, role)}")
         else:
             print(f"{role}: {calibrate_parent(config, role, shard=shard)}")
+    return 0
+
+
+def _take_adam(options: argparse.Namespace, config: Config, roles: tuple[str, ...]) -> int:
+    """Writes fisher.safetensors of one parent from an optimizer."""
+    from merge.adam import adam_fisher, open_adam
+    from merge.checkpoint import Checkpoint
+    from merge.stats import FILE_NAMES
+
+    if len(roles) != 1 or options.shard or options.merge_shards:
+        raise LaunchError("--adam is of one parent and needs no shards; add --parent NAME alone")
+    role = roles[0]
+    folder = stats_path(config, role).parent
+    target = folder / FILE_NAMES["fisher"]
+    if target.exists() and not options.overwrite:
+        raise LaunchError(f"{target} exists; pass --overwrite, or calibration.output=FOLDER")
+    checkpoint = Checkpoint(parent_folder(config, role), role)
+    if options.dry_run:
+        adam = open_adam(options.adam)
+        print(
+            f"{role}: second moments of {sum(map(len, adam.shapes))} parameters after {adam.step} "
+            f"steps (ZeRO-{adam.stage}, {len(adam.ranks)} processes); into {target}"
+        )
+        return 0
+    print(
+        f"{role}: {adam_fisher(options.adam, checkpoint, folder, families=config.merge.families)}"
+    )
     return 0
 
 
@@ -106,14 +143,20 @@ def calibrate_parent(config: Config, role: str, *, shard: tuple[int, int] = WHOL
         The file of the first of calibration.kinds.
     """
     from launch.calibration_run import Parent, measure_fisher, measure_inputs
+    from launch.preparation_cost import keep_calibration_cost, measured, shard_cost_name
 
     parent = Parent(config, role, parent_folder(config, role))
     folder = stats_path(config, role).parent
+    costs = folder / shard_cost_name(shard)
     inputs = [kind for kind in config.calibration.kinds if kind != "fisher"]
     if inputs:
-        measure_inputs(parent, inputs, folder, shard)
+        with measured() as cost:
+            measure_inputs(parent, inputs, folder, shard)
+        keep_calibration_cost(costs, "inputs", cost)
     if "fisher" in config.calibration.kinds:
-        measure_fisher(parent, folder, shard)
+        with measured() as cost:
+            measure_fisher(parent, folder, shard)
+        keep_calibration_cost(costs, "fisher", cost)
     return _targets(config, role, shard)[0]
 
 
@@ -123,11 +166,14 @@ def merge_parent_shards(config: Config, role: str) -> Path:
     Returns:
         The file of the first of calibration.kinds.
     """
+    from launch.preparation_cost import join_shard_costs, measured
     from merge.sums import merge_shards
 
     folder = stats_path(config, role).parent
-    for kind in config.calibration.kinds:
-        merge_shards(folder, kind, damping=config.calibration.damping)
+    with measured() as cost:
+        for kind in config.calibration.kinds:
+            merge_shards(folder, kind, damping=config.calibration.damping)
+    join_shard_costs(folder, cost)
     return _targets(config, role, WHOLE)[0]
 
 
@@ -137,7 +183,7 @@ def describe(config: Config, role: str, shard: tuple[int, int] = WHOLE) -> str:
 
     parent = Parent(config, role, parent_folder(config, role))
     kinds = config.calibration.kinds
-    streams = parent.streams and kinds != ["fisher"]
+    streams = parent.streams_fisher if kinds == ["fisher"] else parent.streams
     share = "" if shard == WHOLE else f", batches {shard[0]}, {sum(shard)}, ... of them"
     return (
         f"{config.calibration.samples} {parent.data_words}{share} through {parent.folder}, "

@@ -317,6 +317,30 @@ def test_streaming_and_shards_change_no_byte(settings, obm, tmp_path):
     assert list((tmp_path / "whole" / "agent").glob(".*")) == []
 
 
+def test_fisher_a_layer_at_a_time_is_that_of_the_whole_model(settings, obm, tmp_path):
+    source = write_jsonl(tmp_path / "rows.jsonl", ROWS)["source"]
+    data = {"source": source, "answer": "{reply}"}
+    config = settings(kinds=["fisher"], agent_data=data)
+    read = []
+    for streaming in ("false", "true"):
+        code, out, err = obm(
+            "calibrate", "--config", config, "--parent", "agent",
+            f"calibration.streaming={streaming}", f"calibration.output={tmp_path / streaming}",
+        )  # fmt: skip
+        assert code == 0, err
+        stats = open_stats(tmp_path / streaming / "agent", "fisher")
+        read.append({name: stats.entries(name, 0, 96) for name in stats.names if "mlp" in name})
+        assert stats.metadata["sequences"] == "4"
+    assert read[0].keys() == read[1].keys()
+    for name, values in read[0].items():
+        np.testing.assert_allclose(read[1][name], values, rtol=1e-4, atol=1e-12)
+    code, out, _ = obm(
+        "calibrate", "--config", config, "--parent", "agent", "--dry-run", "--overwrite",
+        "calibration.streaming=true",
+    )  # fmt: skip
+    assert "a layer at a time" in out
+
+
 def test_the_vlm_is_calibrated_with_pictures_of_a_data_set(settings, obm, tmp_path):
     from PIL import Image
 

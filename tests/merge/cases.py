@@ -8,7 +8,7 @@ import numpy as np
 from merge.kernels import Counts, Piece
 from merge.methods import METHODS, MethodSettings
 from merge.shards import from_float, to_float
-from merge.tensor import add_counts, decide, load_kernels, needs_rows
+from merge.tensor import add_counts, apply_decision, decide, load_kernels, needs_entries, needs_rows
 
 TASKS = ("vlm", "agent", "donor")
 WEIGHTS = (1.0, 0.7, -0.3)
@@ -124,14 +124,14 @@ def merge_in_pieces(
                 n_columns=columns if needs_rows(rule) else part.stop - part.start,
                 begin=part.start,
                 vectors=stacked if rule.score == "saliency" else empty,
-                entries=stacked[:, part].copy() if rule.score == "entry" else empty,
+                entries=stacked[:, part].copy() if needs_entries(rule) else empty,
             )
 
     decision = decide(pieces, rule, settings, tasks, module)
     merged, total = [], None
     for piece in pieces():
         out = np.empty(piece.base.size, np.uint16 if (out_dtype or dtype) == "BF16" else np.float32)
-        counts = module.apply(piece, decision, out)
+        counts = apply_decision(piece, decision, out, module)
         merged.append(out)
         total = counts if total is None else add_counts(total, counts)
     return np.concatenate(merged), total

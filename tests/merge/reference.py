@@ -31,6 +31,8 @@ class Problem:
     settings: MethodSettings
     deltas: list[list[np.float32]] = field(init=False)
     weights: list[np.float32] = field(init=False)
+    parties: list[set[int]] | None = None
+    """Who meets in a conflict, where that is not what is kept (SAR: the supports)."""
 
     def __post_init__(self) -> None:
         self.deltas = [
@@ -82,8 +84,9 @@ def merge_slowly(
         kept, updates, winners = METHODS[method](problem, margins)
         merged = [_restored(problem, i, updates[i]) for i in range(problem.n)]
     conflicts, conflicts_won = 0, [0] * len(kept)
+    parties = problem.parties or kept
     for i in range(problem.n):
-        keepers = [k for k in range(len(kept)) if i in kept[k]]
+        keepers = [k for k in range(len(kept)) if i in parties[k]]
         if len({bool(problem.deltas[k][i] > 0) for k in keepers}) == 2:
             conflicts += 1
             for k in keepers:
@@ -94,8 +97,8 @@ def merge_slowly(
 def _restored(problem: Problem, i: int, update: np.float32) -> np.float32:
     """base + update; what fp32 cannot tell from a parent is the parent's own value."""
     merged = problem.origin[i] + update
-    for parent, delta in zip(problem.parents, problem.deltas, strict=True):
-        if merged == problem.origin[i] + delta[i]:
+    for parent in problem.parents:
+        if merged == problem.origin[i] + (parent[i] - problem.origin[i]):
             return parent[i]
     return problem.origin[i] if merged == problem.origin[i] else merged
 
@@ -382,6 +385,55 @@ def fisher(problem: Problem, margins: dict):
     return _ratio(problem, problem.statistics)
 
 
+def sar(problem: Problem, margins: dict):
+    """Conflicts in the supports go to the largest F delta^2; of what is left the largest stay."""
+    supports = _above(problem)
+    squares = [
+        [f[i] * (d * d) for i, d in enumerate(delta)]
+        for f, delta in zip(problem.statistics, problem.deltas, strict=True)
+    ]
+    votes = [_normalised(row, problem.settings.normalization) for row in squares]
+    winners: list[np.float32] = [ZERO] * problem.n
+    settled = [set(support) for support in supports]
+    for i in range(problem.n):
+        changers = [k for k in range(len(supports)) if i in supports[k]]
+        ups = [votes[k][i] for k in changers if problem.deltas[k][i] > 0]
+        downs = [votes[k][i] for k in changers if problem.deltas[k][i] < 0]
+        if not (ups and downs):
+            continue
+        total = _sum(problem.deltas[k][i] for k in changers)
+        if max(ups) == max(downs):
+            winners[i] = ONE if total >= 0 else -ONE
+        else:
+            winners[i] = ONE if max(ups) > max(downs) else -ONE
+        for k in changers:
+            if problem.deltas[k][i] * winners[i] < 0:
+                settled[k].discard(i)
+    kept, gains = [], []
+    for k, delta in enumerate(problem.deltas):
+        ranked = _ranked(sorted(settled[k]), lambda i, delta=delta: abs(delta[i]))
+        kept.append(set(ranked[: problem.n_keep]))
+        before, after = (
+            math.fsum(float(delta[i]) ** 2 for i in entries) for entries in (settled[k], kept[k])
+        )
+        factor = math.sqrt(before / after) if after else 1.0
+        # factors are rounded to 2^-20, as the kernels have them, whatever the order of summing
+        gains.append(F(round(factor * 2**20) / 2**20) * problem.weights[k])
+    updates = []
+    for i in range(problem.n):
+        keepers = [k for k in range(len(kept)) if i in kept[k]]
+        update = _sum(problem.deltas[k][i] * gains[k] for k in keepers)
+        is_mean = problem.settings.combine == "mean" and keepers
+        updates.append(update / F(len(keepers)) if is_mean else update)
+    problem.parties = supports
+    # what a task lost is the base's from there on (which shows in the sign of a zero)
+    problem.parents = [
+        [theirs if i in own or delta[i] == 0 else problem.origin[i] for i, theirs in enumerate(row)]
+        for row, own, delta in zip(problem.parents, settled, problem.deltas, strict=True)
+    ]
+    return kept, updates, winners
+
+
 def _ratio(problem: Problem, factors: list[np.ndarray]):
     updates = []
     for i in range(problem.n):
@@ -398,6 +450,6 @@ METHODS = {
     rule.__name__: rule
     for rule in (
         linear, task_arithmetic, ties, dare, dare_ties, della, breadcrumbs, sce, ram, ram_plus,
-        obm, regmean_diagonal, fisher,
+        obm, regmean_diagonal, fisher, sar,
     )
 }  # fmt: skip

@@ -20,6 +20,7 @@ VARIANTS = {
     "della": [{}, {"window": 0.4}],
     "breadcrumbs": [{}, {"outliers": 0.0}],
     "ram": [{}, {"threshold": 0.5}, {"threshold": 0.0}],
+    "sar": [{}, {"threshold": 0.0, "normalization": "rank"}, {"combine": "mean"}],
     "ram_plus": [{}, {"threshold": 0.5, "boost": 0.5, "boost_limit": 3.0}],
 }
 
@@ -141,6 +142,9 @@ def test_obm_by_hand():
     assert counts.conflicts == 1
     assert counts.conflicts_won.tolist() == [1, 0]
     assert counts.delta_square.tolist() == [6.0, 27.0]
+    # 4 + 1 + 1 + 0 and 1 + 1 + 9 + 4; the agent drops one of its ones
+    assert counts.saliency.tolist() == [6.0, 15.0]
+    assert counts.saliency_kept.tolist() == [6.0, 14.0]
     assert counts.update_square == 4 + 1 + 6.25 + 4
 
 
@@ -409,6 +413,7 @@ WHOLE = {
     "ties": {"density": 1.0}, "dare": {"density": 1.0}, "dare_ties": {"density": 1.0},
     "della": {"density": 1.0, "window": 0.0}, "breadcrumbs": {"density": 1.0, "outliers": 0.0},
     "sce": {"density": 1.0}, "ram": {"threshold": 0.0}, "ram_plus": {"threshold": 0.0},
+    "sar": {"density": 1.0, "threshold": 0.0},
 }  # fmt: skip
 
 
@@ -420,7 +425,8 @@ def test_agent_that_equals_the_base_gives_the_vlm_to_the_bit(method):
     # fp32 cannot come from here to there by adding a difference: far smaller, or a signed zero
     vlm[0, :10] = rng.normal(0, 1e-12, 10)
     vlm[1, :3], base[1, 1] = -0.0, 0.0
-    statistics = {task: rng.random(30).astype(np.float32) for task in TASKS}
+    shape = base.shape if METHODS[method].needs == "fisher" else (30,)
+    statistics = {task: rng.random(shape).astype(np.float32) for task in TASKS}
     given = METHODS[method].needs and statistics
     merged, _ = merge_tensor(
         method, base, {"vlm": vlm, "agent": base.copy()}, given, settings(**WHOLE[method])
@@ -442,7 +448,9 @@ def test_full_density_without_conflicts_is_plain_addition(method):
     assert np.array_equal(merged, np.where(alone, vlm, agent))
 
 
-@pytest.mark.parametrize("method", ["task_arithmetic", "dare", "dare_ties", "obm", "breadcrumbs"])
+@pytest.mark.parametrize(
+    "method", ["task_arithmetic", "dare", "dare_ties", "obm", "breadcrumbs", "sar"]
+)
 def test_full_density_and_agreeing_signs_give_plain_addition(method):
     case = make_case("grid", 2, (6, 8))
     deltas = {task: np.abs(parent - case.base) for task, parent in case.parents.items()}
@@ -493,7 +501,7 @@ def test_statistics_of_another_shape_are_one_clear_error(method):
         merge_tensor(method, case.base, case.parents, given, settings())
 
 
-@pytest.mark.parametrize("method", [m for m in NEEDS if m != "fisher"])
+@pytest.mark.parametrize("method", [m for m in NEEDS if METHODS[m].needs != "fisher"])
 def test_methods_of_linear_layers_refuse_a_vector(method):
     case = make_case("grid", 0, (8,))
     with pytest.raises(MergeError, match=rf"{method} needs a matrix, the tensor has shape \[8\]"):
