@@ -168,25 +168,14 @@ def _engine(config: Config, start: str) -> Any:
     import torch
 
     from train.policy import load_policy
-    from train.settings import resolved_grpo
     from train.sport_sampling import TurnEngine
-    from train.worlds import load_environment
+    from train.worlds import build_engine
 
-    grpo = resolved_grpo(config)
-    budget = grpo["max_completion_length"]
     model, processor = load_policy(start)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return TurnEngine(
-        model.to(device),
-        processor,
-        load_environment(config),
-        max_new_tokens_per_turn=(grpo["generation_kwargs"] or {}).get("max_new_tokens", budget),
-        max_completion_tokens=budget,
-        temperature=config.sport.temperature or grpo["temperature"],
-        top_p=grpo.get("top_p", 1.0),
-        seed=config.seed,
-        tool_workers=config.rollout.tool_workers,
-    )
+    temperature = config.sport.temperature
+    own = {} if temperature is None else {"temperature": temperature}
+    return build_engine(config, model.to(device), processor, make_engine=TurnEngine, **own)
 
 
 # ---------------------------------------------------------------- checks and records
