@@ -65,7 +65,7 @@ def run_cold_start(config: Config, *, overwrite: bool = False) -> Path:
     """
     from train.cost import Cost
     from train.policy import load_policy
-    from train.run import prepare_folder, write_json
+    from train.run import choose_frozen, prepare_folder, write_json
     from train.sft import SFTStage, run_stage
     from train.sport_tune import save_policy
     from train.trajectories import append_jsonl
@@ -75,7 +75,8 @@ def run_cold_start(config: Config, *, overwrite: bool = False) -> Path:
     settings = config.sft
     init = resolve_model(config.models.init or "")
     folder = Path(config.output)
-    prepare_folder(folder, config, init, resume=False, overwrite=overwrite)
+    frozen = choose_frozen(config, init)
+    prepare_folder(folder, config, init, resume=False, overwrite=overwrite, frozen=frozen)
     cost = Cost()
     questions = training_questions(config)
     model, processor = load_policy(init)
@@ -100,6 +101,7 @@ def run_cold_start(config: Config, *, overwrite: bool = False) -> Path:
         "cold start", draw, settings.steps, settings.batch_size, settings.learning_rate,
         settings.warmup_steps, schedule="cosine", seed=config.seed,
         trainable=lambda name: trains_vision or ".visual." not in name,
+        frozen_heads=frozen.heads if frozen else (), shared=config.freeze_heads.shared,
     )  # fmt: skip
     with cost.part("training"):
         log_every = max(1, settings.steps // 10)

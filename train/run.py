@@ -12,6 +12,7 @@ import argparse
 import hashlib
 import json
 import logging
+import math
 import os
 import platform
 import shutil
@@ -46,7 +47,13 @@ from train.estimate import (
 from train.frozen import FILE_NAME as FROZEN_HEADS
 from train.frozen import FrozenHeads, check_same_heads, choose_heads
 from train.resume import Start, convert, find_start
-from train.settings import build_grpo_config, describe_step, resolved_grpo, zero_stage
+from train.settings import (
+    build_grpo_config,
+    count_completions,
+    describe_step,
+    resolved_grpo,
+    zero_stage,
+)
 from train.watchdog import Watchdog, clear_heartbeats, progress
 
 logger = logging.getLogger(__name__)
@@ -152,7 +159,9 @@ def run_training(config: Config, resume: bool = False, overwrite: bool = False) 
     init = resolve_model(config.models.init)
     describe_step(config, world)
     check_pulls(config)
-    given = read_given(config)  # what is wrong with it must be found before anything is written
+    given = read_given(
+        config, world
+    )  # what is wrong with it must be found before anything is written
     given.frozen = choose_frozen(config, init)
     if config.rollout.backend == "vllm":
         from train.worlds import connect
@@ -190,8 +199,11 @@ class Given:
     """heads that stay as they are"""
 
 
-def read_given(config: Config) -> Given:
+def read_given(config: Config, n_processes: int = 1) -> Given:
     """Reads questions and reward functions, and checks what can be checked of them.
+
+    Fewer questions than a rollout asks come in it more than once, each time as a group of its own:
+    TRL would drop the rollout that it cannot fill, and train nothing without a word.
 
     Raises:
         BenchmarkError: a bad row.
@@ -211,6 +223,15 @@ def read_given(config: Config) -> Given:
             "apart by environment.train_benchmark.split and eval_benchmark.split",
             n_shared, len(given.held_out),
         )  # fmt: skip
+    grpo = resolved_grpo(config)
+    needed = count_completions(grpo, n_processes)[0] // grpo["num_generations"]
+    if len(given.questions) < needed:
+        times = math.ceil(needed / len(given.questions))
+        logger.info(
+            "%d questions for rollouts of %d: each is asked %d times an epoch",
+            len(given.questions), needed, times,
+        )  # fmt: skip
+        given.questions *= times
     return given
 
 

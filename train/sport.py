@@ -28,6 +28,7 @@ from configs.schema import dump_config, resolve_model
 if TYPE_CHECKING:
     from configs.schema import Config
     from train.cost import Cost
+    from train.frozen import FrozenHeads
     from train.sport_sampling import Sampled
     from train.sport_verify import Verifier
 
@@ -77,12 +78,13 @@ def run_sport(config: Config, *, resume: bool = False, overwrite: bool = False) 
         ConfigError: settings, a folder in use, no pair to learn from, a verifier without verdicts.
     """
     from train.cost import Cost
-    from train.run import prepare_folder, write_json
+    from train.run import choose_frozen, prepare_folder, write_json
 
     check_settings(config)
     init = resolve_model(config.models.init or "")
     folder = Path(config.output)
-    prepare_folder(folder, config, init, resume, overwrite)
+    frozen = choose_frozen(config, init)
+    prepare_folder(folder, config, init, resume, overwrite, frozen)
     cost, done = Cost(), _complete(folder)
     for record in done:
         cost.add(record["parts"])
@@ -91,7 +93,7 @@ def run_sport(config: Config, *, resume: bool = False, overwrite: bool = False) 
         target = folder / ITERATIONS / str(iteration)
         shutil.rmtree(target, ignore_errors=True)  # of a start that was broken off
         target.mkdir(parents=True)
-        found = _iterate(config, policy, target, iteration)
+        found = _iterate(config, policy, target, iteration, frozen)
         if found is None:
             logger.info("iteration %d found no pair: what came before stands", iteration)
             break
@@ -107,7 +109,9 @@ def run_sport(config: Config, *, resume: bool = False, overwrite: bool = False) 
     return folder / POLICY
 
 
-def _iterate(config: Config, start: str, target: Path, iteration: int) -> Cost | None:
+def _iterate(
+    config: Config, start: str, target: Path, iteration: int, frozen: FrozenHeads | None
+) -> Cost | None:
     """One iteration; None where nothing is left to prefer."""
     from train.cost import Cost
     from train.run import write_json
@@ -134,7 +138,7 @@ def _iterate(config: Config, start: str, target: Path, iteration: int) -> Cost |
         return None
     del engine
     with cost.part("tuning"):
-        lines = tune(config, start, sampled.pairs, target / POLICY, iteration)
+        lines = tune(config, start, sampled.pairs, target / POLICY, iteration, frozen)
     shutil.rmtree(target / "scratch", ignore_errors=True)
     append_jsonl(target / "metrics.jsonl", [{"iteration": iteration, **line} for line in lines])
     logger.info("iteration %d  %s", iteration, _tuning_words(lines))
@@ -164,25 +168,14 @@ def _engine(config: Config, start: str) -> Any:
     import torch
 
     from train.policy import load_policy
-    from train.settings import resolved_grpo
     from train.sport_sampling import TurnEngine
-    from train.worlds import load_environment
+    from train.worlds import build_engine
 
-    grpo = resolved_grpo(config)
-    budget = grpo["max_completion_length"]
     model, processor = load_policy(start)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return TurnEngine(
-        model.to(device),
-        processor,
-        load_environment(config),
-        max_new_tokens_per_turn=(grpo["generation_kwargs"] or {}).get("max_new_tokens", budget),
-        max_completion_tokens=budget,
-        temperature=config.sport.temperature or grpo["temperature"],
-        top_p=grpo.get("top_p", 1.0),
-        seed=config.seed,
-        tool_workers=config.rollout.tool_workers,
-    )
+    temperature = config.sport.temperature
+    own = {} if temperature is None else {"temperature": temperature}
+    return build_engine(config, model.to(device), processor, make_engine=TurnEngine, **own)
 
 
 # ---------------------------------------------------------------- checks and records

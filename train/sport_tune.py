@@ -23,6 +23,8 @@ from trl import DPOConfig, DPOTrainer
 
 from configs.errors import ConfigError
 from train.adapter import freeze_vision, make_lora
+from train.cast import gate_trainer
+from train.frozen import FrozenHeads
 from train.policy import load_policy
 from train.sport_sampling import StepPair
 from train.vision import ImageStore
@@ -139,7 +141,12 @@ class StepDPOTrainer(DPOTrainer):
 
 
 def tune(
-    config: Config, start: str | Path, pairs: Sequence[StepPair], output: Path, iteration: int
+    config: Config,
+    start: str | Path,
+    pairs: Sequence[StepPair],
+    output: Path,
+    iteration: int,
+    frozen: FrozenHeads | None = None,
 ) -> list[dict[str, float]]:
     """Trains the policy of `start` on pairs and writes it to `output`.
 
@@ -149,6 +156,7 @@ def tune(
         pairs: at least one.
         output: folder to write, complete or not at all.
         iteration: counted from 1; other orders of the pairs in each.
+        frozen: attention heads that stay as they are.
 
     Returns:
         The lines that TRL logged.
@@ -165,6 +173,8 @@ def tune(
         model, reference, args, pairs, processor, make_lora(model, config.lora)
     )
     keep_only_ours(trainer)
+    if frozen is not None:
+        gate_trainer(trainer, frozen.heads, frozen.shared)
     trainer.train()
     trained = trainer.accelerator.unwrap_model(trainer.model)
     if has_adapter:

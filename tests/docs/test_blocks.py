@@ -39,6 +39,17 @@ def test_settings_load_over_the_demo(block, tmp_path, monkeypatch):
         assert get_dialect(block.file_name).name == "my_dialect"
         return
     values = parse_yaml(block.text, str(block))
+    if "axes" in values:  # part of a study
+        from launch.studies.file import Options, load_study
+        from launch.studies.run import describe_study
+
+        shipped = shipped_config("demo").parent / "studies"
+        study = yaml.safe_load((shipped / "ablation.yaml").read_text()) | values
+        study |= {key: str((shipped / study[key]).resolve()) for key in ("config", "recipes")}
+        (tmp_path / "study.yaml").write_text(yaml.safe_dump(study))
+        plan = describe_study(load_study(tmp_path / "study.yaml"), Options("obm study", []))
+        assert all(axis in plan for axis in values["axes"])
+        return
     (tmp_path / "my.yaml").write_text(shipped_config("demo").read_text())
     (tmp_path / "my_rows.yaml").write_text("inherits: my.yaml\n")
     values.setdefault("inherits", "my.yaml")

@@ -1,6 +1,7 @@
 """A newcomer's path from a clean clone, timed: writes its table into docs/quickstart.md.
 
     make walk                      (or: python tests/docs/walk.py docs/quickstart.md)
+    python tests/docs/walk.py --plan docs/quickstart.md        the commands alone, nothing is run
 
 Clones the committed state of this checkout into an empty folder and does there what the page says,
 with an environment of its own. Needs no package but Python's own, some 3 GB of disk for a while,
@@ -140,6 +141,13 @@ def table(timed: list[Timed], load: float, date: str) -> str:
     return "\n".join(lines)
 
 
+def plan() -> str:
+    """The table without times, for a page whose path has changed since it was measured."""
+    empty = table([Timed(step, 0.0, 0.0) for step in STEPS], load=0.0, date="")
+    lines = [line.replace("| 0 | 0 |", "| - | - |") for line in empty.splitlines()[:-1]]
+    return "\n".join([*lines, "Not measured since the path was last changed: `make walk` does."])
+
+
 def write_table(page: Path, text: str) -> None:
     """Puts the table between its marks, whole or not at all."""
     before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
@@ -159,7 +167,11 @@ def commands_of(page: str) -> list[str]:
 
 
 def main() -> int:
-    page = Path(sys.argv[1]) if len(sys.argv) > 1 else None
+    arguments = [argument for argument in sys.argv[1:] if argument != "--plan"]
+    page = Path(arguments[0]) if arguments else None
+    if "--plan" in sys.argv and page is not None:
+        write_table(page, plan())
+        return 0
     with tempfile.TemporaryDirectory(prefix="obm-walk-") as folder:
         timed = walk(Path(folder))
     text = table(timed, os.getloadavg()[2], time.strftime("%Y-%m-%d"))

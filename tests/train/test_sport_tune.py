@@ -170,3 +170,22 @@ def test_a_key_that_dpo_does_not_take_is_named(config, tmp_path, key, message):
     config.sport.dpo = {key: 1}
     with pytest.raises(ConfigError, match=rf"sport\.dpo\.{key}: .*{message}"):
         dpo_settings(config, tmp_path, 1)
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+def test_frozen_heads_keep_every_bit(config, pairs, tiny_checkpoints, tmp_path, rank):
+    """Head 1 of layer 0; with an adapter, whose product is zero there, after it is merged, too."""
+    from train.frozen import FrozenHeads
+    from train.heads import Head
+
+    config.lora.r = rank
+    frozen = FrozenHeads("random", 0.25, 0, "most", None, None, 4, (Head(0, 1),))
+    tune(config, tiny_checkpoints["vlm"], pairs[:8], tmp_path / "policy", 1, frozen)
+    start, tuned = (load_policy(f)[0] for f in (tiny_checkpoints["vlm"], tmp_path / "policy"))
+    attentions = [model.model.language_model.layers[0].self_attn for model in (start, tuned)]
+    size = attentions[0].head_dim
+    for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+        parts = [getattr(attention, name).weight for attention in attentions]
+        before, after = (p.T if name == "o_proj" else p for p in parts)
+        assert torch.equal(before[size:], after[size:])
+        assert not torch.equal(before[:size], after[:size])
