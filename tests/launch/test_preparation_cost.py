@@ -92,7 +92,7 @@ def tiny(tmp_path_factory):
     return make_tiny_checkpoints(tmp_path_factory.mktemp("tiny"), seed=0)
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_a_real_calibration_and_merge_leave_their_cost_for_the_training(tiny, tmp_path):
     from configs.schema import load_config
     from launch.commands.calibrate import calibrate_parent
@@ -104,7 +104,7 @@ def test_a_real_calibration_and_merge_leave_their_cost_for_the_training(tiny, tm
         f"output: {tmp_path / 'run'}\n"
         f"models: {{base: {tiny['base']}, vlm: {tiny['vlm']}, agent: {tiny['agent']}}}\n"
         f"calibration: {{samples: 4, batch_size: 2, output: {tmp_path / 'stats'}}}\n"
-        "tracking: {wandb: disabled}\n"
+        "merge: {threads: 1}\ntracking: {wandb: disabled}\n"
     )
     config = load_config(path)
     for role in ("vlm", "agent"):
