@@ -21,7 +21,7 @@ ARGS ?=
 export PYTHONSAFEPATH := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install demo test test-vllm bench bench-merge bench-serve bench-rollout bench-rewards lint atlas tune study-floors study-convergence study-cold study-zero study-worlds soak results results-paper clean
+.PHONY: help install demo test test-vllm bench bench-merge bench-serve bench-rollout bench-rewards lint atlas tune study-floor study-ceiling study-ablation study-transfer study-cold study-zero study-cast study-worlds soak results results-paper walk clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1: /p' Makefile
@@ -76,11 +76,17 @@ tune: $(STAMP) ## every method's merge, tuned alike on dev; writes configs/studi
 	$(BIN)/obm tune --grid configs/studies/grid.yaml --output docs/results/tuning \
 	  --recipes configs/studies/recipes.yaml --overwrite $(ARGS)
 
-study-floors: $(STAMP) ## every recipe before training, three seeds on test, then docs/results/floors.* (ten minutes)
-	$(BIN)/obm study floors $(ARGS)
+study-floor: $(STAMP) ## every recipe before training, five seeds on test, then docs/results/floor.* (a quarter of an hour)
+	$(BIN)/obm study floor $(ARGS)
 
-study-convergence: $(STAMP) ## three seeds of every start, then docs/results/convergence.* (twenty minutes)
-	$(BIN)/obm study convergence $(ARGS)
+study-ceiling: $(STAMP) ## five seeds of seven starts to their ceiling, then docs/results/ceiling.* (an hour)
+	$(BIN)/obm study ceiling $(ARGS)
+
+study-ablation: $(STAMP) ## the OBM recipe, one setting changed at a time, three seeds, docs/results/ablation.* (twenty minutes)
+	$(BIN)/obm study ablation $(ARGS)
+
+study-transfer: $(STAMP) ## the ceiling's starts and policies where they were not trained, docs/results/transfer.* (half an hour)
+	$(BIN)/obm study transfer $(ARGS)
 
 study-cold: $(STAMP) ## three seeds of the plain VLM by how much tool use it has seen, then docs/results/cold.*
 	for level in none 2; do \
@@ -94,6 +100,9 @@ study-cold: $(STAMP) ## three seeds of the plain VLM by how much tool use it has
 
 study-zero: $(STAMP) ## one training under ZeRO-1, 2, 3, offload and LoRA, two processes, docs/results/zero.* (twenty minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m launch.zero_study $(ARGS)
+
+study-cast: $(STAMP) ## GRPO from OBM with conflicting heads frozen, three seeds, docs/results/cast.* (half an hour)
+	$(BIN)/python -m launch.cast_study $(ARGS)
 
 soak: $(STAMP) ## 200 steps of two processes under ZeRO-3 with failing tools, docs/results/soak.* (a quarter of an hour)
 	$(BIN)/python tests/train/soak.py $(ARGS)
@@ -117,6 +126,9 @@ results: $(STAMP) ## the small tables of docs/results again: trio, retrieval, im
 
 results-paper: $(STAMP) ## the paper's table on the embedded trio, docs/results/paper-table.* (twelve minutes)
 	$(BIN)/obm study paper $(ARGS)
+
+walk: ## a newcomer's path from a clean clone, timed, into docs/quickstart.md (a quarter of an hour)
+	$(PYTHON) tests/docs/walk.py docs/quickstart.md
 
 clean: ## the environment and caches; runs/ stays
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

@@ -1,4 +1,4 @@
-"""Floor, ceiling, steps to target, area, intervals over seeds: pure functions on numbers.
+"""Floor, ceiling, cost to target, area, stability of a curve: pure functions on numbers.
 
 Definitions (docs/metrics.md has them with an example):
 
@@ -8,34 +8,30 @@ Definitions (docs/metrics.md has them with an example):
 * floor = the metric at step 0, unsmoothed; ceiling = the highest smoothed value with a full window;
 * steps to target = the first step whose smoothed value reaches the target;
 * area = mean height of the unsmoothed curve (trapezoids over the step range), in the metric's own
-  unit.
+  unit;
+* value at a cost = the smoothed curve between two evaluations, straight lines over the cost;
+* a collapse = the smoothed curve falls below half of the best it had reached (`collapses`).
+
+Intervals over seeds are in `compare.intervals`.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 
-import numpy as np
+from compare.intervals import BOOTSTRAP_MIN_SEEDS, Estimate, interval
 
-# 97.5 % quantile of Student's t for 1..9 degrees of freedom.
-_STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+__all__ = [
+    "BOOTSTRAP_MIN_SEEDS", "Estimate", "area_under_curve", "band", "ceiling", "ceiling_index",
+    "collapses", "index_at_target", "interval", "largest_drop", "smooth", "steps_to_target",
+    "value_at_cost",
+]  # fmt: skip
 
-# Below this many seeds a percentile bootstrap is far too narrow (with 3 it covers about three
-# quarters).
-BOOTSTRAP_MIN_SEEDS = 5
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean over seeds with its 95 % interval; the interval is None for a single seed."""
-
-    mean: float
-    low: float | None
-    high: float | None
-    n: int
+COLLAPSE_SHARE = 0.5
+"""A collapse falls below this share of the best that was reached before."""
+COLLAPSE_MIN_BEST = 0.1
+"""A best below this is noise; losing it is no collapse."""
 
 
 def smooth(values: Sequence[float], window: int) -> list[float]:
@@ -82,6 +78,16 @@ def area_under_curve(steps: Sequence[int], values: Sequence[float]) -> float:
     return float(area / (steps[-1] - steps[0]))
 
 
+def index_at_target(values: Sequence[float], target: float, window: int) -> int | None:
+    """Index of the first evaluation whose smoothed value is at least `target`; None if none is."""
+    for index, value in enumerate(smooth(values, window)):
+        # The target is a mean of ceilings: a rounding error must not cost the target's own arm an
+        # evaluation.
+        if value >= target - 1e-9:
+            return index
+    return None
+
+
 def steps_to_target(
     steps: Sequence[int], values: Sequence[float], target: float, window: int
 ) -> int | None:
@@ -89,62 +95,84 @@ def steps_to_target(
 
     A curve that starts at or above the target needs 0 steps.
     """
-    for step, value in zip(steps, smooth(values, window), strict=True):
-        # The target is a mean of ceilings: a rounding error must not cost the target's own arm an
-        # evaluation.
-        if value >= target - 1e-9:
-            return int(step)
-    return None
+    if len(steps) != len(values):
+        raise ValueError("steps to a target need as many steps as values")
+    index = index_at_target(values, target, window)
+    return None if index is None else int(steps[index])
 
 
-def interval(
-    values: Sequence[float],
+def value_at_cost(
+    costs: Sequence[float], values: Sequence[float], budget: float, window: int
+) -> float | None:
+    """The smoothed curve at a budget: straight lines over the cost between two evaluations.
+
+    Args:
+        costs: what each evaluation had cost, preparation included; they do not fall.
+        values: the curve.
+        budget: in the costs' unit. Beyond the last evaluation the last value holds.
+        window: of the smoothing.
+
+    Returns:
+        None where the budget does not even pay for what comes before the first evaluation.
+    """
+    if budget < costs[0]:
+        return None
+    smoothed = smooth(values, window)
+    for index in range(1, len(costs)):
+        if budget < costs[index]:
+            before, after = costs[index - 1], costs[index]
+            share = (budget - before) / (after - before)
+            return smoothed[index - 1] + share * (smoothed[index] - smoothed[index - 1])
+    return smoothed[-1]
+
+
+def collapses(values: Sequence[float], window: int) -> int:
+    """How often a curve collapses: it falls below half of the best value it had reached.
+
+    Smoothed values count, with a full window as for the ceiling, and a best of at least
+    COLLAPSE_MIN_BEST. A curve that has climbed back to half can collapse again.
+
+    `collapses([0.4, 0.4, 0.1, 0.1, 0.4, 0.1], 1)` is 2.
+    """
+    best, is_down, n_collapses = 0.0, False, 0
+    for value in smooth(values, window)[min(window, len(values)) - 1 :]:
+        best = max(best, value)
+        was_down, is_down = is_down, value < COLLAPSE_SHARE * best and best >= COLLAPSE_MIN_BEST
+        n_collapses += is_down and not was_down
+    return n_collapses
+
+
+def largest_drop(values: Sequence[float], window: int) -> float:
+    """The largest fall of the smoothed curve below the best it had reached; 0 if it never falls."""
+    best, drop = 0.0, 0.0
+    for value in smooth(values, window)[min(window, len(values)) - 1 :]:
+        best = max(best, value)
+        drop = max(drop, best - value)
+    return drop
+
+
+def band(
+    curves: Sequence[Sequence[float]],
     *,
     bootstrap: int = 2000,
     seed: int = 0,
     bounds: tuple[float, float] | None = (0.0, 1.0),
-) -> Estimate:
-    """Mean over seeds with a 95 % interval.
-
-    Fewer than five values: Student's t. From five on: percentile bootstrap with `bootstrap`
-    resamples (Student's t for fewer than ten values where `bootstrap` is 0).
-
-    Args:
-        values: one number a seed.
-        bootstrap: resamples; 0 means Student's t.
-        seed: of the resampling, so that a report can be made again.
-        bounds: the metric's range, to which the interval is cut; None for an open range.
-    """
-    if not values:
-        raise ValueError("an interval needs at least one value")
-    sample = np.asarray(values, dtype=np.float64)
-    mean = float(sample.mean())
-    if len(sample) == 1:
-        return Estimate(mean, None, None, 1)
-    if len(sample) >= BOOTSTRAP_MIN_SEEDS and bootstrap > 0:
-        generator = np.random.default_rng(seed)
-        draws = sample[generator.integers(0, len(sample), size=(bootstrap, len(sample)))]
-        low, high = (float(x) for x in np.percentile(draws.mean(axis=1), [2.5, 97.5]))
-    else:
-        quantile = _STUDENT_T[len(sample) - 2] if len(sample) <= 10 else 1.96
-        half = quantile * float(sample.std(ddof=1)) / math.sqrt(len(sample))
-        low, high = mean - half, mean + half
-    if bounds is not None:
-        low, high = max(low, bounds[0]), min(high, bounds[1])
-    return Estimate(mean, low, high, len(sample))
-
-
-def band(
-    curves: Sequence[Sequence[float]], *, bootstrap: int = 2000, seed: int = 0
 ) -> tuple[list[float], list[float], list[float]]:
     """Mean and interval at every evaluation of several seeds' curves of equal length.
+
+    Args:
+        curves: one a seed.
+        bootstrap: see `interval`.
+        seed: see `interval`.
+        bounds: see `interval`.
 
     Returns:
         (mean, low, high), each as long as a curve; low and high are the mean itself for a single
         seed.
     """
     points = [
-        interval(column, bootstrap=bootstrap, seed=seed) for column in zip(*curves, strict=True)
+        interval(column, bootstrap=bootstrap, seed=seed, bounds=bounds)
+        for column in zip(*curves, strict=True)
     ]
     mean = [point.mean for point in points]
     low = [point.mean if point.low is None else point.low for point in points]

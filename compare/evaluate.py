@@ -33,8 +33,9 @@ from train.evaluation import (
     summarize,
     summarize_measured,
 )
+from train.pictures import PictureFolder
 from train.run import write_json, write_text
-from train.trajectories import Trajectory
+from train.trajectories import Trajectory, gold_of
 
 __all__ = [
     "FOUR_PARTS", "HEADLINES", "cost_aware_score", "evaluate", "measure_episode", "outcome",
@@ -160,6 +161,7 @@ def run_evaluation(
     batch: int = 128,
     shard: tuple[int, int] = (0, 1),
     bootstrap: int = 2000,
+    picture_size: int = 0,
     seen: Callable[[int], object] = lambda n: None,
 ) -> dict[str, Any] | None:
     """Ask what is missing; once nothing is, write eval.json and trajectories.jsonl.
@@ -177,6 +179,7 @@ def run_evaluation(
         batch: questions of a chunk.
         shard: (this process, number of processes).
         bootstrap: resamples for intervals.
+        picture_size: longest side of the copies in pictures/; 0 keeps none.
         seen: takes the number of questions after every chunk.
 
     Returns:
@@ -190,6 +193,7 @@ def run_evaluation(
         return _finished(folder, header)
     chunks.mkdir(parents=True, exist_ok=True)
     _check_plan(chunks, {**plan, "batch": batch})
+    pictures = PictureFolder(folder, picture_size)
     asker: Asks | None = None
     n_chunks = 0
     for index, chunk in enumerate(_chunked(questions, batch)):
@@ -202,6 +206,8 @@ def run_evaluation(
                 _line(trajectory, question, header)
                 for trajectory, question in zip(trajectories, chunk, strict=True)
             ]
+            for trajectory, line in zip(trajectories, lines, strict=True):
+                pictures.add(trajectory, line)
             write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
         seen(len(chunk))
     if n_chunks == 0:
@@ -243,7 +249,8 @@ def _line(
 ) -> dict[str, Any]:
     plain = trajectory.to_dict(step=0, arm=header["arm"], seed=header["seed"], phase="eval")
     measured = measure_episode(trajectory, question)
-    return {**plain, "measured": measured, "question": scoring_part(question)}
+    scored = {"measured": measured, "question": scoring_part(question)}
+    return {**plain, "gold": gold_of(question), **scored}
 
 
 def _check_plan(chunks: Path, plan: dict[str, Any]) -> None:

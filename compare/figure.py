@@ -1,4 +1,8 @@
-"""The picture of a comparison: floor in four parts, accuracy and search rates over steps."""
+"""The picture of a comparison: floor in four parts, accuracy and search rates over steps.
+
+A second row has accuracy over device time, the training reward, and the differences to the
+reference (`compare.figure_row`).
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from compare.curves import band, smooth
+from compare.figure_row import draw_device_time, draw_differences, draw_reward, finish
 from compare.runs import Run
 
 # Okabe and Ito's palette, readable with any colour vision; an arm keeps its colour in every
@@ -62,13 +67,20 @@ def draw(
     # Without a salt the identifiers in an SVG are random, and the same data would give another
     # file.
     matplotlib.rcParams.update({"svg.hashsalt": "obm-warmstart", "font.size": 9})
-    figure, (floor, accuracy, rates) = plt.subplots(1, 3, figsize=(13.5, 4.4))
+    has_second_row = any(runs[0].is_trained for runs in arms.values())
+    n_rows = 2 if has_second_row else 1
+    figure, axes = plt.subplots(n_rows, 3, figsize=(13.5, 4.4 * n_rows), squeeze=False)
+    floor, accuracy, rates = axes[0]
     colours = arm_colours(list(arms))
     _draw_floor(floor, summary, colours)
     _draw_accuracy(accuracy, arms, summary, colours, smoothing, bootstrap)
     _draw_rates(rates, arms, colours, smoothing, bootstrap)
-    figure.text(0.01, 0.012, caption, fontsize=7, color="#444444", wrap=True, va="bottom")
-    figure.tight_layout(rect=(0, 0.07, 1, 1))
+    if has_second_row:
+        draw_device_time(axes[1][0], summary, colours)
+        draw_reward(axes[1][1], summary, colours)
+        draw_differences(axes[1][2], summary, colours)
+    figure.text(0.01, 0.012 / n_rows, caption, fontsize=7, color="#444444", wrap=True, va="bottom")
+    figure.tight_layout(rect=(0, 0.07 / n_rows, 1, 1))
     for path in paths:
         metadata = {"Date": None} if path.suffix == ".svg" else None
         figure.savefig(path, dpi=150, metadata=metadata, format=path.suffix[1:])
@@ -94,7 +106,7 @@ def _draw_floor(axes: Any, summary: dict[str, Any], colours: dict[str, str]) -> 
     axes.set_title("Floor: before any training")
     axes.set_ylabel("share of held-out questions")
     axes.legend(frameon=False, fontsize=8)
-    _finish(axes)
+    finish(axes)
 
 
 def _draw_accuracy(
@@ -121,7 +133,7 @@ def _draw_accuracy(
     axes.set_title("Held-out accuracy")
     axes.set_xlabel("optimizer steps")
     axes.set_ylabel("answers right")
-    _finish(axes)
+    finish(axes)
 
 
 def _draw_rates(
@@ -135,7 +147,7 @@ def _draw_rates(
     axes.set_xlabel("optimizer steps")
     axes.set_ylabel("share of episodes")
     axes.set_ylim(-0.02, 1.05)
-    _finish(axes)
+    finish(axes)
 
 
 def _draw_curve(
@@ -163,11 +175,3 @@ def _draw_curve(
     axes.plot(steps, mean, style, color=colour, label=label, linewidth=1.8)
     if style == "-" and len(runs) > 1:
         axes.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
-
-
-def _finish(axes: Any) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color="#dddddd", linewidth=0.6)
-    axes.set_axisbelow(True)
-    if axes.get_ylim()[0] > -0.02:
-        axes.set_ylim(bottom=0)

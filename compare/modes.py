@@ -26,6 +26,7 @@ from environments.results import ToolResult
 from environments.sanitize import one_line
 from environments.tools import image_search, text_search
 from rewards.answer import final_answer
+from train.token_texts import TokenTexts
 from train.trajectories import Trajectory, Turn
 from train.worlds import build_engine, load_environment
 
@@ -100,6 +101,8 @@ class Asker:
         self._engine = build_engine(
             config, model, processor, environment=environment_of(self._world, mode)
         )
+        texts = TokenTexts(self._engine.tokenizer)
+        self._token_texts = texts if config.tracking.token_logprobs else None
 
     def ask(self, questions: Sequence[dict[str, Any]]) -> list[Trajectory]:
         """One greedy episode per question, in order."""
@@ -108,6 +111,9 @@ class Asker:
         else:
             trajectories = self._roll_out(questions)
         self._engine.release_images()
+        if self._token_texts is not None:
+            for turn in (turn for trajectory in trajectories for turn in trajectory.turns):
+                turn.tokens = self._token_texts(turn.token_ids)
         return trajectories
 
     def _roll_out(self, questions: Sequence[dict[str, Any]]) -> list[Trajectory]:

@@ -84,6 +84,10 @@ def contributions(line: Mapping[str, Any], config: Mapping[str, Any]) -> dict[st
         if (value := _number(line, part)) is not None and weights.get(part)
     }
     parts |= {part: value for part in ADDED if (value := _number(line, part)) is not None}
+    for own in config.get("reward_functions") or ():
+        name = str(own["function"]).rpartition(":")[2]
+        if (value := _number(line, name)) is not None and own["weight"]:
+            parts[name] = float(own["weight"]) * value
     return {"total": total, "accuracy": total - sum(parts.values()), **parts}
 
 

@@ -1,4 +1,4 @@
-"""The report of a comparison: one summary, written as json, csv, md, png and svg.
+"""The report of a comparison: one summary, written as json, csv, md, html, png and svg.
 
     obm compare runs/demo/runs/* --output runs/demo/report
 
@@ -16,14 +16,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from compare.curves import BOOTSTRAP_MIN_SEEDS
+from compare.behaviour import add_behaviour
+from compare.comparable import check_comparable
 from compare.errors import CompareError
+from compare.intervals import BOOTSTRAP_MIN_SEEDS
 from compare.parts import parts_section, parts_summary
 from compare.provenance import code_commit, hardware
-from compare.runs import Run, check_comparable, cut_to_common_steps, group_runs
+from compare.runs import SINCE_START, Run, cut_to_common_steps, group_runs
 from compare.summary import summarise
+from compare.tables import markdown_table, overview_rows, sections
 
-SUFFIXES = ("json", "csv", "md", "png", "svg")
+SUFFIXES = ("json", "csv", "md", "html", "png", "svg")
 
 
 def write_report(
@@ -36,10 +39,13 @@ def write_report(
     target_arm: str = "vlm",
     smoothing: int = 3,
     bootstrap: int = 2000,
+    reference: str | None = None,
+    allow: Sequence[str] = (),
     partial: bool = False,
     overwrite: bool = False,
+    beside: Sequence[str | Path] = (),
 ) -> dict[str, Any]:
-    """Check the runs, summarise them, and write `<name>.json .csv .md .png .svg` into a folder.
+    """Check the runs, summarise them, and write `<name>.json .csv .md .html .png .svg`.
 
     Args:
         runs: training runs and zero-shot evaluations.
@@ -50,17 +56,22 @@ def write_report(
         target_arm: see `summarise`.
         smoothing: see `summarise`.
         bootstrap: see `summarise`.
+        reference: see `summarise`.
+        allow: settings that may differ; see `compare.comparable.check_comparable`.
         partial: cut the runs to the evaluations they share.
         overwrite: replace a report of that name.
+        beside: json files of other studies and merges that the html page shows too; see
+            `compare.report_page.read_record`.
 
     Returns:
         The summary as written to the json file.
 
     Raises:
         CompareError: nothing to compare, runs that differ in more than their start, or a report is
-            there already.
+            there already, or a file beside it that no page shows.
     """
     from compare.figure import draw
+    from compare.report_page import Record, read_record, write_report_page
 
     if not runs:
         raise CompareError("nothing to compare; name at least one run folder")
@@ -71,23 +82,36 @@ def write_report(
         raise CompareError(
             f"{present[0]} exists; pass --overwrite, another --output or another --name"
         )
+    shown = [read_record(file) for file in beside]
     arms = group_runs(runs)
+    if reference is not None and reference not in arms:
+        raise CompareError(f"--reference {reference}: no such arm; there are {', '.join(arms)}")
     kept = [run for members in arms.values() for run in members]
     if partial:
         cut_to_common_steps(kept)
-    check_comparable(kept)
+    comparable = check_comparable(kept, allow)
+    for run in kept:
+        add_behaviour(run)
 
-    summary = summarise(arms, target_arm=target_arm, smoothing=smoothing, bootstrap=bootstrap)
+    summary = summarise(
+        arms, target_arm=target_arm, smoothing=smoothing, bootstrap=bootstrap, reference=reference
+    )
     for arm, members in arms.items():
         summary["arms"][arm]["reward_parts"] = parts_summary(members)
     summary |= _provenance(arms, command=command, smoothing=smoothing)
+    summary |= {"comparable": comparable, "bootstrap": bootstrap}
     caption = _caption(summary)
     output.mkdir(parents=True, exist_ok=True)
     temporary = {suffix: output / f".{name}.tmp.{suffix}" for suffix in SUFFIXES}
     try:
         temporary["json"].write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-        temporary["csv"].write_text(_csv(arms), encoding="utf-8")
+        table = _csv(arms)
+        temporary["csv"].write_text(table, encoding="utf-8")
         temporary["md"].write_text(_markdown(summary, title, name, caption), encoding="utf-8")
+        write_report_page(
+            temporary["html"], [Record("comparison", name, summary, table), *shown], title=title,
+            files=[f"{name}.{suffix}" for suffix in SUFFIXES if suffix != "html"],
+        )  # fmt: skip
         draw(
             arms, summary, [temporary["png"], temporary["svg"]],
             smoothing=smoothing, bootstrap=bootstrap, caption=caption,
@@ -102,7 +126,7 @@ def write_report(
 
 def text_table(summary: dict[str, Any]) -> str:
     """The summary as aligned columns for a terminal."""
-    rows = _table_rows(summary)
+    rows = overview_rows(summary)
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [
         "  ".join(
@@ -125,6 +149,7 @@ def _provenance(arms: dict[str, list[Run]], *, command: str, smoothing: int) -> 
         "commit": code_commit(),
         "run_commits": _distinct(_describe(run.provenance.get("commit")) for run in runs),
         "hardware": "; ".join(machines) or hardware(),
+        "versions": _versions(runs),
         "smoothing": smoothing,
         "interval": interval_name(n_seeds),
         "evaluation": {
@@ -138,8 +163,15 @@ def interval_name(n_seeds: int) -> str:
     """How the intervals over so many seeds are made, in words."""
     if n_seeds == 1:
         return "none: one seed"
-    kind = "percentile bootstrap" if n_seeds >= BOOTSTRAP_MIN_SEEDS else "Student's t"
+    kind = "bootstrap" if n_seeds >= BOOTSTRAP_MIN_SEEDS else "Student's t"
     return f"95 %, {kind} over {n_seeds} seeds"
+
+
+def _versions(runs: Sequence[Run]) -> dict[str, list[str]]:
+    """Package -> the versions that the runs had, as their environment.json says."""
+    recorded = [run.provenance.get("versions") or {} for run in runs]
+    names = dict.fromkeys(name for one in recorded for name in one)
+    return {name: _distinct(_describe(one.get(name)) for one in recorded) for name in names}
 
 
 def _machine(provenance: dict[str, Any]) -> str:
@@ -176,7 +208,7 @@ def _caption(summary: dict[str, Any]) -> str:
 def _csv(arms: dict[str, list[Run]]) -> str:
     """One row an evaluation: arm, seed, step, time, tokens, then every metric that any run has."""
     runs = [run for members in arms.values() for run in members]
-    head = ["arm", "seed", "step", "time_s", "device_s", "tokens"]
+    head = ["arm", "seed", *SINCE_START]
     names = sorted({key for run in runs for line in run.evaluations for key in line} - set(head))
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, [*head, *names], restval="", lineterminator="\n")
@@ -197,11 +229,12 @@ def _markdown(summary: dict[str, Any], title: str, name: str, caption: str) -> s
     lines = [
         f"# {title}",
         "",
+        *_verdict_lines(summary),
         f"![floor, accuracy and search rates]({name}.png)",
         "",
         caption,
         "",
-        *_markdown_table(_table_rows(summary)),
+        *markdown_table(overview_rows(summary)),
         "",
         "Floor: step 0, before any update; `searched` any search, `entity` the right entity in a "
         "text query, `passage` a gold passage retrieved, `floor` the answer right. "
@@ -210,13 +243,7 @@ def _markdown(summary: dict[str, Any], title: str, name: str, caption: str) -> s
         f"Steps: to reach the ceiling of {target_words}; 0 for a start whose floor lies above it. "
         "Square brackets: the 95 % interval over seeds.",
         "",
-        "## Accuracy by group",
-        "",
-        *_markdown_table(_group_rows(summary)),
-        "",
-        "`kind/...` by question kind; `seen` and `unseen`: whether the VLM knew the pictured "
-        "entity before. The floor, then the value at the ceiling.",
-        "",
+        *sections(summary),
         *parts_section(summary["arms"]),
         "## How it was made",
         "",
@@ -226,83 +253,31 @@ def _markdown(summary: dict[str, Any], title: str, name: str, caption: str) -> s
         "",
         f"* commit of the report: {summary['commit']}; of the runs: {run_commits}",
         f"* hardware: {summary['hardware']}",
+        *_allowed_lines(summary["comparable"]),
         f"* interval: {summary['interval']}; smoothing over {summary['smoothing']} evaluations",
         f"* every evaluation of every seed: [{name}.csv]({name}.csv); numbers: "
-        f"[{name}.json]({name}.json)",
+        f"[{name}.json]({name}.json); a page to read them on: [{name}.html]({name}.html)",
         "",
     ]
     return "\n".join(lines)
 
 
-def _table_rows(summary: dict[str, Any]) -> list[list[str]]:
-    target = summary["target"]["arm"]
-    rows = [
-        ["arm", "seeds", "searched", "entity", "passage", "floor", "ceiling", "area",
-         f"steps to {target}'s ceiling", "text search", "image search"]
-    ]  # fmt: skip
-    for arm, result in summary["arms"].items():
-        limits = result["intervals"]
-        floor = result["floor"]
-        rows.append([
-            arm,
-            str(len(result["seeds"])),
-            _cell(floor["searched"], limits.get("floor.searched")),
-            _cell(floor["entity"], limits.get("floor.entity")),
-            _cell(floor["passage"], limits.get("floor.passage")),
-            _cell(floor["accuracy"], limits.get("floor.accuracy")),
-            _cell(result["ceiling"], limits.get("ceiling")),
-            _cell(result["auc"], limits.get("auc")),
-            _steps_cell(result, summary["target"]["value"]),
-            _cell(result["search_rate_text"], limits.get("search_rate_text")),
-            _cell(result["search_rate_image"], limits.get("search_rate_image")),
-        ])  # fmt: skip
-    return rows
+def _allowed_lines(comparable: dict[str, Any]) -> list[str]:
+    """What `--allow` let differ, with the values: a comparison of more than starts must say so."""
+    lines = []
+    for found in comparable["differences"]:
+        values = ", ".join(
+            f"{text} ({len(runs)} run{'s' if len(runs) > 1 else ''})"
+            for text, runs in found["values"].items()
+        )
+        lines.append(f"* **differs between the runs** (`--allow`): `{found['setting']}`: {values}")
+    return lines
 
 
-def _group_rows(summary: dict[str, Any]) -> list[list[str]]:
-    groups = sorted({group for result in summary["arms"].values() for group in result["by_group"]})
-    rows = [["arm", *groups]]
-    for arm, result in summary["arms"].items():
-        cells = []
-        for group in groups:
-            values = result["by_group"].get(group)
-            if values is None:
-                cells.append("")
-            elif values["ceiling"] is None:
-                cells.append(f"{values['floor']:.2f}")
-            else:
-                cells.append(f"{values['floor']:.2f} → {values['ceiling']:.2f}")
-        rows.append([arm, *cells])
-    return rows
+def _verdict_lines(summary: dict[str, Any]) -> list[str]:
+    from compare.verdict import comparison_verdict
 
-
-def _cell(value: float | None, limits: list[float] | None) -> str:
-    if value is None:
-        return "-"
-    if not limits or limits[0] == limits[1]:
-        return f"{value:.2f}"
-    return f"{value:.2f} [{limits[0]:.2f}, {limits[1]:.2f}]"
-
-
-def _steps_cell(result: dict[str, Any], target: float | None) -> str:
-    values = result["per_seed"].get("steps_to_target")
-    if values is None or target is None:
-        return "-"
-    reached = sum(value is not None for value in values)
-    if reached == 0:
-        return f"not in {result['last_step']}"
-    if reached < len(values):
-        return f"{reached} of {len(values)} seeds"
-    limits = result["intervals"].get("steps_to_target")
-    mean = f"{result['steps_to_target']:.0f}"
-    return (
-        mean
-        if not limits or limits[0] == limits[1]
-        else f"{mean} [{limits[0]:.0f}, {limits[1]:.0f}]"
-    )
-
-
-def _markdown_table(rows: list[list[str]]) -> list[str]:
-    head, *body = rows
-    align = ["---"] + ["---:"] * (len(head) - 1)
-    return ["| " + " | ".join(row) + " |" for row in (head, align, *body)]
+    verdict = comparison_verdict(summary, str)
+    if verdict is None:
+        return []
+    return [f"**{verdict.headline}**", "", *(f"* {text}" for text in verdict.sentences), ""]

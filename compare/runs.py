@@ -1,8 +1,13 @@
-"""Run folders as data: read them, group them by arm and seed, and refuse what must not be compared.
+"""Runs as data: read them and group them by arm and seed.
 
-Two kinds of folder are read: a training run (`config.yaml`, `metrics.jsonl`, `environment.json`,
-`done.json`) and a zero-shot evaluation (`eval.json`, written by `obm eval`), which becomes an arm
-with a floor and no curve.
+A run is read from any of
+
+* a run folder (`config.yaml`, `metrics.jsonl`, `environment.json`, `done.json`, ...);
+* a zero-shot evaluation (`eval.json`, written by `obm eval`): an arm with a floor and no curve;
+* W&B: `wandb/offline-run-*` or a `.wandb` file, or `wandb://entity/project/run_id` on a server; see
+  `compare.wandb_runs`.
+
+What must agree between them is in `compare.comparable`.
 """
 
 from __future__ import annotations
@@ -18,16 +23,8 @@ import yaml
 
 from compare.errors import CompareError
 
-# What may differ between runs of one comparison: where they write, how they are drawn, and the
-# seed.
-_FREE_ENVIRONMENT = {"timeout_s", "retries", "backoff_s"}
-_FREE_GRPO = {
-    "seed", "data_seed", "output_dir", "run_name", "report_to", "log_level", "logging_steps",
-    "logging_dir", "save_steps", "save_strategy", "save_total_limit", "disable_tqdm",
-}  # fmt: skip
-_FREE_REWARDS = {"judge_key_variable", "judge_timeout_s", "judge_workers", "judge_cache"}
-_SINCE_START = ("step", "time_s", "device_s", "tokens")
-_EVALUATION_KEYS = {"eval_split", "eval_size", "eval_kinds"}
+SINCE_START = ("step", "time_s", "device_s", "tokens")
+WANDB_PREFIX = "wandb://"
 
 
 @dataclass
@@ -39,7 +36,8 @@ class Run:
     and `is_trained` False.
     """
 
-    folder: Path
+    folder: Path | str
+    """where it was read from"""
     arm: str
     seed: int
     config: dict[str, Any]
@@ -47,6 +45,8 @@ class Run:
     training: list[dict[str, Any]] = field(default_factory=list)
     provenance: dict[str, Any] = field(default_factory=dict)
     is_trained: bool = True
+    start: dict[str, Any] = field(default_factory=dict)
+    """of the start: `merged` (None: not known), `stats` that its merge read, `cost` of making it"""
 
     @property
     def steps(self) -> list[int]:
@@ -70,7 +70,7 @@ class Run:
             {name for name, value in line.items() if isinstance(value, int | float)}
             for line in self.evaluations
         ]
-        return set.intersection(*names) - set(_SINCE_START) if names else set()
+        return set.intersection(*names) - {*SINCE_START, "evaluation_s"} if names else set()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -98,45 +98,98 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def read_run(folder: str | Path, *, partial: bool = False) -> Run:
-    """Read a training run's folder or a zero-shot evaluation's.
+def read_run(source: str | Path, *, partial: bool = False) -> Run:
+    """Read a training run or a zero-shot evaluation.
 
     Args:
-        folder: holds either `metrics.jsonl` or `eval.json`.
+        source: a folder, a `.wandb` file or `wandb://entity/project/run_id`.
         partial: take a run that has not finished, up to its last evaluation.
 
     Raises:
-        CompareError: the folder is missing, unfinished (unless `partial`), or has no evaluation.
+        CompareError: it is missing, unfinished (unless `partial`), or has no evaluation.
     """
-    folder = Path(folder)
+    if str(source).startswith(WANDB_PREFIX):
+        from compare.wandb_runs import read_online
+
+        return read_online(str(source), partial=partial)
+    folder = Path(source)
     if (folder / "eval.json").is_file():
         return _read_zero_shot(folder)
+    if folder.suffix == ".wandb" or (
+        not (folder / "metrics.jsonl").is_file() and any(folder.glob("run-*.wandb"))
+    ):
+        from compare.wandb_runs import read_offline
+
+        return read_offline(folder, partial=partial)
     if not (folder / "metrics.jsonl").is_file():
         raise CompareError(
-            f"{folder}: neither metrics.jsonl (a training run) nor eval.json (`obm eval`) there"
+            f"{folder}: neither metrics.jsonl (a training run), eval.json (`obm eval`) nor "
+            "run-*.wandb (W&B offline) there"
         )
-    config = _read_config(folder / "config.yaml")
-    records = read_metrics(folder / "metrics.jsonl")
-    evaluations = [_strip_prefix(record) for record in records if record.get("phase") == "eval"]
+    recipe = _read_json(folder / "merge.json")
+    return build_run(
+        folder,
+        _read_config(folder / "config.yaml"),
+        read_metrics(folder / "metrics.jsonl"),
+        provenance=_read_json(folder / "environment.json"),
+        start={
+            "merged": (folder / "merge.json").is_file(),
+            "stats": sorted(recipe.get("stats") or {}),
+            "cost": _read_json(folder / "start_cost.json") or None,
+        },
+        is_finished=(folder / "done.json").is_file(),
+        partial=partial,
+    )
+
+
+def build_run(
+    source: Path | str,
+    config: dict[str, Any],
+    records: Sequence[dict[str, Any]],
+    *,
+    provenance: dict[str, Any],
+    start: dict[str, Any],
+    is_finished: bool,
+    partial: bool,
+) -> Run:
+    """A run from its settings and the lines of its metrics.
+
+    Args:
+        source: for messages.
+        config: content of config.yaml.
+        records: lines of metrics.jsonl; of an evaluation that stands there twice, the last counts.
+        provenance: content of environment.json.
+        start: see `Run.start`.
+        is_finished: whether it came to its end.
+        partial: take it although it did not.
+
+    Raises:
+        CompareError: no evaluation, or unfinished and not `partial`.
+    """
+    by_step = {
+        int(record["step"]): _strip_prefix(record)
+        for record in records
+        if record.get("phase") == "eval"
+    }
+    evaluations = [by_step[step] for step in sorted(by_step)]
     if not evaluations:
         raise CompareError(
-            f"{folder}: no evaluation yet; set compare.eval_every and let the run go on"
+            f"{source}: no evaluation yet; set compare.eval_every and let the run go on"
         )
-    evaluations.sort(key=lambda record: int(record["step"]))
-    if not partial and not (folder / "done.json").is_file():
-        last = evaluations[-1]["step"]
+    if not partial and not is_finished:
         raise CompareError(
-            f"{folder}: the run is not finished (last evaluation at step {last}); "
-            "train on with --resume, or pass --partial"
+            f"{source}: the run is not finished (last evaluation at step "
+            f"{evaluations[-1]['step']}); train on with --resume, or pass --partial"
         )
     return Run(
-        folder=folder,
+        folder=source,
         arm=_arm(config),
         seed=int(config.get("seed") or 0),
         config=config,
         evaluations=evaluations,
         training=[record for record in records if record.get("phase") == "train"],
-        provenance=_read_json(folder / "environment.json"),
+        provenance=provenance,
+        start=start,
     )
 
 
@@ -164,28 +217,11 @@ def group_runs(runs: Iterable[Run]) -> dict[str, list[Run]]:
     return arms
 
 
-def check_comparable(runs: Sequence[Run]) -> None:
-    """Refuse runs whose data, evaluation, rewards or budget differ.
-
-    Zero-shot evaluations are held to the data and the evaluation only.
-
-    Raises:
-        CompareError: names the first differing setting and both values.
-    """
-    trained = [run for run in runs if run.is_trained]
-    for run in runs:
-        _compare_settings(runs[0], run, _question_settings(runs[0]), _question_settings(run))
-    for run in trained:
-        _compare_settings(trained[0], run, _training_settings(trained[0]), _training_settings(run))
-        if run.steps != trained[0].steps:
-            raise CompareError(
-                f"evaluation: {trained[0].folder} was evaluated at {_brief(trained[0].steps)}, "
-                f"{run.folder} at {_brief(run.steps)}; compare runs of one length"
-            )
-
-
 def cut_to_common_steps(runs: Sequence[Run]) -> None:
-    """Drop, in place, the evaluations that not every trained run has; for unfinished runs."""
+    """Drop, in place, the evaluations that not every trained run has, and training after the last.
+
+    For unfinished runs, and for runs that were allowed to be of unequal length.
+    """
     trained = [run for run in runs if run.is_trained]
     if not trained:
         return
@@ -196,6 +232,7 @@ def cut_to_common_steps(runs: Sequence[Run]) -> None:
         )
     for run in trained:
         run.evaluations = [line for line in run.evaluations if int(line["step"]) in common]
+        run.training = [line for line in run.training if int(line["step"]) <= max(common)]
 
 
 def _read_zero_shot(folder: Path) -> Run:
@@ -242,55 +279,13 @@ def _strip_prefix(record: dict[str, Any]) -> dict[str, Any]:
     measured = {
         key.removeprefix("eval/"): value for key, value in record.items() if key.startswith("eval/")
     }
-    # eval/time_s is how long the evaluation took; time_s, which says when it was, must win.
-    return measured | {key: record[key] for key in _SINCE_START if key in record}
+    # eval/time_s is how long the evaluation took; time_s says when it was
+    if "time_s" in measured:
+        measured["evaluation_s"] = measured.pop("time_s")
+    return measured | {key: record[key] for key in SINCE_START if key in record}
 
 
 def _arm(config: dict[str, Any]) -> str:
     arm = (config.get("tracking") or {}).get("arm")
     init = (config.get("models") or {}).get("init")
     return str(arm or Path(str(init or "unnamed").rstrip("/")).name)
-
-
-def _question_settings(run: Run) -> dict[str, Any]:
-    environment = dict(run.config.get("environment") or {})
-    return {
-        f"{'evaluation' if key in _EVALUATION_KEYS else 'data'}: environment.{key}": value
-        for key, value in environment.items()
-        if key not in _FREE_ENVIRONMENT
-    }
-
-
-def _training_settings(run: Run) -> dict[str, Any]:
-    grpo = dict(run.config.get("grpo") or {})
-    settings = {
-        f"budget: grpo.{key}": value for key, value in grpo.items() if key not in _FREE_GRPO
-    }
-    rewards = dict(run.config.get("rewards") or {})
-    settings |= {
-        f"rewards: rewards.{key}": value
-        for key, value in rewards.items()
-        if key not in _FREE_REWARDS
-    }
-    compare = dict(run.config.get("compare") or {})
-    settings["evaluation: compare.eval_every"] = compare.get("eval_every")
-    world_size = run.provenance.get("world_size")
-    if world_size is not None:
-        settings["budget: world_size"] = world_size
-    return settings
-
-
-def _compare_settings(
-    one: Run, other: Run, settings: dict[str, Any], other_settings: dict[str, Any]
-) -> None:
-    for key in sorted(settings.keys() | other_settings.keys()):
-        value, other_value = settings.get(key), other_settings.get(key)
-        if value != other_value:
-            raise CompareError(
-                f"{key} is {value!r} in {one.folder} and {other_value!r} in {other.folder}; "
-                "compare runs that differ in their start only"
-            )
-
-
-def _brief(steps: Sequence[int]) -> str:
-    return f"{steps[0]}..{steps[-1]} ({len(steps)} of them)" if len(steps) > 4 else str(list(steps))

@@ -1,25 +1,68 @@
-"""What a comparison says about each arm: floor, ceiling, area, steps to target, search rates,
-groups.
+"""What a comparison says: one plain dict, written to NAME.json, from which all tables are drawn.
 
-Numbers are means over seeds; `intervals` holds their 95 % limits and `per_seed` what they were made
-from.
+    summary["target"]     {"arm", "value"}: the ceiling that the others must reach
+    summary["reference"]  the arm that the tables hold others against
+    summary["equal_budget"]  {"device_s", "arm"}: the smallest mean total of device seconds that a
+                          trained arm spent, and that arm; None where no arm recorded its cost
+    summary["smoothing"], ["bootstrap"], ["interval"], ["command"], ["commit"], ["run_commits"],
+    ["hardware"], ["evaluation"], ["versions"] ({package: [versions of the runs]})
+    summary["comparable"] {"allowed": [settings that --allow let differ],
+                          "differences": [{"setting", "kind", "values": {value as JSON text: [run
+                          folders]}}]}: every setting that differs; without --allow there is none
+    summary["cost"]       {"clock": "recorded" | "wall time" | "mixed", "notes": [...]}
+    summary["arms"][arm]  below
+    summary["curves"][arm][metric]  below
+    summary["pairs"]      [{"arm", "other", "metric", "mean", "low", "high", "probability",
+                          "n_pairs", "paired", "p_value", "bootstrap": [low, high] | None,
+                          "per_seed"}]: arm minus other for every ordered pair of trained arms and
+                          floor (of untrained ones, too), ceiling, auc, final, at_equal_budget
+
+An arm has (means over seeds; None where a seed has no number):
+
+    floor {part: ...}, ceiling, auc, final, search_rate_text, search_rate_image,
+    steps_to_target, tokens_to_target, device_s_to_target (preparation included),
+    preparation_device_s {part: s} (None: not recorded), training_device_s, at_equal_budget,
+    by_group {group: {"floor", "ceiling", "n"}},
+    stability {"collapses", "final_minus_best", "largest_drop", "ceiling_sd", "curve_sd",
+               "zero_signal", "not_a_number"},
+    seeds, is_trained, last_step, runs, reward_parts,
+    intervals {name: [low, high]}, per_seed {name: [value or None a seed]}
+
+with names `floor.accuracy`, `ceiling`, `GROUP.floor`, `GROUP.ceiling`, `stability.collapses` ...
+
+A curve has, each list with one entry a point:
+
+    steps, tokens, device_s   means over seeds; device_s with the preparation, None if unknown
+    mean, low, high           of the smoothed curves, 95 %; one seed: low = high = mean
+    per_seed                  one list a seed, raw (of "reward": smoothed)
+
+The metrics are accuracy, searched, entity, passage, search_rate_text, search_rate_image,
+calls_per_episode, tokens_per_episode, behaviour/{image_only,text_only,both,none}, stop/<reason>,
+<group>/accuracy, and "reward", the training reward on a grid of its own (at most 200 points).
+Those that a run lacks are left out. Numbers are means over seeds; docs/metrics.md defines them.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
-from compare.curves import (
-    Estimate,
-    area_under_curve,
-    ceiling_index,
-    interval,
-    smooth,
-    steps_to_target,
-)
-from compare.runs import Run
+import numpy as np
 
-FLOOR_PARTS = ("searched", "entity", "passage", "accuracy", "search_rate_text", "search_rate_image")
+from compare.cost import RECORDED, WALL, Cost, cost_of
+from compare.curves import smooth
+from compare.intervals import Estimate, interval
+from compare.measures import FLOOR_PARTS, STABILITY, Numbers, at_ceiling, groups_of, numbers_of
+from compare.pairs import all_pairs
+from compare.runs import Run
+from compare.series import curves_of
+
+OPEN_ENDED = (
+    "steps_to_target", "tokens_to_target", "device_s_to_target", "training_device_s",
+    "stability.collapses",
+)  # fmt: skip
+"""Numbers that are no shares: their intervals are cut at 0 only."""
 
 
 def summarise(
@@ -28,76 +71,81 @@ def summarise(
     target_arm: str = "vlm",
     smoothing: int = 3,
     bootstrap: int = 2000,
+    reference: str | None = None,
 ) -> dict[str, Any]:
-    """Floor, ceiling, area and steps to target of every arm, with intervals over its seeds.
+    """Everything about every arm, with intervals over its seeds, and all pairs of arms.
 
     Args:
         arms: runs by arm, as `group_runs` gives them; already checked to be comparable.
-        target_arm: its ceiling (mean over seeds) is what `steps_to_target` asks for.
+        target_arm: its ceiling (mean over seeds) is what the costs to the target ask for.
         smoothing: window in evaluations.
-        bootstrap: resamples of the intervals (used from five seeds on).
+        bootstrap: resamples of the intervals and probabilities.
+        reference: the arm that the tables hold others against; the first where None.
 
     Returns:
-        `{"target": {"arm", "value"}, "arms": {arm: {...}}}`; where an arm has no training run its
-        ceiling, auc and steps_to_target are None.
+        See the top of this file: `target`, `reference`, `equal_budget`, `cost`, `arms`, `pairs` and
+        `curves`. Where an arm has no training run its ceiling and what follows from it are None.
     """
     target = None
     target_runs = arms.get(target_arm, [])
     if target_runs and target_runs[0].is_trained:
-        ceilings = [_at_ceiling(run, "accuracy", smoothing) for run in target_runs]
+        ceilings = [at_ceiling(run, "accuracy", smoothing) for run in target_runs]
         target = sum(ceilings) / len(ceilings)
-    summary: dict[str, Any] = {"target": {"arm": target_arm, "value": target}, "arms": {}}
-    for arm, runs in arms.items():
-        summary["arms"][arm] = _summarise_arm(runs, target, smoothing, bootstrap)
-    return summary
+    costs = {arm: [cost_of(run) for run in runs] for arm, runs in arms.items()}
+    budget = _equal_budget({arm: costs[arm] for arm, runs in arms.items() if runs[0].is_trained})
+    budget_s = budget["device_s"] if budget else None
+    per_seed = {
+        arm: numbers_of(runs, costs[arm], target, budget_s, smoothing) for arm, runs in arms.items()
+    }
+    return {
+        "target": {"arm": target_arm, "value": target},
+        "reference": reference or next(iter(arms)),
+        "equal_budget": budget,
+        "cost": _cost_notes(arms, costs),
+        "arms": {
+            arm: _summarise_arm(runs, costs[arm], per_seed[arm], smoothing, bootstrap)
+            for arm, runs in arms.items()
+        },
+        "pairs": all_pairs(
+            per_seed, {arm: [run.seed for run in runs] for arm, runs in arms.items()}, bootstrap
+        ),
+        "curves": {
+            arm: curves_of(runs, costs[arm], smoothing, bootstrap) for arm, runs in arms.items()
+        },
+    }
 
 
 def _summarise_arm(
-    runs: list[Run], target: float | None, smoothing: int, bootstrap: int
+    runs: list[Run], costs: list[Cost], per_seed: Numbers, smoothing: int, bootstrap: int
 ) -> dict[str, Any]:
     is_trained = runs[0].is_trained
     metrics = set.intersection(*(run.metrics() for run in runs))
-    per_seed: dict[str, list[float | None]] = {}
-    for part in FLOOR_PARTS:
-        if part in metrics:
-            per_seed[f"floor.{part}"] = [run.curve(part)[0] for run in runs]
-    groups = sorted(
-        metric.removesuffix("/accuracy") for metric in metrics if metric.endswith("/accuracy")
-    )
-    for group in groups:
-        per_seed[f"{group}.floor"] = [run.curve(f"{group}/accuracy")[0] for run in runs]
-    if is_trained:
-        per_seed["ceiling"] = [_at_ceiling(run, "accuracy", smoothing) for run in runs]
-        per_seed["auc"] = [area_under_curve(run.steps, run.curve("accuracy")) for run in runs]
-        for rate in ("search_rate_text", "search_rate_image"):
-            if rate in metrics:
-                per_seed[rate] = [_at_ceiling(run, rate, smoothing) for run in runs]
-        for group in groups:
-            per_seed[f"{group}.ceiling"] = [
-                _at_ceiling(run, f"{group}/accuracy", smoothing) for run in runs
-            ]
-        per_seed["steps_to_target"] = [
-            None
-            if target is None
-            else steps_to_target(run.steps, run.curve("accuracy"), target, smoothing)
-            for run in runs
-        ]
     estimates = {key: _estimate(key, values, bootstrap) for key, values in per_seed.items()}
     means = {key: estimate.mean if estimate else None for key, estimate in estimates.items()}
     rate_prefix = "" if is_trained else "floor."
     return {
         "floor": {part: means.get(f"floor.{part}") for part in FLOOR_PARTS},
-        "ceiling": means.get("ceiling"),
-        "auc": means.get("auc"),
-        "steps_to_target": means.get("steps_to_target"),
+        **{key: means.get(key) for key in (
+            "ceiling", "auc", "final", "steps_to_target", "tokens_to_target", "device_s_to_target",
+            "training_device_s", "at_equal_budget",
+        )},
+        "preparation_device_s": _mean_parts(costs) if is_trained else None,
         "search_rate_text": means.get(f"{rate_prefix}search_rate_text"),
         "search_rate_image": means.get(f"{rate_prefix}search_rate_image"),
         "seeds": [run.seed for run in runs],
         "is_trained": is_trained,
         "last_step": runs[0].steps[-1],
+        "stability": {
+            **{name: means.get(f"stability.{name}") for name in STABILITY},
+            **_between_seeds(runs, per_seed, smoothing),
+        },
         "by_group": {
-            group: {"floor": means[f"{group}.floor"], "ceiling": means.get(f"{group}.ceiling")}
-            for group in groups
+            group: {
+                "floor": means[f"{group}.floor"],
+                "ceiling": means.get(f"{group}.ceiling"),
+                "n": _group_size(runs, group),
+            }
+            for group in groups_of(metrics)
         },
         "intervals": {
             key: [estimate.low, estimate.high]
@@ -106,7 +154,62 @@ def _summarise_arm(
         },
         "per_seed": per_seed,
         "runs": [str(run.folder) for run in runs],
+    }  # fmt: skip
+
+
+def _between_seeds(runs: list[Run], per_seed: Numbers, smoothing: int) -> dict[str, float | None]:
+    """How much seeds differ: deviation of the ceiling, and of the smoothed curve, mean over it."""
+    ceilings = per_seed.get("ceiling")
+    if ceilings is None or len(runs) < 2:
+        return {"ceiling_sd": None, "curve_sd": None}
+    curves = np.array([smooth(run.curve("accuracy"), smoothing) for run in runs])
+    return {
+        "ceiling_sd": float(np.std(np.array(ceilings, dtype=np.float64), ddof=1)),
+        "curve_sd": float(curves.std(axis=0, ddof=1).mean()),
     }
+
+
+def _group_size(runs: list[Run], group: str) -> float | None:
+    sizes = [run.evaluations[0].get(f"{group}/n") for run in runs]
+    known = [float(size) for size in sizes if size is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _equal_budget(costs: dict[str, list[Cost]]) -> dict[str, Any] | None:
+    """The smallest mean total of an arm: a budget that every arm has spent, on average."""
+    totals = {
+        arm: sum(cost.total_s[-1] for cost in members if cost.total_s) / len(members)
+        for arm, members in costs.items()
+        if all(cost.total_s for cost in members)
+    }
+    if not totals:
+        return None
+    arm = min(totals, key=lambda name: totals[name])
+    return {"device_s": totals[arm], "arm": arm}
+
+
+def _mean_parts(costs: Sequence[Cost]) -> dict[str, float] | None:
+    known = [cost.preparation for cost in costs if cost.preparation is not None]
+    if len(known) < len(costs):
+        return None
+    parts = dict.fromkeys(part for one in known for part in one)
+    return {part: sum(one.get(part, 0.0) for one in known) / len(known) for part in parts}
+
+
+def _cost_notes(arms: dict[str, list[Run]], costs: dict[str, list[Cost]]) -> dict[str, Any]:
+    """Which clock counted the device seconds, and what is missing, by arm."""
+    trained = {arm: costs[arm] for arm, runs in arms.items() if runs[0].is_trained}
+    clocks = {cost.clock for members in trained.values() for cost in members}
+    notes = [
+        f"{arm}: {note}"
+        for arm, members in trained.items()
+        for note in dict.fromkeys(cost.note for cost in members if cost.note)
+    ]
+    if clocks == {RECORDED, WALL}:
+        notes.append("device seconds of some runs are wall time, of others recorded: hold none "
+                     "against the other")  # fmt: skip
+    clock = "mixed" if len(clocks) > 1 else next(iter(clocks), RECORDED)
+    return {"clock": clock, "notes": notes}
 
 
 def _estimate(key: str, values: list[float | None], bootstrap: int) -> Estimate | None:
@@ -115,10 +218,9 @@ def _estimate(key: str, values: list[float | None], bootstrap: int) -> Estimate 
     numbers = [value for value in values if value is not None]
     if len(numbers) < len(values):
         return None
-    bounds = (0.0, float("inf")) if key == "steps_to_target" else (0.0, 1.0)
+    bounds = (0.0, 1.0)
+    if key in OPEN_ENDED:
+        bounds = (0.0, math.inf)
+    elif key == "stability.final_minus_best":
+        bounds = (-1.0, 0.0)
     return interval(numbers, bootstrap=bootstrap, bounds=bounds)
-
-
-def _at_ceiling(run: Run, metric: str, smoothing: int) -> float:
-    """The metric, smoothed, at the evaluation where the run's accuracy is best."""
-    return smooth(run.curve(metric), smoothing)[ceiling_index(run.curve("accuracy"), smoothing)]

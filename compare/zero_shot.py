@@ -13,6 +13,7 @@ import os
 import signal
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -64,12 +65,15 @@ class Results:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._found: dict[str, dict[str, Any]] = {}
+        self._seconds: dict[str, float] = {}
         for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
             try:
                 entry = json.loads(line)
             except json.JSONDecodeError:
                 continue
             self._found[entry["key"]] = entry["result"]
+            if "seconds" in entry:
+                self._seconds[entry["key"]] = entry["seconds"]
 
     def __contains__(self, key: str) -> bool:
         return key in self._found
@@ -77,11 +81,16 @@ class Results:
     def __getitem__(self, key: str) -> dict[str, Any]:
         return self._found[key]
 
-    def add(self, task: Task, result: dict[str, Any]) -> None:
-        """Keep the result of a task."""
-        self._found[task.key] = result
+    def seconds(self, tasks: Sequence[Task]) -> list[float]:
+        """How long those of the tasks took that are finished and say it."""
+        return [self._seconds[task.key] for task in tasks if task.key in self._seconds]
+
+    def add(self, task: Task, result: dict[str, Any], seconds: float) -> None:
+        """Keep the result of a task, and how long it took."""
+        self._found[task.key], self._seconds[task.key] = result, round(seconds, 1)
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        line = json.dumps({"key": task.key, "name": task.name, "result": result})
+        entry = {"key": task.key, "name": task.name, "seconds": round(seconds, 1), "result": result}
+        line = json.dumps(entry)
         with self._path.open("a", encoding="utf-8") as file:
             # what is before may be half a line
             file.write(("\n" if file.tell() else "") + line)
@@ -189,8 +198,8 @@ def measure_all(
         CompareError: a process was ended from outside.
     """
     missing = {task.key: task for task in tasks if task.key not in results}
-    for task, result in _run(list(missing.values()), merge, parallel, scratch):
-        results.add(task, result)
+    for task, result, seconds in _run(list(missing.values()), merge, parallel, scratch):
+        results.add(task, result, seconds)
         if report:
             report(task.name, result)
     return [results[task.key] for task in tasks]
@@ -198,11 +207,13 @@ def measure_all(
 
 def _run(
     tasks: Sequence[Task], merge: MakeMerge, parallel: int, scratch: Path | None
-) -> Iterator[tuple[Task, dict[str, Any]]]:
+) -> Iterator[tuple[Task, dict[str, Any], float]]:
     if parallel == 1 or len(tasks) <= 1:
         evaluator = Evaluator(merge, scratch)
         for task in tasks:
-            yield task, evaluator.measure(task)
+            started = time.monotonic()
+            result = evaluator.measure(task)
+            yield task, result, time.monotonic() - started
         return
     with _single_threads():
         pool = ProcessPoolExecutor(
@@ -214,7 +225,8 @@ def _run(
         try:
             futures = {pool.submit(_measure, task): task for task in tasks}
             for future in as_completed(futures):
-                yield futures[future], future.result()
+                result, seconds = future.result()
+                yield futures[future], result, seconds
         except BrokenProcessPool as error:
             raise CompareError(
                 "a process was ended from outside, perhaps for want of memory; run the command "
@@ -259,9 +271,11 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _measure(task: Task) -> dict[str, Any]:
+def _measure(task: Task) -> tuple[dict[str, Any], float]:
+    started = time.monotonic()
     merge = replace(task.config.merge, threads=1)
-    return _evaluator.measure(replace(task, config=replace(task.config, merge=merge)))
+    result = _evaluator.measure(replace(task, config=replace(task.config, merge=merge)))
+    return result, time.monotonic() - started
 
 
 def _world_settings(section: Environment) -> dict[str, Any]:

@@ -55,7 +55,7 @@ def describe() -> str:
 def _pages() -> Iterator[tuple[str, str, list[tuple[str, str, str, str]]]]:
     """Title, note and table rows of the top level and of each section."""
     hints = get_type_hints(Config, include_extras=True)
-    top = [row for row in _rows(Config, "") if not is_dataclass(hints[row[0].strip("`")])]
+    top = [row for row in _rows(Config, "") if not is_dataclass(hints.get(row[0].strip("`")))]
     yield "Top level", "Keys that every experiment has.", top
     for name, hint in hints.items():
         if is_dataclass(hint):
@@ -85,8 +85,9 @@ def _rows(section: Any, prefix: str, defaults: Any = None) -> Iterator[tuple[str
             )
         yield f"`{prefix}{name}`", _type_words(hint), shown, notes[name]
         inner = next((choice for choice in get_args(hint) if is_dataclass(choice)), None)
-        if inner is not None and get_origin(hint) is not list:
-            yield from _rows(inner, f"{prefix}{name}.")
+        if inner is not None:
+            mark = "[]" if get_origin(hint) is list else ""
+            yield from _rows(inner, f"{prefix}{name}{mark}.")
 
 
 def _flow(value: Any) -> str:

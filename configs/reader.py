@@ -94,6 +94,26 @@ def parse_yaml(text: str, name: str) -> Any:
         raise ConfigError(f"{name}: {problem}{place}; correct the YAML there") from error
 
 
+def expand_call(text: str, name: str) -> dict[str, Any]:
+    """A section in its short form: `cast(top=10%)` -> {"source": "cast", "top": 0.1}.
+
+    Args:
+        text: a source, and in brackets any keys of the section.
+        name: stands in the message of a ConfigError.
+    """
+    match = re.fullmatch(r"\s*(\w+)\s*(?:\(([^()]*)\))?\s*", text)
+    if match is None:
+        raise ConfigError(f"{name}: cannot read '{text}'; write source(key=value, key=value)")
+    section: dict[str, Any] = {"source": match[1]}
+    for part in filter(str.strip, (match[2] or "").split(",")):
+        key, equals, value = (piece.strip() for piece in part.partition("="))
+        if not equals:
+            raise ConfigError(f"{name}: '{key}' has no value in '{text}'; write {key}=...")
+        percent = re.fullmatch(r"([0-9]+(?:\.[0-9]*)?)\s*%", value)
+        section[key] = float(percent[1]) / 100 if percent else parse_yaml(value, name)
+    return section
+
+
 def write_yaml(value: Any) -> str:
     """YAML text of plain values, keys in the given order."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)

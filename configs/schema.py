@@ -15,13 +15,15 @@ from typing import Any
 from configs.checks import Where, build, fail, nearest
 from configs.documentation import describe
 from configs.errors import ConfigError
-from configs.reader import parse_yaml, read_yaml, write_yaml
+from configs.reader import expand_call, parse_yaml, read_yaml, write_yaml
 from configs.sections import (
     Algorithm,
     Calibration,
     Compare,
     Config,
+    Conflict,
     Environment,
+    FreezeHeads,
     Lora,
     Merge,
     Models,
@@ -37,7 +39,9 @@ __all__ = [
     "Compare",
     "Config",
     "ConfigError",
+    "Conflict",
     "Environment",
+    "FreezeHeads",
     "Lora",
     "Merge",
     "Models",
@@ -54,6 +58,9 @@ __all__ = [
 
 COMMAND_LINE = "command line"
 ATLAS_PREFIX = "atlas://"
+SHIPPED_DIALECTS = ("search_r1", "mmsearch_r1", "hermes")
+"""Names that the setting `environment.dialect` takes; else it is a file."""
+DIALECT_SUFFIX = ".yaml"
 SHIPPED_DEEPSPEED = ("zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
 """Files of configs/deepspeed, by the names that the setting `deepspeed` takes."""
 
@@ -89,6 +96,14 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         reason = "models.freeze_vision says the opposite"
         fail(where, "lora.train_vision", reason, "remove one of the two")
     _check_judge(config.rewards, where)
+    dialect = config.environment.dialect
+    if dialect not in SHIPPED_DIALECTS and not dialect.endswith(DIALECT_SUFFIX):
+        names = (*SHIPPED_DIALECTS, f"the path of a {DIALECT_SUFFIX} file")
+        reason = f"there is no dialect '{dialect}'"
+        fix = nearest(dialect, SHIPPED_DIALECTS)
+        if not fix.startswith("did"):
+            fix = f"use {', '.join(names)}"
+        fail(where, "environment.dialect", reason, fix)
     if config.deepspeed == "none":
         config.deepspeed = None
     name = config.deepspeed
@@ -134,6 +149,8 @@ def _lay_over(
     for name, value in above.items():
         dotted = f"{key}.{name}" if key else str(name)
         origins[dotted] = origin
+        if dotted == "freeze_heads" and isinstance(value, str):
+            value = expand_call(value, f"{origin}:{dotted}")
         if isinstance(value, dict) and isinstance(below.get(name), dict):
             _lay_over(below[name], value, origin, dotted, origins)
         elif isinstance(value, dict):

@@ -239,15 +239,17 @@ class Benchmark:
     """A benchmark of the field in the place of the atlas' questions; docs/evaluation.md."""
 
     name: Literal[
-        "atlas", "fvqa_train", "fvqa_test", "infoseek", "mmsearch", "livevqa", "nq_hotpotqa_train",
-        "nq_hotpotqa_test",
+        "atlas", "table", "fvqa_train", "fvqa_test", "infoseek", "mmsearch", "livevqa",
+        "nq_hotpotqa_train", "nq_hotpotqa_test",
     ] = "atlas"  # fmt: skip
-    """which; `atlas` = the keys of `environment` choose the questions"""
+    """which; `atlas` = the keys of `environment` choose the questions, `table` = questions of your
+    own (docs/recipes.md)"""
     source: str | None = None
-    """.jsonl, .json or .parquet file, folder of such files, or hub id; null = where it is
+    """.jsonl, .json, .csv or .parquet file, folder of such files, or hub id; null = where it is
     published"""
     split: str | None = None
-    """only questions of this split"""
+    """only questions of this split, or a part of it in the order of the rows: `train`, `[:80%]`,
+    `train[100:]`"""
     kinds: list[str] = field(default_factory=list)
     """only questions of these kinds, as the benchmark names them; empty = all"""
     images: str | None = None
@@ -282,8 +284,9 @@ class Environment:
     """`read` asks for what is missing and keeps it; `write` always asks and keeps what is new;
     `refresh` asks once more and replaces; `offline` never asks, and a miss is a fault of
     infrastructure"""
-    dialect: Literal["search_r1", "mmsearch_r1", "hermes"] = "search_r1"
-    """how calls, observations and answers look as text"""
+    dialect: str = "search_r1"
+    """how calls, observations and answers look as text: `search_r1`, `mmsearch_r1`, `hermes`, or a
+    `.yaml` file with one of your own (docs/environment.md)"""
     kinds: list[Kind] = field(default_factory=lambda: ["two"])
     """question kinds to train on"""
     relations: list[str] | None = None
@@ -452,6 +455,17 @@ class Rewards:
 
 
 @dataclass
+class OwnReward:
+    """A reward function of your own, in a Python file of this machine; docs/recipes.md."""
+
+    function: str
+    """`my_rewards.py:name`, relative to the current directory; called once a batch as
+    name(trajectories, **columns), it returns one number an episode, or None"""
+    weight: float = 1.0
+    """what its part is multiplied by in the total; below 0 it is a cost, 0 = only logged"""
+
+
+@dataclass
 class Algorithm:
     """Parts that TRL lacks, each a switch on one baseline; docs/algorithms.md has the sources."""
 
@@ -523,6 +537,119 @@ class Lora:
 
 
 @dataclass
+class Conflict:
+    """Which attention heads search and perception pull apart: `obm diagnose heads`, docs/cast.md.
+    The paper's formulas are not public; each choice here is our reading."""
+
+    search: Literal["grpo", "agent"] = "grpo"
+    """search objective: `grpo` = the policy gradient on episodes of models.init itself; `agent` =
+    log-likelihood of models.agent's right episodes on text questions"""
+    search_questions: Annotated[int, Positive] = 64
+    """training questions of the search objective"""
+    group_size: Annotated[int, Positive] = 8
+    """grpo: episodes a question"""
+    keep_questions: Annotated[int, Positive] = 128
+    """training questions of the keep objective; those that the teacher answers right count"""
+    keep_kinds: list[Kind] = field(default_factory=lambda: ["look", "image"])
+    """their kinds"""
+    keep_benchmark: Benchmark | None = None
+    """the keep objective asks these instead; null = the atlas', by keep_kinds"""
+    keep_words: Literal["vlm", "init"] = "vlm"
+    """teacher, whose right answers (greedy, without tools) are the words to keep: models.vlm, or
+    models.init itself"""
+    batch_size: Annotated[int, Positive] = 64
+    """episodes a backward pass"""
+    join: Literal["ranks", "product", "opposition", "sensitivity"] = "ranks"
+    """conflict score: product of the ranks of opposition and sensitivity, product of the two, or
+    one of them alone"""
+    seed: int = 0
+    """seed of the choice of questions and of the episodes"""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """where the models run"""
+
+
+@dataclass
+class FreezeHeads:
+    """Attention heads that training leaves as they are, to the bit (CAST, docs/cast.md). Short:
+    `freeze_heads: cast(top=10%)`."""
+
+    source: Literal["none", "cast", "random", "anti"] = "none"
+    """`cast` = those of the highest conflict score, `anti` = of the lowest, `random` = drawn"""
+    top: Annotated[float, Between(0, 1, above=True)] = 0.1
+    """share of all query heads of the language module, rounded up to whole heads"""
+    map: str | None = None
+    """conflict.json of `obm diagnose heads`; null = conflict/conflict.json in the folder of
+    models.init"""
+    shared: Literal["most", "all", "any"] = "most"
+    """keys and values that several heads use (GQA), and norms, are frozen with `most` (more than
+    half), `all` or `any` of their heads"""
+    seed: int = 0
+    """random: seed of the draw"""
+
+
+@dataclass
+class Sport:
+    """Step-wise preference tuning before GRPO (`obm sport`); docs/sport.md."""
+
+    iterations: Annotated[int, Positive] = 2
+    """rounds of sampling and tuning; each begins with the policy of the one before"""
+    tasks: Annotated[int, Positive] = 64
+    """tasks of an iteration, new ones each time"""
+    kinds: list[Kind] | None = None
+    """question kinds of the tasks; null = environment.kinds"""
+    wording: Literal["graph", "llm"] = "graph"
+    """who writes the tasks: the atlas's graph by its own words, or a language model anew (kept only
+    where neither answer nor entity slips in)"""
+    samples: Annotated[int, Between(2)] = 4
+    """candidates for each step, all executed"""
+    temperature: Annotated[float, Between(0, above=True)] | None = None
+    """of sampling candidates; null = grpo.temperature"""
+    verifier: Literal["facts", "llm"] = "facts"
+    """who scores candidates: what the environment returned (evidence, legality, progress), or a
+    language model"""
+    margin: Annotated[float, Between(0, 1, above=True)] = 0.2
+    """least difference of scores, 0 to 1, between the chosen and a rejected candidate"""
+    max_similarity: Annotated[float, Between(0, 1)] = 0.9
+    """pairs whose texts share more of their words, in order, are near duplicates and dropped"""
+    max_illegal: Annotated[int, NotNegative] = 2
+    """rejected candidates of a step that are no legal step at all"""
+    max_unverified: Annotated[float, Between(0, 1)] = 0.5
+    """share of steps without a verdict above which the run ends with an error"""
+    llm_url: str | None = None
+    """OpenAI-compatible endpoint, `http://host:port/v1`, for wording and verifier; its key, if it
+    needs one, stands in the environment variable OBM_SPORT_KEY"""
+    llm_model: str | None = None
+    """name of the model behind llm_url"""
+    llm_timeout_s: Annotated[float, Between(0, above=True)] = 60.0
+    """seconds for one answer, repetitions included"""
+    llm_workers: Annotated[int, Positive] = 8
+    """requests at the same time"""
+    dpo: dict[str, Any] = field(default_factory=dict)
+    """handed untouched to TRL's DPOConfig, over the defaults in docs/sport.md"""
+
+
+@dataclass
+class Sft:
+    """Cold start by supervised fine-tuning (`obm sft`); docs/sport.md."""
+
+    teacher: str = "solver"
+    """`solver` = the atlas's own, which knows the graph; or a checkpoint, whose right episodes are
+    taken"""
+    episodes: Annotated[int, Positive] = 512
+    """episodes to learn from, at most; those that end in a wrong answer do not count"""
+    kinds: list[Kind] | None = None
+    """question kinds of the episodes; null = environment.kinds"""
+    steps: Annotated[int, Positive] = 100
+    """optimizer steps"""
+    batch_size: Annotated[int, Positive] = 32
+    """episodes a step"""
+    learning_rate: Annotated[float, Between(0, above=True)] = 3.0e-4
+    """peak, after warm-up; it falls as a cosine to zero"""
+    warmup_steps: Annotated[int, NotNegative] = 10
+    """steps over which the learning rate rises"""
+
+
+@dataclass
 class Tracking:
     """Where numbers go, besides metrics.jsonl and trajectories.jsonl."""
 
@@ -536,9 +663,18 @@ class Tracking:
     """`auto` = online with a login, offline without"""
     log_trajectories: Annotated[int, NotNegative] = 8
     """trajectories per logged step in the W&B table"""
+    live: Literal["auto", "off"] = "auto"
+    """`auto` = the run's status in the last rows of the terminal, where there is one, else a line a
+    step; `off` = a line a step everywhere"""
     follow: Annotated[int, NotNegative] = 4
     """evaluation questions whose episodes are marked at every evaluation, in trajectories.jsonl and
     in a W&B table of their own; `obm follow RUN` shows how they change"""
+    token_logprobs: bool = True
+    """trajectories.jsonl has text and log-prob of every token of the policy (`obm view` shades by
+    them); lines are about a third longer"""
+    picture_size: Annotated[int, Between(0, 2048)] = 256
+    """longest side in pixels of the copies that `pictures/` keeps of recorded episodes' pictures;
+    0 = none"""
 
 
 @dataclass
@@ -575,6 +711,8 @@ class Config:
     """search services on the net"""
     rewards: Rewards = field(default_factory=Rewards)
     """reward parts"""
+    reward_functions: list[OwnReward] = field(default_factory=list)
+    """reward functions of your own, added to the total; each is logged as a part of its own"""
     rollout: Rollout = field(default_factory=Rollout)
     """back end of the rollout"""
     grpo: dict[str, Any] = field(default_factory=dict)
@@ -586,9 +724,17 @@ class Config:
     file; docs/distributed.md says which fits"""
     lora: Lora = field(default_factory=Lora)
     """adapters"""
+    conflict: Conflict = field(default_factory=Conflict)
+    """diagnosis of heads"""
+    freeze_heads: FreezeHeads = field(default_factory=FreezeHeads)
+    """heads that are not trained"""
     hang_timeout_s: Annotated[float, Between(0, above=True)] | None = 1800.0
     """seconds without progress in any process after which the run ends and says who was where;
     null = wait for ever"""
+    sport: Sport = field(default_factory=Sport)
+    """step-wise preferences"""
+    sft: Sft = field(default_factory=Sft)
+    """cold start"""
     tracking: Tracking = field(default_factory=Tracking)
     """W&B and logs"""
     compare: Compare = field(default_factory=Compare)

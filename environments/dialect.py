@@ -11,7 +11,8 @@ no special token can come from a tool; only the frame around it is ours.
 import json
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from environments.actions import (
@@ -37,7 +38,6 @@ MAX_TITLE_CHARS, MAX_SNIPPET_CHARS, MAX_PAGE_CHARS = 200, 600, 4000
 CALL_TAGS = ("search", "text_search", "image_search", "visit", "tool_call", "answer")
 """Tags whose closing ends a turn with an action, in every dialect."""
 TAGS = ("think", "reason", *CALL_TAGS, "information", "tool_response", "img")
-_ANY_TAG = re.compile(rf"</?(?:{'|'.join(TAGS)})>")
 _END_TOKENS = ("<|im_end|>", "<|endoftext|>")
 _IMAGE = "<img>"
 _JSON_OPENING, _JSON_CLOSING = "<tool_call>", "</tool_call>"
@@ -55,6 +55,8 @@ class Dialect:
         needs_thought: a well-formed turn has that tag; otherwise it may.
         calls: tag of each action in a well-formed turn, by the action's name.
         is_parallel: several JSON calls at the end of a turn are all carried out.
+        own_tags: tags beside TAGS that this dialect alone understands: tag -> name of the action,
+            or None for one that is no call.
         agent_text: user text with tools, `{question}` in it, `{visit}` where pages are offered.
         direct_text: user text without tools.
         visit_text: stands for `{visit}` where pages can be visited.
@@ -75,6 +77,7 @@ class Dialect:
     hits: Callable[[Sequence[tuple[str, str]], str], str]
     needs_thought: bool = True
     is_parallel: bool = False
+    own_tags: dict[str, str | None] = field(default_factory=dict)
     visit_text: str = ""
     system_text: str = ""
     tools: tuple[str, ...] = ("text_search", "image_search")
@@ -98,12 +101,21 @@ class Dialect:
         """The dialect with its direct prompt in the place of the one that offers tools."""
         return replace(self, agent_text=self.direct_text, tools=())
 
+    @property
+    def call_tags(self) -> tuple[str, ...]:
+        """Tags whose closing ends a turn with an action."""
+        return (*CALL_TAGS, *(tag for tag, action in self.own_tags.items() if action))
+
+    def has_tag(self, text: str) -> bool:
+        """Whether any tag that this dialect knows stands in the text."""
+        return _tags(*TAGS, *self.own_tags).search(text) is not None
+
     def parse(self, turn: str) -> Action:
         """Reads the action at the end of a turn. Total: never raises."""
         turn = strip_end(turn)
-        tag = next((tag for tag in CALL_TAGS if turn.endswith(f"</{tag}>")), None)
+        tag = next((tag for tag in self.call_tags if turn.endswith(f"</{tag}>")), None)
         if tag is None:
-            return Invalid(_why_no_call(turn))
+            return Invalid(_why_no_call(turn, self.call_tags))
         if tag == "tool_call":
             return self._parse_json(turn)
         opening, closing = f"<{tag}>", f"</{tag}>"
@@ -111,18 +123,19 @@ class Dialect:
         if start < 0:
             return Invalid(f"{closing} without {opening}")
         content = turn[start + len(opening) : -len(closing)].strip()
-        if tag in ("search", "text_search", "image_search"):
-            is_image = tag == "image_search" or content.startswith(_IMAGE)
+        kind = self.own_tags.get(tag) or tag
+        if kind in ("search", "text_search", "image_search"):
+            is_image = kind == "image_search" or content.startswith(_IMAGE)
             region = content.removeprefix(_IMAGE).strip() or "full"
-            if is_image and not _ANY_TAG.search(region):
+            if is_image and not self.has_tag(region):
                 return ImageSearch(read_region(region))
-        if _ANY_TAG.search(content):
+        if self.has_tag(content):
             return Invalid(f"a tag stands inside {opening}{closing}")
         if not content:
             return Invalid(f"{opening}{closing} is empty")
-        if tag == "answer":
+        if kind == "answer":
             return Answer(content)
-        return Visit(content) if tag == "visit" else Search(content)
+        return Visit(content) if kind == "visit" else Search(content)
 
     def _parse_json(self, turn: str) -> Action:
         _, texts = _json_blocks(turn)
@@ -134,6 +147,36 @@ class Dialect:
         if isinstance(calls, Invalid):
             return calls
         return calls[0] if len(calls) == 1 else Parallel(calls)
+
+    def write(self, thought: str, action: Action) -> str:
+        """A well-formed turn in this dialect, which `parse` reads back.
+
+        Args:
+            thought: the reasoning before it.
+            action: a search of text or picture, or an answer.
+
+        Raises:
+            ValueError: another action.
+        """
+        match action:
+            case Search(query):
+                arguments, content = {"query": query}, query
+            case ImageSearch(str(region)):
+                arguments = {"region": region}
+                content = _IMAGE if region == "full" else f"{_IMAGE} {region}"
+            case Answer(text):
+                arguments, content = {}, text
+            case _:
+                raise ValueError(f"cannot write a turn for {action}")
+        kind = action_dict(action)["type"]
+        tag = self.calls[kind]
+        if tag == "tool_call":
+            name = {"search": "text_search"}.get(kind, kind)
+            call = {"name": name, "arguments": arguments}
+            content = f"\n{json.dumps(call, ensure_ascii=False)}\n"
+        else:
+            content = f" {content} "
+        return f"<{self.think}> {thought} </{self.think}> <{tag}>{content}</{tag}>"
 
     def render_observation(self, result: "ToolResult", question: str) -> str:
         """Text of an observation; each returned image stands as one IMAGE_MARK.
@@ -180,7 +223,7 @@ class Dialect:
         if not closing:
             return None if self.needs_thought else turn
         thought = head.removeprefix(f"<{self.think}>")
-        if _ANY_TAG.search(thought):
+        if self.has_tag(thought):
             return None
         # some templates open the reasoning in the prompt, so that the turn begins inside it
         is_whole = not self.needs_thought or (thought != head and bool(thought.strip()))
@@ -214,10 +257,15 @@ def _json_blocks(turn: str) -> tuple[str, list[str]]:
     return turn, texts[::-1]
 
 
-def _why_no_call(turn: str) -> str:
+@cache
+def _tags(*names: str) -> re.Pattern[str]:
+    return re.compile(rf"</?(?:{'|'.join(names)})>")
+
+
+def _why_no_call(turn: str, tags: Sequence[str]) -> str:
     if turn.endswith("<tool_response>"):
         return "<tool_response> is not yours to write; end the turn after </tool_call>"
-    for tag in CALL_TAGS:
+    for tag in tags:
         if turn.rfind(f"<{tag}>") > turn.rfind(f"</{tag}>"):
             return f"<{tag}> is not closed"
         if f"</{tag}>" in turn:

@@ -192,12 +192,18 @@ DIALECTS = {dialect.name: dialect for dialect in (SEARCH_R1, MMSEARCH_R1, HERMES
 
 
 def get_dialect(name: str) -> Dialect:
-    """The dialect of that name.
+    """The dialect of that name, or the one that a `.yaml` file describes.
 
     Raises:
-        EnvironmentSetupError: no such dialect.
+        EnvironmentSetupError: no such dialect, or a file that describes none.
     """
-    if name not in DIALECTS:
-        names = ", ".join(DIALECTS)
-        raise EnvironmentSetupError(f"unknown dialect '{name}'; choose one of {names}")
-    return DIALECTS[name]
+    if name in DIALECTS:
+        return DIALECTS[name]
+    if name.endswith(".yaml"):
+        from environments.own_dialect import read_dialect
+
+        return read_dialect(name, DIALECTS)
+    names = ", ".join(DIALECTS)
+    raise EnvironmentSetupError(
+        f"unknown dialect '{name}'; choose one of {names}, or name a .yaml file"
+    )

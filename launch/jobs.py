@@ -53,8 +53,8 @@ class _Running:
 
     job: Job
     process: subprocess.Popen[bytes]
-    device: int | None
-    follower: _Follower
+    devices: tuple[int, ...]
+    follower: Follower
     started: float = field(default_factory=time.monotonic)
 
 
@@ -72,19 +72,20 @@ def deepspeed_launcher() -> Path:
 
 
 def training_command(
-    arguments: Sequence[str], *, n_processes: int = 1, device: int | None = None
+    arguments: Sequence[str], *, n_processes: int = 1, devices: Sequence[int] = ()
 ) -> list[str]:
     """The command line of one training.
 
     Args:
         arguments: of train.sh.
         n_processes: ranks on this machine.
-        device: a GPU's index, to keep parallel trainings apart; None lets DeepSpeed choose.
+        devices: GPUs' indexes, one a rank, to keep parallel trainings apart; none lets DeepSpeed
+            choose.
     """
     script = str(Path(str(resources.files("launch"))) / "train.sh")
     where = ["--num_gpus", str(n_processes)]
-    if device is not None:
-        where = ["--include", f"localhost:{device}"]
+    if devices:
+        where = ["--include", f"localhost:{','.join(map(str, devices))}"]
     return [
         str(deepspeed_launcher()), *where, "--master_port", str(_free_port()), script, *arguments
     ]  # fmt: skip
@@ -94,7 +95,7 @@ def training_environment(*, parallel: int = 1) -> dict[str, str]:
     """Environment variables of a training's processes.
 
     Args:
-        parallel: trainings at a time; they share the cores.
+        parallel: processes at a time, of all trainings; they share the cores.
     """
     environment = dict(os.environ)
     environment["PYTHONSAFEPATH"] = "1"
@@ -113,32 +114,33 @@ def run_jobs(
     parallel: int = 1,
     on_line: Callable[[Job, dict[str, Any]], None] | None = None,
     on_done: Callable[[Job, float], None] | None = None,
-    devices: Sequence[int] = (),
+    on_failed: Callable[[Job, Exception], None] | None = None,
+    devices: Sequence[tuple[int, ...]] = (),
 ) -> None:
-    """Run trainings, at most `parallel` at a time.
+    """Run trainings, at most `parallel` at a time. One that fails does not stop the others.
 
     Args:
         jobs: in the order to start.
-        parallel: how many at once; on GPUs one a device.
+        parallel: how many at once; on GPUs one a group of devices.
         on_line: called with every new line of a job's metrics.jsonl.
         on_done: called with a job that has ended well, and the seconds that it took.
-        devices: GPU indexes to spread the jobs over; empty for the processor.
+        on_failed: called with a job that has failed, and what it would raise; without it the first
+            failure is raised when all jobs have ended.
+        devices: GPU indexes of each job that runs at a time; empty for the processor.
 
     Raises:
         LaunchError: a job ended with a user's mistake; the message is the job's own.
         JobFailedError: a job failed otherwise; says which, and shows the end of its log.
-            The other jobs run to their end first.
     """
     waiting, free = list(jobs), list(devices)
     running: list[_Running] = []
-    failed: list[tuple[Job, int]] = []
-    environment = training_environment(parallel=parallel)
-    with _terminate_as_interrupt(), _stopping(running):
+    failed: list[Exception] = []
+    ranks = max((job.n_processes for job in jobs), default=1)
+    environment = training_environment(parallel=min(parallel, len(jobs) or 1) * ranks)
+    with terminate_as_interrupt(), _stopping(running):
         while waiting or running:
             while waiting and len(running) < parallel and (free or not devices):
-                running.append(
-                    _start(waiting.pop(0), environment, free.pop(0) if devices else None)
-                )
+                running.append(_start(waiting.pop(0), environment, free.pop(0) if devices else ()))
             for one in list(running):
                 code = one.process.poll()
                 # After poll: what a process wrote before it ended is read in the same round.
@@ -148,30 +150,40 @@ def run_jobs(
                 if code is None:
                     continue
                 running.remove(one)
-                if one.device is not None:
-                    free.append(one.device)
+                if one.devices:
+                    free.append(one.devices)
                 if code != 0:
-                    failed.append((one.job, code))
+                    failed.append(failure_of(one.job, code))
+                    if on_failed:
+                        on_failed(one.job, failed[-1])
                 elif on_done:
                     on_done(one.job, time.monotonic() - one.started)
             if running:
                 time.sleep(POLL_S)
-    if failed:
-        _raise_failure(*failed[0])
+    if failed and not on_failed:
+        raise failed[0]
 
 
-class _Follower:
-    """Reads the lines that a run appends to its metrics.jsonl, from where the file stands now."""
+class Follower:
+    """Reads the lines that a run appends to its metrics.jsonl.
 
-    def __init__(self, job: Job) -> None:
-        self._path = job.output / "metrics.jsonl"
-        self._offset = self._size()
+    Args:
+        path: the file; it need not exist yet.
+        from_start: also what it holds now.
+    """
+
+    def __init__(self, path: Path, *, from_start: bool = False) -> None:
+        self._path = path
+        self._offset = 0 if from_start else self._size()
+        self.n_cuts = 0
+        """times that the file became shorter and was read again from its start"""
 
     def new_lines(self) -> list[dict[str, Any]]:
         """Complete lines since the last call."""
         if self._size() < self._offset:
             # Resuming cuts the file back to its checkpoint, overwriting starts it anew.
             self._offset = 0
+            self.n_cuts += 1
         if self._size() == self._offset:
             return []
         with self._path.open("rb") as file:
@@ -184,10 +196,10 @@ class _Follower:
         return self._path.stat().st_size if self._path.is_file() else 0
 
 
-def _start(job: Job, environment: dict[str, str], device: int | None) -> _Running:
+def _start(job: Job, environment: dict[str, str], devices: tuple[int, ...]) -> _Running:
     job.log.parent.mkdir(parents=True, exist_ok=True)
-    command = training_command(job.arguments, n_processes=job.n_processes, device=device)
-    follower = _Follower(job)
+    command = training_command(job.arguments, n_processes=job.n_processes, devices=devices)
+    follower = Follower(job.output / "metrics.jsonl")
     with job.log.open("ab") as log:
         log.write(f"$ {' '.join(command)}\n".encode())
         log.flush()
@@ -196,7 +208,7 @@ def _start(job: Job, environment: dict[str, str], device: int | None) -> _Runnin
             command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
             env=environment, start_new_session=True,
         )  # fmt: skip
-    return _Running(job, process, device, follower)
+    return _Running(job, process, devices, follower)
 
 
 @contextmanager
@@ -210,7 +222,7 @@ def _stopping(running: list[_Running]) -> Iterator[None]:
 
 
 @contextmanager
-def _terminate_as_interrupt() -> Iterator[None]:
+def terminate_as_interrupt() -> Iterator[None]:
     """SIGTERM, which by default ends Python at once, must not leave trainings behind."""
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -237,14 +249,20 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
-def _raise_failure(job: Job, code: int) -> None:
+def failure_of(job: Job, code: int) -> Exception:
+    """What a failed job would raise: its own message for a user's mistake, else code and log.
+
+    Of the latter the end of the log is shown. Only what the last attempt wrote is looked at.
+    """
     lines = job.log.read_text(encoding="utf-8", errors="replace").splitlines()
+    begins = [number for number, line in enumerate(lines) if line.startswith("$ ")]
+    lines = lines[begins[-1] :] if begins else lines
     mistakes = [line for line in lines if line.startswith("error: ")]
     if mistakes:
-        raise LaunchError(f"{job.name}: {mistakes[-1].removeprefix('error: ')}")
+        return LaunchError(f"{job.name}: {mistakes[-1].removeprefix('error: ')}")
     for line in lines[-LOG_TAIL_LINES:]:
         print(f"  | {line}", file=sys.stderr)
-    raise JobFailedError(f"{job.name} ended with code {code}; its log is {job.log}")
+    return JobFailedError(f"{job.name} ended with code {code}; its log is {job.log}")
 
 
 def _free_port() -> int:

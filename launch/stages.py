@@ -35,6 +35,27 @@ class Stages:
         """Hash of a stage seen in this run; what is made from it takes it as an input."""
         return self._keys[name]
 
+    def look(self, name: str, inputs: dict[str, Any], target: Path) -> str:
+        """What is there of a stage; touches nothing, but takes note of its key.
+
+        Returns:
+            `done`; `begun`: from these inputs, not to its end; `changed`: from others; `foreign`:
+            its target is there, but was not made here; `missing`.
+        """
+        key = hash_inputs(inputs)
+        self._keys[name] = key
+        marker = self._read(name)
+        if marker is None:
+            return "foreign" if target.exists() else "missing"
+        if marker["key"] != key:
+            return "changed"
+        return "done" if marker["done"] and target.exists() else "begun"
+
+    def seconds(self, name: str) -> float | None:
+        """How long a finished stage took; None where it is not known."""
+        seconds = (self._read(name) or {}).get("seconds")
+        return float(seconds) if isinstance(seconds, int | float) else None
+
     def is_done(self, name: str, inputs: dict[str, Any], target: Path) -> bool:
         """Whether the stage was made from these inputs and is complete.
 
@@ -43,21 +64,19 @@ class Stages:
         Raises:
             LaunchError: made from other settings, and `redo` is off.
         """
-        key = hash_inputs(inputs)
-        self._keys[name] = key
-        marker = self._read(name)
-        if marker is None and target.exists() and not self._redo:
+        found = self.look(name, inputs, target)
+        if found == "foreign" and not self._redo:
             raise LaunchError(f"{target} exists but was not made here; choose another --output")
-        if marker is not None and marker["key"] != key and not self._redo:
-            changed = _first_difference(marker["inputs"], json.loads(_canonical(inputs)))
+        if found == "changed" and not self._redo:
+            before = (self._read(name) or {})["inputs"]
+            changed = _first_difference(before, json.loads(_canonical(inputs)))
             raise LaunchError(
                 f"{target} was made with other settings ({changed}); "
                 "pass --redo to make it again, or choose another --output"
             )
-        if marker is None or marker["key"] != key:
+        if found not in ("done", "begun"):
             self.clear(name, target)
-            return False
-        return bool(marker["done"]) and target.exists()
+        return found == "done"
 
     def start(self, name: str, inputs: dict[str, Any]) -> None:
         """Note that the stage is under way, so that a broken one can be told from a foreign one."""

@@ -119,6 +119,10 @@ class Counts:
     """Squared Frobenius norm of the update."""
     not_finite: int
     """Bit 0: the base holds NaN or infinity; bit 1 + k: task k does; bit 1 + K: the result does."""
+    saliency: np.ndarray | None = None
+    """fp64 [K]: sum of a task's saliencies; None for rules without."""
+    saliency_kept: np.ndarray | None = None
+    """fp64 [K]: that over the kept entries."""
 
 
 # numpy's rules of division: a branch for a divisor of zero would forbid vector instructions, and a
@@ -732,6 +736,17 @@ def _sum_squares_in_fp64(values):  # type: ignore[no-untyped-def]
     return total
 
 
+@_jit(fastmath={"reassoc"})
+def _add_saliency(scores, mark, totals, k, n_tasks):  # type: ignore[no-untyped-def]
+    """Adds one task's saliencies of a tile, and those that it keeps, to totals [2 K]."""
+    total, kept, zero = np.float32(0.0), np.float32(0.0), np.float32(0.0)
+    for i in range(scores.size):
+        total += scores[i]
+        kept += scores[i] if mark[i] != 0 else zero
+    totals[k] += total
+    totals[n_tasks + k] += kept
+
+
 @_jit()
 def _keep_tile(  # type: ignore[no-untyped-def]
     deltas, scores, row_chances, column, first, keep, rescale, thresholds, ties, upper,
@@ -852,6 +867,10 @@ def _apply(  # type: ignore[no-untyped-def]
                 ties, upper, ties_dropped, keys, probability, changed_above, scratch, up, kept,
                 values, m,
             )  # fmt: skip
+            if needs_score and score == SALIENCY:
+                for k in range(n_tasks):
+                    totals = squares[2 * n_tasks + 1 :]
+                    _add_saliency(scores[k][:m], kept[k][:m], totals, k, n_tasks)
             merged = _settle_tile(
                 origin, parents, deltas, scores, factors, kept, survives, values, keep, elect,
                 combine, boost, weights, scales, ranks, boosts, scratch, up, down, counts,
@@ -862,6 +881,11 @@ def _apply(  # type: ignore[no-untyped-def]
 
 
 # ---- what the engine calls
+
+
+def has_saliency(rule: Rule) -> bool:
+    """Whether the rule ranks entries, or lets them vote, by what dropping them costs."""
+    return rule.score == "saliency" and (rule.keep in ("top", "band") or rule.elect == "saliency")
 
 
 def histogram(piece: Piece, score: str, leading: np.ndarray, unchanged: np.ndarray) -> None:
@@ -979,7 +1003,7 @@ def apply(piece: Piece, decision: Decision, out: np.ndarray) -> Counts:
     """
     n_tasks = len(piece.tasks)
     counts = np.zeros(3 * n_tasks + 1, np.int64)
-    squares = np.zeros(2 * n_tasks + 1, np.float64)
+    squares = np.zeros(4 * n_tasks + 1, np.float64)
     rule = decision.rule
     bad = 0
     pair_rule = _pair_rule(piece, decision, out)
@@ -1004,8 +1028,10 @@ def apply(piece: Piece, decision: Decision, out: np.ndarray) -> Counts:
         conflicts=int(counts[2 * n_tasks]),
         conflicts_won=counts[n_tasks : 2 * n_tasks],
         alone=counts[2 * n_tasks + 1 :],
-        kept_square=squares[n_tasks + 1 :],
+        kept_square=squares[n_tasks + 1 : 2 * n_tasks + 1],
         delta_square=squares[:n_tasks],
         update_square=float(squares[n_tasks]),
         not_finite=int(bad),
+        saliency=squares[2 * n_tasks + 1 : 3 * n_tasks + 1] if has_saliency(rule) else None,
+        saliency_kept=squares[3 * n_tasks + 1 :] if has_saliency(rule) else None,
     )

@@ -17,6 +17,7 @@ from merge.kernels import (
     Counts,
     Decision,
     Piece,
+    has_saliency,
 )
 from merge.shards import from_float, to_float
 
@@ -102,6 +103,12 @@ def apply(piece: Piece, decision: Decision, out: np.ndarray) -> Counts:
         delta_square=_squares(deltas),
         update_square=update_square,
         not_finite=bad,
+        saliency=scores.sum(axis=1, dtype=np.float64) if has_saliency(rule) else None,
+        saliency_kept=(
+            np.where(kept, scores, ZERO).sum(axis=1, dtype=np.float64)
+            if has_saliency(rule)
+            else None
+        ),
     )
 
 

@@ -292,7 +292,8 @@ def _make_merge(trims: bool, weighed: bool, elects: bool, averages: bool) -> Any
         """Merges a tile: what scores above `limits` is kept, what equals `thresholds` is counted.
 
         Sets `counts` (kept by task, conflicts won by task, conflicts, ties by task) and `squares`
-        (norms of the deltas and of the update, squared).
+        (norms of the deltas and of the update, squared; from the sixth on, where inputs weigh, the
+        saliencies of both tasks and what is kept of them).
         """
         zero, half = np.float32(0.0), np.float32(0.5)
         s_one, s_two, l_one, l_two = scales[0], scales[1], weights[0], weights[1]
@@ -301,6 +302,7 @@ def _make_merge(trims: bool, weighed: bool, elects: bool, averages: bool) -> Any
         tied_one, tied_two = np.uint32(0), np.uint32(0)
         clashes, won, undecided = np.uint32(0), np.uint32(0), np.uint32(0)
         square_d, square_e, square_change = zero, zero, zero
+        cost_d, cost_e, kept_cost_d, kept_cost_e = zero, zero, zero, zero
         for i in range(out.size):
             origin = _as_float(np.uint32(base[i]) << np.uint32(16))
             p = _as_float(np.uint32(one[i]) << np.uint32(16))
@@ -318,6 +320,11 @@ def _make_merge(trims: bool, weighed: bool, elects: bool, averages: bool) -> Any
                 tied_two = np.uint32(tied_two + np.uint32((score_e == t_two) & keep_e))
                 keep_d &= score_d > above_one
                 keep_e &= score_e > above_two
+            if weighed:
+                cost_d = _add_in_any_order(cost_d, score_d)
+                cost_e = _add_in_any_order(cost_e, score_e)
+                kept_cost_d = _add_in_any_order(kept_cost_d, score_d if keep_d else zero)
+                kept_cost_e = _add_in_any_order(kept_cost_e, score_e if keep_e else zero)
             x, y = d if keep_d else zero, e if keep_e else zero
             clash = keep_d & keep_e & ((d > 0) != (e > 0))
             term_d, term_e = np.float32(x * l_one), np.float32(y * l_two)
@@ -361,6 +368,7 @@ def _make_merge(trims: bool, weighed: bool, elects: bool, averages: bool) -> Any
         counts[3], counts[4] = np.int64(clashes) - np.int64(won) - np.int64(undecided), clashes
         counts[5], counts[6] = tied_one, tied_two
         squares[0], squares[1], squares[2] = square_d, square_e, square_change
+        squares[5], squares[6], squares[7], squares[8] = cost_d, cost_e, kept_cost_d, kept_cost_e
 
     return merge
 
@@ -424,13 +432,14 @@ def apply(  # type: ignore[no-untyped-def]
     Args:
         rule: Place in `RULES`.
         counts: int64 [5]: kept by task, conflicts won by task, conflicts; added to.
-        squares: fp64 [3]: squared norms of the deltas and of the update; added to.
+        squares: fp64 [9]: squared norms of the deltas and of the update, two that stay, saliencies
+            of the tasks and what is kept of them; added to. As in `kernels`, for two tasks.
 
     Returns:
         Bits as in `kernels.Counts.not_finite`.
     """
     nothing, limits = np.empty(TILE, np.float32), np.empty(2, np.float32)
-    tile_counts, tile_squares = np.zeros(7, np.int64), np.zeros(3, np.float32)
+    tile_counts, tile_squares = np.zeros(7, np.int64), np.zeros(9, np.float32)
     weighed, n = rule >= 2, base.size
     bad = np.int64(0)
     for row in range(0, n, n_columns):
@@ -468,7 +477,7 @@ def apply(  # type: ignore[no-untyped-def]
                             ties[k] -= tile_counts[5 + k]
                 for i in range(5):
                     counts[i] += tile_counts[i]
-                for i in range(3):
+                for i in range(9):
                     squares[i] += tile_squares[i]
                 # what is not finite, or becomes so, shows in the squares
                 if not np.isfinite(tile_squares.sum()):

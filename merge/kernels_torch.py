@@ -20,6 +20,7 @@ from merge.kernels import (
     Counts,
     Decision,
     Piece,
+    has_saliency,
 )
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -103,6 +104,8 @@ def apply(piece: Piece, decision: Decision, out: np.ndarray) -> Counts:
         delta_square=_squares(deltas),
         update_square=float(_squares(update[None])[0]),
         not_finite=bad,
+        saliency=_totals(scores) if has_saliency(rule) else None,
+        saliency_kept=_totals(torch.where(kept, scores, 0.0)) if has_saliency(rule) else None,
     )
 
 
@@ -131,6 +134,11 @@ def _encode(values: torch.Tensor, out: np.ndarray) -> torch.Tensor:
 def _squares(values: torch.Tensor) -> np.ndarray:
     squares: np.ndarray = (values * values).sum(dim=1, dtype=torch.float64).cpu().numpy()
     return squares
+
+
+def _totals(values: torch.Tensor) -> np.ndarray:
+    totals: np.ndarray = values.sum(dim=1, dtype=torch.float64).cpu().numpy()
+    return totals
 
 
 def _leading_bits(scores: torch.Tensor) -> torch.Tensor:

@@ -22,6 +22,7 @@ COPIED_NAMES = ("LICENSE", "LICENSE.md", "NOTICE")
 COPIED_FOLDERS = ("additional_chat_templates", "chat_templates")
 NOT_COPIED = (
     RECORD_NAME,
+    "cost.json",
     "adapter_config.json",
     "all_results.json",
     "train_results.json",

@@ -15,10 +15,11 @@ from merge.methods import METHODS, MethodSettings
 from merge.plan import MergePlan
 from merge.stats import Stats
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 Counted = Mapping[str, Any]
-"""Counts of one tensor: entries, kept, conflicts, conflicts_won, delta_square, update_square."""
+"""Counts of one tensor: entries, kept, conflicts, conflicts_won, delta_square, update_square; where
+the method weighs entries by saliency also saliency and saliency_kept."""
 
 
 def make_record(
@@ -122,7 +123,8 @@ def group_figures(plan: MergePlan, counts: Mapping[str, Counted]) -> dict[str, A
 def figures(count: Counted) -> dict[str, Any]:
     """Turns counts into the shares and norms of merge.json.
 
-    Norms are rounded to six digits: further ones depend on the order of summing.
+    Norms are rounded to six digits and saliencies to four: further ones depend on the order of
+    summing. `saliency_kept` is the share of a task's saliency that its kept entries have.
     """
     entries, conflicts = count["entries"], count["conflicts"]
     won = count["conflicts_won"]
@@ -133,7 +135,24 @@ def figures(count: Counted) -> dict[str, Any]:
         "conflicts_won": {task: n / max(conflicts, 1) for task, n in won.items()},
         "delta_norm": {task: _norm(square) for task, square in count["delta_square"].items()},
         "update_norm": _norm(count["update_square"]),
+        **(_saliency_figures(count) if "saliency" in count else {}),
     }
+
+
+def _saliency_figures(count: Counted) -> dict[str, Any]:
+    kept = count["saliency_kept"]
+    return {
+        "saliency": {task: _rounded(total) for task, total in count["saliency"].items()},
+        "saliency_kept": {
+            task: _rounded(kept[task] / total if total > 0 else 0.0)
+            for task, total in count["saliency"].items()
+        },
+    }
+
+
+def _rounded(value: float) -> float | None:
+    """Four digits; None for a sum beyond fp32, which JSON has no number for."""
+    return float(f"{value:.4g}") if math.isfinite(value) else None
 
 
 def _add_up(counts: Iterable[Counted]) -> Counted:
@@ -143,7 +162,11 @@ def _add_up(counts: Iterable[Counted]) -> Counted:
         "conflicts": sum(count["conflicts"] for count in counts),
         "update_square": math.fsum(count["update_square"] for count in counts),
     }
-    for key in ("kept", "conflicts_won", "delta_square"):
+    keys = ["kept", "conflicts_won", "delta_square"]
+    # tensors without saliency would be missing in a sum over all
+    if counts and all("saliency" in count for count in counts):
+        keys += ["saliency", "saliency_kept"]
+    for key in keys:
         tasks = counts[0][key] if counts else ()
         total[key] = {task: math.fsum(count[key][task] for count in counts) for task in tasks}
     return total

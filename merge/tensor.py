@@ -161,6 +161,10 @@ def _weigh_kept(
 
 def add_counts(one: Counts, other: Counts) -> Counts:
     """Adds what was counted over two pieces of a tensor."""
+
+    def add(a: np.ndarray | None, b: np.ndarray | None) -> np.ndarray | None:
+        return None if a is None or b is None else a + b
+
     return Counts(
         kept=one.kept + other.kept,
         conflicts=one.conflicts + other.conflicts,
@@ -170,6 +174,8 @@ def add_counts(one: Counts, other: Counts) -> Counts:
         delta_square=one.delta_square + other.delta_square,
         update_square=one.update_square + other.update_square,
         not_finite=one.not_finite | other.not_finite,
+        saliency=add(one.saliency, other.saliency),
+        saliency_kept=add(one.saliency_kept, other.saliency_kept),
     )
 
 

@@ -262,7 +262,7 @@ def _plain_counts(counts: Counts, tasks: Sequence[str], tensor: PlannedTensor) -
     def by_task(values: np.ndarray) -> dict[str, Any]:
         return {task: value.item() for task, value in zip(tasks, values, strict=True)}
 
-    return {
+    plain = {
         "entries": n_entries,
         "kept": by_task(counts.kept),
         "conflicts": counts.conflicts,
@@ -270,3 +270,7 @@ def _plain_counts(counts: Counts, tasks: Sequence[str], tensor: PlannedTensor) -
         "delta_square": by_task(counts.delta_square),
         "update_square": counts.update_square,
     }
+    if counts.saliency is not None and counts.saliency_kept is not None:
+        plain["saliency"] = by_task(counts.saliency)
+        plain["saliency_kept"] = by_task(counts.saliency_kept)
+    return plain

@@ -1,17 +1,18 @@
-"""What a run writes while it goes: metrics, trajectories and health, W&B, and one line a step.
+"""What a run writes while it goes: metrics, trajectories and health, W&B, and the console.
 
-`metrics.jsonl` is the record; W&B and the console show the same numbers. Evaluation runs where
+`metrics.jsonl` is the record; W&B and the console show the same numbers, a terminal as a live view,
+anything else as one line a step. Evaluation runs where
 transformers would run its own: after a step's log, before its checkpoint, so that a checkpoint of
 step k always has the evaluation of step k in the files.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import os
 import secrets
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,18 +21,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import gather_object
-from tqdm import tqdm
 from transformers import TrainerCallback
 
 from rewards.compose import score_each
+from rewards.functions import add_functions
 from train.evaluation import FOUR_PARTS, summarize
 from train.followed import chosen, follow
 from train.health import HealthMonitor, HealthWarning, Settings
-from train.trajectories import Trajectory, append_jsonl, truncate_jsonl
+from train.pictures import PictureFolder
+from train.token_texts import TokenTexts
+from train.trajectories import Trajectory, append_jsonl, gold_of, truncate_jsonl
 
 if TYPE_CHECKING:
     from configs.schema import Config
     from train.grpo import SearchGRPOTrainer
+    from train.live import LiveView
 
 logger = logging.getLogger(__name__)
 
@@ -62,11 +66,16 @@ class Recorder:
         self._metrics = folder / "metrics.jsonl"
         self._trajectories = folder / "trajectories.jsonl"
         self._health = folder / "health.jsonl"
+        self._token_texts: TokenTexts | None = None
         self._followed: list[dict[str, Any]] = []
-        self.training_lines: list[dict[str, Any]] = []
-        """training lines of metrics.jsonl before this start"""
+        self.earlier_lines: list[dict[str, Any]] = []
+        """lines of metrics.jsonl before this start"""
+        self.live: LiveView | None = None
+        """shows every line; None where no terminal is to show it"""
         self._start = time.perf_counter()
         self._device = DeviceClock()
+        self._held: float | None = None
+        """what `device_s` shows while something else than training happens"""
         self._wandb: Any = None
         if not is_main:
             return
@@ -76,10 +85,16 @@ class Recorder:
             self._followed = [row for row in earlier if row.get("followed")]
             if self._health.exists():
                 truncate_jsonl(self._health, resume_step)
-            self.training_lines = [line for line in kept if line["phase"] == "train"]
+            self.earlier_lines = kept
             self._start -= kept[-1]["time_s"] if kept else 0.0
             self._device.add(kept[-1].get("device_s", 0.0) if kept else 0.0)
-        self._wandb = start_wandb(folder, config)
+        self._pictures = PictureFolder(folder, config.tracking.picture_size)
+        self._wandb = start_wandb(folder, config, resume_step)
+
+    def use_tokenizer(self, tokenizer: Any) -> None:
+        """Has the lines of trajectories hold the tokens' texts, if the settings want them."""
+        if self.config.tracking.token_logprobs:
+            self._token_texts = TokenTexts(tokenizer)
 
     @property
     def time_s(self) -> float:
@@ -89,17 +104,22 @@ class Recorder:
     @property
     def device_s(self) -> float:
         """Device seconds of training so far, all processes, evaluations left out."""
-        return round(self._device.seconds, 3)
+        return round(self._device.seconds if self._held is None else self._held, 3)
 
     @contextmanager
     def not_training(self) -> Iterator[None]:
-        """What happens within is not counted in `device_s`."""
-        before = self._device.seconds
+        """What happens within is not counted in `device_s`, which stands still meanwhile."""
+        before = self._held = self._device.seconds
         yield
+        self._held = None
         self._device.add(before - self._device.seconds)
 
     def metrics(self, step: int, phase: str, n_tokens: int, values: dict[str, Any]) -> None:
-        """One line of metrics.jsonl, and the same in W&B.
+        """One line of metrics.jsonl, and the same in W&B, from where it can be read back.
+
+        W&B keeps one row a step, so that the names of both phases must differ: what training logs
+        gets the prefix `train/`, and the clocks of a line are kept under `train_clock/` and
+        `eval_clock/` beside the plain ones, which serve as x axes. A null is a NaN there.
 
         Args:
             step: optimizer steps done.
@@ -112,48 +132,80 @@ class Recorder:
         prefix = "eval/" if phase == "eval" else ""
         clean = {prefix + name: _finite(value) for name, value in values.items()}
         since_start = {"time_s": self.time_s, "device_s": self.device_s, "tokens": n_tokens}
-        append_jsonl(self._metrics, [{"step": step, "phase": phase, **since_start, **clean}])
+        line = {"step": step, "phase": phase, **since_start, **clean}
+        append_jsonl(self._metrics, [line])
+        if self.live is not None:
+            self.live.take(line)
         if self._wandb is not None:
             shown = clean if phase == "eval" else {f"train/{k}": v for k, v in clean.items()}
-            extra = {"train/global_step": step, **since_start}
-            self._wandb.log({k: v for k, v in shown.items() if v is not None} | extra, step=step)
+            row = {k: math.nan if v is None else v for k, v in shown.items()}
+            row |= {f"{phase}_clock/{name}": value for name, value in since_start.items()}
+            self._wandb.log({**row, "train/global_step": step, **since_start}, step=step)
 
-    def trajectories(self, step: int, phase: str, episodes: Sequence[Trajectory]) -> None:
+    def trajectories(
+        self,
+        step: int,
+        phase: str,
+        episodes: Sequence[Trajectory],
+        questions: Sequence[dict[str, Any]] = (),
+    ) -> None:
         """Lines of trajectories.jsonl: all of an evaluation, `log_trajectories` of a step.
 
-        Of an evaluation the questions that are followed carry `"followed": true`.
+        Of an evaluation the questions that are followed carry `"followed": true`. The pictures go
+        to `pictures/`.
+
+        Args:
+            step: optimizer steps done.
+            phase: "train" or "eval".
+            episodes: in the order of their rows.
+            questions: theirs, in the same order; none where they are not known.
         """
         if not self.is_main:
             return
         config, n_shown = self.config, self.config.tracking.log_trajectories
-        few = _spread(episodes, n_shown)
-        kept = episodes if phase == "eval" else few
-        rows = [episode.to_dict(step, config.arm_name, config.seed, phase) for episode in kept]
+        few = _spread(range(len(episodes)), n_shown)
+        kept = range(len(episodes)) if phase == "eval" else few
+        rows = []
+        for index in kept:
+            episode = episodes[index]
+            if self._token_texts is not None:
+                for turn in episode.turns:
+                    turn.tokens = self._token_texts(turn.token_ids)
+            row = episode.to_dict(step, config.arm_name, config.seed, phase)
+            if questions:
+                row["gold"] = gold_of(questions[index])
+            self._pictures.add(episode, row)
+            rows.append(row)
         if phase == "eval":
             for index in chosen(len(rows), config.tracking.follow, config.environment.data_seed):
                 rows[index]["followed"] = True
             self._followed += [row for row in rows if row.get("followed")]
         append_jsonl(self._trajectories, rows)
         if self._wandb is not None and few and phase == "eval":
-            tables = {"trajectories": trajectory_table(few, step)}
+            shown = [episodes[index] for index in few]
+            tables = {"trajectories": trajectory_table(shown, step)}
             if self._followed:
                 tables["followed"] = followed_table(self._followed)
             self._wandb.log(tables, step=step)
 
-    def health(self, step: int, found: Sequence[HealthWarning], n_active: int) -> None:
+    def health(
+        self, step: int, found: Sequence[HealthWarning], active: Sequence[HealthWarning]
+    ) -> None:
         """Lines of health.jsonl, alerts of W&B, and its curve `health/active`.
 
         Args:
             step: optimizer steps done.
             found: warnings to say now.
-            n_active: warnings that hold, said now or before.
+            active: warnings that hold, said now or before.
         """
         if not self.is_main:
             return
+        if self.live is not None:
+            self.live.warn(active)
         if found:
             append_jsonl(self._health, [{"step": step, **asdict(warning)} for warning in found])
         if self._wandb is not None:
-            self._wandb.log({"health/active": n_active}, step=step)
+            self._wandb.log({"health/active": len(active)}, step=step)
             for warning in found:
                 self._wandb.alert(title=warning.code, text=str(warning), level="WARN")
 
@@ -189,7 +241,7 @@ class DeviceClock:
 
 
 class RunCallback(TrainerCallback):
-    """Feeds the recorder from the trainer's log, and shows progress and health.
+    """Feeds the recorder from the trainer's log, and says how it goes.
 
     Args:
         trainer: gives episodes and token count.
@@ -199,15 +251,13 @@ class RunCallback(TrainerCallback):
 
     def __init__(self, trainer: SearchGRPOTrainer, recorder: Recorder, health: Settings) -> None:
         self.trainer, self.recorder = trainer, recorder
-        self.monitor = HealthMonitor(health, recorder.training_lines)
-        self._bar: tqdm[Any] | None = None
+        earlier = [line for line in recorder.earlier_lines if line["phase"] == "train"]
+        self.monitor = HealthMonitor(health, earlier)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Opens the bar on a terminal."""
-        if self.recorder.is_main and sys.stderr.isatty():
-            self._bar = tqdm(
-                total=state.max_steps, initial=state.global_step, desc="train", unit="step"
-            )
+        """Only now it is known how many steps there are where epochs decide."""
+        if self.recorder.live is not None:
+            self.recorder.live.status.max_steps = state.max_steps
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any
@@ -218,25 +268,20 @@ class RunCallback(TrainerCallback):
         values = {k: v for k, v in logs.items() if k not in NOT_METRICS}
         step = state.global_step
         self.recorder.metrics(step, "train", self.trainer.n_policy_tokens, values)
-        self.recorder.trajectories(step, "train", self.trainer.last_trajectories)
+        self.recorder.trajectories(
+            step, "train", self.trainer.last_trajectories, self.trainer.last_questions
+        )
         if not self.recorder.is_main:
             return
-        shown = {k: f"{values[name]:.3g}" for k, name in SHOWN.items() if _is_number(values, name)}
-        if self._bar is not None:
-            self._bar.update(step - self._bar.n)
-            self._bar.set_postfix(shown)
-        else:
-            text = "  ".join(f"{name} {value}" for name, value in shown.items())
-            logger.info("step %d/%d  %s", step, state.max_steps, text)
+        if self.recorder.live is None:
+            shown = [
+                f"{k} {values[name]:.3g}" for k, name in SHOWN.items() if _is_number(values, name)
+            ]
+            logger.info("step %d/%d  %s", step, state.max_steps, "  ".join(shown))
         found = self.monitor.check({"step": step, **values})
-        self.recorder.health(step, found, self.monitor.n_active)
+        self.recorder.health(step, found, self.monitor.active)
         for warning in found:
-            tqdm.write(f"health at step {step}: {warning}", file=sys.stderr)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Closes the bar."""
-        if self._bar is not None:
-            self._bar.close()
+            logger.info("health at step %d: %s", step, warning)
 
 
 class EvaluationCallback(TrainerCallback):
@@ -294,26 +339,33 @@ class EvaluationCallback(TrainerCallback):
         check_format = trainer.engine.environment.dialect.check_format
         judge = trainer.judge if self.recorder.is_main else None  # only its scores are kept
         scores = score_each(ordered, self.questions, trainer.reward_settings, check_format, judge)
+        add_functions(trainer.functions, ordered, self.questions, scores)
         for episode, rewards in zip(ordered, scores, strict=True):
             episode.rewards = rewards
         metrics = summarize(ordered, self.questions)
+        for function in trainer.functions:
+            values = [parts[function.name] or 0.0 for parts in scores]
+            metrics[f"rewards/{function.name}/mean"] = sum(values) / len(values)
         metrics["time_s"] = round(time.perf_counter() - start, 3)
         step = trainer.state.global_step
         self.recorder.metrics(step, "eval", trainer.n_policy_tokens, metrics)
-        self.recorder.trajectories(step, "eval", ordered)
+        self.recorder.trajectories(step, "eval", ordered, self.questions)
         if self.recorder.is_main:
             parts = "  ".join(f"{part} {metrics[part]:.3f}" for part in FOUR_PARTS)
-            tqdm.write(f"evaluation at step {step}  {parts}", file=sys.stderr)
+            logger.info("evaluation at step %d  %s", step, parts)
         return metrics
 
 
 # ---------------------------------------------------------------- W&B
 
 
-def start_wandb(folder: Path, config: Config) -> Any:
+def start_wandb(folder: Path, config: Config, resume_step: int | None = None) -> Any:
     """The run in Weights & Biases, offline where there is no login; None if it is disabled.
 
     The run id lies in `<folder>/wandb_id`, so that a resumed training goes on in the same run.
+    Beside the settings its config has `record`: environment.json and start_cost.json of the run
+    folder, whether its start is a merge and the step that the run goes on from, so that `obm
+    compare` needs no run folder.
     """
     mode: Any = config.tracking.wandb
     if mode == "auto":
@@ -326,6 +378,14 @@ def start_wandb(folder: Path, config: Config) -> Any:
     id_file = folder / "wandb_id"
     run_id = id_file.read_text().strip() if id_file.exists() else secrets.token_hex(4)
     id_file.write_text(run_id + "\n")
+    record: dict[str, Any] = {
+        "resumed_at": resume_step,
+        "merged": (folder / "merge.json").is_file(),
+    }
+    for name in ("environment", "start_cost"):
+        file = folder / f"{name}.json"
+        if file.is_file():
+            record[name] = json.loads(file.read_text(encoding="utf-8"))
     return wandb.init(
         project=config.tracking.project,
         group=config.tracking.group,
@@ -335,7 +395,7 @@ def start_wandb(folder: Path, config: Config) -> Any:
         resume="allow",
         mode=mode,
         dir=str(folder),
-        config={**asdict(config), "arm": config.arm_name},
+        config={**asdict(config), "arm": config.arm_name, "record": record},
         settings=wandb.Settings(silent=True, console="off"),
     )
 
@@ -344,7 +404,7 @@ def trajectory_table(episodes: Sequence[Trajectory], step: int) -> Any:
     """A few episodes as a W&B table: the conversation, each reward part, why it ended."""
     import wandb
 
-    parts = ("total", "accuracy", "format", "search_penalty")
+    parts = list(dict.fromkeys(part for episode in episodes for part in episode.rewards))
     table = wandb.Table(
         columns=["step", "question_id", "prompt", "episode", "answer", "stop_reason", *parts]
     )
@@ -407,7 +467,7 @@ def _is_number(values: dict[str, Any], name: str) -> bool:
     return isinstance(values.get(name), int | float)
 
 
-def _spread(episodes: Sequence[Trajectory], n: int) -> list[Trajectory]:
-    """n episodes from all over the batch, so that they are not all of one group."""
-    n = min(n, len(episodes))
-    return [episodes[i * len(episodes) // n] for i in range(n)]
+def _spread(rows: Sequence[int], n: int) -> list[int]:
+    """n rows from all over the batch, so that they are not all of one group."""
+    n = min(n, len(rows))
+    return [rows[i * len(rows) // n] for i in range(n)]

@@ -177,9 +177,9 @@ def world_prompt(config: Config) -> tuple[int, int]:
     token for 28 x 28 pixels, Qwen2.5-VL's patches of 14 merged two by two.
     """
     from environments.atlas.photos import PHOTO_SIZE
-    from environments.dialects import DIALECTS
+    from environments.dialects import get_dialect
 
-    messages = DIALECTS[config.environment.dialect].prompt("", has_image=True)
+    messages = get_dialect(config.environment.dialect).prompt("", has_image=True)
     n_chars = sum(len(part.get("text", "")) for m in messages for part in _parts(m["content"]))
     text = round(n_chars / CHARS_PER_TOKEN) + QUESTION_TOKENS + TEMPLATE_TOKENS
     return text, (PHOTO_SIZE // 28) ** 2

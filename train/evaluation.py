@@ -11,15 +11,26 @@ Each part needs the one before, so they say where a policy's skill ends.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from environments.episode import STOP_REASONS
 from rewards.answer import exact_match, final_answer
 from rewards.normalize import contains_phrase
-from train.episodes import Engine
 from train.trajectories import Trajectory
 
+if TYPE_CHECKING:
+    from train.episodes import Engine
+
 FOUR_PARTS = ("searched", "entity", "passage", "accuracy")
+
+BEHAVIOURS = ("image_only", "text_only", "both", "none")
+
+
+def behaviour(n_image: int, n_text: int) -> str:
+    """How an episode searched: one of BEHAVIOURS. Visits of pages are no searches."""
+    if n_image and n_text:
+        return "both"
+    return "image_only" if n_image else "text_only" if n_text else "none"
 
 
 def outcome(trajectory: Trajectory, question: dict[str, Any]) -> dict[str, bool]:
@@ -74,9 +85,9 @@ def summarize_measured(episodes: Sequence[dict[str, Any]]) -> dict[str, float]:
 
     Returns:
         The four parts, `n`, `search_rate_text`, `search_rate_image`, `calls_per_episode`,
-        `tokens_per_episode`, `stop/<reason>`; the four parts and `n` again under `kind/<kind>/`,
-        `seen/` and `unseen/` (entities whose picture the VLM was trained on, or not; where the
-        questions do not say it, neither).
+        `tokens_per_episode`, `behaviour/<name>` (see `behaviour`), `stop/<reason>`; the four parts
+        and `n` again under `kind/<kind>/`, `seen/` and `unseen/` (entities whose picture the VLM
+        was trained on, or not; where the questions do not say it, neither).
     """
     if not episodes:
         raise ValueError("there is no episode to summarise")
@@ -88,6 +99,8 @@ def summarize_measured(episodes: Sequence[dict[str, Any]]) -> dict[str, float]:
         "calls_per_episode": sum(e["n_calls"] for e in episodes) / n,
         "tokens_per_episode": sum(e["n_tokens"] for e in episodes) / n,
     }
+    shown = [behaviour(e["n_image"], e["n_text"]) for e in episodes]
+    metrics |= {f"behaviour/{name}": shown.count(name) / n for name in BEHAVIOURS}
     for reason in STOP_REASONS:
         metrics[f"stop/{reason}"] = sum(e["stop_reason"] == reason for e in episodes) / n
     groups = {

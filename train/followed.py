@@ -58,7 +58,7 @@ def follow(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[Visit]]:
 
 
 def _visit(row: Mapping[str, Any]) -> Visit:
-    actions = [turn["action"] for turn in row["turns"]]
+    actions = [action for turn in row["turns"] for action in _actions(turn["action"])]
     searches = [
         action["query"] if action["type"] == "search" else f"[{action['region']}]"
         for action in actions
@@ -72,6 +72,10 @@ def _visit(row: Mapping[str, Any]) -> Visit:
         searches=tuple(searches),
         text="".join(turn["text"] + (turn["observation"] or "") for turn in row["turns"]),
     )
+
+
+def _actions(action: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return list(action["calls"]) if action["type"] == "parallel" else [action]
 
 
 def _changes(before: Visit | None, now: Visit) -> tuple[str, ...]:

@@ -34,6 +34,7 @@ from environments.episode import STOP_REASONS
 from environments.live import tool_counts
 from environments.tools import CUT_MARK
 from rewards.compose import part_names, score_each
+from rewards.functions import RewardFunction, add_functions, check_columns
 from rewards.judge import make_judge
 from rewards.trajectory import get
 from train import credit, scoring
@@ -43,7 +44,7 @@ from train.groups import Groups
 from train.policy import causal_model
 from train.resume import Saved, state_name
 from train.timing import clock, speeds, time_forward, timed
-from train.trajectories import Trajectory
+from train.trajectories import Trajectory, first_masked_turn, turn_advantages
 from train.vision import EncodedImage
 from train.watchdog import progress
 from train.worlds import engine_class
@@ -59,6 +60,7 @@ class SearchGRPOTrainer(GRPOTrainer):
         questions: training questions, in the columns that `environments` describes.
         environment: has `start(question) -> Episode` and `dialect`.
         rewards: the section `rewards` of the settings.
+        functions: reward functions of one's own, added to the total.
         processing_class: processor of the policy.
         algorithm: the section `algorithm` of the settings.
         reference: folder of the reference policy of `beta`; None = where `model` was loaded from.
@@ -87,13 +89,16 @@ class SearchGRPOTrainer(GRPOTrainer):
         algorithm: Algorithm | None = None,
         reference: str | None = None,
         anchor: SaliencyAnchor | None = None,
+        functions: Sequence[RewardFunction] = (),
     ) -> None:
         self.questions = list(questions)
         self.reward_settings = rewards
         self.algorithm = algorithm or Algorithm()
         self.anchor = anchor
         self.judge = make_judge(rewards)
-        parts = part_names(rewards)
+        self.functions = list(functions)
+        check_columns(self.functions, self.questions)
+        parts = [*part_names(rewards), *(function.name for function in self.functions)]
         # only the total, the first, is optimised; the parts are there to be logged
         args.reward_weights = [1.0] + [0.0] * (len(parts) - 1)
         # TRL recognises a truncated episode by its last token; here the stop reason says it
@@ -220,6 +225,10 @@ class SearchGRPOTrainer(GRPOTrainer):
         batch["advantages"] = self._assign_credit(
             batch["advantages"], batch["completion_ids"].shape[1]
         )
+        for episode, advantages in zip(
+            self.last_trajectories, batch["advantages"].tolist(), strict=True
+        ):
+            episode.advantages = turn_advantages(episode, advantages)
         missing = batch["completion_ids"].shape[1] - self._batch_entropies.shape[1]
         entropies = torch.nn.functional.pad(self._batch_entropies, (0, missing))
         batch["sampling_entropies"] = entropies.to(batch["completion_ids"].device)
@@ -252,6 +261,8 @@ class SearchGRPOTrainer(GRPOTrainer):
                 for mask, trajectory in zip(masks, trajectories, strict=True)
             ]
         completion_ids = [trajectory.completion_ids for trajectory in trajectories]
+        for trajectory, mask in zip(trajectories, masks, strict=True):
+            trajectory.masked_from = first_masked_turn(trajectory, mask)
         self.last_trajectories = trajectories
         self._batch_pictures = [
             [self.engine.encode_image(image) for image in trajectory.all_images]
@@ -286,6 +297,7 @@ class SearchGRPOTrainer(GRPOTrainer):
             scores = score_each(
                 trajectories, questions, self.reward_settings, check_format, self.judge
             )
+            add_functions(self.functions, trajectories, questions, scores)
             for trajectory, parts in zip(trajectories, scores, strict=True):
                 trajectory.rewards = parts
                 self._punish_length(trajectory)
@@ -303,6 +315,11 @@ class SearchGRPOTrainer(GRPOTrainer):
             is_cut=episode.stop_reason == "length",
         )
         episode.rewards |= {"overlong": penalty, "total": total + penalty}
+
+    @property
+    def last_questions(self) -> list[dict[str, Any]]:
+        """The questions of `last_trajectories`, in their order."""
+        return [self.questions[row] for row in self._batch_rows]
 
     def _all_rows(self, values: list[Any]) -> list[Any]:
         """The values of all processes, in the order of their rows."""

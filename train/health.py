@@ -15,7 +15,7 @@ from statistics import fmean, median
 from typing import TYPE_CHECKING, Any
 
 from train.settings import resolved_grpo
-from train.timing import WHOLE_STEP
+from train.watchdog import WHOLE_STEP
 
 if TYPE_CHECKING:
     from configs.schema import Config
@@ -144,6 +144,7 @@ class HealthMonitor:
         self.settings = settings
         self.history = list(history)[-MEMORY:]
         self._said: dict[str, int] = {}  # code -> step at which it was last said
+        self._words: dict[str, HealthWarning] = {}  # code -> as it last held
         self._calm: dict[str, int] = {}  # code -> lines since it last held
 
     def check(self, line: Line) -> list[HealthWarning]:
@@ -151,6 +152,7 @@ class HealthMonitor:
         self.history = [*self.history, line][-MEMORY:]
         step = int(line["step"])
         holding = {warning.code: warning for warning in find_warnings(self.history, self.settings)}
+        self._words |= holding
         for code in list(self._said):
             self._calm[code] = 0 if code in holding else self._calm[code] + 1
             if self._calm[code] >= CALM:
@@ -168,6 +170,11 @@ class HealthMonitor:
     def n_active(self) -> int:
         """Warnings that were said and are not gone."""
         return len(self._said)
+
+    @property
+    def active(self) -> list[HealthWarning]:
+        """Those warnings, as they last held, in the order of `RULES`."""
+        return [self._words[code] for code in RULES if code in self._said]
 
 
 # ---------------------------------------------------------------- rules

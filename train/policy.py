@@ -94,7 +94,12 @@ class ImageOnlyProcessor(Qwen2_5_VLProcessor):
 
 def is_vision_model(folder: str | Path) -> bool:
     """True if the checkpoint's config names a vision-language architecture."""
-    return AutoConfig.from_pretrained(**_reference(folder)).model_type in VISION_MODEL_TYPES
+    return load_config(folder).model_type in VISION_MODEL_TYPES
+
+
+def load_config(folder: str | Path) -> Any:
+    """transformers' config of a checkpoint folder, a hub id or `owner/name@revision`."""
+    return AutoConfig.from_pretrained(**_reference(folder))
 
 
 def _reference(folder: str | Path) -> dict[str, str]:

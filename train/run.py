@@ -1,12 +1,15 @@
 """Train a policy from a settings file: `deepspeed launch/train.sh --config configs/demo.yaml`.
 
 A run folder stands alone: config.yaml, environment.json, metrics.jsonl, trajectories.jsonl,
-checkpoints/, heartbeat/, wandb_id, merge.json (of a merged start) and, at the end, done.json.
+pictures/, checkpoints/, heartbeat/, wandb_id, merge.json and start_cost.json (of a merged start),
+own/ (reward functions and dialect of one's own), frozen_heads.json (where some are) and, at the
+end, done.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import logging
 import os
@@ -16,13 +19,23 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from configs.errors import ConfigError
-from configs.schema import Config, dump_config, load_config, resolve_model, shipped_config
+from configs.schema import (
+    DIALECT_SUFFIX,
+    Config,
+    dump_config,
+    load_config,
+    resolve_model,
+    shipped_config,
+)
+from environments.dialects import get_dialect
+from rewards.functions import RewardFunction, check_columns, load_functions, split_place
 from train.estimate import (
     DEFAULT_MACHINE,
     add_estimate_arguments,
@@ -30,6 +43,8 @@ from train.estimate import (
     estimate_arguments,
     find_machine,
 )
+from train.frozen import FILE_NAME as FROZEN_HEADS
+from train.frozen import FrozenHeads, check_same_heads, choose_heads
 from train.resume import Start, convert, find_start
 from train.settings import build_grpo_config, describe_step, resolved_grpo, zero_stage
 from train.watchdog import Watchdog, clear_heartbeats, progress
@@ -38,14 +53,20 @@ logger = logging.getLogger(__name__)
 
 PACKAGES = ("torch", "transformers", "trl", "deepspeed", "accelerate", "peft", "wandb")
 
+OWN_FOLDER = "own"
+"""Copies of the user's files in a run folder: reward functions, a dialect."""
+
 MAY_CHANGE = (
     "rewards.judge_key_variable", "rewards.judge_timeout_s", "rewards.judge_workers",
     "rewards.judge_cache",
+    "sport.iterations", "sport.llm_timeout_s", "sport.llm_workers",
     "output", "tracking.", "compare.", "deepspeed", "hang_timeout_s", "grpo.max_steps",
     "grpo.save_", "rollout.tool_workers", "rollout.url", "rollout.timeout_s", "rollout.retries",
     # train.resume checks that their product with the number of processes stays
     "grpo.per_device_train_batch_size", "grpo.gradient_accumulation_steps",
     "rollout.sync_dir", "rollout.sleep", "environment.timeout_s", "environment.retries",
+    # the heads that they choose are compared themselves (train.frozen)
+    "conflict.", "freeze_heads.map",
     "environment.backoff_s", "environment.cache", "live.requests_per_second", "live.retries",
 )  # fmt: skip
 """Settings that may differ between a run and its continuation."""
@@ -103,6 +124,10 @@ def describe_run(
     """
     _, n_processes = find_machine(machine, n_processes)
     rows = describe_step(config, n_processes)
+    rows += [
+        ("reward function", f"{function.place}, weight {function.weight:g}")
+        for function in load_functions(config.reward_functions)
+    ]
     width = max(len(name) for name, _ in rows)
     expected = describe_estimate(config, n_processes, machine, prompt_tokens, server_gpus)
     return "\n".join([dump_config(config), *(f"{n:<{width}}  {v}" for n, v in rows), "", expected])
@@ -127,6 +152,8 @@ def run_training(config: Config, resume: bool = False, overwrite: bool = False) 
     init = resolve_model(config.models.init)
     describe_step(config, world)
     check_pulls(config)
+    given = read_given(config)  # what is wrong with it must be found before anything is written
+    given.frozen = choose_frozen(config, init)
     if config.rollout.backend == "vllm":
         from train.worlds import connect
 
@@ -134,7 +161,7 @@ def run_training(config: Config, resume: bool = False, overwrite: bool = False) 
     start = find_start(folder, config, world) if resume else None
     if rank == 0:
         check_start(init)
-        prepare_folder(folder, config, init, resume, overwrite)
+        prepare_folder(folder, config, init, resume, overwrite, given.frozen)
     _share_cores(world)
 
     # torch.distributed starts here, if a launcher asked for it
@@ -146,7 +173,45 @@ def run_training(config: Config, resume: bool = False, overwrite: bool = False) 
     with Watchdog(folder, rank, world, config.hang_timeout_s) as watchdog:
         if start is not None and start.needs_conversion:
             convert(start, rank)
-        return _train(config, folder, init, args, resume, start, watchdog)
+        return _train(config, folder, init, args, resume, start, watchdog, given)
+
+
+@dataclass
+class Given:
+    """What a run takes from files of the user's or of the world."""
+
+    questions: list[dict[str, Any]]
+    """of the training"""
+    held_out: list[dict[str, Any]]
+    """of the evaluation"""
+    functions: list[RewardFunction]
+    """reward functions of one's own"""
+    frozen: FrozenHeads | None = None
+    """heads that stay as they are"""
+
+
+def read_given(config: Config) -> Given:
+    """Reads questions and reward functions, and checks what can be checked of them.
+
+    Raises:
+        BenchmarkError: a bad row.
+        RewardError: a function that cannot be used on these questions.
+        EnvironmentSetupError: a dialect that cannot be read.
+    """
+    from train.worlds import count_shared, load_eval_questions, load_train_questions
+
+    get_dialect(config.environment.dialect)
+    functions = load_functions(config.reward_functions)
+    given = Given(load_train_questions(config), load_eval_questions(config), functions)
+    check_columns(functions, given.questions)
+    n_shared = count_shared(given.questions, given.held_out)
+    if n_shared:
+        logger.warning(
+            "%d of %d evaluation questions are trained on: the evaluation shows memory; keep them "
+            "apart by environment.train_benchmark.split and eval_benchmark.split",
+            n_shared, len(given.held_out),
+        )  # fmt: skip
+    return given
 
 
 def _train(
@@ -157,11 +222,13 @@ def _train(
     resume: bool,
     start: Start | None,
     watchdog: Watchdog,
+    given: Given,
 ) -> Path:
     """The part of a run that all processes go through together."""
     rank = watchdog.rank
     checkpoint = start.path if start else None
-    resume_step = start.step if start else 0
+    # without a checkpoint everything is done again, the evaluation of step 0 included
+    resume_step = start.step if start else -1
 
     from transformers.utils.logging import disable_progress_bar
 
@@ -169,8 +236,9 @@ def _train(
     from train.callbacks import EvaluationCallback, Recorder, RunCallback
     from train.grpo import SearchGRPOTrainer
     from train.health import health_settings
+    from train.live import LiveView, live_descriptor, new_status
     from train.policy import load_policy
-    from train.worlds import load_environment, load_eval_questions, load_train_questions
+    from train.worlds import load_environment
 
     progress.begin("load")
     disable_progress_bar()
@@ -178,13 +246,14 @@ def _train(
     if checkpoint is not None:
         logger.info("resuming at step %d of %s", resume_step, folder)
     model, processor = load_policy(init)
+    recorder.use_tokenizer(getattr(processor, "tokenizer", processor))
     if config.models.freeze_vision:
         freeze_vision(model)
     reference = config.models.reference
     trainer = SearchGRPOTrainer(
         model,
         args=args,
-        questions=load_train_questions(config),
+        questions=given.questions,
         environment=load_environment(config),
         rewards=config.rewards,
         processing_class=processor,
@@ -194,17 +263,29 @@ def _train(
         algorithm=config.algorithm,
         reference=None if reference == "init" else resolve_model(reference),
         anchor=make_anchor(config, init, model),
+        functions=given.functions,
     )
+    if given.frozen is not None:
+        from train.cast import gate_trainer
+
+        gate = gate_trainer(trainer, given.frozen.heads, given.frozen.shared)
+        logger.info(
+            "%d of %d heads stay as they are, %d numbers",
+            len(given.frozen.heads), given.frozen.n_heads, gate.n_numbers,
+        )  # fmt: skip
     watchdog.step = lambda: trainer.state.global_step
-    _keep_only_ours(trainer)
+    keep_only_ours(trainer)
     trainer.add_callback(RunCallback(trainer, recorder, health_settings(config, init)))
     trainer.add_callback(
-        EvaluationCallback(
-            trainer, recorder, load_eval_questions(config), config.compare.eval_every
-        )
+        EvaluationCallback(trainer, recorder, given.held_out, config.compare.eval_every)
     )
     progress.begin("train")
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    terminal = live_descriptor(config, rank == 0)
+    if terminal is not None:
+        status = new_status(config, recorder.earlier_lines)
+        recorder.live = LiveView(status, terminal)
+    with recorder.live or nullcontext():
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     final = _last_policy(trainer, folder)
     if rank == 0:
         summary = {
@@ -286,7 +367,28 @@ def make_anchor(config: Config, init: str, model: Any) -> Any:
     return SaliencyAnchor(model, anchor_statistics(init, folders), config.algorithm.anchor)
 
 
-def prepare_folder(folder: Path, config: Config, init: str, resume: bool, overwrite: bool) -> None:
+def choose_frozen(config: Config, init: str) -> FrozenHeads | None:
+    """The heads that `freeze_heads` keeps out of the training, or None.
+
+    Raises:
+        ConfigError: no conflict map, or heads that are not known.
+    """
+    if config.freeze_heads.source == "none":
+        return None
+    from train.heads import head_layout
+    from train.policy import load_config as load_model_config
+
+    return choose_heads(config.freeze_heads, head_layout(load_model_config(init)), init)
+
+
+def prepare_folder(
+    folder: Path,
+    config: Config,
+    init: str,
+    resume: bool,
+    overwrite: bool,
+    frozen: FrozenHeads | None = None,
+) -> None:
     """Creates the run folder, or checks the one that shall go on.
 
     Raises:
@@ -295,6 +397,7 @@ def prepare_folder(folder: Path, config: Config, init: str, resume: bool, overwr
     if folder.exists() and any(folder.iterdir()):
         if resume:
             _refuse_other_run(folder, config)
+            check_same_heads(folder, frozen)
         elif overwrite:
             if not (folder / "config.yaml").exists():
                 raise ConfigError(
@@ -312,9 +415,41 @@ def prepare_folder(folder: Path, config: Config, init: str, resume: bool, overwr
     (folder / "done.json").unlink(missing_ok=True)
     write_text(folder / "config.yaml", dump_config(config))
     write_json(folder / "environment.json", describe_machine(config))
+    for name in own_files(config):
+        (folder / OWN_FOLDER).mkdir(exist_ok=True)
+        shutil.copyfile(Path(name).expanduser(), folder / OWN_FOLDER / Path(name).name)
+    if frozen is not None:
+        write_json(folder / FROZEN_HEADS, frozen.to_dict())
     recipe = Path(init) / "merge.json"
     if recipe.is_file():
         shutil.copyfile(recipe, folder / "merge.json")
+    cost = Path(init) / "cost.json"
+    if cost.is_file():
+        shutil.copyfile(cost, folder / "start_cost.json")
+
+
+def own_files(config: Config) -> dict[str, str]:
+    """Files of the user's that decide on the result: reward functions and a dialect, with SHA-256.
+
+    Raises:
+        ConfigError: one is not there, or two have one name and cannot lie in one folder.
+    """
+    names = [split_place(section.function)[0] for section in config.reward_functions]
+    if config.environment.dialect.endswith(DIALECT_SUFFIX):
+        names.append(config.environment.dialect)
+    names = list(dict.fromkeys(names))
+    if len({Path(name).name for name in names}) < len(names):
+        raise ConfigError(f"{', '.join(names)}: two files of one name; give each its own")
+    hashes = {}
+    for name in names:
+        try:
+            content = Path(name).expanduser().read_bytes()
+        except OSError as error:
+            raise ConfigError(
+                f"{name}: cannot be read ({error.strerror}); check the path"
+            ) from error
+        hashes[name] = hashlib.sha256(content).hexdigest()
+    return hashes
 
 
 def describe_machine(config: Config) -> dict[str, Any]:
@@ -335,8 +470,10 @@ def describe_machine(config: Config) -> dict[str, Any]:
         "versions": versions,
         "hardware": ", ".join(gpus) or processor_name(),
         "cores": len(os.sched_getaffinity(0)),
+        "device": "gpu" if gpus else "cpu",
         "world_size": int(os.environ.get("WORLD_SIZE", "1")),
         "deepspeed": config.deepspeed,
+        "own_files": own_files(config),
     }
 
 
@@ -368,6 +505,21 @@ def _refuse_other_run(folder: Path, config: Config) -> None:
             f"output: {folder} was started with other settings: {', '.join(changed)}; "
             "resume it with its own, or choose another output"
         )
+    _refuse_other_files(folder, config)
+
+
+def _refuse_other_files(folder: Path, config: Config) -> None:
+    """A reward function that was rewritten since is another reward."""
+    path = folder / "environment.json"
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    kept = before.get("own_files") or {}
+    for name, digest in own_files(config).items():
+        if kept.get(name, digest) != digest:
+            raise ConfigError(
+                f"output: {name} has changed since {folder} was started; put "
+                f"{folder / OWN_FOLDER / Path(name).name} back in its place, or choose another "
+                "output"
+            )
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
@@ -385,7 +537,7 @@ def _last_policy(trainer: Any, folder: Path) -> Path:
     return last
 
 
-def _keep_only_ours(trainer: Any) -> None:
+def keep_only_ours(trainer: Any) -> None:
     """transformers' console printing would repeat every number."""
     from transformers import PrinterCallback, ProgressCallback
 
@@ -416,12 +568,15 @@ def _share_cores(n_processes: int) -> None:
 
 def _commit() -> str | None:
     root = Path(__file__).resolve().parent.parent
-    result = subprocess.run(
-        ["git", "-C", str(root), "rev-parse", "--short=12", "HEAD"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    try:
+        result = subprocess.run(
+            ["git", "-C", str(root), "rev-parse", "--short=12", "HEAD"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    except OSError:  # a container without git
+        return None
     return result.stdout.strip() or None
 
 

@@ -120,6 +120,15 @@ def zero_stage(config: Config) -> int:
     return int(settings.get("zero_optimization", {}).get("stage", 0))
 
 
+def _evaluation(config: Config) -> str:
+    """What an evaluation asks, in words."""
+    section = config.environment
+    if section.eval_benchmark is not None and section.eval_benchmark.name != "atlas":
+        split = section.eval_benchmark.split
+        return f"benchmark {section.eval_benchmark.name}{f', split {split}' if split else ''}"
+    return f"{section.eval_size} questions of {section.eval_split}"
+
+
 def count_completions(grpo: dict[str, Any], n_processes: int) -> tuple[int, int]:
     """Completions of a rollout and of an optimizer step, all processes together."""
     rows = grpo["per_device_train_batch_size"] * n_processes
@@ -152,8 +161,7 @@ def describe_step(config: Config, n_processes: int) -> list[tuple[str, str]]:
         ("rollout", config.rollout.backend if config.rollout.backend == "in_process" else
          f"vLLM at {config.rollout.url}, correction {config.rollout.importance_correction}"),
         ("tokens per episode", f"at most {grpo['max_completion_length']}, observations included"),
-        ("evaluations", f"every {config.compare.eval_every} steps, "
-         f"{config.environment.eval_size} questions of {config.environment.eval_split}"),
+        ("evaluations", f"every {config.compare.eval_every} steps, {_evaluation(config)}"),
         ("deepspeed", config.deepspeed or "none"),
         ("output", config.output),
         ("W&B", f"{config.tracking.project} / {config.tracking.group or '-'} / "

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,9 @@ import torch
 from PIL import Image
 from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainingArguments
+
+from train.cast import gate_trainer
+from train.heads import Head
 
 IGNORE = -100
 
@@ -47,6 +50,8 @@ class SFTStage:
     warmup_steps: int = 50
     weight_decay: float = 0.0
     schedule: str = "constant_with_warmup"
+    frozen_heads: Sequence[Head] = ()
+    """attention heads that stay as they are, see `train.cast`"""
     trainable: Callable[[str], bool] = lambda name: True
     seed: int = 0
 
@@ -175,7 +180,10 @@ def run_stage(
         data_collator=SFTCollator(processor),
     )
     logging.getLogger("transformers.trainer").setLevel(logging.WARNING)
+    gate = gate_trainer(trainer, stage.frozen_heads) if stage.frozen_heads else None
     trainer.train()
+    if gate is not None:
+        gate.remove()
     model.set_attn_implementation(attention)
     model.requires_grad_(True)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

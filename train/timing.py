@@ -13,13 +13,10 @@ from typing import Any
 
 import torch
 
-from train.watchdog import progress
+from train.watchdog import WHOLE_STEP, progress
 
 Record = Callable[[float], None]
 """Takes the seconds of one call."""
-
-WHOLE_STEP = ("generate", "loss", "optimizer")
-"""Stages that make up a training step; all others lie within them."""
 
 
 def clock() -> float:

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+READABLE_VERSIONS = (1, 2)
+"""Version 2 adds what version 1 lacks: tokens, logprobs, advantages, masked_from, gold."""
 CALL_TYPES = ("search", "image_search", "visit")
 FATAL_FAULTS = 3
 """Failures of a service in a row after which an episode cannot be the policy's fault any more."""
@@ -52,6 +54,8 @@ class Turn:
     """time the tool took"""
     retries: int = 0
     """further attempts that the tool took"""
+    tokens: list[str] = field(default_factory=list)
+    """text of each sampled token (`train.token_texts`); empty where the record shall not have it"""
 
     @property
     def actions(self) -> list[dict[str, Any]]:
@@ -76,6 +80,10 @@ class Trajectory:
     stop_reason: str = ""
     answer: str | None = None
     rewards: dict[str, float | None] = field(default_factory=dict)
+    advantages: list[float] = field(default_factory=list)
+    """of training: the advantage of each turn's tokens; they are equal without hop credit"""
+    masked_from: int | None = None
+    """of training: first turn whose tokens carry no loss; None if all of them do"""
 
     def __repr__(self) -> str:
         # TRL prints an episode that cannot be scored; thousands of numbers would fill the log
@@ -166,7 +174,7 @@ class Trajectory:
 
     def to_dict(self, step: int, arm: str = "", seed: int = 0, phase: str = "train") -> dict:
         """Plain data for one JSON line; images become the SHA-256 of their pixels."""
-        return {
+        row = {
             "schema_version": SCHEMA_VERSION,
             "step": step,
             "phase": phase,
@@ -193,6 +201,7 @@ class Trajectory:
                     "fault": turn.fault,
                     "seconds": round(turn.seconds, 4),
                     "retries": turn.retries,
+                    **_token_record(turn),
                 }
                 for turn in self.turns
             ],
@@ -200,6 +209,57 @@ class Trajectory:
             "answer": self.answer,
             "rewards": self.rewards,
         }
+        if self.advantages:
+            row["advantages"] = [round(advantage, 4) for advantage in self.advantages]
+        if self.masked_from is not None:
+            row["masked_from"] = self.masked_from
+        return row
+
+
+def _token_record(turn: Turn) -> dict[str, Any]:
+    if not turn.tokens:
+        return {}
+    # + 0.0: no minus before a nought
+    return {"tokens": turn.tokens, "logprobs": [round(p, 3) + 0.0 for p in turn.logprobs]}
+
+
+def turn_advantages(episode: Trajectory, advantages: float | Sequence[float]) -> list[float]:
+    """The advantage of each turn: the episode's, or with hop credit that of the turn's tokens.
+
+    Args:
+        episode: has the turns.
+        advantages: one for the episode, or one a token in the order of `completion_ids`.
+    """
+    if not isinstance(advantages, Sequence):
+        return [advantages] * len(episode.turns)
+    return [advantages[begin] for begin in _turn_begins(episode)]
+
+
+def first_masked_turn(episode: Trajectory, mask: Sequence[int]) -> int | None:
+    """Index of the first turn whose tokens carry no loss, or None.
+
+    Args:
+        episode: has the turns.
+        mask: 1 for tokens that carry loss, in the order of `completion_ids`.
+    """
+    begins = zip(_turn_begins(episode), episode.turns, strict=True)
+    return next((i for i, (at, t) in enumerate(begins) if t.token_ids and not mask[at]), None)
+
+
+def _turn_begins(episode: Trajectory) -> Iterator[int]:
+    begin = 0
+    for turn in episode.turns:
+        yield begin
+        begin += len(turn.token_ids) + len(turn.observation_ids)
+
+
+def gold_of(question: Mapping[str, Any]) -> dict[str, list[str]]:
+    """What a question's line says about its solution: right answers, and hits that lead there."""
+    documents = [*(question.get("gold_passages") or ()), question.get("entity")]
+    return {
+        "answers": [str(answer) for answer in question.get("answers") or ()],
+        "hits": [document for document in documents if document],
+    }
 
 
 def image_hash(image: Any) -> str:

@@ -31,6 +31,8 @@ HANG_EXIT_CODE = 124
 """that of timeout(1)"""
 FOLDER = "heartbeat"
 VERDICT = "hang.txt"
+WHOLE_STEP = ("generate", "loss", "optimizer")
+"""Stages that make up a training step; all others lie within them."""
 WAITS = ("gather", "sync", "done")
 """Stages in which a process only waits for others: whoever is elsewhere holds them up."""
 
@@ -84,6 +86,8 @@ class Heartbeat:
     """when this was written"""
     host: str
     pid: int
+    memory_gb: float = 0.0
+    """that the process holds: on its GPU, else in main memory"""
 
 
 def find_suspects(beats: Sequence[Heartbeat], now: float, silent_s: float) -> list[Heartbeat]:
@@ -187,8 +191,9 @@ class Watchdog:
         """Replaces this process' file; readers see it whole."""
         now = time.time()
         beat = Heartbeat(
-            self.rank, stage, self.step(), progress.since, now, socket.gethostname(), os.getpid()
-        )
+            self.rank, stage, self.step(), progress.since, now, socket.gethostname(), os.getpid(),
+            memory_gb(),
+        )  # fmt: skip
         temporary = self.folder / f".rank_{self.rank}.tmp"
         temporary.write_text(json.dumps(asdict(beat)) + "\n", encoding="utf-8")
         temporary.replace(self.folder / f"rank_{self.rank}.json")
@@ -229,6 +234,16 @@ class Watchdog:
         # the others see the verdict and write theirs before a launcher ends them
         time.sleep(2 * self.poll_s)
         os._exit(HANG_EXIT_CODE)
+
+
+def memory_gb() -> float:
+    """Memory that this process holds, in GB: on its GPU if it works there, else main memory."""
+    import psutil
+
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
+        return round(torch.cuda.memory_reserved() / 1e9, 2)
+    return round(psutil.Process().memory_info().rss / 1e9, 2)
 
 
 def read_heartbeats(folder: Path) -> list[Heartbeat]:

@@ -102,6 +102,12 @@ def load_eval_questions(config: Config) -> list[dict[str, Any]]:
     )
 
 
+def count_shared(train: Sequence[dict[str, Any]], held_out: Sequence[dict[str, Any]]) -> int:
+    """How many of the evaluation's questions are training questions, too, by id and words."""
+    trained = {(question["id"], question["question"]) for question in train}
+    return sum((question["id"], question["question"]) in trained for question in held_out)
+
+
 def _edition(section: Environment) -> Edition:
     """Which facts hold in the world of `environment:`."""
     from environments.atlas.editions import Edition

@@ -63,6 +63,29 @@ def decode_picture(value: Any, folder: Path, fetch: bool = False) -> Image.Image
     return _from_text(value.strip(), folder, fetch)
 
 
+def check_picture_file(name: str, folder: Path, fetch: bool = False) -> None:
+    """Looks whether a row's picture can be there, without decoding it.
+
+    Args:
+        name: file name, as `decode_picture` takes it; with `fetch` also base64 or an address.
+        folder: file names are relative to it.
+        fetch: let base64 text and addresses pass unseen.
+
+    Raises:
+        PictureError: no such file, no picture, or a form that is refused.
+    """
+    if fetch and (_ADDRESS.match(name) or _DATA_ADDRESS.match(name) or _BASE64.fullmatch(name)):
+        return
+    path = _file_of(name, folder)
+    try:
+        with Image.open(path):
+            pass
+    except UnidentifiedImageError as error:
+        raise PictureError(f"{path} is no picture", "store it as jpg, png or webp") from error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise PictureError(f"{path}: a broken picture ({error})", "store it again") from error
+
+
 def find_picture(folder: Path, name: str) -> Path | None:
     """The file `name`, with or without one of SUFFIXES, in the folder or below it; None if none is.
 
@@ -91,26 +114,31 @@ def _files_below(folder: Path) -> dict[str, Path]:
 
 def _from_text(text: str, folder: Path, fetch: bool) -> Image.Image:
     encoded = _DATA_ADDRESS.match(text)
-    if encoded or _BASE64.fullmatch(text):
-        if not fetch:
-            raise PictureError("the picture is base64 text", "allow it with `fetch: true`")
+    if fetch and (encoded or _BASE64.fullmatch(text)):
         try:
             return _open(base64.b64decode(text[encoded.end() :] if encoded else text))
         except binascii.Error as error:
             raise PictureError(f"broken base64 ({error})", "mend the row") from error
-    if _ADDRESS.match(text):
-        if not fetch:
-            raise PictureError(
-                f"the picture is an address ({text[:60]})",
-                "download the pictures and name their folder in `images`, or set `fetch: true`",
-            )
+    if fetch and _ADDRESS.match(text):
         return _open(_download(text))
+    return _open(_file_of(text, folder).read_bytes())
+
+
+def _file_of(text: str, folder: Path) -> Path:
+    """The picture's file; base64 text and addresses are refused."""
+    if _DATA_ADDRESS.match(text) or _BASE64.fullmatch(text):
+        raise PictureError("the picture is base64 text", "allow it with `fetch: true`")
+    if _ADDRESS.match(text):
+        raise PictureError(
+            f"the picture is an address ({text[:60]})",
+            "download the pictures and name their folder in `images`, or set `fetch: true`",
+        )
     path = find_picture(folder, text)
     if path is None:
         raise PictureError(
             f"no picture '{text[:80]}' in {folder}", "name the folder of the pictures in `images`"
         )
-    return _open(path.read_bytes())
+    return path
 
 
 def _download(address: str) -> bytes:

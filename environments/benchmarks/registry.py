@@ -10,17 +10,19 @@ decoded only when its question is asked.
 from __future__ import annotations
 
 import itertools
-import json
+import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from environments.benchmarks.rows import BenchmarkError, Pictures, Row
-from environments.benchmarks.schemas import PICTURE_COLUMN, SCHEMAS, Schema
+from environments.benchmarks.reading import read_rows
+from environments.benchmarks.rows import PICTURE_COLUMN, BenchmarkError, Pictures, Row
+from environments.benchmarks.schemas import SCHEMAS, Schema
 
-LOCAL_SUFFIXES = (".jsonl", ".json", ".parquet")
+_SLICE = re.compile(r"([^\[\]]*)\[(\d*%?):(\d*%?)\]")
+"""A split's name, which may be empty, and the part of it: `train[:80%]`, `[8:]`."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,10 @@ BENCHMARKS: dict[str, Benchmark] = {
             "nq_hotpotqa_test", SCHEMAS["search_r1"], "test", ("em", "search_r1_em"),
             "PeterJinGo/nq_hotpotqa_train", "test.parquet",
         ),
+        Benchmark(
+            "table", SCHEMAS["table"], "all", ("em",),
+            where="a .jsonl, .csv or .parquet file with the columns question, answers, image",
+        ),
     )
 }  # fmt: skip
 
@@ -117,7 +123,7 @@ class Selection:
     source: str | None = None
     """file, folder or hub id; None: where it is published"""
     split: str | None = None
-    """only questions of this split"""
+    """only questions of this split, or a part of it: `train[:80%]`, `[80%:]`, `[:100]`"""
     kinds: list[str] = field(default_factory=list)
     """only questions of these kinds; empty: all"""
     images: str | None = None
@@ -142,9 +148,40 @@ def iterate_benchmark(name: str, selection: Selection | None = None) -> Iterator
         BenchmarkError: unknown benchmark, unreadable source, bad row, an id that comes twice.
     """
     benchmark, chosen = find_benchmark(name), selection or Selection()
+    split, first, last = read_split(chosen.split)
+    chosen = replace(chosen, split=split)
     found = _published(benchmark, chosen) if benchmark.schema else _atlas(benchmark, chosen)
-    fitting = (question for question in found if _is_chosen(question, chosen))
+    fitting: Iterator[dict[str, Any]] = (q for q in found if _is_chosen(q, chosen))
+    if first or last:
+        fitting = iter(_part(list(fitting), first, last))
     return itertools.islice(fitting, chosen.limit)
+
+
+def read_split(text: str | None) -> tuple[str | None, str, str]:
+    """The name of a split, None for all of them, and the bounds of the part that is asked for.
+
+    Raises:
+        BenchmarkError: brackets that hold no part.
+    """
+    match = _SLICE.fullmatch(text or "")
+    if match is not None:
+        return match[1] or None, match[2], match[3]
+    if text and ("[" in text or "]" in text):
+        raise BenchmarkError(
+            f"split {text!r}: not a part of a split; write train[:80%], [80%:] or [:100]"
+        )
+    return text, "", ""
+
+
+def _part(questions: list[dict[str, Any]], first: str, last: str) -> list[dict[str, Any]]:
+    """The questions from one bound to the other, in their order; percents are rounded."""
+
+    def place(bound: str, otherwise: int) -> int:
+        if not bound.endswith("%"):
+            return int(bound) if bound else otherwise
+        return round(len(questions) * int(bound[:-1] or 0) / 100)
+
+    return questions[place(first, 0) : place(last, len(questions))]
 
 
 def load_benchmark(
@@ -190,128 +227,6 @@ def find_benchmark(name: str) -> Benchmark:
     if name not in BENCHMARKS:
         raise BenchmarkError(f"no benchmark {name!r}; choose one of {', '.join(BENCHMARKS)}")
     return BENCHMARKS[name]
-
-
-def read_rows(
-    benchmark: Benchmark, source: str | None = None
-) -> Iterator[tuple[str, int, dict[str, Any]]]:
-    """(file, row number from 1, row as published), in order.
-
-    Args:
-        benchmark: says where it is published.
-        source: a .jsonl, .json or .parquet file, a folder of such files, or a hub id.
-
-    Raises:
-        BenchmarkError: nothing there, or not readable.
-    """
-    source = source or benchmark.source
-    if source is None:
-        raise BenchmarkError(
-            f"benchmark {benchmark.name} is not on the hub; set `source` to your copy "
-            f"({benchmark.where})"
-        )
-    path = Path(source).expanduser()
-    if path.exists():
-        yield from _read_local(benchmark, path)
-    elif path.suffix in LOCAL_SUFFIXES or source.count("/") != 1 or path.parent.is_dir():
-        # a typing error in a local path must not become a download
-        raise BenchmarkError(f"benchmark {benchmark.name}: no file or folder '{source}'")
-    else:
-        yield from _read_hub(benchmark, source)
-
-
-def _read_local(benchmark: Benchmark, path: Path) -> Iterator[tuple[str, int, dict[str, Any]]]:
-    files = [path]
-    if path.is_dir():
-        files = sorted(item for item in path.iterdir() if item.suffix in LOCAL_SUFFIXES)
-        files = [file for file in files if not file.stem.endswith(benchmark.joined or "/")]
-    if not files or files[0].suffix not in LOCAL_SUFFIXES:
-        endings = ", ".join(LOCAL_SUFFIXES)
-        raise BenchmarkError(f"{path}: no file that ends in {endings}; name one as `source`")
-    for file in files:
-        further = _further_columns(benchmark, file)
-        for number, values in _rows_of(file):
-            yield str(file), number, {**further.get(values.get(benchmark.key), {}), **values}
-
-
-def _further_columns(benchmark: Benchmark, file: Path) -> dict[Any, dict[str, Any]]:
-    """key -> columns of the files beside this one that belong to its rows."""
-    columns: dict[Any, dict[str, Any]] = {}
-    for ending in benchmark.joined:
-        beside = file.with_name(f"{file.stem}{ending}{file.suffix}")
-        for _, values in _rows_of(beside) if beside.is_file() else ():
-            columns.setdefault(values.get(benchmark.key), {}).update(values)
-    return columns
-
-
-def _rows_of(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    readers: dict[str, Callable[[Path], Iterator[tuple[int, Any]]]] = {
-        ".jsonl": _read_jsonl, ".json": _read_json, ".parquet": _read_parquet,
-    }  # fmt: skip
-    for number, values in readers[file.suffix](file):
-        if not isinstance(values, dict):
-            raise BenchmarkError(
-                f"{file}, row {number}: expected columns, got {type(values).__name__}; "
-                "write one JSON object a row"
-            )
-        yield number, values
-
-
-def _read_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
-    # not through `datasets`: InfoSeek mixes texts and objects in a column, which Arrow refuses
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                try:
-                    yield number, json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise BenchmarkError(
-                        f"{path}, row {number}: not JSON ({error}); mend the line or copy the "
-                        "file again"
-                    ) from error
-
-
-def _read_json(path: Path) -> Iterator[tuple[int, Any]]:
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise BenchmarkError(f"{path}: not JSON ({error}); copy the file again") from error
-    if not isinstance(rows, list):
-        raise BenchmarkError(f"{path}: expected a list of rows; name the file with the questions")
-    yield from enumerate(rows, 1)
-
-
-def _read_parquet(path: Path) -> Iterator[tuple[int, Any]]:
-    import datasets
-
-    try:
-        rows = datasets.load_dataset(
-            "parquet", data_files=str(path), split="train", streaming=True
-        ).decode(False)
-        yield from enumerate(rows, 1)
-    except Exception as error:  # whatever Arrow says: the file is the user's
-        raise BenchmarkError(f"{path}: not readable as parquet ({error}); copy it again") from error
-
-
-def _read_hub(benchmark: Benchmark, source: str) -> Iterator[tuple[str, int, dict[str, Any]]]:
-    import datasets
-
-    is_published = source == benchmark.source
-    arguments: dict[str, Any] = {"split": benchmark.split, "streaming": True}
-    if is_published and benchmark.file:
-        arguments |= {"data_files": benchmark.file, "split": "train"}
-    if is_published and benchmark.subset:
-        arguments["name"] = benchmark.subset
-    place = f"{source}:{benchmark.file}" if "data_files" in arguments else source
-    try:
-        rows = datasets.load_dataset(source, **arguments).decode(False)
-        for number, values in enumerate(rows, 1):
-            yield place, number, values
-    except Exception as error:  # network, access, a moved file: all are the user's to mend
-        raise BenchmarkError(
-            f"benchmark {benchmark.name}: {source} cannot be read from the hub "
-            f"({type(error).__name__}: {error}); log in, or set `source` to a local copy"
-        ) from error
 
 
 def _published(benchmark: Benchmark, chosen: Selection) -> Iterator[dict[str, Any]]:

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from environments.benchmarks.pictures import PictureError, decode_picture
+from environments.benchmarks.pictures import PictureError, check_picture_file, decode_picture
 from environments.errors import EnvironmentSetupError
 
 MAX_SHOWN = 60
 """characters of a bad value that a message repeats"""
+PICTURE_COLUMN = "picture_column"
+"""key of a question that says where its picture stood; `registry` takes it out"""
 
 
 class BenchmarkError(EnvironmentSetupError):
@@ -86,6 +88,29 @@ class Row:
             self.fail(column, "no usable answer", "give one, or drop the row: it cannot be scored")
         return found
 
+    def picture_cell(self, column: str) -> Any:
+        """What a column holds of a picture, None where it is empty; a named file is looked at.
+
+        Only the first bytes of a file are read: one that breaks off is found when its question is
+        asked.
+        """
+        value = self.get(column)
+        if value is None or (isinstance(value, str) and not value.strip()):
+            return None
+        if isinstance(value, Mapping | bytes):
+            return value
+        if not isinstance(value, str):
+            self.fail(column, f"expected a file name, got {_shown(value)}", "name one file")
+        try:
+            check_picture_file(value.strip(), self._folder, self.pictures.fetch)
+        except PictureError as error:
+            self.fail(column, error.reason, error.fix)
+        return value.strip()
+
+    @property
+    def _folder(self) -> Path:
+        return self.pictures.folder or Path(self.file).parent
+
     def picture(self, column: str, value: Any) -> Any:
         """The decoded picture, RGB.
 
@@ -93,9 +118,8 @@ class Row:
             column: for the message.
             value: see `decode_picture`.
         """
-        folder = self.pictures.folder or Path(self.file).parent
         try:
-            return decode_picture(value, folder, self.pictures.fetch)
+            return decode_picture(value, self._folder, self.pictures.fetch)
         except PictureError as error:
             self.fail(column, error.reason, error.fix)
 

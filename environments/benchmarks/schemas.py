@@ -19,13 +19,12 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from environments.benchmarks.rows import Row
+from environments.benchmarks.rows import PICTURE_COLUMN, Row
+from environments.benchmarks.table import read_table
 
 Schema = Callable[[Row, str], list[dict[str, Any]]]
 """(row, split) -> its questions; `split` is used where the row names none."""
 
-PICTURE_COLUMN = "picture_column"
-"""key that says where the picture stood; `registry` takes it out"""
 _IMAGE_TAG = re.compile(r"<image>")
 
 
@@ -164,6 +163,7 @@ SCHEMAS: dict[str, Schema] = {
     "mmsearch": read_mmsearch,
     "livevqa": read_livevqa,
     "search_r1": read_search_r1,
+    "table": read_table,
 }
 
 

@@ -143,14 +143,20 @@ def calibrate_parent(config: Config, role: str, *, shard: tuple[int, int] = WHOL
         The file of the first of calibration.kinds.
     """
     from launch.calibration_run import Parent, measure_fisher, measure_inputs
+    from launch.preparation_cost import keep_calibration_cost, measured, shard_cost_name
 
     parent = Parent(config, role, parent_folder(config, role))
     folder = stats_path(config, role).parent
+    costs = folder / shard_cost_name(shard)
     inputs = [kind for kind in config.calibration.kinds if kind != "fisher"]
     if inputs:
-        measure_inputs(parent, inputs, folder, shard)
+        with measured() as cost:
+            measure_inputs(parent, inputs, folder, shard)
+        keep_calibration_cost(costs, "inputs", cost)
     if "fisher" in config.calibration.kinds:
-        measure_fisher(parent, folder, shard)
+        with measured() as cost:
+            measure_fisher(parent, folder, shard)
+        keep_calibration_cost(costs, "fisher", cost)
     return _targets(config, role, shard)[0]
 
 
@@ -160,11 +166,14 @@ def merge_parent_shards(config: Config, role: str) -> Path:
     Returns:
         The file of the first of calibration.kinds.
     """
+    from launch.preparation_cost import join_shard_costs, measured
     from merge.sums import merge_shards
 
     folder = stats_path(config, role).parent
-    for kind in config.calibration.kinds:
-        merge_shards(folder, kind, damping=config.calibration.damping)
+    with measured() as cost:
+        for kind in config.calibration.kinds:
+            merge_shards(folder, kind, damping=config.calibration.damping)
+    join_shard_costs(folder, cost)
     return _targets(config, role, WHOLE)[0]
 
 

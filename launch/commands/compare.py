@@ -1,8 +1,10 @@
-"""Compare finished runs: floor, ceiling, steps to target, area, search rates, with intervals.
+"""Compare finished runs: floor, ceiling, cost to target, differences by seed, with intervals.
 
-Reads run folders (and folders that `obm eval` wrote: arms with a floor only) and writes
-compare.json, .csv, .md, .png and .svg. Runs that differ in data, evaluation, rewards or budget are
-refused, with the setting in which they differ.
+A RUN is a run folder, a folder that `obm eval` wrote (an arm with a floor only), a W&B offline
+folder or .wandb file, or wandb://entity/project/run_id. Writes compare.json, .csv, .md, .html, .png
+and .svg; the html is one page that needs no network, and `--with` adds to it what other studies and
+merges have written. Runs that differ in data, evaluation, rewards, budget or training are refused,
+with every setting in which they differ; --allow lets one differ and is noted in the report.
 """
 
 from __future__ import annotations
@@ -12,22 +14,44 @@ from pathlib import Path
 
 EXAMPLES = (
     "obm compare runs/demo/runs/* --output runs/demo/report",
+    "obm compare runs/demo/runs/* --with runs/floor/floor.json runs/demo/merged/obm/merge.json",
     "obm compare runs/a-s0 runs/b-s0 runs/b-s1 --output runs/ab --target-arm a --smoothing 1",
+    "obm compare runs/*/wandb/offline-run-* wandb://me/search/a0e1d10c --reference obm",
+    "obm compare runs/gspo-s* runs/grpo-s* --allow grpo.loss_type --allow algorithm",
 )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Runs, where to, and how to summarise."""
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders or W&B runs")
     parser.add_argument(
         "--output", metavar="DIR", default="runs/report", help="default: runs/report"
     )
     parser.add_argument("--name", default="compare", help="file name (default: compare)")
     parser.add_argument("--title", default="Comparison", help="heading of the md file")
     parser.add_argument("--target-arm", help="arm whose ceiling the others must reach")
+    parser.add_argument("--reference", metavar="ARM", help="held against each (default: the first)")
+    parser.add_argument(
+        "--allow", action="append", default=[], metavar="KEY",
+        help="setting or section that may differ; can be repeated",
+    )  # fmt: skip
     parser.add_argument("--smoothing", type=int, metavar="N", help="evaluations in a mean")
-    parser.add_argument("--bootstrap", type=int, metavar="N", help="resamples (five seeds and up)")
+    parser.add_argument(
+        "--bootstrap",
+        type=int,
+        metavar="N",
+        help="resamples (of probabilities; of intervals from ten seeds on)",
+    )
     parser.add_argument("--partial", action="store_true", help="take unfinished runs as they are")
+    parser.add_argument(
+        "--with", dest="beside", nargs="+", default=[], metavar="FILE",
+        help="further json files for the page: of other studies, merge.json",
+    )  # fmt: skip
+    parser.add_argument(
+        "--wandb-report",
+        metavar="PROJECT",
+        help="also send the report to W&B: ENTITY/PROJECT, or PROJECT",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace a report of that name")
 
 
@@ -40,6 +64,10 @@ def run(options: argparse.Namespace) -> int:
     runs = [read_run(folder, partial=options.partial) for folder in options.runs]
     # What the command line leaves open, the runs' own settings say.
     settings = runs[0].config.get("compare") or {}
+    if options.wandb_report:
+        from compare.wandb_report import load_reports
+
+        load_reports()  # what is missing is said before anything is written
     summary = write_report(
         runs,
         options.output,
@@ -49,9 +77,19 @@ def run(options: argparse.Namespace) -> int:
         target_arm=options.target_arm or settings.get("target_arm", "vlm"),
         smoothing=options.smoothing or settings.get("smoothing", 3),
         bootstrap=options.bootstrap or settings.get("bootstrap", 2000),
+        reference=options.reference,
+        allow=options.allow,
         partial=options.partial,
         overwrite=options.overwrite,
+        beside=options.beside,
     )
     print(text_table(summary))
-    print(f"\npicture: {Path(options.output) / options.name}.png")
+    base = Path(options.output) / options.name
+    print(f"\npicture: {base}.png\npage:    {base}.html")
+    if options.wandb_report:
+        from compare.wandb_report import send_report
+
+        text = Path(f"{base}.md").read_text(encoding="utf-8")
+        address = send_report(text, project=options.wandb_report, title=options.title)
+        print(f"W&B:     {address}")
     return 0

@@ -23,7 +23,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--output", metavar="DIR", help="default: runs/demo")
     parser.add_argument(
-        "--parallel", type=int, metavar="N", help="trainings at a time (default: GPUs, else cores)"
+        "--parallel",
+        type=int,
+        metavar="N",
+        help="trainings at a time (default: what cores, memory and GPUs take)",
     )
     parser.add_argument("--dry-run", action="store_true", help="check and list, run nothing")
 
@@ -31,21 +34,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Run the shipped study `demo`."""
     from launch.arguments import check_overrides, command_line
-    from launch.study import describe_study, load_study, run_study
+    from launch.studies.file import Options, load_study
+    from launch.studies.run import describe_study, run_study
 
     check_overrides(options.overrides)
     study = load_study("demo")
     if options.output:
         study.output = Path(options.output)
-    if options.dry_run:
-        print(describe_study(study, options.overrides))
-        return 0
     # The demo's folder is the demo's own: changed settings make its stages again.
-    run_study(
-        study,
-        command=command_line(),
-        overrides=options.overrides,
-        parallel=options.parallel,
-        redo=True,
-    )
+    how = Options(command_line(), options.overrides, options.parallel, redo=True)
+    if options.dry_run:
+        print(describe_study(study, how))
+    else:
+        run_study(study, how)
     return 0

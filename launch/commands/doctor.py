@@ -1,6 +1,7 @@
 """What this machine has: versions, cores, memory, devices, disk, logins, and what is missing.
 
 The output is meant to be pasted into an issue. Exit code 1 if something needed is missing.
+--markdown prints docs/versions.md instead: what pyproject.toml asks for beside what is here.
 """
 
 from __future__ import annotations
@@ -12,10 +13,20 @@ import shutil
 import sys
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-EXAMPLES = ("obm doctor", "obm doctor --output runs/demo")
+if TYPE_CHECKING:
+    from packaging.requirements import Requirement
+
+EXAMPLES = (
+    "obm doctor",
+    "obm doctor --output runs/demo",
+    "obm doctor --markdown > docs/versions.md",
+)
 
 # Free space that the demo needs: six merged checkpoints, two runs, the environment's caches.
+NOT_TESTED = "not tested"
+"""In the table of versions: an extra that is not installed where the tests ran."""
 DEMO_DISK_GB = 2.0
 DEMO_MEMORY_GB = 4.0
 
@@ -25,10 +36,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output", metavar="DIR", default="runs", help="where runs go (default: runs)"
     )
+    parser.add_argument(
+        "--markdown", action="store_true", help="print the table of versions for docs/versions.md"
+    )
 
 
 def run(options: argparse.Namespace) -> int:
     """Print the report."""
+    if options.markdown:
+        print(versions_page(), end="")
+        return 0
     missing: list[str] = []
     rows = [
         ("obm-warmstart", metadata.version("obm-warmstart")),
@@ -51,15 +68,70 @@ def run(options: argparse.Namespace) -> int:
     return 1 if missing else 0
 
 
-def _packages(missing: list[str]) -> list[tuple[str, str]]:
-    """Installed version of every dependency, with a note where it is not the one asked for."""
+def requirements() -> dict[str, list[Requirement]]:
+    """What the package asks for: extra ("" for none) -> requirements.
+
+    In a checkout they are read from pyproject.toml, which an older install may lag behind.
+    """
     from packaging.requirements import Requirement
 
+    project = Path(__file__).resolve().parents[2] / "pyproject.toml"
+    if project.is_file():
+        import tomllib
+
+        table = tomllib.loads(project.read_text(encoding="utf-8"))["project"]
+        lines = {"": table["dependencies"], **table["optional-dependencies"]}
+        return {extra: [Requirement(line) for line in lines[extra]] for extra in lines}
+    extras = metadata.metadata("obm-warmstart").get_all("Provides-Extra") or []
+    found: dict[str, list[Requirement]] = {"": [], **{extra: [] for extra in extras}}
+    for requirement in map(Requirement, metadata.requires("obm-warmstart") or []):
+        marker = requirement.marker
+        for extra in found:
+            if marker is None or marker.evaluate({"extra": extra}):
+                found[extra].append(requirement)
+                break
+    return found
+
+
+def versions_page() -> str:
+    """docs/versions.md: a table of what is asked for and what is installed here."""
+    lines = [
+        "# Versions",
+        "",
+        "What `pyproject.toml` allows, and the versions that the tests ran with. Made by",
+        "`obm doctor --markdown > docs/versions.md` in the environment that passed them; a test",
+        "holds this page against `pyproject.toml` and against what is installed.",
+        "",
+        f"Python {platform.python_version()} on {platform.system()}, {platform.machine()}.",
+        "",
+        "| package | asked for | tested | part of |",
+        "| --- | --- | --- | --- |",
+    ]
+    for extra, needed in requirements().items():
+        for requirement in needed:
+            if requirement.name == "obm-warmstart":
+                continue
+            try:
+                version = metadata.version(requirement.name)
+            except metadata.PackageNotFoundError:
+                version = NOT_TESTED
+            asked = str(requirement.specifier) or "any"
+            part = f"`[{extra}]`" if extra else "all"
+            lines.append(f"| {requirement.name} | `{asked}` | {version} | {part} |")
+    lines += [
+        "",
+        "Without a GPU `make install` takes the CPU build of torch in the version above, with one",
+        "the build of your package index. A vLLM server has an environment of its own; tested with",
+        "vLLM 0.32.0 ([vllm.md](vllm.md)).",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _packages(missing: list[str]) -> list[tuple[str, str]]:
+    """Installed version of every dependency, with a note where it is not the one asked for."""
     rows = []
-    for line in metadata.requires("obm-warmstart") or []:
-        requirement = Requirement(line)
-        if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
-            continue
+    for requirement in requirements()[""]:
+        line = str(requirement)
         try:
             version = metadata.version(requirement.name)
         except metadata.PackageNotFoundError:

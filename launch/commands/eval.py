@@ -134,7 +134,8 @@ def evaluate_checkpoint(
         raise LaunchError(f"{output} holds an evaluation; pass --overwrite or another --output")
     if overwrite and ((output / "eval.json").exists() or (output / "episodes").is_dir()):
         (output / "eval.json").unlink(missing_ok=True)
-        shutil.rmtree(output / "episodes", ignore_errors=True)
+        for part in ("episodes", "pictures"):
+            shutil.rmtree(output / part, ignore_errors=True)
 
     from tqdm import tqdm
 
@@ -183,6 +184,7 @@ def evaluate_checkpoint(
             batch=batch,
             shard=shard,
             bootstrap=config.compare.bootstrap,
+            picture_size=config.tracking.picture_size,
             seen=bar.update,
         )
 

@@ -7,10 +7,9 @@ is decided by tracking.follow and environment.data_seed, so two arms of a compar
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from launch.errors import LaunchError
 
@@ -33,12 +32,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Print a block for each question."""
+    from compare.trajectory_files import read_lines
     from train.followed import follow
 
     path = Path(options.run) / "trajectories.jsonl"
     if not path.is_file():
         raise LaunchError(f"{options.run} holds no trajectories.jsonl; name a run folder")
-    rows = [row for row in _read(path) if row.get("followed")]
+    rows = [row for _, row in read_lines(path) if row is not None and row.get("followed")]
     prompts = {row["question_id"]: row["prompt"] for row in rows}
     found = follow(rows)
     if options.question:
@@ -70,12 +70,3 @@ def _block(visits: list[Visit], with_text: bool) -> Iterator[str]:
 def _cell(text: str, width: int) -> str:
     flat = " ".join(text.split())
     return (flat if len(flat) < width else flat[: width - 2] + "…").ljust(width)
-
-
-def _read(path: Path) -> Iterator[dict[str, Any]]:
-    """Lines of a file that may be written to meanwhile: a torn last line is left out."""
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            yield json.loads(line)
-        except json.JSONDecodeError:
-            return

@@ -127,7 +127,7 @@ def _merge_adapter(options: argparse.Namespace, folders: list[str]) -> int:
 def merge_checkpoints(
     config: Config, output: Path, *, overwrite: bool = False, dry_run: bool = False
 ) -> dict[str, Any]:
-    """Merge as the settings say.
+    """Merge as the settings say; what it cost lies beside, in cost.json.
 
     Args:
         config: models, merge and calibration are used.
@@ -140,21 +140,26 @@ def merge_checkpoints(
     """
     from configs.schema import resolve_model
     from launch.commands.calibrate import parent_folder, stats_path
+    from launch.preparation_cost import keep_merge_cost, measured
     from merge.engine import merge
 
     settings = asdict(config.merge)
     own = {key: settings.pop(key) for key in (*NOT_SETTINGS, "families")}
     donors = {name: resolve_model(source) for name, source in config.models.donors.items()}
-    return merge(
-        parent_folder(config, "base"),
-        parent_folder(config, "vlm"),
-        parent_folder(config, "agent"),
-        output,
-        donors=donors,
-        # the engine opens those that the method needs, and says which are missing
-        stats={role: stats_path(config, role).parent for role in ("vlm", "agent", *donors)},
-        overwrite=overwrite,
-        dry_run=dry_run,
-        **own,
-        **settings,
-    )
+    with measured() as cost:
+        record = merge(
+            parent_folder(config, "base"),
+            parent_folder(config, "vlm"),
+            parent_folder(config, "agent"),
+            output,
+            donors=donors,
+            # the engine opens those that the method needs, and says which are missing
+            stats={role: stats_path(config, role).parent for role in ("vlm", "agent", *donors)},
+            overwrite=overwrite,
+            dry_run=dry_run,
+            **own,
+            **settings,
+        )
+    if not dry_run:
+        keep_merge_cost(output, record, cost)
+    return record

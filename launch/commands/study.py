@@ -1,10 +1,16 @@
 """Several starts times several seeds, then the comparison.
 
-A study file names the training settings, the arms (each a checkpoint or a merge recipe) and the
-seeds. What is finished is reused, a broken training goes on from its last checkpoint; settings that
-have changed since are refused unless --redo is given. A study of floors trains nothing: it shows
-what every start does as it is. A study with benchmarks makes the paper's table: every start in its
-modes, and every trained policy, on each benchmark.
+A study file names settings, the arms (each a checkpoint or a merge recipe) and the seeds; its
+`kind` says what is done with them:
+
+  ceiling   every arm is trained with every seed, and compared (the default)
+  floor     every arm as it is, before any training
+  ablation  one recipe, its settings changed one at a time
+  transfer  starts and trained policies where they were not trained
+  table     the paper's table: every start in its modes, every trained policy, on each benchmark
+
+What is finished is reused, a broken training goes on from its last checkpoint; settings that have
+changed since are refused unless --redo is given. A training that fails does not stop the others.
 """
 
 from __future__ import annotations
@@ -12,10 +18,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from launch.errors import LaunchError
+
 EXAMPLES = (
-    "obm study convergence --dry-run",
-    "obm study floors --dry-run",
-    "obm study paper --dry-run",
+    "obm study ceiling --dry-run",
+    "obm study floor --dry-run",
+    "obm study ablation --dry-run",
     "obm study my_study.yaml --parallel 2 grpo.max_steps=50",
 )
 
@@ -31,37 +39,49 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--report", metavar="DIR", help="where the report goes (default: as the file says)"
     )
     parser.add_argument(
-        "--parallel",
-        type=int,
-        metavar="N",
-        help="trainings, or evaluations, at a time (default: GPUs, else cores)",
-    )
+        "--parallel", type=int, metavar="N",
+        help="trainings, or evaluations, at a time (default: what cores, memory and GPUs take)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--processes", type=int, default=1, metavar="N",
+        help="processes of one training; they share its completions (default: 1)",
+    )  # fmt: skip
     parser.add_argument("--redo", action="store_true", help="make changed stages again")
-    parser.add_argument("--dry-run", action="store_true", help="check and list, run nothing")
+    parser.add_argument(
+        "--partial", action="store_true",
+        help="where trainings have failed, report what is complete",
+    )  # fmt: skip
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check, list, say what is there; run nothing"
+    )
 
 
 def run(options: argparse.Namespace) -> int:
     """Run what is missing, write the report."""
     from launch.arguments import check_overrides, command_line
-    from launch.floors import run_floors
-    from launch.paper_table import run_table
-    from launch.study import describe_study, load_study, run_study
+    from launch.studies.file import Options, load_study
+    from launch.studies.run import describe_study, run_study
 
     check_overrides(options.overrides)
+    for name in ("parallel", "processes"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise LaunchError(f"--{name} {value}: give a number of 1 or more")
     study = load_study(options.study)
     if options.output:
         study.output = Path(options.output)
     if options.report:
         study.report = Path(options.report)
-    if options.dry_run:
-        print(describe_study(study, options.overrides))
-        return 0
-    run_any = run_floors if study.floors else run_table if study.benchmarks else run_study
-    run_any(
-        study,
+    how = Options(
         command=command_line(),
         overrides=options.overrides,
         parallel=options.parallel,
+        n_processes=options.processes,
         redo=options.redo,
+        partial=options.partial,
     )
+    if options.dry_run:
+        print(describe_study(study, how))
+    else:
+        run_study(study, how)
     return 0

@@ -15,7 +15,7 @@ from train.estimate import add_estimate_arguments, estimate_arguments
 
 EXAMPLES = (
     "obm train --config configs/demo.yaml --dry-run",
-    "obm train --config qwen2.5-vl-7b-zero3 --dry-run --machine h100x8 --prompt-tokens 1500",
+    "obm train --config qwen2.5-vl-7b --dry-run --machine h100x8 --prompt-tokens 1500",
     "obm train models.init=runs/demo/merged/obm output=runs/obm-s1 seed=1 --num-processes 2",
 )
 

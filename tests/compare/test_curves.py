@@ -7,9 +7,11 @@ from compare.curves import (
     band,
     ceiling,
     ceiling_index,
-    interval,
+    collapses,
+    largest_drop,
     smooth,
     steps_to_target,
+    value_at_cost,
 )
 
 STEPS = [0, 5, 10, 15, 20]
@@ -77,43 +79,44 @@ def test_an_arm_reaches_its_own_ceiling():
     assert steps_to_target(STEPS, CURVE, ceiling(CURVE, 3), window=3) == 15
 
 
-def test_three_seeds_get_students_t():
-    # mean .2, sd .1, half width 4.303 * .1 / sqrt(3) = .24844
-    estimate = interval([0.1, 0.2, 0.3], bounds=None)
-    assert estimate.mean == pytest.approx(0.2)
-    assert estimate.low == pytest.approx(0.2 - 0.24844, abs=1e-4)
-    assert estimate.high == pytest.approx(0.2 + 0.24844, abs=1e-4)
+def test_a_value_at_a_cost_lies_on_the_line_between_two_evaluations():
+    # 15 is half-way between costs 10 and 20: (.2 + .6) / 2
+    costs, curve = [10.0, 20.0, 30.0], [0.2, 0.6, 0.4]
+    assert value_at_cost(costs, curve, 15.0, window=1) == pytest.approx(0.4)
+    assert value_at_cost(costs, curve, 10.0, window=1) == pytest.approx(0.2)
+    # smoothed over two: .2, .4, .5; at 25 half-way between the last two
+    assert value_at_cost(costs, curve, 25.0, window=2) == pytest.approx(0.45)
 
 
-def test_an_interval_stays_inside_the_metrics_range():
-    estimate = interval([0.1, 0.2, 0.3])
-    assert estimate.low == 0.0
-    assert estimate.high == pytest.approx(0.44844, abs=1e-4)
+def test_beyond_the_last_evaluation_its_value_holds_and_before_the_first_there_is_none():
+    assert value_at_cost([10.0, 20.0], [0.2, 0.6], 99.0, window=1) == pytest.approx(0.6)
+    assert value_at_cost([10.0, 20.0], [0.2, 0.6], 9.9, window=1) is None
 
 
-def test_one_seed_has_no_interval():
-    estimate = interval([0.4])
-    assert (estimate.mean, estimate.low, estimate.high) == (0.4, None, None)
+@pytest.mark.parametrize(
+    ("curve", "n"),
+    [
+        ([0.1, 0.4, 0.4, 0.3], 0),  # .3 is above half of .4
+        ([0.4, 0.4, 0.19, 0.1], 1),  # one fall, however long it lasts
+        ([0.4, 0.1, 0.3, 0.1], 2),  # .3 is back above half
+        ([0.4, 0.2], 0),  # half itself is no collapse
+        ([0.09, 0.0], 0),  # the best was noise
+        ([0.0, 0.0], 0),
+    ],
+)
+def test_collapses_are_falls_below_half_of_the_best(curve, n):
+    assert collapses(curve, 1) == n
 
 
-def test_five_seeds_get_a_bootstrap_inside_their_range_and_the_same_each_time():
-    values = [0.1, 0.2, 0.3, 0.4, 0.5]
-    one, other = interval(values), interval(values)
-    assert one == other
-    assert 0.1 <= one.low < 0.3 < one.high <= 0.5
-    # The standard error is .1581/sqrt(5) * sqrt(4/5) = .0632 (population form), so about 1.96 of
-    # it.
-    assert one.high - one.low == pytest.approx(2 * 1.96 * 0.0632, rel=0.15)
+def test_a_single_bad_evaluation_is_smoothed_away():
+    # means of three: .4, .28, .28: never below .2
+    assert collapses([0.4, 0.4, 0.4, 0.04, 0.4], 3) == 0
+    assert collapses([0.4, 0.4, 0.4, 0.04, 0.4], 1) == 1
 
 
-def test_equal_seeds_have_an_interval_of_no_width():
-    estimate = interval([0.5, 0.5, 0.5])
-    assert (estimate.low, estimate.high) == (0.5, 0.5)
-
-
-def test_no_values_have_no_interval():
-    with pytest.raises(ValueError, match="at least one"):
-        interval([])
+def test_the_largest_drop_is_from_the_best_so_far():
+    assert largest_drop([0.2, 0.5, 0.4, 0.6, 0.3], 1) == pytest.approx(0.3)
+    assert largest_drop([0.1, 0.2, 0.3], 1) == 0.0
 
 
 def test_a_band_is_an_interval_at_every_evaluation():

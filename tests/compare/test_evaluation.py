@@ -272,7 +272,7 @@ def test_the_tiny_policy_gives_equal_numbers_whole_resumed_and_in_shards(tiny, t
         asker = Asker(CONFIG, *tiny)
         return run_evaluation(
             questions[:limit], lambda: asker, tmp_path / folder, plan={}, header=HEADER,
-            batch=3, shard=shard,
+            batch=3, shard=shard, picture_size=48,
         )  # fmt: skip
 
     def content(folder):
@@ -287,6 +287,12 @@ def test_the_tiny_policy_gives_equal_numbers_whole_resumed_and_in_shards(tiny, t
     assert run("parts", (1, 2)) is None
     assert run("parts", (0, 2))["metrics"] == whole["metrics"]
     assert content("parts") == content("whole")
+    for folder in ("whole", "parts"):  # every part keeps its own questions' pictures
+        kept = {path.stem for path in (tmp_path / folder / "pictures").iterdir()}
+        assert kept == {key for line in content(folder) for key in line["images"]}
+    for line, question in zip(content("whole"), questions, strict=True):
+        assert line["gold"]["answers"] == [str(answer) for answer in question["answers"]]
+        assert all(turn["tokens"] for turn in line["turns"])
 
 
 # ---------------------------------------------------------------- numbers

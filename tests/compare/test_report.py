@@ -49,6 +49,7 @@ def test_the_summary_has_the_numbers_worked_out_by_hand(runs):
     assert obm["by_group"]["unseen"] == {
         "floor": pytest.approx(0.175),
         "ceiling": pytest.approx(0.325),
+        "n": None,
     }
     # sd .05 over three seeds: half width 4.303*.05/sqrt(3) = .12422
     assert obm["intervals"]["ceiling"] == pytest.approx([0.65 - 0.12422, 0.65 + 0.12422], abs=1e-4)
@@ -59,7 +60,7 @@ def test_the_report_has_every_file_and_key(runs, tmp_path):
     command = "obm compare a b --output report"
     write_report(runs, output, command=command, smoothing=3)
     names = sorted(path.name for path in output.iterdir())
-    assert names == [f"compare.{suffix}" for suffix in ("csv", "json", "md", "png", "svg")]
+    assert names == [f"compare.{suffix}" for suffix in ("csv", "html", "json", "md", "png", "svg")]
     report = json.loads((output / "compare.json").read_text())
     assert {"arms", "command", "commit", "hardware"} <= report.keys()
     assert report["hardware"] == "test machine, 2 cores"

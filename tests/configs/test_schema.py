@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import yaml
 
 from configs.reader import parse_yaml, write_yaml
 from configs.schema import (
+    SHIPPED_DIALECTS,
     Config,
     ConfigError,
     Environment,
@@ -20,7 +22,7 @@ from configs.schema import (
     resolve_model,
     shipped_config,
 )
-from configs.sections import Benchmark
+from configs.sections import Benchmark, Conflict, OwnReward, TensorRule
 
 ROOT = Path(__file__).parents[2]
 
@@ -378,9 +380,17 @@ def test_every_key_is_documented_with_its_default():
     page = describe()
     rows = {line.split(" | ")[0]: line for line in page.splitlines() if line.startswith("| `")}
     asked = Environment(train_benchmark=Benchmark(), eval_benchmark=Benchmark())
-    plain = yaml.safe_load(dump_config(Config(output="x", environment=asked)))
-    # sections that may be null have a row of their own, too
-    optional = {"environment.train_benchmark", "environment.eval_benchmark"}
+    conflict = Conflict(keep_benchmark=Benchmark())
+    plain = yaml.safe_load(dump_config(Config(output="x", environment=asked, conflict=conflict)))
+    # sections that may be null have a row of their own, too; so have lists of sections
+    optional = {
+        "environment.train_benchmark", "environment.eval_benchmark", "conflict.keep_benchmark",
+    }  # fmt: skip
+    listed = {
+        f"{key}[].{item.name}"
+        for key, section in (("merge.rules", TensorRule), ("reward_functions", OwnReward))
+        for item in fields(section)
+    }
 
     def leaves(value, key=""):
         for name, inner in value.items():
@@ -391,10 +401,32 @@ def test_every_key_is_documented_with_its_default():
             else:
                 yield dotted
 
-    assert {f"| `{key}`" for key in {*leaves(plain), *optional}} == set(rows)
+    assert {f"| `{key}`" for key in {*leaves(plain), *optional, *listed}} == set(rows)
     assert "| `0.5` |" in rows["| `merge.density`"]
     assert "number from 0 to 1" in rows["| `merge.density`"]
     assert all(len(line.split(" | ")) == 4 for line in rows.values())
+
+
+def test_a_dialect_is_a_shipped_one_or_a_file(write):
+    from environments.dialects import DIALECTS
+
+    path = write("output: x")
+    assert tuple(DIALECTS) == SHIPPED_DIALECTS
+    for name in (*SHIPPED_DIALECTS, "my_dialect.yaml"):
+        assert load_config(path, [f"environment.dialect={name}"]).environment.dialect == name
+    text = message(path, "environment.dialect=serch_r1")
+    assert text.endswith("there is no dialect 'serch_r1'; did you mean 'search_r1'?")
+    text = message(path, "environment.dialect=my_dialect.json")
+    assert "use search_r1, mmsearch_r1, hermes, the path of a .yaml file" in text
+
+
+def test_reward_functions_are_a_list_with_weights(write):
+    path = write("output: x\nreward_functions:\n  - {function: mine.py:brevity, weight: -1}")
+    assert load_config(path).reward_functions == [OwnReward("mine.py:brevity", -1.0)]
+    assert "reward_functions[0].wieght" in message(
+        path, "reward_functions=[{function: mine.py:brevity, wieght: 1}]"
+    )
+    assert "expected a section" in message(path, "reward_functions=['mine.py:brevity']")
 
 
 def test_a_judge_needs_a_model_and_its_address_holds_no_key(write):

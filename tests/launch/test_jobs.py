@@ -26,8 +26,8 @@ print("hello from", run.name)
 def scripted(monkeypatch):
     """Jobs whose first argument is Python code instead of train.sh's options."""
 
-    def command(arguments, *, n_processes=1, device=None):
-        return [sys.executable, "-c", *arguments, *([str(device)] if device is not None else [])]
+    def command(arguments, *, n_processes=1, devices=()):
+        return [sys.executable, "-c", *arguments, *(str(device) for device in devices)]
 
     monkeypatch.setattr(jobs, "training_command", command)
     monkeypatch.setattr(jobs, "POLL_S", 0.02)
@@ -66,7 +66,7 @@ def test_a_file_that_was_cut_back_is_read_from_its_start(tmp_path):
     job.output.mkdir()
     path = job.output / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n')
-    follower = jobs._Follower(job)
+    follower = jobs.Follower(job.output / "metrics.jsonl")
     path.write_text('{"step": 1}\n')
     assert follower.new_lines() == [{"step": 1}]
     with path.open("a") as file:
@@ -99,7 +99,7 @@ def test_each_gpu_has_one_training_at_a_time(scripted, tmp_path):
         "time.sleep(0.1)\n"
         "mine.rmdir()\n"
     )
-    run_jobs([make_job(tmp_path, name, code) for name in "abcd"], parallel=4, devices=[0, 1])
+    run_jobs([make_job(tmp_path, name, code) for name in "abcd"], parallel=4, devices=[(0,), (1,)])
 
 
 def test_a_failed_job_is_named_with_its_log_and_the_others_finish(scripted, tmp_path, capsys):
@@ -110,6 +110,28 @@ def test_a_failed_job_is_named_with_its_log_and_the_others_finish(scripted, tmp_
         run_jobs(work, parallel=1, on_done=lambda job, seconds: done.append(job.name))
     assert done == ["good"]
     assert "what went wrong" in capsys.readouterr().err
+
+
+def test_failures_may_be_taken_instead_of_raised(scripted, tmp_path):
+    failed, done = {}, []
+    mistake = "import sys; print('error: no such folder', file=sys.stderr); sys.exit(2)"
+    work = [make_job(tmp_path, "bad", "raise SystemExit(3)"), make_job(tmp_path, "wrong", mistake)]
+    run_jobs(
+        [*work, make_job(tmp_path, "good")],
+        on_done=lambda job, seconds: done.append(job.name),
+        on_failed=lambda job, error: failed.update({job.name: error}),
+    )
+    assert done == ["good"]
+    assert isinstance(failed["bad"], JobFailedError)
+    assert str(failed["wrong"]) == "wrong: no such folder"
+
+
+def test_a_mistake_of_an_earlier_attempt_is_not_shown_for_this_one(scripted, tmp_path):
+    job = make_job(tmp_path, "a", "raise SystemExit(3)")
+    job.log.parent.mkdir()
+    job.log.write_text("$ earlier\nerror: long ago\n")
+    with pytest.raises(JobFailedError, match="ended with code 3"):
+        run_jobs([job])
 
 
 def test_a_users_mistake_in_a_job_is_handed_on(scripted, tmp_path):
@@ -168,8 +190,9 @@ def test_the_training_command_has_a_port_of_its_own():
     assert one[4] != other[4]
 
 
-def test_a_device_takes_the_place_of_a_count():
-    assert training_command([], device=1)[1:3] == ["--include", "localhost:1"]
+def test_devices_take_the_place_of_a_count():
+    assert training_command([], devices=[1])[1:3] == ["--include", "localhost:1"]
+    assert training_command([], devices=[2, 3])[1:3] == ["--include", "localhost:2,3"]
 
 
 def test_children_share_the_cores_and_find_our_packages(monkeypatch):

@@ -90,3 +90,19 @@ def test_a_fingerprint_changes_with_the_weights(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"other")
     assert fingerprint(str(tmp_path)) != before
     assert fingerprint("owner/name") == "owner/name"
+
+
+def test_looking_touches_nothing(tmp_path):
+    target = tmp_path / "a"
+    stages = Stages(tmp_path, redo=True)
+    assert stages.look("a", {"x": 1}, target) == "missing"
+    assert stages.seconds("a") is None
+    stages.start("a", {"x": 1})
+    assert stages.look("a", {"x": 1}, target) == "begun"
+    stages.run("a", {"x": 1}, target, make(target, []))
+    assert stages.look("a", {"x": 1}, target) == "done"
+    assert stages.key("a") == hash_inputs({"x": 1})
+    assert stages.seconds("a") is not None
+    assert stages.look("a", {"x": 2}, target) == "changed"
+    assert stages.look("b", {"x": 1}, target) == "foreign"
+    assert (target / "file").exists()

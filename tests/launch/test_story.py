@@ -144,17 +144,3 @@ def test_a_study_goes_from_checkpoints_to_a_report_and_is_reused(story, obm):
     assert out.count("(there already)") == 2 + 2 + 3 + 2
     again = (story / "study" / "runs" / "obm-s0" / "metrics.jsonl").stat().st_mtime_ns
     assert again == trained
-
-
-def test_the_readmes_example_of_an_own_index_runs(story, monkeypatch):
-    import re
-    from pathlib import Path
-    from types import SimpleNamespace
-
-    root = Path(__file__).resolve().parents[2]
-    (example,) = re.findall(r"```python\n(.*?)```", (root / "README.md").read_text(), re.DOTALL)
-    document = SimpleNamespace(id="p1", title="T", text="some words", score=1.0)
-    names = {"my_service": lambda query, k: [document]}
-    exec(example.replace("runs/merged", str(story / "trio" / "vlm")), names)
-    assert names["metrics"]["n"] == 1
-    assert len(names["episodes"]) == 1

@@ -7,14 +7,18 @@ import pytest
 import yaml
 
 from compare.paper_table import CELLS, _finish_row, _new_row
-from launch import paper_table as table_module
-from launch import study as study_module
 from launch.commands import calibrate as calibrate_module
 from launch.commands import eval as eval_module
 from launch.commands import merge as merge_module
-from launch.errors import LaunchError
-from launch.paper_table import run_table
-from launch.study import NOT_STUDIES, Plan, flatten, load_study, run_study
+from launch.errors import JobFailedError, LaunchError
+from launch.studies import paper_table as table_module
+from launch.studies import trainings as trainings_module
+from launch.studies.ceiling import run_ceiling
+from launch.studies.file import NOT_STUDIES, Options, load_study
+from launch.studies.paper_table import run_table
+from launch.studies.plan import Plan, flatten
+from launch.studies.run import describe_study, run_study
+from launch.studies.trainings import split_batch
 from train.resume import Saved
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -52,7 +56,13 @@ def study_file(tmp_path):
 
 
 @pytest.fixture
-def scripted_stages(monkeypatch, write_scripted_run):
+def failing():
+    """Names of trainings that fail."""
+    return set()
+
+
+@pytest.fixture
+def scripted_stages(monkeypatch, write_scripted_run, failing):
     """Stages that write what the real ones would, and a list of what was made."""
     made = []
 
@@ -85,8 +95,13 @@ def scripted_stages(monkeypatch, write_scripted_run):
         asked = f" {mode} {kinds}" if config.output.endswith("paper") else ""
         made.append(f"evaluate {arm} {Path(checkpoint).name}{asked}")
 
-    def run_jobs(jobs, *, parallel, on_line, on_done, devices):
+    def run_jobs(jobs, *, parallel, on_line, on_done, on_failed, devices):
         for job in jobs:
+            if job.name in failing:
+                on_failed(
+                    job, JobFailedError(f"{job.name} ended with code 1; its log is {job.log}")
+                )
+                continue
             made.append(" ".join(["train", job.name, *job.arguments[2:]]))
             write_scripted_run(job.arguments[1])
             for line in (job.output / "metrics.jsonl").read_text().splitlines():
@@ -96,13 +111,12 @@ def scripted_stages(monkeypatch, write_scripted_run):
     monkeypatch.setattr(calibrate_module, "calibrate_parent", calibrate)
     monkeypatch.setattr(merge_module, "merge_checkpoints", merge)
     monkeypatch.setattr(eval_module, "evaluate_checkpoint", evaluate)
-    monkeypatch.setattr(study_module, "run_jobs", run_jobs)
-    monkeypatch.setattr(study_module, "_devices", list)
+    monkeypatch.setattr(trainings_module, "run_jobs", run_jobs)
     return made
 
 
 def test_a_study_runs_its_stages_in_order(study_file, scripted_stages, capsys):
-    summary = run_study(load_study(study_file), command="obm study x")
+    summary = run_ceiling(load_study(study_file), Options("obm study x"))
     assert scripted_stages == [
         "calibrate vlm", "calibrate agent",
         "merge obm 2.0", "merge ties 1.0",
@@ -113,12 +127,12 @@ def test_a_study_runs_its_stages_in_order(study_file, scripted_stages, capsys):
     assert summary["arms"]["obm"]["seeds"] == [0, 1]
     assert summary["arms"]["ties"]["ceiling"] is None
     out = capsys.readouterr().out
-    assert "compare.png" in out
+    assert "compare.{json,csv,md,html,png,svg}" in out
     assert "steps to vlm's ceiling" in out
 
 
 def test_the_trainings_differ_in_start_seed_and_place_only(study_file, scripted_stages, tmp_path):
-    run_study(load_study(study_file), command="c")
+    run_ceiling(load_study(study_file), Options("c"))
     configs = {
         name: yaml.safe_load((tmp_path / "out" / "configs" / f"{name}.yaml").read_text())
         for name in ("obm-s0", "vlm-s0", "obm-s1")
@@ -139,7 +153,7 @@ def test_an_arm_may_have_a_parent_of_its_own(study_file, scripted_stages, tmp_pa
     models = {"vlm": str(tmp_path / "other")}
     content["arms"] = [{"name": "own", "merge": "obm", "models": models}, *content["arms"]]
     study_file.write_text(yaml.safe_dump(content))
-    run_study(load_study(study_file), command="c")
+    run_ceiling(load_study(study_file), Options("c"))
     assert scripted_stages[:5] == [
         "calibrate vlm", "calibrate agent", "calibrate vlm", "calibrate agent", "merge own 2.0"
     ]  # fmt: skip
@@ -166,29 +180,29 @@ def test_all_kinds_of_statistics_that_any_arm_needs_are_made_at_once(study_file)
 
 
 def test_a_second_run_reuses_everything(study_file, scripted_stages):
-    run_study(load_study(study_file), command="c")
+    run_ceiling(load_study(study_file), Options("c"))
     n_made = len(scripted_stages)
-    summary = run_study(load_study(study_file), command="again")
+    summary = run_ceiling(load_study(study_file), Options("again"))
     assert len(scripted_stages) == n_made
     assert summary["command"] == "again"
 
 
 def test_changed_settings_are_refused_or_made_again(study_file, scripted_stages):
-    run_study(load_study(study_file), command="c")
+    run_ceiling(load_study(study_file), Options("c"))
     scripted_stages.clear()
     changed = ["grpo.max_steps=99"]
     with pytest.raises(LaunchError, match=r"grpo\.max_steps was 15, is 99"):
-        run_study(load_study(study_file), command="c", overrides=changed)
-    run_study(load_study(study_file), command="c", overrides=changed, redo=True)
+        run_ceiling(load_study(study_file), Options("c", overrides=changed))
+    run_ceiling(load_study(study_file), Options("c", overrides=changed, redo=True))
     assert "merge obm 2.0" not in scripted_stages
     assert "train obm-s0" in scripted_stages
 
 
 def test_a_changed_recipe_makes_what_follows_from_it_again(study_file, scripted_stages, tmp_path):
-    run_study(load_study(study_file), command="c")
+    run_ceiling(load_study(study_file), Options("c"))
     scripted_stages.clear()
     (tmp_path / "recipes.yaml").write_text(yaml.safe_dump({"obm": {"method": "obm"}}))
-    run_study(load_study(study_file), command="c", redo=True)
+    run_ceiling(load_study(study_file), Options("c", redo=True))
     assert scripted_stages == [
         "merge obm 1.0", "evaluate obm obm", "train obm-s0", "train obm-s1"
     ]  # fmt: skip
@@ -197,7 +211,7 @@ def test_a_changed_recipe_makes_what_follows_from_it_again(study_file, scripted_
 def test_a_broken_training_goes_on_from_its_checkpoint(study_file, scripted_stages, tmp_path):
     from launch.stages import Stages
 
-    run_study(load_study(study_file), command="c")
+    run_ceiling(load_study(study_file), Options("c"))
     scripted_stages.clear()
     marker = tmp_path / "out" / "stages" / "train-obm-s0.json"
     record = json.loads(marker.read_text())
@@ -209,8 +223,90 @@ def test_a_broken_training_goes_on_from_its_checkpoint(study_file, scripted_stag
     Saved(n_processes=1, is_boundary=True, per_rollout=8, per_step=8, zero_stage=0).write(
         checkpoint
     )
-    run_study(load_study(study_file), command="c")
+    run_ceiling(load_study(study_file), Options("c"))
     assert scripted_stages == ["train obm-s0 --resume"]
+
+
+def test_a_failed_training_stops_nothing_and_is_named_at_the_end(
+    study_file, scripted_stages, failing, tmp_path
+):
+    failing.add("obm-s0")
+    words = r"1 of 4 trainings failed, the others are done. obm-s0: .*obm-s0\.log.*--partial"
+    with pytest.raises(JobFailedError, match=words):
+        run_ceiling(load_study(study_file), Options("c"))
+    trained = [line for line in scripted_stages if line.startswith("train")]
+    assert trained == ["train vlm-s0", "train obm-s1", "train vlm-s1"]
+    assert not (tmp_path / "out" / "report").exists()
+    failing.clear()
+    scripted_stages.clear()
+    summary = run_ceiling(load_study(study_file), Options("c"))
+    assert scripted_stages == ["train obm-s0"]
+    assert summary["arms"]["obm"]["seeds"] == [0, 1]
+
+
+def test_a_partial_report_says_what_it_lacks_and_the_study_still_fails(
+    study_file, scripted_stages, failing, tmp_path
+):
+    failing.add("obm-s0")
+    with pytest.raises(JobFailedError, match="1 of 4 trainings failed") as caught:
+        run_ceiling(load_study(study_file), Options("c", partial=True))
+    assert "--partial" not in str(caught.value)
+    report = tmp_path / "out" / "report"
+    arms = json.loads((report / "compare.json").read_text())["arms"]
+    assert (arms["obm"]["seeds"], arms["vlm"]["seeds"]) == ([1], [0, 1])
+    assert (report / "compare.md").read_text().startswith("# A test (without obm-s0, which failed)")
+
+
+def test_several_processes_share_the_completions_of_a_step(study_file, scripted_stages, tmp_path):
+    rows = ["grpo.per_device_train_batch_size=12", "grpo.num_generations=4"]
+    run_ceiling(load_study(study_file), Options("c", overrides=rows, n_processes=3))
+    config = yaml.safe_load((tmp_path / "out" / "configs" / "obm-s0.yaml").read_text())
+    assert config["grpo"]["per_device_train_batch_size"] == 4
+    scripted_stages.clear()
+    run_ceiling(load_study(study_file), Options("c", overrides=rows))
+    assert not scripted_stages  # what was asked for is the same
+    record = tmp_path / "out" / "runs" / "obm-s0" / "environment.json"
+    record.write_text(json.dumps({"world_size": 3}))
+    with pytest.raises(LaunchError, match="obm-s0 was trained with 3 processes; go on with --proc"):
+        run_ceiling(load_study(study_file), Options("c", overrides=rows))
+    with pytest.raises(LaunchError, match=r"--processes 5: .*is 12"):
+        split_batch(Plan(load_study(study_file), rows).config(load_study(study_file).arms[0]), 5)
+
+
+def test_a_dry_run_says_what_is_there_and_how_long_the_rest_may_take(
+    study_file, scripted_stages, failing, tmp_path
+):
+    how = Options("c", parallel=1)
+    text = describe_study(load_study(study_file), how)
+    assert "7 calibrations, merges and evaluations: 7 to make" in text
+    assert "0 there already, 4 to run" in text
+    assert not (tmp_path / "out").exists()
+    failing.add("vlm-s1")
+    with pytest.raises(JobFailedError):
+        run_ceiling(load_study(study_file), how)
+    for marker in (tmp_path / "out" / "stages").glob("train-*.json"):
+        record = json.loads(marker.read_text())
+        marker.write_text(json.dumps({**record, "seconds": 600.0}))
+    text = describe_study(load_study(study_file), how)
+    assert "7 calibrations, merges and evaluations: 7 there already" in text
+    assert "3 there already, 1 to run" in text
+    assert "about 10 min left, by the 3 that are done" in text
+    text = describe_study(load_study(study_file), Options("c", overrides=["grpo.max_steps=99"]))
+    assert "refused without --redo: obm-s0, vlm-s0" in text
+
+
+def test_a_study_locks_its_folder_and_says_how_to_go_on(
+    study_file, scripted_stages, monkeypatch, tmp_path, capsys
+):
+    def interrupted(*_, **__):
+        with pytest.raises(LaunchError, match="out is in use by process"):
+            run_study(load_study(study_file), Options("second"))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainings_module, "run_jobs", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_study(load_study(study_file), Options("first"))
+    assert "run the same command again to go on" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -227,6 +323,9 @@ def test_a_broken_training_goes_on_from_its_checkpoint(study_file, scripted_stag
         ({"arms": None}, r"arms: expected a list"),
         ({"arms": [{"name": "a", "init": "x", "models": {"vlm": "y"}}]}, r"only a merge"),
         ({"zero_shot": False}, r"only seen with zero_shot"),
+        ({"kind": "roof"}, r"kind: 'roof'; choose one of ceiling, floor"),
+        ({"kind": "floor"}, r"unknown key 'zero_shot'"),
+        ({"kind": "ablation"}, r"unknown key"),
     ],
 )
 def test_a_wrong_study_file_is_refused(study_file, change, words):
@@ -236,7 +335,7 @@ def test_a_wrong_study_file_is_refused(study_file, change, words):
         load_study(study_file)
 
 
-@pytest.mark.parametrize("name", ["demo", "convergence", "floors", "paper"])
+@pytest.mark.parametrize("name", ["demo", "ceiling", "floor", "transfer", "paper"])
 def test_shipped_studies_load_and_describe_themselves(name):
     study = load_study(name)
     assert study.config.is_file()
@@ -262,6 +361,7 @@ def table_file(study_file):
     del content["zero_shot"]
     content |= {
         "output": str(study_file.parent / "paper"),
+        "kind": "table",
         "report_name": "paper-table",
         "seeds": [0],
         "arms": [
@@ -286,14 +386,14 @@ def trained_policy(monkeypatch):
         (run / "policy").mkdir(exist_ok=True)
         return run / "policy"
 
-    monkeypatch.setattr(table_module, "_policy", policy)
+    monkeypatch.setattr(table_module, "trained_policy", policy)
 
 
 def test_the_table_has_a_row_for_each_mode_merge_and_policy(
     table_file, scripted_stages, trained_policy
 ):
     study = load_study(table_file)
-    table = run_table(study, command="obm study x")
+    table = run_table(study, Options("obm study x"))
     evaluations = [line for line in scripted_stages if line.startswith("evaluate")]
     assert evaluations == [
         "evaluate vlm vlm direct two", "evaluate vlm vlm direct image",
@@ -318,7 +418,7 @@ def test_the_table_has_a_row_for_each_mode_merge_and_policy(
     assert "**RL from each start**" in page
     assert json.loads((report / "paper-table.json").read_text()) == table
     n_made = len(scripted_stages)
-    assert run_table(study, command="obm study x")["rows"] == table["rows"]
+    assert run_table(study, Options("obm study x"))["rows"] == table["rows"]
     assert len(scripted_stages) == n_made
 
 
@@ -347,7 +447,7 @@ def test_an_unknown_mode_of_an_arm_is_refused(table_file):
     content["arms"][0]["modes"] = ["guess"]
     table_file.write_text(yaml.safe_dump(content))
     with pytest.raises(LaunchError, match="arm vlm: no mode 'guess'"):
-        run_table(load_study(table_file), command="x")
+        run_table(load_study(table_file), Options("x"))
 
 
 def test_nested_settings_become_overrides():

@@ -10,7 +10,7 @@ from configs.schema import load_config
 from launch import tasks as tasks_module
 from launch.commands import calibrate as calibrate_module
 from launch.commands.tune import read_grid
-from launch.study import load_study
+from launch.studies.file import load_study
 from launch.tasks import make_statistics, make_task, needed_kinds
 from merge.methods import METHODS
 
@@ -33,10 +33,10 @@ def test_the_shipped_grid_tunes_every_method_alike():
     assert {entry.name for entry in entries} - set(METHODS) == {"obm_inverse"}
 
 
-def test_the_shipped_floors_study_has_an_arm_for_every_entry_of_the_grid():
+def test_the_shipped_floor_study_has_an_arm_for_every_entry_of_the_grid():
     entries = read_grid(ROOT / "configs" / "studies" / "grid.yaml", demo())
-    study = load_study("floors")
-    assert study.floors
+    study = load_study("floor")
+    assert study.kind == "floor"
     assert {arm.name for arm in study.arms} == {*(e.name for e in entries), "vlm", "agent"}
 
 

@@ -15,7 +15,9 @@ from transformers import AutoModelForImageTextToText
 from merge.checkpoint import Checkpoint
 from merge.engine import merge
 from merge.methods import METHODS
+from merge.report import figures
 from merge.shards import SafetensorsFile
+from merge.stats import open_stats
 from tests.merge.folders import (
     ADDITIVE,
     KEEP_ALL,
@@ -218,7 +220,7 @@ def test_no_bit_depends_on_threads_pieces_shards_or_kernels(
         patch.setattr("merge.writer.PIECE_BYTES", 8000)  # of 64 columns in bf16, about 20 rows
         pieces = run(trio, tmp_path / "pieces", threads=2, **settings)
         patch.setenv("OBM_KERNELS", "numpy")
-        run(trio, tmp_path / "numpy", threads=2, **settings)
+        plain = run(trio, tmp_path / "numpy", threads=2, **settings)
     assert len(many["output"]["files"]) > 5
     expected = all_bits(tmp_path / "one")
     for name in ("shards", "pieces", "numpy"):
@@ -229,6 +231,17 @@ def test_no_bit_depends_on_threads_pieces_shards_or_kernels(
         assert without_norms(record["tensors"]) == without_norms(one["tensors"])
         for norm in ("delta_norm", "update_norm"):
             assert record["totals"][norm] == pytest.approx(one["totals"][norm], rel=1e-6)
+    # four digits are the same however they are summed
+    assert saliencies_of(plain) == saliencies_of(one)
+    assert (len(saliencies_of(one)) > 0) == (method == "obm")
+
+
+def saliencies_of(record: dict) -> dict:
+    return {
+        name: (entry["saliency"], entry["saliency_kept"])
+        for name, entry in record["tensors"].items()
+        if "saliency" in entry
+    }
 
 
 def test_two_runs_write_the_same_files(make_trio, stats, tmp_path):
@@ -510,6 +523,56 @@ def test_merge_json_says_what_went_in_and_what_came_out(make_trio, stats, tmp_pa
     assert linear["conflicts"] == sum(
         entry["conflicts"] for entry in record["tensors"].values() if entry["group"] == "linear"
     )
+
+
+@pytest.mark.parametrize("normalization", ["none", "rank"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merge_json_has_the_saliency_of_every_linear_and_what_was_kept_of_it(
+    make_trio, stats, tmp_path, dtype, normalization
+):
+    trio = make_trio(dtype)
+    record = run(
+        trio, tmp_path / "out", density=0.3, stats=stats, normalization=normalization
+    )  # the fused loops for bf16 without ranks, the plain ones else
+    parents = {role: weights_of(path) for role, path in trio.paths.items()}
+    moments = {task: open_stats(stats[task], "diagonal") for task in ("vlm", "agent")}
+    n_checked = 0
+    for name, entry in record["tensors"].items():
+        assert ("saliency" in entry) == ("saliency_kept" in entry) == is_linear(name), name
+        if not is_linear(name):
+            continue
+        for task, stats_of_task in moments.items():
+            delta = parents[task][name].double() - parents["base"][name].double()
+            h = torch.from_numpy(stats_of_task.vector(name)).double()
+            scores = (h * delta.square()).flatten().sort(descending=True).values
+            n_keep = int(0.3 * scores.numel() + 0.5)
+            total, kept = scores.sum().item(), scores[:n_keep].sum().item()
+            # printed to four digits
+            assert entry["saliency"][task] == pytest.approx(total, rel=1e-3)
+            assert entry["saliency_kept"][task] == pytest.approx(kept / total, rel=1e-3)
+            # the top share by cost holds more of the cost than a share at random
+            assert entry["saliency_kept"][task] > 0.3
+            n_checked += 1
+    assert n_checked == 2 * 7 * 2
+    linear = record["groups"]["linear"]
+    for task in moments:
+        total = sum(e["saliency"][task] for e in record["tensors"].values() if "saliency" in e)
+        assert linear["saliency"][task] == pytest.approx(total, rel=1e-3)
+    # norms and biases have none, so neither has the sum over all
+    assert "saliency" not in record["totals"]
+    assert "saliency" not in record["groups"]["norm_bias"]
+
+
+def test_saliency_beyond_fp32_is_null_in_merge_json():
+    counts = {
+        "entries": 4, "kept": {"vlm": 2}, "conflicts": 0, "conflicts_won": {"vlm": 0},
+        "delta_square": {"vlm": 4.0}, "update_square": 1.0,
+        "saliency": {"vlm": float("inf")}, "saliency_kept": {"vlm": float("inf")},
+    }  # fmt: skip
+    found = figures(counts)
+    assert (found["saliency"], found["saliency_kept"]) == ({"vlm": None}, {"vlm": None})
+    nothing = figures({**counts, "saliency": {"vlm": 0.0}, "saliency_kept": {"vlm": 0.0}})
+    assert nothing["saliency_kept"] == {"vlm": 0.0}
 
 
 @pytest.mark.parametrize("method", ["ties", "wudi", "layer_swap"])

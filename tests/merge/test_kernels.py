@@ -53,6 +53,9 @@ def assert_same(one, other, context):
     squares = {"delta_square": 1e-5, "update_square": 1e-5}
     if counts.kept_square.any():
         squares["kept_square"] = 1e-12
+    assert (counts.saliency is None) == (other_counts.saliency is None)
+    if counts.saliency is not None:
+        squares |= {"saliency": 1e-6, "saliency_kept": 1e-6}
     for name, tolerance in squares.items():
         expected = pytest.approx(getattr(counts, name), rel=tolerance)
         assert getattr(other_counts, name) == expected, (name, context)

@@ -71,6 +71,10 @@ def test_fused_loops_give_the_bits_and_counts_of_numpy(shape, std, method):
                 assert mine.conflicts_won.tolist() == other.conflicts_won.tolist()
                 np.testing.assert_allclose(mine.delta_square, other.delta_square, rtol=1e-5)
                 np.testing.assert_allclose(mine.update_square, other.update_square, rtol=1e-5)
+                assert (mine.saliency is not None) == (method == "obm")
+                if mine.saliency is not None:
+                    np.testing.assert_allclose(mine.saliency, other.saliency, rtol=1e-6)
+                    np.testing.assert_allclose(mine.saliency_kept, other.saliency_kept, rtol=1e-6)
 
 
 def test_the_usual_methods_take_the_fused_loops_and_others_do_not():

@@ -142,6 +142,9 @@ def test_obm_by_hand():
     assert counts.conflicts == 1
     assert counts.conflicts_won.tolist() == [1, 0]
     assert counts.delta_square.tolist() == [6.0, 27.0]
+    # 4 + 1 + 1 + 0 and 1 + 1 + 9 + 4; the agent drops one of its ones
+    assert counts.saliency.tolist() == [6.0, 15.0]
+    assert counts.saliency_kept.tolist() == [6.0, 14.0]
     assert counts.update_square == 4 + 1 + 6.25 + 4
 
 

@@ -82,6 +82,24 @@ def test_one_question_with_its_episodes(run_folder, capsys):
     assert "<search> capital of Italy </search>" in out
 
 
+def test_a_line_separator_in_an_answer_does_not_end_the_reading(tmp_path, capsys):
+    rows = [line(0, answer="a\u2028b"), line(5)]
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (tmp_path / "trajectories.jsonl").write_text(text, encoding="utf-8")
+    assert main(["follow", str(tmp_path)]) == 0
+    steps = [text.split()[0] for text in capsys.readouterr().out.splitlines()[2:] if text]
+    assert steps == ["0", "5"]
+
+
+def test_searches_side_by_side_in_one_turn_are_followed_too():
+    row = line(0)
+    calls = [{"type": "search", "query": "a"}, {"type": "image_search", "region": "full"}]
+    row["turns"] = [
+        {"text": "", "action": {"type": "parallel", "calls": calls}, "observation": "x"}
+    ]
+    assert follow([row])["q1"][0].searches == ("a", "[full]")
+
+
 def test_what_cannot_be_followed_is_said(run_folder, tmp_path_factory, capsys):
     assert main(["follow", str(run_folder), "--question", "q9"]) == 2
     assert "it follows q1, q2" in capsys.readouterr().err

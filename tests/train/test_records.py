@@ -146,7 +146,7 @@ def test_other_processes_write_nothing(tmp_path, config):
 
 
 def test_a_few_episodes_come_from_all_over_the_batch():
-    assert _spread(list(range(100)), 4) == [0, 25, 50, 75]
+    assert _spread(range(100), 4) == [0, 25, 50, 75]
     assert _spread([1, 2], 4) == [1, 2]
     assert _spread([], 4) == []
 

@@ -217,7 +217,8 @@ def lines_of(folder, name):
     rows = [json.loads(line) for line in (folder / name).read_text().splitlines()]
     for row in rows:
         for key in list(row):
-            if key.startswith(("time", "speed/", "eval/time", "tools/")) or key == "step_time":
+            clocks = ("time", "device_s", "speed/", "eval/time", "tools/")
+            if key.startswith(clocks) or key == "step_time":
                 del row[key]
         for turn in row.get("turns", []):
             turn.pop("seconds", None)

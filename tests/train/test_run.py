@@ -99,8 +99,18 @@ def test_the_run_folder_stands_alone(write_config):
     machine = json.loads((folder / "environment.json").read_text())
     assert {"commit", "hardware", "versions", "world_size"} <= machine.keys()
     trajectory = json.loads((folder / "trajectories.jsonl").read_text().splitlines()[0])
-    assert trajectory["schema_version"] == 1
+    assert trajectory["schema_version"] == 2
     assert trajectory["phase"] == "eval"
+    rows = [json.loads(line) for line in (folder / "trajectories.jsonl").open()]
+    in_training = [row for row in rows if row["phase"] == "train"]
+    for row in rows:
+        pictures = [*row["images"], *(key for turn in row["turns"] for key in turn["images"])]
+        assert all((folder / "pictures" / f"{key}.webp").is_file() for key in pictures)
+        assert row["gold"]["answers"]
+        assert all(len(turn["tokens"]) == len(turn["logprobs"]) for turn in row["turns"])
+        assert ("advantages" in row) == (row["phase"] == "train")
+    # of a step's group the advantages are those that TRL trained on: they rise with the reward
+    assert all(len(row["advantages"]) == len(row["turns"]) for row in in_training)
     from train.policy import load_policy
 
     model, processor = load_policy(folder / done["policy"])

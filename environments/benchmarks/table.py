@@ -1,0 +1,77 @@
+"""A table of your own questions: one row a question, documented columns, everything else kept.
+
+    {"question": "Who built this?", "answers": ["Gustave Eiffel", "Eiffel"], "image": "tower.jpg"}
+
+`question` and `answers` are needed. A cell of `answers` is a list, or a text in which `|` separates
+spellings of the same answer (so that a .csv can have several). Columns that are not named below
+travel with the question: a reward function of your own gets them (`rewards.functions`).
+"""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+from environments.benchmarks.rows import PICTURE_COLUMN, Row
+
+NEEDED = {
+    "question": "what is asked",
+    "answers": "the right answer, or several spellings of it",
+}
+OPTIONAL = {
+    "image": "picture: a file name beside the table or in `images`, bytes, or a `datasets` image",
+    "id": "name of the question, each once; without it the number of the row",
+    "split": "which part it belongs to, for `split`",
+    "kind": "a group of questions that the evaluation counts by itself, and for `kinds`",
+    "answer_kind": "how the answer is checked, see docs/rewards.md",
+    "entity_names": "names that a right text query has",
+    "gold_passages": "ids of passages that state the answer",
+}
+TEXT_LISTS = ("entity_names", "gold_passages")
+SEPARATOR = "|"
+NEAR = 0.75
+"""Likeness above which an unknown column is taken for a misspelt one."""
+
+
+def read_table(row: Row, split: str) -> list[dict[str, Any]]:
+    """One question a row; see NEEDED and OPTIONAL for the columns."""
+    known = {**NEEDED, **OPTIONAL}
+    for column in row.values:
+        # an optional column that is misspelt would be left out in silence: no picture, one split
+        near = difflib.get_close_matches(str(column), known, n=1, cutoff=NEAR)
+        if column not in known and near and near[0] not in row.values:
+            reason = f"there is no such column, and no '{near[0]}'"
+            row.fail(str(column), reason, f"call it '{near[0]}', or give it another name")
+    answers = _several(row, "answers")
+    others = {str(name): value for name, value in row.values.items() if name not in known}
+    return [
+        {
+            **others,
+            "id": _cell(row, "id", str(row.number)),
+            "kind": _cell(row, "kind", "all"),
+            "split": _cell(row, "split", split),
+            "entity": None,
+            "question": row.text("question"),
+            "answers": row.answers("answers", answers),
+            "answer_kind": _cell(row, "answer_kind", None),
+            **{column: _several(row, column) for column in TEXT_LISTS},
+            "image": row.picture_cell("image"),
+            PICTURE_COLUMN: "image",
+        }
+    ]
+
+
+def _cell(row: Row, column: str, default: str | None) -> str | None:
+    """A text; an empty cell, as a .csv has it, is none."""
+    text = str(row.get(column, "")).strip()
+    return text or default
+
+
+def _several(row: Row, column: str) -> list[str]:
+    """A list of texts, or a text whose parts are separated; empty parts are dropped."""
+    if column in NEEDED:
+        row.need(column)
+    value = row.get(column)
+    if isinstance(value, str):
+        return [part.strip() for part in value.split(SEPARATOR) if part.strip()]
+    return row.texts(column)

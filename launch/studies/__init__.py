@@ -1,0 +1,1 @@
+"""Studies: several starts, evaluated or trained over several seeds, and what is written of them."""

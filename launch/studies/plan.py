@@ -1,0 +1,111 @@
+"""Settings of every arm of a study, all loaded and checked before anything runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from launch.stages import Stages, fingerprint
+from launch.studies.file import Arm, Study
+from launch.tasks import merged_roles, needed_kinds
+
+if TYPE_CHECKING:
+    from configs.schema import Config
+
+
+class Plan:
+    """Settings of every arm, all loaded and checked before anything runs."""
+
+    def __init__(self, study: Study, overrides: list[str]) -> None:
+        self.study = study
+        self._overrides = [*flatten(study.overrides), *overrides]
+        self._configs = {arm.name: self._load(arm) for arm in study.arms}
+        self._join_kinds()
+
+    def config(self, arm: Arm, seed: int | None = None) -> Config:
+        """Settings of an arm, or of its training with a seed."""
+        if seed is None:
+            return self._configs[arm.name]
+        return self._load(arm, seed)
+
+    def start(self, arm: Arm) -> Path | str:
+        """The checkpoint that the arm starts from."""
+        from configs.schema import resolve_model
+
+        return self.merged_folder(arm) if arm.merge else resolve_model(arm.init or "")
+
+    def merged_folder(self, arm: Arm) -> Path:
+        """Where the arm's merge lies."""
+        return self.study.output / "merged" / arm.name
+
+    def check(self) -> None:
+        """Hold the training settings against TRL's names and the arithmetic of a step."""
+        from train.settings import describe_step
+
+        for arm in self.study.arms:
+            describe_step(self.config(arm), 1)
+
+    def run_folder(self, arm: Arm, seed: int) -> Path:
+        """Where a training of the arm lies."""
+        return self.study.output / "runs" / f"{arm.name}-s{seed}"
+
+    def _load(self, arm: Arm, seed: int | None = None) -> Config:
+        from configs.schema import load_config
+
+        output = self.study.output if seed is None else self.run_folder(arm, seed)
+        calibration = self.study.output / "calibration"
+        own: dict[str, Any] = {
+            "output": str(output),
+            "models": {**arm.models, "init": arm.init or str(self.merged_folder(arm).resolve())},
+            "calibration.output": str(calibration / arm.name if arm.models else calibration),
+            "tracking.arm": arm.name,
+            "tracking.group": self.study.name,
+        }
+        if seed is not None:
+            own["seed"] = seed
+        merge = {"merge": arm.merge} if arm.merge else {}
+        return load_config(self.study.config, [*self._overrides, *flatten(merge), *flatten(own)])
+
+    def _join_kinds(self) -> None:
+        """Arms that share a folder of statistics have all kinds made that any of them needs."""
+        kinds: dict[str | None, set[str]] = {}
+        for arm in self.study.arms:
+            if arm.merge:
+                config = self._configs[arm.name]
+                needed = kinds.setdefault(config.calibration.output, set())
+                needed.update(needed_kinds(config.merge))
+        for config in self._configs.values():
+            joined: list[Any] = sorted(kinds.get(config.calibration.output, ()))
+            if joined:
+                config.calibration.kinds = joined
+
+
+def flatten(mapping: dict[str, Any], prefix: str = "") -> list[str]:
+    """Nested settings as `a.b=value` overrides."""
+    overrides = []
+    for key, value in mapping.items():
+        if isinstance(value, dict):
+            overrides += flatten(value, f"{prefix}{key}.")
+        else:
+            overrides.append(f"{prefix}{key}={json.dumps(value, ensure_ascii=False)}")
+    return overrides
+
+
+def calibrations(arm: Arm, config: Config) -> list[tuple[str, str]]:
+    """(role, stage name) of the statistics that an arm's merge needs; arms share the study's."""
+    if not arm.merge or not needed_kinds(config.merge):
+        return []
+    return [(role, f"calibrate-{arm.name}-{role}" if arm.models else f"calibrate-{role}")
+            for role in merged_roles(config)]  # fmt: skip
+
+
+def start_key(plan: Plan, stages: Stages, arm: Arm) -> Any:
+    """What tells an arm's start from another one."""
+    return stages.key(f"merge-{arm.name}") if arm.merge else fingerprint(str(plan.start(arm)))
+
+
+def max_steps(config: Config) -> int:
+    from train.settings import GRPO_DEFAULTS
+
+    return int(config.grpo.get("max_steps", GRPO_DEFAULTS["max_steps"]))

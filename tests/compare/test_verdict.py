@@ -1,0 +1,111 @@
+"""The verdict says what the numbers say, also that the method does not win."""
+
+import pytest
+
+from compare.verdict import comparison_verdict, floor_verdict
+from tests.compare.pages import comparison, floor, pair
+
+
+def text_of(verdict):
+    return " ".join([verdict.headline, *verdict.sentences])
+
+
+def test_ahead_of_all_is_said_when_no_interval_overlaps():
+    verdict = comparison_verdict(comparison({"obm": 0.6, "vlm": 0.1, "ties": 0.4}), str)
+    assert verdict.tone == "good"
+    assert verdict.headline == "obm is ahead of every other start after training."
+    assert "obm is above vlm and ties" in text_of(verdict)
+    # floors are half of the ceilings
+    assert verdict.sentences[0] == (
+        "Before any training obm answers 0.30 [0.25, 0.35] of the questions, vlm 0.05 "
+        "[0.00, 0.10]; the best other start is ties with 0.20 [0.15, 0.25]."
+    )
+    assert "0.60 [0.55, 0.65], the highest mean; the next is ties" in verdict.sentences[1]
+
+
+def test_below_one_is_a_loss_whatever_else_it_beats():
+    verdict = comparison_verdict(comparison({"obm": 0.4, "vlm": 0.1, "ties": 0.6}), str)
+    assert verdict.tone == "bad"
+    assert verdict.headline == "obm does not win: after training it lies below ties."
+    assert "the highest mean is that of ties, 0.60" in verdict.sentences[1]
+
+
+def test_overlapping_intervals_are_not_separated():
+    verdict = comparison_verdict(comparison({"obm": 0.5, "vlm": 0.1, "ties": 0.45}), str)
+    assert verdict.tone == "open"
+    assert verdict.headline == ("obm is ahead of vlm after training, but not separated from ties.")
+    assert "not separated does not mean equal" in verdict.sentences[-1]
+    alone = comparison_verdict(comparison({"obm": 0.5, "ties": 0.45}, target="ties"), str)
+    assert alone.headline == "obm is not separated from any other start after training."
+
+
+def test_paired_differences_count_before_overlap():
+    arms = {"obm": 0.5, "ties": 0.45}
+    apart = comparison(arms, target="ties", pairs=[pair("obm", "ties", 0.05, 0.01)])
+    assert comparison_verdict(apart, str).tone == "good"
+    assert "By differences within a seed" in text_of(comparison_verdict(apart, str))
+    behind = comparison(arms, target="ties", pairs=[pair("obm", "ties", -0.05, 0.01)])
+    assert comparison_verdict(behind, str).tone == "bad"
+    # a pair the other way round, or of another measure, says nothing
+    other = [pair("ties", "obm", 0.05, 0.01), pair("obm", "ties", 0.05, 0.01, metric="auc")]
+    assert comparison_verdict(comparison(arms, target="ties", pairs=other), str).tone == "open"
+
+
+def test_one_seed_separates_nothing():
+    verdict = comparison_verdict(comparison({"obm": 0.9, "vlm": 0.1}, half=None), str)
+    assert verdict.tone == "open"
+    assert verdict.headline == "One seed: nothing here separates obm from the other starts."
+    assert "repeat with more" in verdict.sentences[-1]
+    assert "[" not in text_of(verdict)
+
+
+def test_the_cost_to_the_target_is_told_with_and_without_device_time():
+    summary = comparison({"obm": 0.6, "vlm": 0.3})
+    assert "obm reaches the ceiling of vlm (0.30) after 5 steps." in text_of(
+        comparison_verdict(summary, str)
+    )
+    summary["arms"]["obm"]["device_s_to_target"] = 300.0
+    summary["arms"]["vlm"]["device_s_to_target"] = 9000.0
+    assert (
+        "after 5 steps and 5 device-minutes of device time, preparation included; vlm itself "
+        "takes 2.5 device-hours." in text_of(comparison_verdict(summary, str))
+    )
+    summary["arms"]["obm"]["steps_to_target"] = None
+    summary["arms"]["obm"]["per_seed"]["steps_to_target"] = [5, None, None]
+    assert "in 1 of 3 seeds" in text_of(comparison_verdict(summary, str))
+    summary["arms"]["obm"]["steps_to_target"] = 0.0
+    assert "obm starts at or above" in text_of(comparison_verdict(summary, str))
+
+
+def test_two_to_five_sentences_and_none_where_nothing_is_to_compare():
+    for arms in ({"obm": 0.5, "vlm": 0.1}, {"obm": 0.5, "vlm": 0.1, "ties": 0.4}):
+        assert 2 <= len(comparison_verdict(comparison(arms), str).sentences) <= 5
+    assert comparison_verdict(comparison({"obm": 0.5}), str) is None
+
+
+def test_untrained_starts_are_judged_by_their_floor():
+    summary = comparison({"obm": 0.8, "vlm": 0.2})
+    for result in summary["arms"].values():
+        result |= {"is_trained": False, "ceiling": None, "steps_to_target": None}
+    verdict = comparison_verdict(summary, str)
+    # floors .4 and .1, intervals .05 to either side
+    assert verdict.headline == "obm is ahead of every other start before any training."
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "tone", "words"),
+    [
+        ({"obm": 0.5, "ties": 0.2}, "good", "ahead of every other start before any training"),
+        ({"obm": 0.2, "ties": 0.5}, "bad", "does not win: before any training it lies below ties"),
+        ({"obm": 0.5, "ties": 0.48}, "open", "not separated from any other start"),
+    ],
+)
+def test_a_floor_has_its_verdict(accuracy, tone, words):
+    verdict = floor_verdict(floor(accuracy), str)
+    assert verdict.tone == tone
+    assert words in verdict.headline
+
+
+def test_a_floor_of_one_seed_separates_nothing():
+    verdict = floor_verdict(floor({"obm": 0.9, "ties": 0.1}, half=None), str)
+    assert verdict.headline.startswith("One seed")

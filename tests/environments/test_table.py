@@ -1,0 +1,178 @@
+"""A table of one's own questions: what is read, and what every mistake is called."""
+
+import json
+
+import pytest
+from PIL import Image
+
+from environments.benchmarks.registry import load_benchmark, read_split
+from environments.benchmarks.rows import BenchmarkError
+
+COLOURS = ["red", "green", "blue", "white", "black", "grey", "pink", "brown", "orange", "gold"]
+
+
+@pytest.fixture
+def rows(tmp_path):
+    """Ten questions with pictures in a folder of their own."""
+    (tmp_path / "pictures").mkdir()
+    made = []
+    for number, colour in enumerate(COLOURS):
+        name = f"pictures/{colour}.{'png' if number % 2 else 'jpg'}"
+        Image.new("RGB", (56, 56), colour).save(tmp_path / name)
+        made.append({"question": f"Which colour is {number}?", "answers": [colour], "image": name})
+    return made
+
+
+@pytest.fixture
+def write(tmp_path):
+    def _write(rows, name="mine.jsonl"):
+        path = tmp_path / name
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return str(path)
+
+    return _write
+
+
+def load(source, **chosen):
+    return load_benchmark("table", source=source, **chosen)
+
+
+def test_ten_rows_with_pictures_are_ten_questions(rows, write):
+    questions = load(write(rows))
+    assert [question["id"] for question in questions] == [str(n) for n in range(1, 11)]
+    assert [question["answers"] for question in questions] == [[colour] for colour in COLOURS]
+    assert {(q["kind"], q["split"], *q["metrics"]) for q in questions} == {("all", "all", "em")}
+    assert questions[4]["image"].getpixel((5, 5)) == (0, 0, 0)
+    assert questions[4].get("image").size == (56, 56)
+
+
+def test_a_spreadsheet_is_read_as_the_lines_of_a_file_are(rows, write, tmp_path):
+    rows[0] |= {"answers": ["red", "crimson"], "kind": "warm", "note": "a, b"}
+    rows[1] |= {"answers": ["green"], "kind": "cold", "note": ""}
+    lines = ["question,answers,image,kind,note"]
+    lines.append('Which colour is 0?,red | crimson,pictures/red.jpg,warm,"a, b"')
+    lines.append("Which colour is 1?,green,pictures/green.png,cold,")
+    (tmp_path / "mine.csv").write_text("\ufeff" + "\r\n".join(lines) + "\r\n", encoding="utf-8")
+    ours, sheet = load(write(rows[:2])), load(str(tmp_path / "mine.csv"))
+    assert [q.pop("id") for q in sheet] == ["2", "3"]  # as a spreadsheet numbers its rows
+    assert [q.pop("id") for q in ours] == ["1", "2"]
+    assert [dict(q) for q in sheet] == [dict(q) for q in ours]
+    assert sheet[0]["note"] == "a, b"
+
+
+def test_columns_of_ones_own_travel_with_the_question(rows, write):
+    rows[0] |= {"difficulty": 3, "source": {"page": 7}, "id": "first"}
+    [question] = load(write(rows[:1]))
+    assert (question["id"], question["difficulty"]) == ("first", 3)
+    assert question["source"] == {"page": 7}
+
+
+def test_a_question_may_have_no_picture(rows, write):
+    del rows[0]["image"]
+    rows[1]["image"] = None
+    rows[2]["image"] = ""
+    questions = load(write(rows))
+    assert [question["image"] is None for question in questions] == [True] * 3 + [False] * 7
+    assert len(load(write(rows), pictured=True)) == 7
+
+
+def test_gold_passages_and_names_make_the_search_measurable(rows, write):
+    rows[0] |= {"entity_names": "France | République", "gold_passages": ["p1"]}
+    [question] = load(write(rows[:1]))
+    assert question["entity_names"] == ["France", "République"]
+    assert question["gold_passages"] == ["p1"]
+
+
+# ---------------------------------------------------------------- splits
+
+
+def test_a_column_or_a_fraction_tells_training_from_evaluation(rows, write):
+    for number, row in enumerate(rows):
+        row["split"] = "train" if number < 6 else "test"
+    source = write(rows)
+    assert [q["answers"][0] for q in load(source, split="test")] == COLOURS[6:]
+    # 80 % of the six rows of train are 4.8, rounded 5
+    assert [q["answers"][0] for q in load(source, split="train[:80%]")] == COLOURS[:5]
+    assert [q["answers"][0] for q in load(source, split="train[80%:]")] == COLOURS[5:6]
+    assert [q["answers"][0] for q in load(source, split="[:80%]")] == COLOURS[:8]
+    assert [q["answers"][0] for q in load(source, split="[80%:]")] == COLOURS[8:]
+    assert [q["answers"][0] for q in load(source, split="[2:4]", limit=1)] == COLOURS[2:3]
+
+
+@pytest.mark.parametrize("text", ["train[", "[80%]", "[a:b]", "train[:80%]x", "[-1:]"])
+def test_a_part_of_a_split_that_cannot_be_read_is_refused(text):
+    with pytest.raises(BenchmarkError, match="not a part of a split; write"):
+        read_split(text)
+
+
+def test_a_split_that_holds_nothing_is_refused(rows, write):
+    with pytest.raises(BenchmarkError, match="no question fits"):
+        load(write(rows), split="train")
+
+
+# ---------------------------------------------------------------- mistakes
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            {"image": "pictures/none.png"},
+            "row 3, column 'image': no picture 'pictures/none.png'",
+        ),
+        ({"image": "text.txt"}, "row 3, column 'image': .*text.txt is no picture; store it as jpg"),
+        ({"image": 7}, "row 3, column 'image': expected a file name, got int 7"),
+        (
+            {"image": "https://example.org/a.png"},
+            "row 3, column 'image': .* is an address",
+        ),
+        ({"answers": []}, "row 3, column 'answers': no usable answer"),
+        ({"answers": " | "}, "row 3, column 'answers': no usable answer"),
+        ({"answers": None}, "row 3, column 'answers': missing"),
+        ({"answers": {"a": 1}}, "row 3, column 'answers': expected texts"),
+        ({"question": "  "}, "row 3, column 'question': is empty"),
+        ({"id": "1"}, "row 3, column 'id': '1' stands in .*row 1 already"),
+    ],
+)
+def test_a_bad_cell_is_named_with_its_row(rows, write, tmp_path, change, words):
+    (tmp_path / "text.txt").write_text("no picture")
+    rows[2] |= change
+    with pytest.raises(BenchmarkError, match=words):
+        load(write(rows))
+
+
+@pytest.mark.parametrize(
+    ("column", "wrong"),
+    [("answers", "answer"), ("image", "images"), ("image", "imagee"), ("split", "splits")],
+)
+def test_a_misspelt_column_is_no_column_of_ones_own(rows, write, column, wrong):
+    for row in rows:
+        row["split"] = "train"
+        row[wrong] = row.pop(column)
+    with pytest.raises(BenchmarkError, match=f"row 1, column '{wrong}': .* call it '{column}'"):
+        load(write(rows))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("question;answers\na;b\n", "one column, 'question;answers'; separate columns by commas"),
+        ("question,answers\na,b,c\n", "row 2: another number of cells than columns"),
+        ("question,answers\na\n", "row 2: another number of cells than columns"),
+    ],
+)
+def test_a_bad_spreadsheet_is_one_clear_error(tmp_path, text, words):
+    (tmp_path / "mine.csv").write_text(text)
+    with pytest.raises(BenchmarkError, match=words):
+        load(str(tmp_path / "mine.csv"))
+
+
+def test_a_spreadsheet_in_another_encoding_is_one_clear_error(tmp_path):
+    (tmp_path / "mine.csv").write_bytes("question,answers\nça,là\n".encode("latin-1"))
+    with pytest.raises(BenchmarkError, match=r"mine.csv: not a .csv in UTF-8"):
+        load(str(tmp_path / "mine.csv"))
+
+
+def test_a_table_needs_a_source():
+    with pytest.raises(BenchmarkError, match=r"set `source` to your copy .*question, answers"):
+        load(None)

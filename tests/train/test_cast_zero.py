@@ -1,0 +1,180 @@
+"""Gated heads after twenty steps of two processes, bit by bit: ZeRO-1, 2, 3, LoRA, bf16, DPO."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from train.policy import load_policy, load_processor
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+ROOT = Path(__file__).resolve().parents[2]
+HEADS = [(0, 1), (1, 0)]
+SETTINGS = """
+output: {output}
+seed: 1
+models: {{init: {init}}}
+environment: {{train_size: 32, eval_size: 4, kinds: [two, text], eval_kinds: [two, text]}}
+grpo:
+  per_device_train_batch_size: 4
+  num_generations: 4
+  max_completion_length: 40
+  generation_kwargs: {{max_new_tokens: 8}}
+  max_steps: 20
+  save_steps: 20
+  entropy_coef: 0.05
+  learning_rate: 1.0e-3
+  weight_decay: 0.1
+compare: {{eval_every: 20}}
+tracking: {{wandb: disabled}}
+freeze_heads: cast(top=50%, map={map})
+"""
+
+
+def deepspeed(script, *arguments):
+    """Two processes; returns what the launcher said."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    programs = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    result = subprocess.run(
+        ["deepspeed", "--num_gpus", "2", "--master_port", port, str(script), *arguments],
+        env={**os.environ, "PATH": programs, "OMP_NUM_THREADS": "1", "CXX": "/nonexistent"},
+        capture_output=True,
+        text=True,
+        timeout=580,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result
+
+
+def train(tmp_path, init, *overrides):
+    """A run with the two highest of four heads gated; returns the folder of its policy."""
+    conflict = {
+        "schema_version": 1,
+        "heads": [
+            {"layer": layer, "head": head, "score": float((layer, head) in HEADS), "cosine": 0.0}
+            for layer in range(2)
+            for head in range(2)
+        ],
+    }
+    (tmp_path / "map.json").write_text(json.dumps(conflict))
+    path = tmp_path / "settings.yaml"
+    path.write_text(SETTINGS.format(output=tmp_path / "run", init=init, map=tmp_path / "map.json"))
+    deepspeed(ROOT / "launch" / "train.sh", "--config", str(path), *overrides)
+    run = tmp_path / "run"
+    assert json.loads((run / "frozen_heads.json").read_text())["heads"] == [list(h) for h in HEADS]
+    done = json.loads((run / "done.json").read_text())
+    assert done["step"] == 20
+    return run / done["policy"]
+
+
+def parts_of(model, layer, head):
+    """A head's own numbers and those of its key-value head, by projection."""
+    language = getattr(model.model, "language_model", model.model)
+    attention, config = language.layers[layer].self_attn, model.config.get_text_config()
+    group = head * config.num_key_value_heads // config.num_attention_heads
+    size = attention.head_dim
+    own, shared = (slice(i * size, (i + 1) * size) for i in (head, group))
+    parts = {"o": attention.o_proj.weight[:, own]}
+    for name, cut in (("q", own), ("k", shared), ("v", shared)):
+        projection = getattr(attention, f"{name}_proj")
+        parts[name], parts[f"{name} bias"] = projection.weight[cut], projection.bias[cut]
+    return parts
+
+
+def assert_gated(start, policy, heads, free):
+    """Every bit of `heads` is as it was; of every other parameter, and of `free`, most changed."""
+    for head in heads:
+        before, after = parts_of(start, *head), parts_of(policy, *head)
+        for name in before:
+            assert torch.equal(before[name], after[name]), (head, name)
+    for head in free:
+        before, after = parts_of(start, *head), parts_of(policy, *head)
+        for name in ("q", "k", "v", "o"):
+            assert (before[name] != after[name]).float().mean() > 0.5, (head, name)
+    mlp = [m.model for m in (start, policy)]
+    mlp = [getattr(m, "language_model", m).layers[0].mlp.up_proj.weight for m in mlp]
+    assert (mlp[0] != mlp[1]).float().mean() > 0.5
+
+
+@pytest.mark.parametrize("stage", ["zero1", "zero2", "zero3"])
+def test_gated_heads_keep_every_bit_under_zero(tiny_checkpoints, tmp_path, stage):
+    start, _ = load_policy(tiny_checkpoints["vlm"])
+    folder = train(tmp_path, tiny_checkpoints["vlm"], f"deepspeed={stage}")
+    policy, _ = load_policy(folder)
+    assert_gated(start, policy, HEADS, [(0, 0), (1, 1)])
+
+
+def test_gated_heads_keep_every_bit_in_bf16_with_float32_masters(tiny_checkpoints, tmp_path):
+    folder = train(
+        tmp_path, tiny_checkpoints["vlm"], "deepspeed=zero2", "grpo.bf16=true",
+        "grpo.learning_rate=3e-3",
+    )  # fmt: skip
+    start, _ = load_policy(tiny_checkpoints["vlm"], torch.bfloat16)
+    policy, _ = load_policy(folder, torch.bfloat16)
+    assert_gated(start, policy, HEADS, [(0, 0), (1, 1)])
+
+
+@pytest.mark.parametrize("stage", ["zero2", "zero3"])
+def test_the_product_of_an_adapter_is_zero_in_gated_heads(tiny_checkpoints, tmp_path, stage):
+    folder = train(
+        tmp_path, tiny_checkpoints["vlm"], f"deepspeed={stage}", "lora.r=4",
+        "grpo.learning_rate=1e-2",
+    )  # fmt: skip
+    factors = load_file(folder / "adapter_model.safetensors")
+    start, _ = load_policy(tiny_checkpoints["vlm"])
+    size = start.model.language_model.layers[0].self_attn.head_dim
+    for layer in (0, 1):
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            a, b = (
+                next(
+                    v
+                    for k, v in factors.items()
+                    if f"layers.{layer}.self_attn.{name}.lora_{p}" in k
+                )
+                for p in "AB"
+            )
+            delta = b @ a
+            per_head = delta.unflatten(1 if name == "o_proj" else 0, (-1, size))
+            for head in (0, 1):
+                part = per_head[:, head] if name == "o_proj" else per_head[head]
+                assert (part == 0).all() if (layer, head) in HEADS else (part != 0).any()
+
+
+def test_dpo_with_grouped_keys_keeps_every_bit_under_zero3(tiny_checkpoints, tmp_path):
+    """Heads 0 and 1 share key-value head 0: both gated, so it is, too. Of heads 2, 3 one is."""
+    tokenizer = load_processor(tiny_checkpoints["agent"])
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
+    )  # fmt: skip
+    start = Qwen2ForCausalLM(config)
+    start.save_pretrained(tmp_path / "start")
+    tokenizer.save_pretrained(tmp_path / "start")
+    heads = [[0, 0], [0, 1], [0, 3]]
+    result = deepspeed(
+        Path(__file__).with_name("gated_processes.py"),
+        str(tmp_path / "start"), str(ROOT / "configs" / "deepspeed" / "zero3.json"),
+        str(tmp_path / "policy"), json.dumps(heads),
+    )  # fmt: skip
+    # rows and columns of 3 heads of 8 x 32 and 3 x 8 biases; one key-value head, 2 x (8 x 32 + 8)
+    n_numbers = 3 * (2 * 8 * 32 + 8) + 2 * (8 * 32 + 8)
+    assert f"20 steps, {n_numbers} numbers gated" in result.stdout
+    policy, _ = load_policy(tmp_path / "policy")
+    assert_gated(start, policy, [(0, 0), (0, 1)], [(0, 2), (1, 0), (1, 3)])
+    before, after = parts_of(start, 0, 3), parts_of(policy, 0, 3)
+    for name in ("q", "q bias", "o"):
+        assert torch.equal(before[name], after[name])
+    assert not torch.equal(before["k"], after["k"])
