@@ -19,7 +19,7 @@ SHAPES = (
     "m0-3.8l3.6 6.4h-7.2z",
     "m0-4l4 4l-4 4l-4-4z",
     "m0 3.8l3.6-6.4h-7.2z",
-    "m-1.2-3.6h2.4v2.4h2.4v2.4h-2.4v2.4h-2.4v-2.4h-2.4v-2.4h2.4z",
+    "m-1.4-4.2h2.8v2.8h2.8v2.8h-2.8v2.8h-2.8v-2.8h-2.8v-2.8h2.8z",
     "m0-3.9l3.7 2.7l-1.4 4.3h-4.6l-1.4-4.3z",
 )
 """Marks of arms, drawn around a point: disc, square, triangle, diamond, triangle down, plus,
@@ -27,7 +27,8 @@ pentagon."""
 DASHES = ("", "7 3", "2 3", "9 3 2 3")
 LABEL_WIDTH = 118
 LINE_HEIGHT = 15
-MAX_MARKS = 30
+MAX_MARKS, FEW_MARKS = 30, 10
+"""A curve of more points than the first has marks at as many as the second only."""
 
 
 @dataclass(frozen=True)
@@ -290,7 +291,9 @@ def _curve(curve: Curve, x_of, y_of) -> str:  # type: ignore[no-untyped-def]
         parts.append(f'<path class="seed a{arm}" data-seed="{index}" d="{line}"/>')
     line = _polyline(curve.x, curve.y, x_of, y_of)
     parts.append(f'<path class="mean a{arm}"{_dash(arm)} d="{line}"/>')
-    shape, every = SHAPES[arm % len(SHAPES)], max(1, math.ceil(len(curve.x) / MAX_MARKS))
+    n_points = len(curve.x)
+    every = 1 if n_points <= MAX_MARKS else math.ceil(n_points / FEW_MARKS)
+    shape = SHAPES[arm % len(SHAPES)]
     marks = "".join(
         f"M{coordinate(x_of(x))} {coordinate(y_of(y))}{shape}"
         for x, y in list(zip(curve.x, curve.y, strict=True))[::every]

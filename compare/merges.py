@@ -63,8 +63,8 @@ MAPS = (
     Map("won", "Conflicts won", "Share of the conflicts that the task’s sign wins.",
         "of the conflicts",
         lambda f, t: f["conflicts_won"].get(t) if f["conflicts"] else None, True),
-    Map("norms", "Norms", "Root mean square, an entry, of what a task changed and of what the merge "
-        "adds to the base; log10.", "log10",
+    Map("norms", "Norms", "Root mean square of an entry of what a task changed, and of what the "
+        "merge adds to the base; log10.", "log10",
         lambda f, t: _log(f["delta_norm"].get(t, f["update_norm"]), math.sqrt(f["entries"])),
         more=("update",)),
     Map("conflicts", "Conflicts", "Share of entries where kept changes have opposite signs.",

@@ -78,7 +78,14 @@
   const units = {
     step: ["optimizer steps", 1],
     tokens: ["tokens sampled by the policy", 1],
-    device_s: ["device-hours, preparation included", 3600],
+    device_s: ["device-seconds, preparation included", 1],
+  };
+  const unitOf = (figure, column) => {
+    if (column !== "device_s") return units[column];
+    const most = Math.max(...[...curvesOf(figure).values()].flat().map((entry) => entry.device_s));
+    if (most < 120) return units.device_s;
+    const [name, divisor] = most < 7200 ? ["minutes", 60] : ["hours", 3600];
+    return [`device-${name}, preparation included`, divisor];
   };
   const dataOf = (figure) => {
     if (!figure.parsed) figure.parsed = JSON.parse(figure.querySelector("script.data").textContent);
@@ -123,7 +130,7 @@
     const [left, top, right, bottom] = svg.dataset.plot.split(" ").map(Number);
     const [yLow, yHigh] = svg.dataset.y.split(" ").map(Number);
     const column = xColumn(figure);
-    const [label, divisor] = units[column];
+    const [label, divisor] = unitOf(figure, column);
     const values = [];
     for (const [arm, entries] of curvesOf(figure)) {
       if (!hidden.has(arm)) values.push(...entries.map((entry) => entry[column] / divisor));

@@ -275,6 +275,11 @@ def estimate_cell(
     return Cell(text, mean, small, side)
 
 
+def panels_a_line(n_panels: int) -> int:
+    """How many panels stand side by side on a wide page, so that no line has one alone."""
+    return n_panels if n_panels <= 4 else min((4, 3), key=lambda n: -n_panels % n)
+
+
 def minus(text: str) -> str:
     """Hyphens before digits as minus signs."""
     return text.replace("-", "−")

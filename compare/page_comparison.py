@@ -199,7 +199,7 @@ def _describe(curves: Sequence[Curve]) -> str:
 
 
 def _axis_switch(data: Comparison) -> str:
-    names = {"step": "steps", "tokens": "tokens", "device_s": "device-hours"}
+    names = {"step": "steps", "tokens": "tokens", "device_s": "device time"}
     accuracy = [metrics["accuracy"] for metrics in data.curves.values() if "accuracy" in metrics]
     shown = [
         column
@@ -314,7 +314,7 @@ def _dots_both(
     x_range = range_of(rows)
     wide = dot_chart(
         rows, panels, title=title, description=description, x_range=x_range, zero=zero,
-        panels_a_line=min(4, len(panels)), width=1000,
+        panels_a_line=page.panels_a_line(len(panels)), width=1000,
     )  # fmt: skip
     narrow = dot_chart(
         rows, panels, title=title, description=description, x_range=x_range, zero=zero,
@@ -347,17 +347,6 @@ def pairs_section(data: Comparison) -> Section | None:
         rows, [MEASURES[m] for m in measures], f"{name} minus every other start",
         "Differences with 95 % intervals", zero=True,
     )  # fmt: skip
-    table = []
-    for pair in pairs:
-        probability, p_value = pair.get("probability"), pair.get("p_value")
-        table.append(_row(data, pair["other"], [
-            Cell(MEASURES.get(pair["metric"], pair["metric"]), pair["metric"]),
-            estimate_cell(pair["mean"], (pair["low"], pair["high"]), digits=3, signed=True),
-            Cell("–" if probability is None else f"{probability:.2f}", probability),
-            Cell("–" if p_value is None else f"{p_value:.3f}", p_value),
-            Cell(f"{pair['n_pairs']}{'' if pair.get('paired', True) else ' (not paired)'}",
-                 pair["n_pairs"]),
-        ]))  # fmt: skip
     columns = ["other", "metric", "mean", "low", "high", "probability", "p_value", "n_pairs"]
     values = [[pair.get(column) for column in columns] for pair in pairs]
     note = (
@@ -365,14 +354,66 @@ def pairs_section(data: Comparison) -> Section | None:
         f"{name} is ahead; a whisker that crosses it: not separated."
     )
     return Section(
-        f"{data.prefix}differences", f"{name} against the others",
-        page.figure(f"{data.prefix}pairs", f"{name} minus every other start", chart, columns,
-                    values, note=note)
+        f"{data.prefix}differences",
+        f"{name} against the others",
+        page.figure(
+            f"{data.prefix}pairs",
+            f"{name} minus every other start",
+            chart,
+            columns,
+            values,
+            note=note,
+        )
         + page.table(
-            f"{name} minus the other start, with the probability of improvement",
-            ["other start", "measure", "difference", "probability", "p", "pairs"], table,
+            f"{name} minus the other start, 95 % interval in brackets",
+            ["other start", "pairs", *(MEASURES[m] for m in measures)],
+            _pair_rows(data, others, measures, by_key),
+        )
+        + page.table(
+            f"Probability that {name} is ahead, with the p value of no difference",
+            ["other start", *(MEASURES[m] for m in measures)],
+            _probability_rows(data, others, measures, by_key),
         ),
-    )  # fmt: skip
+    )
+
+
+Pairs = Mapping[tuple[str, str], Mapping[str, Any]]
+"""(other arm, measure) -> paired difference."""
+
+
+def _pair_rows(
+    data: Comparison, others: Sequence[str], measures: Sequence[str], pairs: Pairs
+) -> list[TableRow]:
+    rows = []
+    for other in others:
+        found = [pairs.get((other, measure)) for measure in measures]
+        first = next(pair for pair in found if pair is not None)
+        text = f"{first['n_pairs']}{'' if first.get('paired', True) else ' (not paired)'}"
+        cells = [
+            Cell("–") if pair is None
+            else estimate_cell(pair["mean"], (pair["low"], pair["high"]), digits=3, signed=True)
+            for pair in found
+        ]  # fmt: skip
+        rows.append(_row(data, other, [Cell(text, first["n_pairs"]), *cells]))
+    return rows
+
+
+def _probability_rows(
+    data: Comparison, others: Sequence[str], measures: Sequence[str], pairs: Pairs
+) -> list[TableRow]:
+    rows = []
+    for other in others:
+        cells = []
+        for measure in measures:
+            pair = pairs.get((other, measure)) or {}
+            probability, p_value = pair.get("probability"), pair.get("p_value")
+            if probability is None:
+                cells.append(Cell("–"))
+                continue
+            small = "" if p_value is None else f"p {p_value:.3f}"
+            cells.append(Cell(f"{probability:.2f}", probability, small))
+        rows.append(_row(data, other, cells))
+    return rows
 
 
 # ---- search behaviour
@@ -569,7 +610,7 @@ def cost_section(data: Comparison) -> Section | None:
             f" Equal budget: the smoothed accuracy once {duration(budget['device_s'])} are spent, "
             f"preparation included, which is what {data.arms.label(budget['arm'])} took in all."
         )
-    notes = [text, *(data.summary.get("cost") or {}).get("notes", [])]
+    notes = [text, *_cost_notes(data)]
     goal = data.arms.label(target["arm"])
     return Section(
         f"{data.prefix}cost", f"Cost to the ceiling of {goal}",
@@ -579,6 +620,21 @@ def cost_section(data: Comparison) -> Section | None:
              "accuracy at equal budget"], rows,
         ),
     )  # fmt: skip
+
+
+def _cost_notes(data: Comparison) -> list[str]:
+    """The notes on costs, equal ones of several arms as one."""
+    arms_of: dict[str, list[str]] = {}
+    for note in (data.summary.get("cost") or {}).get("notes", []):
+        arm, colon, text = note.partition(": ")
+        if colon and arm in data.results:
+            arms_of.setdefault(text, []).append(arm)
+        else:
+            arms_of.setdefault(note, [])
+    return [
+        f"{listed(arms, data.arms.label)}: {text}." if arms else f"{text.rstrip('.')}."
+        for text, arms in arms_of.items()
+    ]
 
 
 def _time_cell(seconds: float | None, limits: Sequence[float] | None) -> Cell:

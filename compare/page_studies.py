@@ -242,7 +242,7 @@ def _both(
     wide, narrow = (
         dot_chart(rows, panels, title=title, description="Means with 95 % intervals",
                   x_range=x_range, panels_a_line=n, width=width, zero=zero)
-        for n, width in ((min(4, len(panels)), 1000), (1, 460))
+        for n, width in ((page.panels_a_line(len(panels)), 1000), (1, 460))
     )  # fmt: skip
     return page.both_widths(wide, narrow)
 

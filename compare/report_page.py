@@ -181,12 +181,13 @@ def _lead(record: Record) -> str:
         return ""
     kinds = ", ".join(asked.get("eval_kinds") or [])
     if record.kind == "comparison":
-        n_seeds = max(len(result["seeds"]) for result in record.data["arms"].values())
+        counts = sorted({len(result["seeds"]) for result in record.data["arms"].values()})
     else:
-        n_seeds = len(record.data["seeds"])
+        counts = [len(record.data["seeds"])]
+    n_seeds = " to ".join(dict.fromkeys(map(str, (counts[0], counts[-1]))))
     return (
         f"{asked['eval_size']} {asked.get('eval_split', '')} questions (kinds: {kinds}) a seed, "
-        f"greedy; {n_seeds} seed{'s' if n_seeds > 1 else ''} a start."
+        f"greedy; {n_seeds} seed{'s' if counts[-1] > 1 else ''} a start."
     )
 
 

@@ -80,7 +80,7 @@ def summarise(
         target_arm: its ceiling (mean over seeds) is what the costs to the target ask for.
         smoothing: window in evaluations.
         bootstrap: resamples of the intervals and probabilities.
-        reference: the arm that the tables hold others against; the first where None.
+        reference: the arm that the tables hold others against; where None `obm`, else the first.
 
     Returns:
         See the top of this file: `target`, `reference`, `equal_budget`, `cost`, `arms`, `pairs` and
@@ -99,7 +99,7 @@ def summarise(
     }
     return {
         "target": {"arm": target_arm, "value": target},
-        "reference": reference or next(iter(arms)),
+        "reference": reference or ("obm" if "obm" in arms else next(iter(arms))),
         "equal_budget": budget,
         "cost": _cost_notes(arms, costs),
         "arms": {

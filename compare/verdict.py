@@ -3,7 +3,8 @@ does not win.
 
 One arm (`reference`, OBM in this project) is held against every other. It is above another arm
 where the paired difference's 95 % interval lies above zero; in summaries without pairs, where the
-two intervals do not overlap. With one seed nothing is separated, and the verdict says so.
+two intervals do not overlap. With one seed nothing is separated, and the verdict says so; nor where
+all seeds give the same number, as untrained starts do that were asked the same questions.
 """
 
 from __future__ import annotations
@@ -158,12 +159,14 @@ def side_of(summary: Mapping[str, Any], reference: str, other: str, measure: str
     for pair in summary.get("pairs") or ():
         if (pair["arm"], pair["other"]) == (reference, other) and pair["metric"] in names:
             return _side(pair)
-    limits = [_limits(summary["arms"][arm], measure) for arm in (reference, other)]
-    if limits[0] is None or limits[1] is None:
+    own, theirs = (_limits(summary["arms"][arm], measure) for arm in (reference, other))
+    if own is None or theirs is None:
         return UNKNOWN
-    if limits[0][0] > limits[1][1] + ROUNDING:
+    if all(high - low <= ROUNDING for low, high in (own, theirs)):
+        return OPEN
+    if own[0] > theirs[1] + ROUNDING:
         return ABOVE
-    return BELOW if limits[0][1] < limits[1][0] - ROUNDING else OPEN
+    return BELOW if own[1] < theirs[0] - ROUNDING else OPEN
 
 
 def listed(arms: Sequence[str], label: Label) -> str:
@@ -185,6 +188,9 @@ def _side(estimate: Mapping[str, Any]) -> str:
     low, high = estimate.get("low"), estimate.get("high")
     if low is None or high is None:
         return UNKNOWN
+    if high - low <= ROUNDING:
+        # equal in all seeds: they answered the same questions, and say nothing about others
+        return OPEN
     if low > ROUNDING:
         return ABOVE
     return BELOW if high < -ROUNDING else OPEN

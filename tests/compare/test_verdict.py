@@ -109,3 +109,11 @@ def test_a_floor_has_its_verdict(accuracy, tone, words):
 def test_a_floor_of_one_seed_separates_nothing():
     verdict = floor_verdict(floor({"obm": 0.9, "ties": 0.1}, half=None), str)
     assert verdict.headline.startswith("One seed")
+
+
+def test_numbers_that_are_equal_in_all_seeds_separate_nothing():
+    # untrained starts answer the same questions in the same way, whatever the seed
+    summary = comparison({"obm": 0.5, "ties": 0.3}, target="ties", half=0.0)
+    assert comparison_verdict(summary, str).tone == "open"
+    summary["pairs"] = [pair("obm", "ties", 0.2, 0.0)]
+    assert comparison_verdict(summary, str).tone == "open"
