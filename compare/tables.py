@@ -75,14 +75,17 @@ def _differences(summary: Summary) -> Iterator[str]:
         n_pairs = max(pair["n_pairs"] for pair in own)
         pairing = str(n_pairs) if all(pair["paired"] for pair in own) else "unpaired"
         rows.append([arm, pairing, *(_difference_cell(pairs.get((arm, name))) for name in shown)])
-    n_intervals = len(arms) * len(shown)
+    n_intervals = sum(
+        pair["low"] is not None for (arm, name), pair in pairs.items() if name in shown
+    )
     yield from ["## Differences", "", *markdown_table(rows), ""]
     yield (
         f"Each arm minus `{reference}`, seed by seed on the same questions in the same order "
         "(unpaired: the arms share no two seeds). Square brackets: the 95 % interval of the mean "
         "difference; then the probability that the arm is better (share of bootstrap resamples), "
         f"and the exact permutation p-value. Bold: the interval leaves out 0; of {n_intervals} "
-        "intervals one in twenty does so by chance. All pairs of arms are in the json file."
+        "intervals one in twenty does so by chance. A floor that every seed shares was measured "
+        "once and has no interval. All pairs of arms are in the json file."
     )
     yield ""
 

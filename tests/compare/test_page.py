@@ -236,7 +236,7 @@ def test_style_and_script_are_in_the_wheel():
 
 def test_a_report_has_its_page_and_the_verdict_on_top_of_the_md(make_run, tmp_path):
     runs = [
-        read_run(make_run(arm, seed, [v + 0.01 * seed for v in curve]))
+        read_run(make_run(arm, seed, [v * (1 + 0.02 * seed) for v in curve]))
         for arm, curve in (("obm", [0.3, 0.5, 0.7]), ("vlm", [0.0, 0.1, 0.1]))
         for seed in (0, 1, 2)
     ]
