@@ -15,7 +15,7 @@ from typing import Any
 
 from compare.errors import CompareError
 from compare.runs import Run, cut_to_common_steps
-from configs.sections import Algorithm, Environment, Lora, Rewards
+from configs.sections import Algorithm, Environment, FreezeHeads, Lora, Rewards
 
 _FREE_ENVIRONMENT = {"timeout_s", "retries", "backoff_s"}
 _FREE_GRPO = {
@@ -129,6 +129,7 @@ def _training(run: Run) -> Settings:
     return {
         **_section(run, "algorithm", asdict(Algorithm()), leave_out=_FREE_ALGORITHM),
         **_section(run, "lora", asdict(Lora())),
+        **_section(run, "freeze_heads", asdict(FreezeHeads()), leave_out=("map",)),
         **{f"models.{key}": value for key in _MODELS if (value := _of(run, "models", key))},
         **{f"rollout.{key}": value for key in _ROLLOUT if (value := _of(run, "rollout", key))},
     }

@@ -588,6 +588,68 @@ class FreezeHeads:
 
 
 @dataclass
+class Sport:
+    """Step-wise preference tuning before GRPO (`obm sport`); docs/sport.md."""
+
+    iterations: Annotated[int, Positive] = 2
+    """rounds of sampling and tuning; each begins with the policy of the one before"""
+    tasks: Annotated[int, Positive] = 64
+    """tasks of an iteration, new ones each time"""
+    kinds: list[Kind] | None = None
+    """question kinds of the tasks; null = environment.kinds"""
+    wording: Literal["graph", "llm"] = "graph"
+    """who writes the tasks: the atlas's graph by its own words, or a language model anew (kept only
+    where neither answer nor entity slips in)"""
+    samples: Annotated[int, Between(2)] = 4
+    """candidates for each step, all executed"""
+    temperature: Annotated[float, Between(0, above=True)] | None = None
+    """of sampling candidates; null = grpo.temperature"""
+    verifier: Literal["facts", "llm"] = "facts"
+    """who scores candidates: what the environment returned (evidence, legality, progress), or a
+    language model"""
+    margin: Annotated[float, Between(0, 1, above=True)] = 0.2
+    """least difference of scores, 0 to 1, between the chosen and a rejected candidate"""
+    max_similarity: Annotated[float, Between(0, 1)] = 0.9
+    """pairs whose texts share more of their words, in order, are near duplicates and dropped"""
+    max_illegal: Annotated[int, NotNegative] = 2
+    """rejected candidates of a step that are no legal step at all"""
+    max_unverified: Annotated[float, Between(0, 1)] = 0.5
+    """share of steps without a verdict above which the run ends with an error"""
+    llm_url: str | None = None
+    """OpenAI-compatible endpoint, `http://host:port/v1`, for wording and verifier; its key, if it
+    needs one, stands in the environment variable OBM_SPORT_KEY"""
+    llm_model: str | None = None
+    """name of the model behind llm_url"""
+    llm_timeout_s: Annotated[float, Between(0, above=True)] = 60.0
+    """seconds for one answer, repetitions included"""
+    llm_workers: Annotated[int, Positive] = 8
+    """requests at the same time"""
+    dpo: dict[str, Any] = field(default_factory=dict)
+    """handed untouched to TRL's DPOConfig, over the defaults in docs/sport.md"""
+
+
+@dataclass
+class Sft:
+    """Cold start by supervised fine-tuning (`obm sft`); docs/sport.md."""
+
+    teacher: str = "solver"
+    """`solver` = the atlas's own, which knows the graph; or a checkpoint, whose right episodes are
+    taken"""
+    episodes: Annotated[int, Positive] = 512
+    """episodes to learn from, at most; those that end in a wrong answer do not count"""
+    kinds: list[Kind] | None = None
+    """question kinds of the episodes; null = environment.kinds"""
+    steps: Annotated[int, Positive] = 100
+    """optimizer steps"""
+    batch_size: Annotated[int, Positive] = 32
+    """episodes a step"""
+    learning_rate: Annotated[float, Between(0, above=True)] = 3.0e-4
+    """peak, after warm-up; it falls as a cosine to zero"""
+    warmup_steps: Annotated[int, NotNegative] = 10
+    """steps over which the learning rate rises"""
+
+
+@dataclass
 class Tracking:
     """Where numbers go, besides metrics.jsonl and trajectories.jsonl."""
 
@@ -609,7 +671,7 @@ class Tracking:
     in a W&B table of their own; `obm follow RUN` shows how they change"""
     token_logprobs: bool = True
     """trajectories.jsonl has text and log-prob of every token of the policy (`obm view` shades by
-    them); lines are about half as long again"""
+    them); lines are about a third longer"""
     picture_size: Annotated[int, Between(0, 2048)] = 256
     """longest side in pixels of the copies that `pictures/` keeps of recorded episodes' pictures;
     0 = none"""
@@ -626,7 +688,7 @@ class Compare:
     smoothing: Annotated[int, Positive] = 3
     """evaluations averaged for the ceiling"""
     bootstrap: Annotated[int, Positive] = 2000
-    """bootstrap samples of the 95 % intervals"""
+    """bootstrap samples: of probabilities, and of the 95 % intervals from ten seeds on"""
 
 
 @dataclass
@@ -669,6 +731,10 @@ class Config:
     hang_timeout_s: Annotated[float, Between(0, above=True)] | None = 1800.0
     """seconds without progress in any process after which the run ends and says who was where;
     null = wait for ever"""
+    sport: Sport = field(default_factory=Sport)
+    """step-wise preferences"""
+    sft: Sft = field(default_factory=Sft)
+    """cold start"""
     tracking: Tracking = field(default_factory=Tracking)
     """W&B and logs"""
     compare: Compare = field(default_factory=Compare)

@@ -148,6 +148,36 @@ class Dialect:
             return calls
         return calls[0] if len(calls) == 1 else Parallel(calls)
 
+    def write(self, thought: str, action: Action) -> str:
+        """A well-formed turn in this dialect, which `parse` reads back.
+
+        Args:
+            thought: the reasoning before it.
+            action: a search of text or picture, or an answer.
+
+        Raises:
+            ValueError: another action.
+        """
+        match action:
+            case Search(query):
+                arguments, content = {"query": query}, query
+            case ImageSearch(str(region)):
+                arguments = {"region": region}
+                content = _IMAGE if region == "full" else f"{_IMAGE} {region}"
+            case Answer(text):
+                arguments, content = {}, text
+            case _:
+                raise ValueError(f"cannot write a turn for {action}")
+        kind = action_dict(action)["type"]
+        tag = self.calls[kind]
+        if tag == "tool_call":
+            name = {"search": "text_search"}.get(kind, kind)
+            call = {"name": name, "arguments": arguments}
+            content = f"\n{json.dumps(call, ensure_ascii=False)}\n"
+        else:
+            content = f" {content} "
+        return f"<{self.think}> {thought} </{self.think}> <{tag}>{content}</{tag}>"
+
     def render_observation(self, result: "ToolResult", question: str) -> str:
         """Text of an observation; each returned image stands as one IMAGE_MARK.
 

@@ -12,6 +12,7 @@ Budgets count calls, not turns: of several calls in one turn the first ones with
 carried out, the others are refused in the same observation.
 """
 
+import copy
 import time
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -162,6 +163,13 @@ class Episode:
             )
         if not self.done:
             self.stop_reason = reason
+
+    def fork(self) -> "Episode":
+        """A copy that goes on by itself: same question and tools, its own past and budgets."""
+        copied = copy.copy(self)
+        copied.actions, copied.results = list(self.actions), list(self.results)
+        copied.queries, copied.urls = list(self.queries), dict(self.urls)
+        return copied
 
     def shortened(self, n_words: int) -> str:
         """The latest observation again, with at most `n_words` words of text per hit."""

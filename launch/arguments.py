@@ -71,6 +71,17 @@ def config_path(name: str) -> Path:
     return shipped_config(name)
 
 
+def show_progress() -> None:
+    """What the training package says of its progress goes to the terminal, line by line."""
+    import logging
+
+    from transformers.utils.logging import disable_progress_bar
+
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("train").setLevel(logging.INFO)
+    disable_progress_bar()
+
+
 def command_line() -> str:
     """The command that is running, as it can be typed again."""
     return shlex.join(["obm", *sys.argv[1:]])

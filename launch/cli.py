@@ -20,6 +20,8 @@ VERBS = {
     "merge": "merge base, VLM and agent into one checkpoint",
     "diagnose": "the geometry of task vectors: sparsity, overlap, spectrum, and what suits them",
     "tune": "tune the merge of every method on held-out questions, all as hard",
+    "sport": "tune a checkpoint on better and worse steps of its own (SPORT), before GRPO",
+    "sft": "cold start: teach a checkpoint from a solver's episodes, before GRPO",
     "train": "train a checkpoint by GRPO on multi-step search, under DeepSpeed",
     "eval": "evaluate a checkpoint on held-out questions",
     "compare": "floor, ceiling and curves of finished runs, as tables and a picture",

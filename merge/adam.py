@@ -2,9 +2,10 @@
 
     F[i] = exp_avg_sq[i] / (1 - beta_2^t)        running mean of squared gradients, bias removed
 
-A stand-in that costs nothing, and differs from `fisher` in three ways. The gradient is that of the training's own loss (for GRPO the policy
-loss, not log p of an answer); it is squared after averaging over a step's batch, so it is smaller;
-and it looks back some 1 / (1 - beta_2) = 1,000 steps. Its pattern over entries is what serves.
+A stand-in that costs nothing, and differs from `fisher` in three ways. The gradient is that of the
+training's own loss (for GRPO the policy loss, not log p of an answer); it is squared after a step's
+batch has been averaged, so it is smaller; and it looks back some 1 / (1 - beta_2) = 1,000 steps.
+Its pattern over entries is what serves.
 
 DeepSpeed keeps its optimizer in pickles, cut up over processes. They are read by torch's restricted
 unpickler (`weights_only`), which runs no code of the file; three classes of DeepSpeed's that the

@@ -7,7 +7,7 @@ base's. What is left has no conflicts, and the kernels trim and add it as any ot
 Plain numpy, a block at a time, for all three kernels: the same bits whatever the pieces.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -128,7 +128,7 @@ def as_saliency(piece: Piece) -> Piece:
 
 
 def norm_factors(
-    pieces: Pieces, thresholds: Sequence[float], ties: Sequence[int], n_tasks: int
+    pieces: Pieces, thresholds: np.ndarray, ties: np.ndarray, n_tasks: int
 ) -> np.ndarray:
     """Finds what makes up for trimming: the norm of each task vector before over that after.
 
@@ -138,8 +138,8 @@ def norm_factors(
 
     Args:
         pieces: Gives the settled pieces.
-        thresholds: Of each task: magnitudes above are kept.
-        ties: Of each task: how many that equal the threshold are kept, or ALL_TIES.
+        thresholds: fp32 [K]: magnitudes above are kept.
+        ties: int64 [K]: how many that equal the threshold are kept, or ALL_TIES.
         n_tasks: K.
 
     Returns:

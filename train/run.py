@@ -12,6 +12,7 @@ import argparse
 import hashlib
 import json
 import logging
+import math
 import os
 import platform
 import shutil
@@ -46,7 +47,13 @@ from train.estimate import (
 from train.frozen import FILE_NAME as FROZEN_HEADS
 from train.frozen import FrozenHeads, check_same_heads, choose_heads
 from train.resume import Start, convert, find_start
-from train.settings import build_grpo_config, describe_step, resolved_grpo, zero_stage
+from train.settings import (
+    build_grpo_config,
+    count_completions,
+    describe_step,
+    resolved_grpo,
+    zero_stage,
+)
 from train.watchdog import Watchdog, clear_heartbeats, progress
 
 logger = logging.getLogger(__name__)
@@ -59,6 +66,7 @@ OWN_FOLDER = "own"
 MAY_CHANGE = (
     "rewards.judge_key_variable", "rewards.judge_timeout_s", "rewards.judge_workers",
     "rewards.judge_cache",
+    "sport.iterations", "sport.llm_timeout_s", "sport.llm_workers",
     "output", "tracking.", "compare.", "deepspeed", "hang_timeout_s", "grpo.max_steps",
     "grpo.save_", "rollout.tool_workers", "rollout.url", "rollout.timeout_s", "rollout.retries",
     # train.resume checks that their product with the number of processes stays
@@ -151,7 +159,9 @@ def run_training(config: Config, resume: bool = False, overwrite: bool = False) 
     init = resolve_model(config.models.init)
     describe_step(config, world)
     check_pulls(config)
-    given = read_given(config)  # what is wrong with it must be found before anything is written
+    given = read_given(
+        config, world
+    )  # what is wrong with it must be found before anything is written
     given.frozen = choose_frozen(config, init)
     if config.rollout.backend == "vllm":
         from train.worlds import connect
@@ -189,8 +199,11 @@ class Given:
     """heads that stay as they are"""
 
 
-def read_given(config: Config) -> Given:
+def read_given(config: Config, n_processes: int = 1) -> Given:
     """Reads questions and reward functions, and checks what can be checked of them.
+
+    Fewer questions than a rollout asks come in it more than once, each time as a group of its own:
+    TRL would drop the rollout that it cannot fill, and train nothing without a word.
 
     Raises:
         BenchmarkError: a bad row.
@@ -210,6 +223,15 @@ def read_given(config: Config) -> Given:
             "apart by environment.train_benchmark.split and eval_benchmark.split",
             n_shared, len(given.held_out),
         )  # fmt: skip
+    grpo = resolved_grpo(config)
+    needed = count_completions(grpo, n_processes)[0] // grpo["num_generations"]
+    if len(given.questions) < needed:
+        times = math.ceil(needed / len(given.questions))
+        logger.info(
+            "%d questions for rollouts of %d: each is asked %d times an epoch",
+            len(given.questions), needed, times,
+        )  # fmt: skip
+        given.questions *= times
     return given
 
 
@@ -273,7 +295,7 @@ def _train(
             len(given.frozen.heads), given.frozen.n_heads, gate.n_numbers,
         )  # fmt: skip
     watchdog.step = lambda: trainer.state.global_step
-    _keep_only_ours(trainer)
+    keep_only_ours(trainer)
     trainer.add_callback(RunCallback(trainer, recorder, health_settings(config, init)))
     trainer.add_callback(
         EvaluationCallback(trainer, recorder, given.held_out, config.compare.eval_every)
@@ -536,7 +558,7 @@ def _last_policy(trainer: Any, folder: Path) -> Path:
     return last
 
 
-def _keep_only_ours(trainer: Any) -> None:
+def keep_only_ours(trainer: Any) -> None:
     """transformers' console printing would repeat every number."""
     from transformers import PrinterCallback, ProgressCallback
 

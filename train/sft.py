@@ -50,10 +50,12 @@ class SFTStage:
     warmup_steps: int = 50
     weight_decay: float = 0.0
     schedule: str = "constant_with_warmup"
-    frozen_heads: Sequence[Head] = ()
-    """attention heads that stay as they are, see `train.cast`"""
     trainable: Callable[[str], bool] = lambda name: True
     seed: int = 0
+    frozen_heads: Sequence[Head] = ()
+    """attention heads that stay as they are, see `train.cast`"""
+    shared: str = "most"
+    """what they share with others stays with `most`, `all` or `any` of its heads"""
 
 
 class _DrawnDataset(IterableDataset):
@@ -180,7 +182,9 @@ def run_stage(
         data_collator=SFTCollator(processor),
     )
     logging.getLogger("transformers.trainer").setLevel(logging.WARNING)
-    gate = gate_trainer(trainer, stage.frozen_heads) if stage.frozen_heads else None
+    gate = None
+    if stage.frozen_heads:
+        gate = gate_trainer(trainer, stage.frozen_heads, stage.shared)
     trainer.train()
     if gate is not None:
         gate.remove()

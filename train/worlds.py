@@ -140,7 +140,7 @@ def build_engine(config: Config, model: Any, processor: Any, **settings: Any) ->
         model: policy.
         processor: its processor or tokenizer.
         settings: laid over, e.g. `environment` or `script`; `rollout=None` for a model that is not
-            the policy, and so must not go to a server.
+            the policy, and so must not go to a server; `make_engine` for another class of engine.
     """
     grpo = resolved_grpo(config)
     budget = grpo["max_completion_length"]
@@ -155,7 +155,8 @@ def build_engine(config: Config, model: Any, processor: Any, **settings: Any) ->
         **settings,
     }
     environment = options.pop("environment", None) or load_environment(config)
-    make_engine = engine_class(options.pop("rollout", config.rollout))
+    of_backend = engine_class(options.pop("rollout", config.rollout))
+    make_engine = options.pop("make_engine", of_backend)
     return make_engine(model, processor, environment, **options)
 
 

@@ -30,7 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--name", default="compare", help="file name (default: compare)")
     parser.add_argument("--title", default="Comparison", help="heading of the md file")
     parser.add_argument("--target-arm", help="arm whose ceiling the others must reach")
-    parser.add_argument("--reference", metavar="ARM", help="held against each (default: obm, or the first)")
+    parser.add_argument(
+        "--reference", metavar="ARM", help="held against each (default: obm, or the first)"
+    )
     parser.add_argument(
         "--allow", action="append", default=[], metavar="KEY",
         help="setting or section that may differ; can be repeated",

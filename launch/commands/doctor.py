@@ -25,6 +25,8 @@ EXAMPLES = (
 )
 
 # Free space that the demo needs: six merged checkpoints, two runs, the environment's caches.
+NOT_TESTED = "not tested"
+"""In the table of versions: an extra that is not installed where the tests ran."""
 DEMO_DISK_GB = 2.0
 DEMO_MEMORY_GB = 4.0
 
@@ -112,15 +114,15 @@ def versions_page() -> str:
             try:
                 version = metadata.version(requirement.name)
             except metadata.PackageNotFoundError:
-                version = "not installed"
+                version = NOT_TESTED
             asked = str(requirement.specifier) or "any"
             part = f"`[{extra}]`" if extra else "all"
             lines.append(f"| {requirement.name} | `{asked}` | {version} | {part} |")
     lines += [
         "",
-        "Without a GPU `make install` takes the CPU build of torch in the version above, with one the",
-        "build of your package index. A vLLM server has an environment of its own; tested with vLLM",
-        "0.32.0 ([vllm.md](vllm.md)).",
+        "Without a GPU `make install` takes the CPU build of torch in the version above, with one",
+        "the build of your package index. A vLLM server has an environment of its own; tested with",
+        "vLLM 0.32.0 ([vllm.md](vllm.md)).",
     ]
     return "\n".join(lines) + "\n"
 

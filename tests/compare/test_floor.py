@@ -89,17 +89,17 @@ def test_the_report_says_where_its_numbers_come_from(rows, tmp_path):
         summarise_floor(rows, "obm"),
         rows,
         tmp_path / "results",
-        name="floors",
+        name="floor",
         title="Floors",
         command="obm study floor",
         environment=Environment(eval_split="test", eval_size=128),
     )
-    assert json.loads((tmp_path / "results" / "floors.json").read_text()) == record
-    with (tmp_path / "results" / "floors.csv").open() as file:
+    assert json.loads((tmp_path / "results" / "floor.json").read_text()) == record
+    with (tmp_path / "results" / "floor.csv").open() as file:
         lines = list(csv.DictReader(file))
     assert len(lines) == 12
     assert (lines[1]["arm"], lines[1]["seed"], lines[1]["accuracy"]) == ("obm", "1", "0.5")
-    page = (tmp_path / "results" / "floors.md").read_text()
+    page = (tmp_path / "results" / "floor.md").read_text()
     for words in (
         "128 test questions a seed", "| ties | **+0.10** |", "not separated from dare, vlm",
         "seeds: 0, 1, 2; interval: 95 %, Student's t over 3 seeds", "obm study floor",

@@ -503,9 +503,8 @@ def test_hostile_texts_are_shown_and_nothing_runs_or_is_fetched(browser, tmp_pat
             (7, "null U+0000 byte"),
             (8, "lineU+2028separator"),
         ):
-            view.evaluate(
-                "n => document.querySelector(`[aria-posinset='${14 - n}']`).click()", step
-            )
+            row = view.locator(f"[aria-posinset='{14 - step}']")
+            row.evaluate("row => row.click()")
             until(view, "shown => document.querySelector('.own').textContent === shown", shown)
         view.click("[aria-posinset='1']")
         wait_for_episode(view, "U+D83D alone")

@@ -107,22 +107,21 @@ def test_folder_and_wandb_give_the_same_report(real_run, tmp_path):
 def recorded(tmp_path):
     """A folder with metrics written by a Recorder, as lines and in W&B: `recorded(lines)`."""
 
-    def write(lines, *, finish=True, resume_step=None):
+    def write(lines):
         path = tmp_path / "settings.yaml"
         path.write_text("output: x\nmodels: {init: atlas://vlm}\ntracking: {wandb: offline}\n")
-        recorder = Recorder(tmp_path, load_config(path), is_main=True, resume_step=resume_step)
+        recorder = Recorder(tmp_path, load_config(path), is_main=True)
         for step, phase, values in lines:
             recorder.metrics(step, phase, 10 * step, values)
-        if finish:
-            recorder.close()
-            wandb.teardown()
-        return tmp_path, recorder
+        recorder.close()
+        wandb.teardown()  # W&B's own process may still be writing when a run has been closed
+        return tmp_path
 
     return write
 
 
 def test_a_null_a_tiny_number_and_a_line_of_each_phase_survive(recorded):
-    folder, _ = recorded([
+    folder = recorded([
         (0, "eval", {"accuracy": 1 / 3, "time_s": 1.5, "kind/two/accuracy": 1e-30}),
         (1, "train", {"loss": math.nan, "reward": math.inf, "time/loss_s": 0.25, "n": 2**53}),
         (1, "eval", {"accuracy": 0.1 + 0.2, "time_s": 2.5}),
@@ -138,7 +137,7 @@ def test_a_null_a_tiny_number_and_a_line_of_each_phase_survive(recorded):
 
 def test_a_killed_run_is_unfinished_and_can_be_taken_as_it_is(recorded, tmp_path):
     n_lines = 40
-    folder, _ = recorded([(step, "eval", {"accuracy": step / 64}) for step in range(n_lines)])
+    folder = recorded([(step, "eval", {"accuracy": step / 64}) for step in range(n_lines)])
     [file] = (folder / "wandb").glob("offline-run-*/*.wandb")
     content = file.read_bytes()
     copy = tmp_path / "copy" / "wandb" / file.parent.name

@@ -22,7 +22,7 @@ from configs.schema import (
     resolve_model,
     shipped_config,
 )
-from configs.sections import Benchmark, OwnReward, TensorRule
+from configs.sections import Benchmark, Conflict, OwnReward, TensorRule
 
 ROOT = Path(__file__).parents[2]
 
@@ -380,9 +380,12 @@ def test_every_key_is_documented_with_its_default():
     page = describe()
     rows = {line.split(" | ")[0]: line for line in page.splitlines() if line.startswith("| `")}
     asked = Environment(train_benchmark=Benchmark(), eval_benchmark=Benchmark())
-    plain = yaml.safe_load(dump_config(Config(output="x", environment=asked)))
+    conflict = Conflict(keep_benchmark=Benchmark())
+    plain = yaml.safe_load(dump_config(Config(output="x", environment=asked, conflict=conflict)))
     # sections that may be null have a row of their own, too; so have lists of sections
-    optional = {"environment.train_benchmark", "environment.eval_benchmark"}
+    optional = {
+        "environment.train_benchmark", "environment.eval_benchmark", "conflict.keep_benchmark",
+    }  # fmt: skip
     listed = {
         f"{key}[].{item.name}"
         for key, section in (("merge.rules", TensorRule), ("reward_functions", OwnReward))

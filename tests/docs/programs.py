@@ -54,6 +54,9 @@ def check_obm(arguments: Sequence[str]) -> None:
     overrides = list(getattr(options, "overrides", []))
     if overrides[:1] in (["verify"], ["adapter"]):
         return
+    module = importlib.import_module(f"launch.commands.{arguments[0]}")
+    if overrides and overrides[0] in getattr(module, "SUB_VERBS", ()):
+        overrides = overrides[1:]
     if hasattr(options, "config"):
         config = settings(options.config, overrides)
         if arguments[0] == "train":
@@ -64,7 +67,9 @@ def check_obm(arguments: Sequence[str]) -> None:
 
         name = getattr(options, "study", "demo")
         if name != "my_study.yaml":  # the reader's own
-            describe_study(load_study(name), Options("obm study", overrides))
+            study = load_study(name)
+            if study.trained is None:  # else it wants trainings that are not here
+                describe_study(study, Options("obm study", overrides))
     if arguments[0] == "tune":
         assert Path(ROOT, options.grid).is_file(), options.grid
 

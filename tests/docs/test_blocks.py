@@ -15,7 +15,7 @@ FAMILIES = "my_vlm:"
 DIALECTS = ("my_dialect.yaml",)
 """Blocks that are dialects, by the name in their first line."""
 
-NAMESPACES = ("docs/merge.md", "docs/recipes.md")
+NAMESPACES = ("docs/cast.md", "docs/merge.md", "docs/recipes.md")
 """Pages with Python blocks that use names of the reader; the tests below give them."""
 
 
@@ -39,6 +39,17 @@ def test_settings_load_over_the_demo(block, tmp_path, monkeypatch):
         assert get_dialect(block.file_name).name == "my_dialect"
         return
     values = parse_yaml(block.text, str(block))
+    if "axes" in values:  # part of a study
+        from launch.studies.file import Options, load_study
+        from launch.studies.run import describe_study
+
+        shipped = shipped_config("demo").parent / "studies"
+        study = yaml.safe_load((shipped / "ablation.yaml").read_text()) | values
+        study |= {key: str((shipped / study[key]).resolve()) for key in ("config", "recipes")}
+        (tmp_path / "study.yaml").write_text(yaml.safe_dump(study))
+        plan = describe_study(load_study(tmp_path / "study.yaml"), Options("obm study", []))
+        assert all(axis in plan for axis in values["axes"])
+        return
     (tmp_path / "my.yaml").write_text(shipped_config("demo").read_text())
     (tmp_path / "my_rows.yaml").write_text("inherits: my.yaml\n")
     values.setdefault("inherits", "my.yaml")
@@ -88,3 +99,19 @@ def test_statistics_in_code(trio, tmp_path, monkeypatch):
     width = model.config.text_config.intermediate_size
     assert moments["model.layers.0.mlp.down_proj"].shape == (width,)
     assert (tmp_path / "stats" / "vlm" / "stats.safetensors").is_file()
+
+
+def test_heads_of_any_trainer_are_frozen(tmp_path):
+    from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+    from train.tiny import make_tiny_checkpoints
+
+    [block] = blocks("docs/cast.md", "python")
+    folder = make_tiny_checkpoints(tmp_path, head_dim=16)["agent"]  # four heads a layer
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    arguments = TrainingArguments(str(tmp_path / "out"), use_cpu=True, report_to="none")
+    names = {"trainer": Trainer(model, arguments)}
+    gated = "model.layers.1.self_attn.q_proj.weight"
+    assert gated in names["trainer"].get_decay_parameter_names(model)
+    exec(block.text, names)
+    assert gated not in names["trainer"].get_decay_parameter_names(model)

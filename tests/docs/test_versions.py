@@ -8,9 +8,11 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
-from launch.commands.doctor import requirements, versions_page
+from launch.commands.doctor import NOT_TESTED, requirements, versions_page
 from tests.docs.blocks import ROOT, read
 
+UNTESTED = {"wandb-workspaces"}
+"""Packages that the page may call not tested: they speak to a service that is not at hand."""
 AGAIN = "make the page again: obm doctor --markdown > docs/versions.md"
 
 
@@ -20,9 +22,18 @@ def rows(page):
     return {name: (asked, tested) for name, asked, tested in found}
 
 
+def versions_of_page():
+    """Rows with a version; of extras that need a service some packages are not tested."""
+    found = rows(read("docs/versions.md"))
+    missing = {name for name, (_, tested) in found.items() if tested == NOT_TESTED}
+    assert missing <= UNTESTED, f"{missing - UNTESTED} is not tested; install it, then {AGAIN}"
+    return [(name, row) for name, row in found.items() if name not in missing]
+
+
 def declared():
     table = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    lines = [*table["dependencies"], *sum(table["optional-dependencies"].values(), [])]
+    extras = table["optional-dependencies"].values()
+    lines = [*table["dependencies"], *(line for extra in extras for line in extra)]
     return {r.name: r for r in map(Requirement, lines) if r.name != "obm-warmstart"}
 
 
@@ -34,13 +45,13 @@ def test_the_page_names_what_pyproject_asks_for_and_nothing_else():
 
 
 def test_every_tested_version_is_one_that_is_allowed():
-    for name, (asked, tested) in rows(read("docs/versions.md")).items():
+    for name, (asked, tested) in versions_of_page():
         assert SpecifierSet(asked).contains(tested, prereleases=True), f"{name} {tested}: {AGAIN}"
 
 
 def test_the_tests_run_with_the_versions_of_the_page():
     """Up to the patch: another minor version has not been tested."""
-    for name, (_, tested) in rows(read("docs/versions.md")).items():
+    for name, (_, tested) in versions_of_page():
         here, page = Version(metadata.version(name)), Version(tested)
         assert here.release[:2] == page.release[:2], f"{name} {here} is installed; {AGAIN}"
 

@@ -53,7 +53,6 @@ class Walker:
         self, scratch: Path, trio: Mapping[str, str], launched: Sequence[str] = ()
     ) -> None:
         self.scratch, self.trio, self.launched = scratch, trio, launched
-        self.seconds: dict[str, float] = {}
         self._servers: list[subprocess.Popen[bytes]] = []
         self._ports: dict[str, str] = {}
 
@@ -106,7 +105,7 @@ class Walker:
             assert result.returncode == 0, f"{command}\n{result.stderr[-2000:]}"
         else:
             check(command)
-        self.seconds[str(command)] = time.monotonic() - start
+        print(f"{time.monotonic() - start:6.1f} s  {command}", flush=True)
 
     def _put_in(self, word: str) -> list[str]:
         """The word as this scratch has it: tiny checkpoints, free ports, files that are there."""
@@ -145,7 +144,7 @@ class Walker:
             environment = _environment(**dict(v.split("=", 1) for v in command.variables))
             result = subprocess.run(
                 ["deepspeed", *where, *words[script + 1 :]], env=environment, capture_output=True,
-                text=True, check=False, timeout=280,
+                text=True, check=False, timeout=560,
             )  # fmt: skip
             assert result.returncode == 0, f"{command}\n{result.stderr[-3000:]}"
             return

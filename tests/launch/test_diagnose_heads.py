@@ -6,7 +6,7 @@ import pytest
 
 from configs.sections import FreezeHeads
 from launch import cast_study
-from launch.cli import build_parser
+from launch.cli import build_parser, main
 from launch.commands import diagnose_heads
 from launch.errors import LaunchError
 from train.frozen import choose_heads
@@ -55,6 +55,14 @@ def test_a_dry_run_says_what_would_be_compared(tmp_path, capsys):
     assert out.startswith("8 heads of ")
     assert "search (grpo, 64 questions)" in out
     assert not (tmp_path / "map").exists()
+
+
+def test_the_verb_is_reached_from_the_command_line(tmp_path, capsys):
+    arguments = ["diagnose", "heads", "--output", str(tmp_path / "map"), "models.init=atlas://vlm"]
+    assert main([*arguments, "--dry-run"]) == 0
+    assert capsys.readouterr().out.startswith("8 heads of ")
+    assert main(["diagnose", "heads", "models.init=atlas://vlm"]) == 2
+    assert "error: --output: missing" in capsys.readouterr().err
 
 
 def test_a_start_is_needed_and_a_folder_for_its_map():

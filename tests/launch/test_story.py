@@ -144,3 +144,59 @@ def test_a_study_goes_from_checkpoints_to_a_report_and_is_reused(story, obm):
     assert out.count("(there already)") == 2 + 2 + 3 + 2
     again = (story / "study" / "runs" / "obm-s0" / "metrics.jsonl").stat().st_mtime_ns
     assert again == trained
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_policies_of_that_study_are_asked_in_another_world(story, obm):
+    study = {
+        "title": "Elsewhere", "kind": "transfer", "config": "tiny.yaml",
+        "output": str(story / "transfer"), "seeds": [0], "references": ["vlm"],
+        "trained": str(story / "study" / "runs" / "{arm}-s{seed}"),
+        "starts": str(story / "study" / "merged" / "{arm}"),
+        "benchmarks": {"flags": {}, "changed facts": {"environment": {"counterfactual": 0}}},
+        "arms": [
+            {"name": "obm", "merge": {"method": "obm"}},
+            {"name": "vlm", "init": str(story / "trio" / "vlm")},
+        ],
+    }  # fmt: skip
+    (story / "transfer.yaml").write_text(yaml.safe_dump(study, sort_keys=False))
+    code, out, err = obm("study", story / "transfer.yaml", "--parallel", "1")
+    assert code == 0, err
+    assert "evaluate   vlm after, changed facts, s0" in out
+    record = json.loads((story / "transfer" / "report" / "compare.json").read_text())
+    assert set(record["arms"]["obm"]["changed facts"]) == {"before", "after", "gain"}
+    assert record["training"].startswith("1 steps of GRPO")
+    code, out, _ = obm("study", story / "transfer.yaml", "--parallel", "1")
+    assert "evaluate   8 times, 8 of them there already" in out
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_an_ablation_goes_from_checkpoints_to_a_page(story, obm):
+    noise = {"source": "noise.json", "prompt": "{text}", "answer": ""}
+    (story / "noise.json").write_text(json.dumps([{"text": "pel ora"}, {"text": "un eni dla"}]))
+    study = {
+        "title": "Settings", "kind": "ablation", "config": "tiny.yaml", "seeds": [0],
+        "output": str(story / "ablation"), "reference": {"method": "obm", "density": 0.5},
+        "axes": {
+            "density": {"setting": "merge.density", "values": [0.1, 0.5]},
+            "saliency": {"points": {"diagonal": {}, "magnitude": {"statistics": "ones"}}},
+            "data": {
+                "points": {
+                    "own": {}, "noise": {"calibration": {"vlm_data": noise, "agent_data": noise}}
+                }
+            },
+        },
+    }  # fmt: skip
+    (story / "ablation.yaml").write_text(yaml.safe_dump(study, sort_keys=False))
+    code, out, err = obm("study", story / "ablation.yaml", "--parallel", "1")
+    assert code == 0, err
+    assert out.count("evaluate   ") == 1 + 4
+    report = story / "ablation" / "report"
+    record = json.loads((report / "compare.json").read_text())
+    assert list(record["arms"]) == [
+        "reference", "density 0.1", "saliency magnitude", "data noise"
+    ]  # fmt: skip
+    assert (report / "compare.png").stat().st_size > 10_000
+    assert "One setting at a time" in (report / "compare.html").read_text()

@@ -36,7 +36,10 @@ def make_model() -> tuple[Qwen2ForCausalLM, torch.optim.AdamW]:
     groups: tuple[list, list] = ([], [])
     for name, parameter in model.named_parameters():
         groups[name.endswith("bias") or "norm" in name].append(parameter)
-    decays = [{"params": own, "weight_decay": decay} for own, decay in zip(groups, (0.1, 0.0))]
+    decays = [
+        {"params": own, "weight_decay": decay}
+        for own, decay in zip(groups, (0.1, 0.0), strict=True)
+    ]
     return model, torch.optim.AdamW(decays, lr=1e-3)
 
 

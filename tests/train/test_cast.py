@@ -364,3 +364,25 @@ def test_a_missing_map_is_found_before_anything_is_written(tiny_checkpoints, tmp
     ):
         run_training(load_config(path, ["freeze_heads=cast(top=10%)"]))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_cold_start_keeps_frozen_heads(tmp_path):
+    from configs.schema import resolve_model
+    from train.cold_start import run_cold_start
+
+    path = tmp_path / "settings.yaml"
+    path.write_text(
+        f"output: {tmp_path / 'cold'}\nmodels: {{init: atlas://vlm}}\n"
+        "sft: {episodes: 8, steps: 2, batch_size: 4}\nfreeze_heads: random(top=10%, seed=1)\n"
+    )
+    folder = run_cold_start(load_config(path))
+    record = json.loads((tmp_path / "cold" / "frozen_heads.json").read_text())
+    [(layer, head)] = record["heads"]
+    models = [load_policy(f)[0] for f in (resolve_model("atlas://vlm"), folder)]
+    attentions = [model.model.language_model.layers[layer].self_attn for model in models]
+    size = attentions[0].head_dim
+    own, others = slice(head * size, (head + 1) * size), (head + 1) % 4 * size
+    for name in ("q_proj", "k_proj", "v_proj"):
+        before, after = (getattr(attention, name).weight for attention in attentions)
+        assert torch.equal(before[own], after[own])
+        assert not torch.equal(before[others : others + size], after[others : others + size])

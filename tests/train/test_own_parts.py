@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from compare.comparable import check_comparable
 from compare.errors import CompareError
 from compare.parts import contributions
-from compare.runs import check_comparable, read_run
+from compare.runs import read_run
 from configs.errors import ConfigError
 from configs.schema import load_config
 from environments.benchmarks.rows import BenchmarkError
@@ -32,9 +33,10 @@ agent_text: "Look up with <lookup> words </lookup>.\\nQuestion: {question}"
 
 
 @pytest.fixture
-def folder(tiny_checkpoints, tmp_path, monkeypatch):
+def folder(tiny_checkpoints, tmp_path, monkeypatch, caplog):
     """A user's folder: ten rows with pictures, a reward, a dialect, settings that name them."""
     monkeypatch.chdir(tmp_path)
+    caplog.set_level("INFO", logger="train")
     Path("pictures").mkdir()
     lines = []
     for code in ("ad", "ae", "af", "ag", "ai", "al", "am", "ao", "ar", "as"):
@@ -131,6 +133,17 @@ def test_questions_that_are_trained_on_and_evaluated_are_warned_of(folder, caplo
     whole = [f"environment.{part}_benchmark.split=null" for part in ("train", "eval")]
     run_training(load_config("mine.yaml", [*whole, "grpo.max_steps=1"]))
     assert "10 of 10 evaluation questions are trained on" in caplog.text
+
+
+def test_fewer_questions_than_a_rollout_asks_are_trained_on_nevertheless(folder, caplog):
+    # 40 completions in groups of 2: 20 questions a rollout, and there are 8
+    more = ["grpo.per_device_train_batch_size=40", "grpo.max_steps=1"]
+    run_training(load_config("mine.yaml", more))
+    assert "8 questions for rollouts of 20: each is asked 3 times an epoch" in caplog.text
+    [train] = [line for line in lines_of("metrics.jsonl") if line["phase"] == "train"]
+    assert train["step"] == 1
+    done = json.loads(Path("runs/mine/done.json").read_text())
+    assert done["step"] == 1
 
 
 def test_obm_eval_asks_ones_own_rows(folder, tiny_checkpoints, capsys):

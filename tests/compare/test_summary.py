@@ -1,0 +1,195 @@
+"""Pairs of arms, stability and curves in the summary; the null study of whole comparisons."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from compare.cost import cost_of
+from compare.intervals import interval
+from compare.measures import numbers_of
+from compare.pairs import all_pairs, compare_arms, separated
+from compare.runs import Run, group_runs
+from compare.series import thin
+from compare.summary import summarise
+from compare.tables import sections
+from train.evaluation import BEHAVIOURS
+
+PLAIN = {"merged": False, "stats": [], "cost": None}
+
+
+def make_run(arm, seed, curve, training=(), **metrics):
+    evaluations = [
+        {"step": 5 * i, "accuracy": a, "device_s": float(i), "tokens": 10 * i,
+         **{name: values[i] for name, values in metrics.items()}}
+        for i, a in enumerate(curve)
+    ]  # fmt: skip
+    return Run(f"{arm}-s{seed}", arm, seed, {}, evaluations, list(training), start=PLAIN)
+
+
+def pair_of(summary, arm, other, metric):
+    [found] = [
+        pair for pair in summary["pairs"]
+        if (pair["arm"], pair["other"], pair["metric"]) == (arm, other, metric)
+    ]  # fmt: skip
+    return found
+
+
+def test_seeds_that_two_arms_share_are_paired():
+    # seed noise of .1 and .2 cancels: every difference is .3 within .01
+    runs = [
+        *(make_run("a", s, [0.4 + n, 0.5 + n]) for s, n in enumerate((0.0, 0.1, 0.21))),
+        *(make_run("b", s, [0.1 + n, 0.2 + n]) for s, n in enumerate((0.0, 0.1, 0.2))),
+    ]
+    summary = summarise(group_runs(runs), smoothing=1)
+    found = pair_of(summary, "a", "b", "floor")
+    assert found["per_seed"] == pytest.approx([0.3, 0.3, 0.31])
+    estimate = interval([0.3, 0.3, 0.31], bounds=None)
+    assert (found["low"], found["high"]) == pytest.approx((estimate.low, estimate.high))
+    assert (found["n_pairs"], found["paired"]) == (3, True)
+    assert found["probability"] == 1.0
+    assert found["p_value"] == pytest.approx(0.25)
+    assert separated(found)
+    mirrored = pair_of(summary, "b", "a", "floor")
+    assert mirrored["mean"] == pytest.approx(-found["mean"])
+    assert (mirrored["low"], mirrored["probability"]) == (pytest.approx(-found["high"]), 0.0)
+    assert mirrored["per_seed"] == pytest.approx([-0.3, -0.3, -0.31])
+
+
+def test_every_ordered_pair_of_arms_is_there_once():
+    runs = [make_run(arm, s, [0.1, 0.2 + s / 10]) for arm in "abc" for s in (0, 1)]
+    summary = summarise(group_runs(runs), smoothing=1)
+    keys = [(p["arm"], p["other"], p["metric"]) for p in summary["pairs"]]
+    assert len(keys) == len(set(keys))
+    assert {key[:2] for key in keys} == {(a, b) for a in "abc" for b in "abc" if a != b}
+    assert {key[2] for key in keys} == {"floor", "ceiling", "auc", "final", "at_equal_budget"}
+
+
+def test_arms_of_other_seeds_are_compared_unpaired():
+    found, differences = compare_arms({0: 0.5, 1: 0.6}, {2: 0.1, 3: 0.2}, 100)
+    assert (found.is_paired, found.n, differences) == (False, 2, [])
+    assert found.mean == pytest.approx(0.4)
+    # one seed in common of two and two is too little to pair
+    assert not compare_arms({0: 0.5, 1: 0.6}, {1: 0.1, 3: 0.2}, 100)[0].is_paired
+    # but all there is of a single run
+    found, differences = compare_arms({0: 0.5, 1: 0.6}, {1: 0.1}, 100)
+    assert found.is_paired
+    assert differences == pytest.approx([0.5])
+    assert found.low is None
+
+
+def test_a_seed_without_a_number_makes_no_pair():
+    assert compare_arms({0: 0.5, 1: None}, {0: 0.1, 1: 0.2}, 100) == (None, [])
+
+
+def test_the_same_arm_twice_differs_by_nothing():
+    runs = [make_run(arm, s, [0.1 * s, 0.5, 0.3]) for arm in "ab" for s in range(5)]
+    for pair in summarise(group_runs(runs), smoothing=1)["pairs"]:
+        assert (pair["mean"], pair["low"], pair["high"]) == (0.0, 0.0, 0.0)
+        assert (pair["probability"], pair["p_value"]) == (0.5, 1.0)
+        assert not separated(pair)
+
+
+def test_halves_of_one_arm_differ_in_five_per_cent_of_the_comparisons():
+    """The null study on whole curves: 600 comparisons of five seeds with five of the same arm.
+
+    The error of a share is .009; the metrics are not normal (a ceiling is a maximum), so .03 more.
+    """
+    generator = np.random.default_rng(0)
+    n_studies, steps = 600, np.arange(11)
+    held = {"floor": 0, "ceiling": 0, "auc": 0, "final": 0}
+    for _ in range(n_studies):
+        per_seed = {}
+        for arm in "ab":
+            # a learning curve whose end differs from seed to seed, asked 256 questions a time
+            ends = generator.normal(0.5, 0.05, 5)
+            true = 0.2 + (ends[:, None] - 0.2) * (1 - np.exp(-steps / 3))
+            curves = generator.binomial(256, np.clip(true, 0, 1)) / 256
+            runs = [make_run(arm, s, curve.tolist()) for s, curve in enumerate(curves)]
+            per_seed[arm] = numbers_of(runs, [cost_of(run) for run in runs], None, None, 3)
+        for pair in all_pairs(per_seed, dict.fromkeys("ab", range(5)), 200):
+            if pair["arm"] == "a":
+                held[pair["metric"]] += not separated(pair)
+    for metric, n in held.items():
+        assert 0.92 <= n / n_studies <= 0.98, metric
+
+
+def test_stability_is_worked_out_by_hand():
+    training = [
+        {"step": 1, "loss": 0.1, "reward": 0.5, "frac_reward_zero_std": 1.0},
+        {"step": 2, "loss": None, "reward": 0.5, "frac_reward_zero_std": 0.5},
+    ]
+    runs = [
+        make_run("a", 0, [0.2, 0.6, 0.2], training),  # falls below .3
+        make_run("a", 1, [0.2, 0.4, 0.3], training),
+    ]
+    found = summarise(group_runs(runs), smoothing=1)["arms"]["a"]
+    assert found["per_seed"]["stability.collapses"] == [1.0, 0.0]
+    stability = found["stability"]
+    assert stability["collapses"] == pytest.approx(0.5)
+    assert stability["final_minus_best"] == pytest.approx((-0.4 - 0.1) / 2)
+    assert stability["largest_drop"] == pytest.approx((0.4 + 0.1) / 2)
+    assert found["final"] == pytest.approx((0.2 + 0.3) / 2)
+    # ceilings .6 and .4: sd = .2 / sqrt(2)
+    assert stability["ceiling_sd"] == pytest.approx(0.2 / math.sqrt(2))
+    # sds along the curve: 0, .2 / sqrt(2), .1 / sqrt(2)
+    assert stability["curve_sd"] == pytest.approx(0.1 / math.sqrt(2))
+    assert stability["zero_signal"] == pytest.approx(0.75)
+    assert stability["not_a_number"] == pytest.approx(0.5)
+
+
+def test_curves_have_a_smoothed_band_and_every_seeds_raw_values():
+    shares = {f"behaviour/{name}": [0.25, 0.25, 0.25] for name in BEHAVIOURS}
+    runs = [
+        make_run("a", 0, [0.0, 0.2, 0.4], calls_per_episode=[2.0, 3.0, 4.0], **shares),
+        make_run("a", 1, [0.2, 0.4, 0.6], calls_per_episode=[2.0, 3.0, 4.0], **shares),
+    ]
+    curves = summarise(group_runs(runs), smoothing=2)["curves"]["a"]
+    accuracy = curves["accuracy"]
+    assert accuracy["steps"] == [0, 5, 10]
+    # smoothed over two: 0, .1, .3 and .2, .3, .5
+    assert accuracy["mean"] == pytest.approx([0.1, 0.2, 0.4])
+    assert accuracy["per_seed"] == [[0.0, 0.2, 0.4], [0.2, 0.4, 0.6]]
+    assert (accuracy["low"][0], accuracy["high"][0]) == pytest.approx((0.0, 1.0))  # cut to shares
+    assert curves["calls_per_episode"]["mean"] == pytest.approx([2.0, 2.5, 3.5])  # not cut
+    assert {f"behaviour/{name}" for name in BEHAVIOURS} <= curves.keys()
+    assert "reward" not in curves
+
+
+def test_the_reward_has_a_grid_of_its_own_of_at_most_two_hundred_points():
+    training = [
+        {"step": s, "reward": s / 1000, "device_s": 2.0 * s, "tokens": s} for s in range(1, 1001)
+    ]
+    reward = summarise(group_runs([make_run("a", 0, [0.1, 0.2], training)]))["curves"]["a"][
+        "reward"
+    ]
+    assert len(reward["steps"]) == 200
+    assert (reward["steps"][0], reward["steps"][-1]) == (1, 1000)
+    assert reward["window"] == 50
+    # the mean of .951 to 1.000
+    assert reward["mean"][-1] == pytest.approx(0.9755)
+    assert reward["device_s"][-1] == 2000.0
+    assert thin(5) == [0, 1, 2, 3, 4]
+
+
+def test_the_sections_name_what_they_show():
+    runs = [
+        *(make_run("vlm", s, [0.0, 0.1, 0.1 + s / 50]) for s in range(3)),
+        *(make_run("obm", s, [0.3, 0.4, 0.5 + s / 50], **{"stop/answer": [1.0] * 3})
+          for s in range(3)),
+    ]  # fmt: skip
+    text = "\n".join(sections(summarise(group_runs(runs), smoothing=1)))
+    for heading in ("## Differences", "## Cost to target", "## Stability", "## Behaviour"):
+        assert heading in text
+    assert "| minus vlm | pairs |" in text
+    assert "| obm | 3 | +0.300 |" in text  # equal differences have no width
+    assert "0 of 3 seeds" in text
+    assert "stop/answer" in text
+    assert "stop/invalid" not in text
+
+
+def test_a_summary_is_plain_json():
+    runs = [make_run(arm, s, [0.1, 0.2]) for arm in "ab" for s in (0, 1)]
+    summary = summarise(group_runs(runs), smoothing=1)
+    assert json.loads(json.dumps(summary, allow_nan=False)) == summary
