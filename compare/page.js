@@ -365,7 +365,7 @@
     for (const item of legend) {
       const button = item.querySelector("button");
       const label = button.dataset.label;
-      const wide = 40 + 7.4 * label.length;
+      const wide = 54 + 7.4 * label.length;
       if (x + wide > width) [x, y] = [12, y + 20];
       const picture = button.querySelector("svg").cloneNode(true);
       const drawn = all("*", button.querySelector("svg"));
@@ -379,9 +379,18 @@
       add("text", { ...font, x: x + 32, y }, label);
       x += wide;
     }
+    const keys = all(".key li", figure);
+    for (const item of keys) {
+      const wide = 40 + 7.4 * item.textContent.length;
+      if (x + wide > width) [x, y] = [12, y + 20];
+      const fill = getComputedStyle(item.querySelector("i")).backgroundColor;
+      add("rect", { x, y: y - 10, width: 12, height: 12, fill });
+      add("text", { ...font, x: x + 18, y }, item.textContent);
+      x += wide;
+    }
     const title = figure.querySelector("h3").textContent;
     add("text", { ...font, x: 12, y: -12, "font-size": 15, "font-weight": 600 }, title);
-    const bottom = (legend.length ? y + 12 : height + 6) + 36;
+    const bottom = (legend.length + keys.length ? y + 12 : height + 6) + 36;
     const ground = add("rect", { x: 0, y: -36, width, height: bottom, fill: "#ffffff" });
     copy.prepend(ground);
     copy.setAttribute("xmlns", space);

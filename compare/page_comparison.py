@@ -70,9 +70,9 @@ class Comparison:
 
     @property
     def results(self) -> Mapping[str, Any]:
-        """The arms of this comparison."""
-        found: Mapping[str, Any] = self.summary["arms"]
-        return found
+        """The arms of this comparison, in the order of the page."""
+        found = self.summary["arms"]
+        return {arm: found[arm] for arm in self.arms.names if arm in found}
 
     @property
     def trained(self) -> list[str]:

@@ -143,8 +143,8 @@ def build_page(
         arms=arms,
         verdict=_verdict(first, arms),
         sections=sections,
-        foot=f"Made by {first.data.get('command', 'obm')} at commit "
-        f"{first.data.get('commit', 'unknown')}. This page loads nothing and sends nothing.",
+        foot=f"Made at commit {first.data.get('commit', 'unknown')}. This page loads nothing and "
+        "sends nothing.",
     )
 
 
@@ -152,12 +152,17 @@ def _arms_of(record: Record) -> Iterable[str]:
     # points of an ablation and tasks of a merge have no colour of their own
     if record.kind == "ablation":
         return [record.data["reference"]]
+    if record.kind == "comparison":
+        # who is judged, and what it has to reach, come first
+        first = (reference_of(record.data), record.data["target"]["arm"])
+        return [*(arm for arm in first if arm in record.data["arms"]), *record.data["arms"]]
     return [] if record.kind == "merge" else list(record.data["arms"])
 
 
 def _sections(record: Record, arms: Arms, detail: Detail, prefix: str) -> list[Section]:
     if record.kind == "comparison":
-        curves = curves_of(record.data, record.csv)
+        found = curves_of(record.data, record.csv)
+        curves = {arm: found[arm] for arm in arms.names if arm in found}
         reference = reference_of(record.data)
         return comparison_sections(Comparison(record.data, curves, arms, detail, reference, prefix))
     if record.kind == "floor":

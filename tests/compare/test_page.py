@@ -236,8 +236,8 @@ def test_style_and_script_are_in_the_wheel():
 
 def test_a_report_has_its_page_and_the_verdict_on_top_of_the_md(make_run, tmp_path):
     runs = [
-        read_run(make_run(arm, seed, [v * (1 + 0.02 * seed) for v in curve]))
-        for arm, curve in (("obm", [0.3, 0.5, 0.7]), ("vlm", [0.0, 0.1, 0.1]))
+        read_run(make_run(arm, seed, [v + spread * seed for v in curve]))
+        for arm, curve, spread in (("obm", [0.3, 0.5, 0.7], 0.01), ("vlm", [0.0, 0.1, 0.1], 0.0))
         for seed in (0, 1, 2)
     ]
     (tmp_path / "floor.json").write_text(json.dumps(pages.floor({"obm": 0.5, "ties": 0.4})))
@@ -402,6 +402,10 @@ def test_a_saved_picture_stands_alone(browser, page_file, tmp_path, figure):
     text = path.read_text()
     assert "var(--" not in text
     assert 'fill="#ffffff"' in text
+    # colours are named in the picture itself
+    named = {"accuracy": ">task arithmetic<", "behaviour": ">text only<", "floor-parts": ">TIES<",
+             "merge-density": ">agent<"}  # fmt: skip
+    assert named[figure] in text
     with open_page(browser, path) as tab:
         assert tab.errors == []
         colours = set(re.findall(r'(?:stroke|fill)="(rgb[^"]+)"', text))
