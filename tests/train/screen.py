@@ -116,6 +116,8 @@ class Terminal:
         environment |= {"TERM": "xterm-256color", "PYTHONIOENCODING": "utf-8"} | variables
 
         def own_terminal() -> None:
+            # a shell that starts pytest in the background has its children ignore Ctrl-C
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
             os.setsid()
             fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
