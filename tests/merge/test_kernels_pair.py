@@ -79,11 +79,13 @@ def test_fused_loops_give_the_bits_and_counts_of_numpy(shape, std, method):
 
 def test_the_usual_methods_take_the_fused_loops_and_others_do_not():
     base, tasks, vectors = make_bf16((4, 8), 1e-3)
-    piece = Piece(base, tasks, 8, 0, vectors, np.zeros((2, 0), np.float32))
     chosen = {}
     for name, method in METHODS.items():
         if method.rule is None:
             continue
+        # sar settles conflicts by a statistic of every entry
+        n_entries = tasks.shape[1] if name == "sar" else 0
+        piece = Piece(base, tasks, 8, 0, vectors, np.ones((2, n_entries), np.float32))
         settings = MethodSettings({"vlm": 1.0, "agent": 1.0})
         rule = method.rule(settings)
         decision = decide(lambda: [piece], rule, settings, TASKS, kernels)
