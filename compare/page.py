@@ -37,7 +37,7 @@ LABELS = {
     "task arithmetic", "ties": "TIES", "dare": "DARE", "dare_ties": "DARE-TIES", "della": "DELLA",
     "breadcrumbs": "Breadcrumbs", "sce": "SCE", "ram": "RAM", "ram_plus": "RAM+", "wudi": "WUDI",
     "linear": "linear average", "fisher": "Fisher average", "regmean": "RegMean",
-    "regmean_diagonal": "RegMean diagonal", "layer_swap": "layer swap",
+    "regmean_diagonal": "RegMean diagonal", "layer_swap": "layer swap", "sar": "SAR",
 }  # fmt: skip
 """How known arms are written; every other arm's name stands as it is."""
 

@@ -16,6 +16,8 @@ from typing import Any
 Label = Callable[[str], str]
 ROUNDING = 1e-9
 """Differences of shares below this are rounding errors."""
+MANY = 5
+"""A headline names so many arms at most."""
 ABOVE, BELOW, OPEN, UNKNOWN = "above", "below", "not separated from", "unknown"
 """Where the reference lies; unknown: one seed, or no number."""
 
@@ -206,16 +208,21 @@ def _headline(standing: Standing, label: Label, reference: str, when: str) -> tu
     if standing.unknown:
         return "open", f"One seed: nothing here separates {name} from the other starts."
     if standing.below:
-        return "bad", f"{name} does not win: {when} it lies below {listed(standing.below, label)}."
+        return "bad", f"{name} does not win: {when} it lies below {_some(standing.below, label)}."
     if not standing.open:
         return "good", f"{name} is ahead of every other start {when}."
     if not standing.above:
         return "open", f"{name} is not separated from any other start {when}."
     return (
         "open",
-        f"{name} is ahead of {listed(standing.above, label)} {when}, but not separated from "
-        f"{listed(standing.open, label)}.",
+        f"{name} is ahead of {_some(standing.above, label)} {when}, but not separated from "
+        f"{_some(standing.open, label)}.",
     )
+
+
+def _some(arms: Sequence[str], label: Label) -> str:
+    """Names, or their number where there are many; a sentence below has all."""
+    return listed(arms, label) if len(arms) <= MANY else f"{len(arms)} other starts"
 
 
 def _floor_sentence(summary: Mapping[str, Any], reference: str, label: Label) -> str:

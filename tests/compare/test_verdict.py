@@ -117,3 +117,12 @@ def test_numbers_that_are_equal_in_all_seeds_separate_nothing():
     assert comparison_verdict(summary, str).tone == "open"
     summary["pairs"] = [pair("obm", "ties", 0.2, 0.0)]
     assert comparison_verdict(summary, str).tone == "open"
+
+
+def test_a_headline_counts_where_there_are_many_and_a_sentence_names_them():
+    arms = {"obm": 0.5, **{f"low{i}": 0.1 for i in range(6)}, "near": 0.48}
+    verdict = floor_verdict(floor(arms), str)
+    assert verdict.headline == (
+        "obm is ahead of 6 other starts before any training, but not separated from near."
+    )
+    assert "above low0, low1, low2, low3, low4 and low5" in verdict.sentences[1]
