@@ -88,7 +88,7 @@ def test_the_usual_methods_take_the_fused_loops_and_others_do_not():
         piece = Piece(base, tasks, 8, 0, vectors, np.ones((2, n_entries), np.float32))
         settings = MethodSettings({"vlm": 1.0, "agent": 1.0})
         rule = method.rule(settings)
-        decision = decide(lambda: [piece], rule, settings, TASKS, kernels)
+        decision = decide(lambda piece=piece: [piece], rule, settings, TASKS, kernels)
         chosen[name] = kernels._pair_rule(piece, decision, np.empty_like(base)) is not None
     assert {name for name, is_fused in chosen.items() if is_fused} == {
         "obm",
