@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 EXAMPLES = (
     "obm doctor",
     "obm doctor --output runs/demo",
-    "obm doctor --markdown > docs/versions.md",
+    "obm doctor --markdown",
 )
 
 # Free space that the demo needs: six merged checkpoints, two runs, the environment's caches.

@@ -282,7 +282,8 @@ def test_every_kind_is_made_from_a_data_set(settings, obm, tmp_path, trio):
     assert code == 0, err
     folder = tmp_path / "run" / "calibration" / "agent"
     assert sorted(path.name for path in folder.iterdir()) == [
-        "fisher.safetensors", "gram.safetensors", "inverse.safetensors", "stats.safetensors",
+        "cost.json", "fisher.safetensors", "gram.safetensors", "inverse.safetensors",
+        "stats.safetensors",
     ]  # fmt: skip
     stats = {kind: open_stats(folder, kind) for kind in kinds}
     name = "model.layers.0.mlp.down_proj.weight"

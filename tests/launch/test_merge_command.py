@@ -188,7 +188,7 @@ def test_a_merge_is_pushed_with_its_card(obm_merge, hub, private):
     code, out, _ = obm_merge("--push-to-hub", "someone/warm", *(["--private"] if private else []))
     assert code == 0
     assert out.splitlines()[-1] == "https://hub/someone/warm/commit/1"
-    files = ["README.md", "config.json", "merge.json", "model.safetensors"]
+    files = ["README.md", "config.json", "cost.json", "merge.json", "model.safetensors"]
     assert hub == [("someone/warm", private, True), ("someone/warm", files)]
 
 
