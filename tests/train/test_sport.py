@@ -238,7 +238,8 @@ def test_a_cold_start_learns_the_episodes_and_gives_a_policy(settings, tmp_path)
     assert len(lines(run / "trajectories.jsonl")) == done["episodes"]
     config = load_config(path)
     before, after = (mean_nll(config, name) for name in ("atlas://vlm", str(run / "policy")))
-    assert done["loss"] < before
+    # a mean over all steps, the first of which begin where the start stands
+    assert after < done["loss"] < 1.2 * before
     assert after < 0.75 * before
 
 
