@@ -18,6 +18,7 @@ async function drawView() {
   fill(view, content);
   view.dataset.key = viewKey();
   view.dataset.mode = state.mode;
+  view.dataset.address = address();  // what is drawn; the page's own address may be ahead of it
   view.scrollTop = at;
   highlight();
 }

@@ -80,6 +80,16 @@ def until(page, condition, *argument):
         time.sleep(0.05)
 
 
+def go_to(page, address):
+    """Opens an episode by its address and waits until it is drawn, not only asked for."""
+    page.evaluate("hash => { location.hash = hash }", address)
+    drawn = """fields => {
+        const now = new URLSearchParams(document.querySelector('#view').dataset.address?.slice(1));
+        return fields.every(([name, value]) => now.get(name) === value);
+    }"""
+    until(page, drawn, [field.split("=") for field in address.split("&")])
+
+
 def wait_for_episode(page, text):
     until(page, "text => document.querySelector('#view').innerText.includes(text)", text)
 
@@ -187,10 +197,7 @@ def test_an_episode_shows_tokens_calls_hits_and_rewards(browser, page, rows):
     )
     with open_page(browser, page) as tab:
         view = ready(tab)
-        view.evaluate(
-            "hash => { location.hash = hash }", f"run=obm-s0&step=40&question={row['question_id']}"
-        )
-        wait_for_episode(view, row["question_id"])
+        go_to(view, f"run=obm-s0&step=40&question={row['question_id']}")
         tokens = view.locator(".turn >> nth=0 >> .token")
         assert tokens.all_text_contents() == row["turns"][0]["tokens"]
         shades = tokens.evaluate_all("all => all.map(token => +token.className.slice(-1))")
@@ -218,8 +225,7 @@ def test_an_episode_shows_tokens_calls_hits_and_rewards(browser, page, rows):
 def test_pictures_are_shown_enlarged_and_replaced_where_missing(browser, page):
     with open_page(browser, page) as tab:
         view = ready(tab)
-        view.evaluate("location.hash = 'run=obm-s0&step=40&question=two/1'")
-        wait_for_episode(view, "two/1")
+        go_to(view, "run=obm-s0&step=40&question=two/1")
         picture = view.locator(".episode .picture img")
         assert picture.evaluate("image => image.decode().then(() => image.naturalWidth)") == 56
         before = picture.bounding_box()["width"]
@@ -260,8 +266,7 @@ def test_faults_masked_turns_and_advantages_are_marked(browser, tmp_path):
 def test_two_arms_stand_side_by_side_on_the_same_question_and_step(browser, page, rows):
     with open_page(browser, page) as tab:
         view = ready(tab)
-        view.evaluate("location.hash = 'run=obm-s0&step=20&question=two/4'")
-        wait_for_episode(view, "two/4")
+        go_to(view, "run=obm-s0&step=20&question=two/4")
         view.keyboard.press("2")
         view.wait_for_selector("[data-pane=b]")
         assert opened(view) == {
@@ -306,10 +311,7 @@ def test_over_training_has_a_dot_an_evaluation_and_marks_changes_as_follow_does(
             expected[f"{name}, step {visit.step}"] = (verdict, ", ".join(visit.changed))
     with open_page(browser, page) as tab:
         view = ready(tab)
-        view.evaluate(
-            "hash => { location.hash = hash }", f"view=time&run=vlm-s0&step=40&question={question}"
-        )
-        view.wait_for_selector(".visit")
+        go_to(view, f"view=time&run=vlm-s0&step=40&question={question}")
         seen = {}
         for label in view.locator(".visit").evaluate_all("all => all.map(dot => dot.ariaLabel)"):
             where, _, rest = label.partition(": ")
