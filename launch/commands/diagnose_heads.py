@@ -94,7 +94,7 @@ def diagnose_start(config: Config, start: str, layout: HeadLayout) -> dict[str, 
 def write_map(record: dict[str, Any], folder: Path, name: str = NAME) -> None:
     """Writes `<name>.json`, `.md`, `.svg` and `.png`; the first comes last, so that it is whole."""
     from compare.conflict_map import draw_map, map_page
-    from train.run import write_json, write_text
+    from train.files import write_json, write_text
 
     folder.mkdir(parents=True, exist_ok=True)
     draw_map(record, [folder / f"{name}.svg", folder / f"{name}.png"])
