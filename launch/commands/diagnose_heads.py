@@ -91,15 +91,15 @@ def diagnose_start(config: Config, start: str, layout: HeadLayout) -> dict[str, 
     return _record(config, layout, search, keep, found)
 
 
-def write_map(record: dict[str, Any], folder: Path, name: str = NAME) -> None:
-    """Writes `<name>.json`, `.md`, `.svg` and `.png`; the first comes last, so that it is whole."""
+def write_map(record: dict[str, Any], folder: Path) -> None:
+    """Writes `conflict.json`, `.md`, `.svg`, `.png`; the first comes last, so that it is whole."""
     from compare.conflict_map import draw_map, map_page
     from train.files import write_json, write_text
 
     folder.mkdir(parents=True, exist_ok=True)
-    draw_map(record, [folder / f"{name}.svg", folder / f"{name}.png"])
-    write_text(folder / f"{name}.md", map_page(record, name))
-    write_json(folder / f"{name}.json", record)
+    draw_map(record, [folder / f"{NAME}.svg", folder / f"{NAME}.png"])
+    write_text(folder / f"{NAME}.md", map_page(record, NAME))
+    write_json(folder / f"{NAME}.json", record)
 
 
 def _record(
