@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from train.run import processor_name
+from train.machine import processor_name
 
 
 def origin(command: str) -> dict[str, str]:
