@@ -9,6 +9,8 @@ Qwen2.5-VL folder: on a machine with torchvision plain `AutoProcessor.from_pretr
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -169,3 +171,14 @@ def _require_checkpoint(folder: str | Path) -> None:
             f"{folder}: no config.json there; give a checkpoint folder saved with save_pretrained, "
             "or a hub id"
         )
+
+
+@contextmanager
+def reference_from(model: Any, folder: str | None) -> Iterator[None]:
+    """Makes TRL load the reference policy of `beta` from this folder instead of the start."""
+    own = model.config._name_or_path
+    model.config._name_or_path = folder or own
+    try:
+        yield
+    finally:
+        model.config._name_or_path = own
