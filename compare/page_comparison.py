@@ -38,7 +38,7 @@ CURVES = {
 }
 MEASURES = {
     "floor": "floor", "ceiling": "ceiling", "final": "end", "auc": "area",
-    "at_equal_budget": "equal budget",
+    "at_equal_budget": "equal budget", "recognition.change": "recognition",
 }  # fmt: skip
 AXES = {"step": "steps", "tokens": "tokens", "device_s": "device_s"}
 """Column of a figure's data -> list in a curve."""
@@ -100,7 +100,7 @@ def comparison_sections(data: Comparison) -> list[Section]:
     """All sections that the summary has something for, in the order of the page."""
     makers = (
         curves_section, numbers_section, floor_section, pairs_section, behaviour_section,
-        groups_section, cost_section, stability_section, rewards_section,
+        groups_section, recognition_section, cost_section, stability_section, rewards_section,
     )  # fmt: skip
     return [section for make in makers if (section := make(data)) is not None]
 
@@ -580,6 +580,31 @@ def _group_cell(found: Mapping[str, Any]) -> Cell:
     return Cell(f"{floor:.2f}", floor) if end is None else Cell(f"{floor:.2f} → {end:.2f}", end)
 
 
+# ---- perception
+
+
+def recognition_section(data: Comparison) -> Section | None:
+    """What training does to the recognition of seen places, where it was measured."""
+    measured = {arm: one for arm, one in data.results.items() if "recognition" in one}
+    if not measured:
+        return None
+    rows = [
+        _row(data, arm, [
+            estimate_cell(value, data.interval(arm, f"recognition.{when}"))
+            for when, value in result["recognition"].items()
+        ])
+        for arm, result in measured.items()
+    ]  # fmt: skip
+    return Section(
+        f"{data.prefix}recognition", "Perception kept",
+        paragraph("Share of photos of seen places that are named right when the VLM's own question "
+                  "is asked, without tools: other photos for every seed, the same before and after "
+                  "training.")
+        + page.table("Recognition before and after training, 95 % interval in brackets",
+                     ["start", "before", "after", "change"], rows),
+    )  # fmt: skip
+
+
 # ---- cost
 
 
@@ -610,6 +635,8 @@ def cost_section(data: Comparison) -> Section | None:
             f" Equal budget: the smoothed accuracy once {duration(budget['device_s'])} are spent, "
             f"preparation included, which is what {data.arms.label(budget['arm'])} took in all."
         )
+    if cheaper := [arm for arm in budget.get("cheaper") or () if arm in data.results]:
+        text += f" The last value holds for {listed(cheaper, data.arms.label)}, which cost less."
     notes = [text, *_cost_notes(data)]
     goal = data.arms.label(target["arm"])
     return Section(

@@ -54,6 +54,7 @@ from train.settings import (
     resolved_grpo,
     zero_stage,
 )
+from train.start_cost import cost_of_start
 from train.watchdog import Watchdog, clear_heartbeats, progress
 
 logger = logging.getLogger(__name__)
@@ -444,9 +445,8 @@ def prepare_folder(
     recipe = Path(init) / "merge.json"
     if recipe.is_file():
         shutil.copyfile(recipe, folder / "merge.json")
-    cost = Path(init) / "cost.json"
-    if cost.is_file():
-        shutil.copyfile(cost, folder / "start_cost.json")
+    if cost := cost_of_start(init, frozen):
+        write_json(folder / "start_cost.json", cost)
 
 
 def own_files(config: Config) -> dict[str, str]:
