@@ -21,7 +21,7 @@ ARGS ?=
 export PYTHONSAFEPATH := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install demo test test-vllm bench bench-merge bench-serve bench-rollout bench-rewards lint atlas tune study-floor study-ceiling study-ablation study-transfer study-cold study-zero study-cast study-worlds soak results results-paper walk clean
+.PHONY: help install demo test test-vllm bench bench-merge bench-serve bench-rollout bench-rewards lint atlas tune study-floor study-ceiling study-ablation study-transfer study-neighbours study-cold study-zero study-cast study-worlds soak results results-paper walk clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1: /p' Makefile
@@ -87,6 +87,9 @@ study-ablation: $(STAMP) ## the OBM recipe, one setting changed at a time, three
 
 study-transfer: $(STAMP) ## the ceiling's starts and policies where they were not trained, docs/results/transfer.* (half an hour)
 	$(BIN)/obm study transfer $(ARGS)
+
+study-neighbours: $(STAMP) ## OBM, SAR, CAST, SPORT and a cold start trained over five seeds, docs/results/neighbours.* (an hour and a quarter)
+	$(BIN)/obm study neighbours $(ARGS)
 
 study-cold: $(STAMP) ## three seeds of the plain VLM by how much tool use it has seen, then docs/results/cold.*
 	for level in none 2; do \
