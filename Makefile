@@ -105,7 +105,7 @@ study-zero: $(STAMP) ## one training under ZeRO-1, 2, 3, offload and LoRA, two p
 	OMP_NUM_THREADS=1 $(BIN)/python -m launch.zero_study $(ARGS)
 
 study-cast: $(STAMP) ## GRPO from OBM with conflicting heads frozen, three seeds, docs/results/cast.* (half an hour)
-	$(BIN)/python -m launch.cast_study $(ARGS)
+	$(BIN)/obm study cast $(ARGS)
 
 soak: $(STAMP) ## 200 steps of two processes under ZeRO-3 with failing tools, docs/results/soak.* (a quarter of an hour)
 	$(BIN)/python tests/train/soak.py $(ARGS)

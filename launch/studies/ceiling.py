@@ -23,7 +23,7 @@ from launch.stages import Stages
 from launch.studies.file import Arm, Options, Study
 from launch.studies.perception import measure_recognition, trained_seeds
 from launch.studies.plan import Plan, flatten
-from launch.studies.preparations import map_steps, preparation_steps, prepare_arms
+from launch.studies.preparations import map_steps, preparation_steps, prepare_arms, publish_maps
 from launch.studies.report import publish
 from launch.studies.starts import Step, describe_steps, evaluation_steps, run_steps, start_steps
 from launch.studies.trainings import describe_trainings, raise_failures, train_arms
@@ -112,6 +112,7 @@ def _compare(
         ),
         overwrite=True,
     )
+    publish_maps(plan, command)
     print(f"\n{text_table(summary)}\n")
     publish(study, summary, SUFFIXES)
     return summary

@@ -21,7 +21,8 @@ class Plan:
     def __init__(self, study: Study, overrides: list[str]) -> None:
         self.study = study
         self._overrides = overrides
-        self._with_map: set[str] = set()
+        self._maps: dict[tuple[str, ...], str] = {}
+        self._map_owners: dict[str, str] = {}
         self._configs = {arm.name: self._load(arm) for arm in study.arms}
         self._join_kinds()
 
@@ -65,13 +66,16 @@ class Plan:
             models=replace(config.models, init=self.config(arm).models.init),
         )
 
-    def makes_map(self, arm: Arm) -> bool:
-        """Whether heads of the arm are frozen by a conflict map that the study makes itself."""
-        return arm.name in self._with_map
+    def map_owner(self, arm: Arm) -> str | None:
+        """The arm under whose name the study makes the conflict map that this arm freezes heads by.
 
-    def map_folder(self, arm: Arm) -> Path:
-        """Where the conflict map of the arm's start lies."""
-        return self.study.output / "conflict" / arm.name
+        Arms with one start share the map of the first; None where the arm needs none.
+        """
+        return self._map_owners.get(arm.name)
+
+    def map_folder(self, owner: str) -> Path:
+        """Where a conflict map lies."""
+        return self.study.output / "conflict" / owner
 
     def run_folder(self, arm: Arm, seed: int) -> Path:
         """Where a training of the arm lies."""
@@ -97,9 +101,14 @@ class Plan:
         merge = {"merge": arm.merge} if arm.merge else {}
         settings = [*flatten(self.study.overrides), *flatten(arm.settings), *self._overrides]
         config = load_config(self.study.config, [*settings, *flatten(merge), *flatten(own)])
-        if config.freeze_heads.source in ("cast", "anti") and config.freeze_heads.map is None:
-            self._with_map.add(arm.name)
-            config.freeze_heads.map = str(self.map_folder(arm).resolve() / "conflict.json")
+        frozen = config.freeze_heads
+        if frozen.source in ("cast", "anti") and frozen.map is None:
+            start = flatten({"start": [arm.init, arm.merge, arm.models], **asdict(config.conflict)})
+            owner = self._maps.setdefault(tuple(start), arm.name)
+            self._map_owners[arm.name] = owner
+            frozen.map = str(self.map_folder(owner).resolve() / "conflict.json")
+        elif frozen.source == "random" and seed is not None:
+            frozen.seed = seed  # other heads with every seed: a draw is one of many controls
         return config
 
     def _join_kinds(self) -> None:
@@ -142,16 +151,16 @@ def start_key(plan: Plan, stages: Stages, arm: Arm, seed: int | None = None) -> 
     return stages.key(f"merge-{arm.name}") if arm.merge else fingerprint(str(plan.start(arm)))
 
 
-def map_stage(arm: Arm) -> str:
-    """Name of the stage of an arm's conflict map."""
-    return f"diagnose-{arm.name}"
+def map_stage(owner: str) -> str:
+    """Name of the stage of a conflict map."""
+    return f"diagnose-{owner}"
 
 
 def frozen_inputs(plan: Plan, stages: Stages, arm: Arm, config: Config) -> dict[str, Any]:
     """The section freeze_heads as what decides a result: a map of the study by its key."""
     section = asdict(config.freeze_heads)
-    if plan.makes_map(arm):
-        section["map"] = stages.key(map_stage(arm))
+    if owner := plan.map_owner(arm):
+        section["map"] = stages.key(map_stage(owner))
     return section
 
 

@@ -7,6 +7,7 @@ result depends on it; what they cost counts in the comparison (`cost.json`).
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
@@ -29,15 +30,14 @@ if TYPE_CHECKING:
 def map_steps(plan: Plan, stages: Stages) -> Iterator[Step]:
     """Conflict maps of the starts whose heads are frozen by one; the starts must be there."""
     for arm in plan.study.arms:
-        if not plan.makes_map(arm):
+        if plan.map_owner(arm) != arm.name:
             continue
-        config = plan.config(arm)
-        target = plan.map_folder(arm)
+        config, target = plan.config(arm), plan.map_folder(arm.name)
         settings, keys = asdict(config), ("seed", "environment", "rewards", "grpo", "conflict")
         inputs = {"start": start_key(plan, stages, arm), **{key: settings[key] for key in keys}}
         words = f"diagnose   {arm.name}: conflict map of its heads"
         make = partial(_make_map, config, str(plan.start(arm)), target)
-        yield Step(map_stage(arm), inputs, target, make, partial(str, words))
+        yield Step(map_stage(arm.name), inputs, target, make, partial(str, words))
 
 
 def _make_map(config: Config, start: str, target: Path) -> None:
@@ -49,6 +49,20 @@ def _make_map(config: Config, start: str, target: Path) -> None:
     with measured() as cost:
         record = diagnose_start(config, start, head_layout(load_config(start)))
     write_map(record, target, cost=cost)
+
+
+def publish_maps(plan: Plan, command: str) -> None:
+    """Put the study's conflict maps beside its report, where that is not the study's own folder."""
+    from launch.commands.diagnose_heads import write_map
+
+    if plan.study.report is None:
+        return
+    owners = dict.fromkeys(owner for arm in plan.study.arms if (owner := plan.map_owner(arm)))
+    for owner in owners:
+        text = (plan.map_folder(owner) / "conflict.json").read_text(encoding="utf-8")
+        # the start by its name: its folder is this machine's
+        record = {**json.loads(text), "start": owner, "command": command}
+        write_map(record, plan.study.report, f"{plan.study.report_name}-{owner}-heads")
 
 
 def preparation_steps(plan: Plan, stages: Stages) -> Iterator[Step]:

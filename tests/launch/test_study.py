@@ -457,6 +457,31 @@ def test_preparations_are_kept_and_made_again_with_other_settings(
     assert [e.split()[1] for e in ran if e.startswith("train")] == ["sport-s0", "sport-s1"]
 
 
+def test_arms_of_one_start_share_a_conflict_map_and_drawn_heads_differ_by_seed():
+    study = load_study("cast")
+    plan = Plan(study, [])
+    arms = {arm.name: arm for arm in study.arms}
+    owners = {name: plan.map_owner(arm) for name, arm in arms.items()}
+    assert owners == {
+        "obm": None, "cast10": "cast10", "random10": None, "cast25": "cast10", "random25": None,
+        "anti25": "cast10", "all_heads": "cast10",
+    }  # fmt: skip
+    drawn = [plan.config(arms["random25"], seed).freeze_heads for seed in (0, 1, 2)]
+    assert [section.seed for section in drawn] == [0, 1, 2]
+    assert plan.config(arms["cast25"], 1).freeze_heads.map.endswith("conflict/cast10/conflict.json")
+    other = Plan(study, ["conflict.seed=1"])
+    assert other.map_owner(arms["cast25"]) == "cast10"
+
+
+def test_the_neighbours_are_prepared_as_documented():
+    study = load_study("neighbours")
+    plan = Plan(study, [])
+    assert [arm.name for arm in study.arms if arm.prepare] == ["obm_sport", "cold_start"]
+    assert study.perception
+    assert plan.config(study.arms[0]).compare.budget_arm == "obm"
+    assert len(study.seeds) == 5
+
+
 def test_settings_of_an_arm_are_for_studies_that_train(study_file):
     content = yaml.safe_load(study_file.read_text())
     content["arms"][0]["settings"] = {"freeze_heads": "cast(top=25%)"}
