@@ -80,7 +80,7 @@ def write_ablation(
         The content of the json file.
     """
     from compare.provenance import code_commit, hardware
-    from train.run import write_json, write_text
+    from train.files import write_json, write_text
 
     asked = {key: value for key, value in asdict(environment).items() if key != "data_seed"}
     record = {

@@ -29,7 +29,7 @@ def draw_geometry(record: Mapping[str, Any], paths: Sequence[Path], caption: str
 
     matplotlib.rcParams.update({"svg.hashsalt": "obm-warmstart", "font.size": 8})
     names = list(record["models"])
-    maps = _maps(record, names)
+    maps = _maps(names)
     columns = min(4, len(maps) + 1)
     rows = -(-(len(maps) + 1) // columns)
     layers = _layers(record)
@@ -51,7 +51,7 @@ def draw_geometry(record: Mapping[str, Any], paths: Sequence[Path], caption: str
     plt.close(figure)
 
 
-def _maps(record: Mapping[str, Any], names: Sequence[str]) -> list[tuple[Any, ...]]:
+def _maps(names: Sequence[str]) -> list[tuple[Any, ...]]:
     """(title, key, model or pair, limits of the colours, colour map) of each heat map."""
     maps: list[tuple[Any, ...]] = []
     for name in names:

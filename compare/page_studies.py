@@ -25,7 +25,7 @@ STAGES = {"before": "before training", "after": "after training", "gain": "gaine
 
 
 def floor_sections(
-    record: Mapping[str, Any], arms: Arms, detail: Detail, prefix: str = "", title: str = ""
+    record: Mapping[str, Any], arms: Arms, detail: Detail, prefix: str = ""
 ) -> list[Section]:
     """The floor table, its picture, and the differences to the reference.
 
@@ -34,7 +34,6 @@ def floor_sections(
         arms: of the page.
         detail: how much data goes in.
         prefix: of section and figure names.
-        title: of the first section.
     """
     found = record["arms"]
     names = sorted(found, key=lambda arm: -_mean(found[arm]["parts"].get("accuracy")))
@@ -62,7 +61,7 @@ def floor_sections(
     )
     sections = [
         Section(
-            f"{prefix}starts", title or "Every start before any training",
+            f"{prefix}starts", "Every start before any training",
             paragraph(note)
             + page.figure(f"{prefix}starts", "Starts in four parts", chart,
                           ["arm", "part", "mean", "low", "high", "recipe"], values,

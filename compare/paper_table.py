@@ -12,7 +12,7 @@ from typing import Any
 
 from compare.curves import interval
 from compare.provenance import code_commit, hardware
-from train.run import write_json, write_text
+from train.files import write_json, write_text
 
 GROUPS = (
     ("baseline", "Plain VLM"),

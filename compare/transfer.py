@@ -129,7 +129,7 @@ def write_transfer(
         The content of the json file: the summary with `worlds` as given, and how it was made.
     """
     from compare.provenance import code_commit, hardware
-    from train.run import write_json, write_text
+    from train.files import write_json, write_text
 
     record = {
         "command": command,

@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from train.run import write_json
+from train.files import write_json
 
 COST_NAME = "cost.json"
 CLOCKS = ("time_s", "processor_s")

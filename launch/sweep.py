@@ -179,7 +179,7 @@ def _write(
 ) -> None:
     from compare.provenance import code_commit, hardware
     from compare.tuning_report import settings_table
-    from train.run import write_json, write_text
+    from train.files import write_json, write_text
 
     section = config.environment
     record = {

@@ -142,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from compare.provenance import code_commit, hardware
     from configs.schema import load_config, shipped_config
     from launch.commands.merge import merge_checkpoints
-    from train.run import write_json, write_text
+    from train.files import write_json, write_text
 
     parser = argparse.ArgumentParser(prog="launch.zero_study", description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("docs/results"), metavar="DIR")

@@ -64,8 +64,9 @@ def run_cold_start(config: Config, *, overwrite: bool = False) -> Path:
         ConfigError: settings, a folder in use, or no right episode.
     """
     from train.cost import Cost
+    from train.files import write_json
     from train.policy import load_policy
-    from train.run import choose_frozen, prepare_folder, write_json
+    from train.run import choose_frozen, prepare_folder
     from train.sft import SFTStage, run_stage
     from train.sport_tune import save_policy
     from train.trajectories import append_jsonl

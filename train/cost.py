@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from train.callbacks import DeviceClock
-from train.run import write_json
+from train.files import write_json
 from train.start_cost import FILE, cost_with_stage
 
 

@@ -44,6 +44,8 @@ from train.estimate import (
     estimate_arguments,
     find_machine,
 )
+from train.files import write_json
+from train.files import write_text as write_text
 from train.frozen import FILE_NAME as FROZEN_HEADS
 from train.frozen import FrozenHeads, check_same_heads, choose_heads
 from train.resume import Start, convert, find_start
@@ -496,18 +498,6 @@ def describe_machine(config: Config) -> dict[str, Any]:
         "deepspeed": config.deepspeed,
         "own_files": own_files(config),
     }
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes a JSON file whole or not at all."""
-    write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def _refuse_other_run(folder: Path, config: Config) -> None:

@@ -114,7 +114,7 @@ def _report(options: argparse.Namespace) -> int:
     from compare.trio import measure_trio, write_table
     from configs.schema import resolve_model
     from launch.arguments import command_line
-    from train.run import write_json
+    from train.files import write_json
 
     where = options.checkpoints
     folders = {
@@ -141,7 +141,7 @@ def _table(options: argparse.Namespace) -> int:
     from environments.atlas.recall import measure_dense, packaged_encoder
     from environments.atlas.world import measure_retrieval
     from launch.arguments import command_line
-    from train.run import write_json, write_text
+    from train.files import write_json, write_text
 
     rows = measure_retrieval()
     by_query = {row["query"]: row for row in rows}
@@ -191,7 +191,7 @@ def _images(options: argparse.Namespace) -> int:
     from compare.provenance import code_commit, hardware
     from environments.atlas.recall import describe_images, measure_images
     from launch.arguments import command_line
-    from train.run import write_json, write_text
+    from train.files import write_json, write_text
 
     rows = measure_images()
     record = {

@@ -227,7 +227,7 @@ def _write(output: Path, name: str, record: dict[str, Any]) -> None:
     """Writes bench-NAME.json and, where there is one, the page."""
     from compare.provenance import code_commit, hardware
     from launch.arguments import command_line
-    from train.run import write_json, write_text
+    from train.files import write_json, write_text
 
     record = {
         "command": command_line(),

@@ -122,7 +122,7 @@ def _write(record: dict[str, Any], paths: list[Path]) -> None:
     from compare.geometry_figure import draw_geometry
     from compare.geometry_report import markdown, tensor_csv
     from compare.provenance import code_commit, hardware
-    from train.run import write_json, write_text
+    from train.files import write_json, write_text
 
     record |= {"command": command_line(), "commit": code_commit(), "hardware": hardware()}
     as_json, as_csv, page, *pictures = paths

@@ -110,7 +110,7 @@ def write_map(
         cost: seconds that it took; cost.json beside the map has them for trainings that use it.
     """
     from compare.conflict_map import draw_map, map_page
-    from train.run import write_json, write_text
+    from train.files import write_json, write_text
 
     folder.mkdir(parents=True, exist_ok=True)
     if cost is not None:

@@ -64,7 +64,7 @@ def run(options: argparse.Namespace) -> int:
     if options.overrides[:1] == ["verify"]:
         return _verify(options.overrides[1:])
     if options.overrides[:1] == ["adapter"]:
-        return _merge_adapter(options, options.overrides[1:])
+        return _merge_adapter(options)
     if options.base:
         raise LaunchError("--base goes with `obm merge adapter`; here set models.base=...")
     extra = [f"calibration.output={options.stats}"] if options.stats else []
@@ -111,13 +111,15 @@ def _verify(folders: list[str]) -> int:
     return 0
 
 
-def _merge_adapter(options: argparse.Namespace, folders: list[str]) -> int:
+def _merge_adapter(options: argparse.Namespace) -> int:
     from merge.adapter import merge_adapter
 
-    if len(folders) != 1 or not options.output:
+    folder, *options.overrides = options.overrides[1:] or [""]
+    if not folder or not options.output:
         raise LaunchError("write `obm merge adapter RUN_OR_ADAPTER_FOLDER --output DIR`")
+    families = read_config(options).merge.families
     record = merge_adapter(
-        folders[0], options.output, base=options.base, overwrite=options.overwrite
+        folder, options.output, base=options.base, families=families, overwrite=options.overwrite
     )
     base = record["parents"]["vlm"]["source"]
     print(f"{record['adapter']['tensors']} tensors of {base} changed: {options.output}")

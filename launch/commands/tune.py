@@ -84,7 +84,7 @@ def run(options: argparse.Namespace) -> int:
 
     from compare.tuning import best_settings
     from compare.tuning_report import recipes_text, tuning_csv, tuning_markdown
-    from train.run import write_json, write_text
+    from train.files import write_json, write_text
 
     finished = Path(config.output).parent / "tuning" / f"{output.name}.jsonl"
     parallel = options.parallel or len(os.sched_getaffinity(0))

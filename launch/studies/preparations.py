@@ -135,7 +135,7 @@ def prepare_arms(plan: Plan, stages: Stages, options: Options) -> None:
 def _job(plan: Plan, verb: str, config: Config) -> Job:
     """The child process of a preparation, its settings written for it."""
     from configs.schema import dump_config
-    from train.run import write_text
+    from train.files import write_text
 
     name = f"{verb}-{Path(config.output).name}"
     file = plan.study.output / "configs" / f"{name}.yaml"

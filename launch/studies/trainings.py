@@ -232,8 +232,8 @@ def _check_processes(training: Training, n_processes: int) -> None:
 def _job(plan: Plan, training: Training, n_processes: int) -> Job:
     """The child process of a training, its settings written for it."""
     from configs.schema import dump_config
+    from train.files import write_text
     from train.resume import whole_checkpoints
-    from train.run import write_text
 
     output = plan.study.output
     file = output / "configs" / f"{training.name}.yaml"
