@@ -3,7 +3,8 @@
     arms.obm.ceiling                                    ceiling.json, the entry's own file
     floor.json: arms.obm.parts."seen accuracy".mean     another file; quotes where a key has blanks
     runs[size=1.5b, run=ours ties 2 threads].wall_s     all records of a list with these values;
-                                                        in quotes where one has a comma
+                                                        in quotes where one has a comma, with a dot
+                                                        for what lies inside (work.policy=tiny)
     cold_accuracy.csv: [arm=vlm_2, step=60].accuracy    a csv is a list of records
     max(arms.*.ceiling)                                 * is every key or item
     median(runs[run=a].cpu_s) / median(runs[run=b].cpu_s) * 100       from left to right
@@ -114,11 +115,20 @@ def _follow(item: Any, step: str) -> list[Any]:
         return list(item.values()) if isinstance(item, Mapping) else list(item)
     if step[0] == "[":
         wanted = [(key, value.strip('"')) for key, value in _CONDITION.findall(step[1:-1])]
-        return [row for row in item if all(_is_same(row.get(key), v) for key, v in wanted)]
+        return [row for row in item if all(_is_same(_inner(row, key), v) for key, v in wanted)]
     key = step.strip('"')
     if isinstance(item, list):
         return [item[int(key)]] if key.isdigit() and int(key) < len(item) else []
     return [item[key]] if isinstance(item, Mapping) and key in item else []
+
+
+def _inner(row: Any, key: str) -> Any:
+    """A record's value; dots lead inwards where the record itself has no such key."""
+    if key in row:
+        return row[key]
+    for part in key.split("."):
+        row = row.get(part) if isinstance(row, Mapping) else None
+    return row
 
 
 def _is_same(value: Any, text: str) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from train.memory import server_replicas, server_split
+from train.memory import server_replicas, server_slots, server_split
 from train.network import (
     collective_seconds,
     exchange_seconds,
@@ -126,18 +126,31 @@ def decode_bounds(plan: Plan, machine: Machine) -> dict[str, float]:
 
 def decoding_rows(plan: Plan, machine: Machine) -> float:
     """Episodes that decode together on a process, or on a replica of the server."""
+    return min(replica_rows(plan, machine), most_rows(plan, machine))
+
+
+def replica_rows(plan: Plan, machine: Machine) -> float:
+    """Episodes of a rollout that a process, or a replica of the server, has to sample."""
     if not plan.server_gpus:
-        return min(plan.rollout_rows, WAVE_ROWS)
-    n_rows = plan.rollout_rows * plan.n_processes / server_replicas(plan, machine)
-    return min(n_rows, WAVE_ROWS)
+        return plan.rollout_rows
+    return plan.rollout_rows * plan.n_processes / server_replicas(plan, machine)
+
+
+def most_rows(plan: Plan, machine: Machine) -> float:
+    """Rows that can decode together: WAVE_ROWS, on a server also what its cache has room for.
+
+    A server gives a row the tokens that it has, not those that it may have.
+    """
+    if not plan.server_gpus:
+        return WAVE_ROWS
+    length = plan.prompt_tokens + MEAN_FILL * plan.completion_tokens
+    return max(1.0, min(WAVE_ROWS, server_slots(plan, machine) // length))
 
 
 def decode_seconds(plan: Plan, machine: Machine) -> float:
-    """Steps of the longest episode, each as long as its slowest part, in waves of WAVE_ROWS."""
-    rows = float(plan.rollout_rows)
-    if plan.server_gpus:
-        rows *= plan.n_processes / server_replicas(plan, machine)
-    n_steps = LONGEST_FILL * plan.policy_tokens * math.ceil(rows / WAVE_ROWS)
+    """Steps of the longest episode, each as long as its slowest part, in as many waves as needed."""
+    n_waves = math.ceil(replica_rows(plan, machine) / most_rows(plan, machine))
+    n_steps = LONGEST_FILL * plan.policy_tokens * n_waves
     return plan.rollouts * n_steps * decode_step_seconds(plan, machine)
 
 

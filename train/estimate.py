@@ -25,6 +25,7 @@ from train.memory import (
     memory,
     server_bytes,
     server_replicas,
+    server_slots,
     server_split,
 )
 from train.network import step_bytes
@@ -372,11 +373,10 @@ def _memory_lines(found: Estimate) -> list[str]:
     if plan.server_gpus:
         weights = server_bytes(plan, found.machine)
         split, n_replicas = server_split(plan, found.machine), server_replicas(plan, found.machine)
-        cache = 4.0 * plan.shape.layers * plan.shape.kv_width / split
-        n_slots = max(0.0, 0.9 * (found.machine.memory - weights) / cache)
         lines.append(
             f"  server      {weights / GB:6.1f} of weights on each of {plan.server_gpus} cards "
-            f"({n_replicas} x {split}), {n_slots:,.0f} tokens of cache each in 90% of the rest"
+            f"({n_replicas} x {split}), {server_slots(plan, found.machine):,.0f} tokens of cache a "
+            f"replica in {assumed.SERVER_CACHE:.0%} of the rest"
         )
     if not found.fits:
         changes, repaired = repair(found)

@@ -11,6 +11,7 @@ from train.plan import (
     FRAGMENTATION,
     LIVE_PARAMETERS,
     READ_TOKENS,
+    SERVER_CACHE,
     SERVER_WEIGHTS,
     TILE_BYTES,
     WAVE_ROWS,
@@ -223,6 +224,13 @@ def server_bytes(plan: Plan, machine: Machine) -> float:
     if not plan.server_gpus:
         return 0.0
     return 2.0 * plan.shape.n_parameters / server_split(plan, machine)
+
+
+def server_slots(plan: Plan, machine: Machine) -> float:
+    """Tokens of cache in SERVER_CACHE of what a replica's weights leave free."""
+    split = server_split(plan, machine)
+    free = max(0.0, split * machine.memory - 2.0 * plan.shape.n_parameters)
+    return SERVER_CACHE * free / (4.0 * plan.shape.layers * plan.shape.kv_width)
 
 
 def checkpoint_bytes(plan: Plan) -> float:

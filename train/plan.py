@@ -37,6 +37,8 @@ HOP_S = 5e-6
 """Seconds of one hop of a ring, with its share of the launch of the collective."""
 SERVER_WEIGHTS = 0.6
 """Share of an accelerator's memory that a server's weights may take; the rest is its cache."""
+SERVER_CACHE = 0.9
+"""Share of what a server's weights leave free that its cache gets."""
 DISK = 2.0 * GB
 """Bytes a second that a checkpoint is written at, or read: one NVMe drive, or a share of more."""
 LAUNCH_S = 0.0008

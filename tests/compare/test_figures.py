@@ -11,7 +11,7 @@ CONTENT = {
     "n": 128,
     "arms": {"obm": {"ceiling": 0.5, "seen share": 0.75}, "ties": {"ceiling": 0.25}},
     "runs": [
-        {"size": "7b", "name": "step, times less", "s": 3.0, "steps": 8},
+        {"size": "7b", "name": "step, times less", "s": 3.0, "steps": 8, "work": {"a": {"b": "x"}}},
         {"size": "7b", "name": "other", "s": 9.0, "steps": 16},
         {"size": "1.5b", "name": "other", "s": 4.0, "steps": 8},
     ],
@@ -38,6 +38,7 @@ def results(tmp_path):
         ("runs[size=1.5b].s", 4.0),
         ("runs[size=7b, steps=16].s", 9.0),
         ('runs[name="step, times less"].s', 3.0),
+        ("runs[work.a.b=x].s", 3.0),
         ("b.csv: [arm=obm, step=60].accuracy", 0.75),
         ("max(arms.*.ceiling)", 0.5),
         ("median(runs.*.s)", 4.0),  # of 3, 4, 9
