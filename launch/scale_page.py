@@ -1,6 +1,6 @@
 """The tables of docs/scale.md and the figures of docs/results/scale.json, from `launch.scale`.
 
-    python -m launch.scale_page              writes both again; a test fails where they differ
+python -m launch.scale_page              writes both again; a test fails where they differ
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ def measure_worlds(
         One row a mode: `mode`, `kind`, `n`, `shares` (see compare.worlds.measure_mode) and
         `policies` (name -> metrics).
     """
-    from compare.provenance import code_commit, hardware
+    from compare.provenance import origin
     from compare.worlds import measure_mode, write_worlds
     from compare.zero_shot import Results, measure_all
     from configs.schema import load_config, resolve_model, shipped_config
@@ -93,9 +93,7 @@ def measure_worlds(
         accuracies = ", ".join(f"{name} {m['accuracy']:.2f}" for name, m in metrics.items())
         print(f"{mode}, {kind}: ceiling {shares['ceiling']:.2f}; {accuracies}", flush=True)
     record = {
-        "command": command,
-        "commit": code_commit(),
-        "hardware": hardware(),
+        **origin(command),
         "n": n,
         "strength": demo.environment.strength,
         "changed": _share_changed(),

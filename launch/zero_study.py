@@ -139,7 +139,7 @@ def render(record: dict[str, Any]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Merges the start, trains every arm, writes the report."""
-    from compare.provenance import code_commit, hardware
+    from compare.provenance import origin
     from configs.schema import load_config, shipped_config
     from launch.commands.merge import merge_checkpoints
     from train.files import write_json, write_text
@@ -155,9 +155,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     run_jobs(jobs, on_done=lambda job, seconds: print(f"{job.name}: {seconds:.0f} s", flush=True))
     curves = {job.name: read_curve(job.output) for job in jobs}
     record = {
-        "command": "make study-zero",
-        "commit": code_commit(),
-        "hardware": hardware(),
+        **origin("make study-zero"),
         "settings": [*SETTINGS, *MERGE],
         "arms": [vars(arm) for arm in ARMS],
         "differences": compare(curves, ARMS),

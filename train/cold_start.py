@@ -65,8 +65,9 @@ def run_cold_start(config: Config, *, overwrite: bool = False) -> Path:
     """
     from train.cost import Cost
     from train.files import write_json
+    from train.given import choose_frozen
     from train.policy import load_policy
-    from train.run import choose_frozen, prepare_folder
+    from train.run_folder import prepare_folder
     from train.sft import SFTStage, run_stage
     from train.sport_tune import save_policy
     from train.trajectories import append_jsonl

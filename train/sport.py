@@ -79,7 +79,8 @@ def run_sport(config: Config, *, resume: bool = False, overwrite: bool = False) 
     """
     from train.cost import Cost
     from train.files import write_json
-    from train.run import choose_frozen, prepare_folder
+    from train.given import choose_frozen
+    from train.run_folder import prepare_folder
 
     check_settings(config)
     init = resolve_model(config.models.init or "")

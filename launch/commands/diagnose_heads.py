@@ -125,7 +125,7 @@ def _record(
 ) -> dict[str, Any]:
     from dataclasses import asdict
 
-    from compare.provenance import code_commit, hardware
+    from compare.provenance import origin
     from train.conflict import conflict_score
     from train.frozen import SCHEMA_VERSION, conflict_order
 
@@ -152,9 +152,7 @@ def _record(
         "start": config.models.init,
         "layout": asdict(layout),
         "settings": asdict(config.conflict),
-        "command": command_line(),
-        "commit": code_commit(),
-        "hardware": hardware(),
+        **origin(command_line()),
         "search": search.words(),
         "keep": keep.words(),
         "keep_loss": found.keep_loss,

@@ -219,12 +219,10 @@ def _without_method(setting: Mapping[str, Any]) -> dict[str, Any]:
 def _record(config: Config, rows: list[dict[str, Any]], best: dict[str, Any]) -> dict[str, Any]:
     from dataclasses import asdict
 
-    from compare.provenance import code_commit, hardware
+    from compare.provenance import origin
 
     return {
-        "command": command_line(),
-        "commit": code_commit(),
-        "hardware": hardware(),
+        **origin(command_line()),
         "environment": asdict(config.environment),
         "best": best,
         "rows": rows,

@@ -124,7 +124,7 @@ def test_a_real_calibration_and_merge_leave_their_cost_for_the_training(tiny, tm
     from configs.schema import load_config
     from launch.commands.calibrate import calibrate_parent
     from launch.commands.merge import merge_checkpoints
-    from train.run import prepare_folder
+    from train.run_folder import prepare_folder
 
     path = tmp_path / "settings.yaml"
     path.write_text(

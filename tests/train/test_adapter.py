@@ -20,8 +20,9 @@ from merge.adapter import find_adapter, merge_adapter
 from merge.errors import MergeError
 from merge.verify import verify_folder
 from train.adapter import freeze_vision, make_lora
+from train.given import check_start
 from train.policy import PolicyLoadError, load_policy
-from train.run import check_start, run_training
+from train.run import run_training
 
 SETTINGS = """
 output: {output}
