@@ -15,7 +15,12 @@ from compare.page import Cell, Section, TableRow, estimate_cell, paragraph
 from compare.page_behaviour import behaviour_section, groups_section
 from compare.page_curves import curves_section
 from compare.page_parts import Comparison, dots_both, numbers_of, steps_cell, table_row
-from compare.page_training import cost_section, rewards_section, stability_section
+from compare.page_training import (
+    cost_section,
+    recognition_section,
+    rewards_section,
+    stability_section,
+)
 
 PARTS = {
     "searched": "searched", "entity": "right entity", "passage": "gold passage",
@@ -23,7 +28,7 @@ PARTS = {
 }  # fmt: skip
 MEASURES = {
     "floor": "floor", "ceiling": "ceiling", "final": "end", "auc": "area",
-    "at_equal_budget": "equal budget",
+    "at_equal_budget": "equal budget", "recognition.change": "recognition",
 }  # fmt: skip
 
 
@@ -31,7 +36,7 @@ def comparison_sections(data: Comparison) -> list[Section]:
     """All sections that the summary has something for, in the order of the page."""
     makers = (
         curves_section, numbers_section, floor_section, pairs_section, behaviour_section,
-        groups_section, cost_section, stability_section, rewards_section,
+        groups_section, recognition_section, cost_section, stability_section, rewards_section,
     )  # fmt: skip
     return [section for make in makers if (section := make(data)) is not None]
 

@@ -1,4 +1,4 @@
-"""Sections on the trainings: what they cost, how steady they were, where reward came from."""
+"""Sections on the trainings: perception kept, cost, steadiness, where the reward came from."""
 
 from __future__ import annotations
 
@@ -18,6 +18,31 @@ STABILITY = {
     "not_a_number": ("steps not a number", 3),
 }  # fmt: skip
 _REWARD_CLASSES = ("way-text_only", "way-both", "way-image_only", "way-none")
+
+
+# ---- perception
+
+
+def recognition_section(data: Comparison) -> Section | None:
+    """What training does to the recognition of seen places, where it was measured."""
+    measured = {arm: one for arm, one in data.results.items() if "recognition" in one}
+    if not measured:
+        return None
+    rows = [
+        table_row(data, arm, [
+            estimate_cell(value, data.interval(arm, f"recognition.{when}"))
+            for when, value in result["recognition"].items()
+        ])
+        for arm, result in measured.items()
+    ]  # fmt: skip
+    return Section(
+        f"{data.prefix}recognition", "Perception kept",
+        paragraph("Share of photos of seen places that are named right when the VLM's own question "
+                  "is asked, without tools: other photos for every seed, the same before and after "
+                  "training.")
+        + page.table("Recognition before and after training, 95 % interval in brackets",
+                     ["start", "before", "after", "change"], rows),
+    )  # fmt: skip
 
 
 # ---- cost
@@ -50,6 +75,8 @@ def cost_section(data: Comparison) -> Section | None:
             f" Equal budget: the smoothed accuracy once {duration(budget['device_s'])} are spent, "
             f"preparation included, which is what {data.arms.label(budget['arm'])} took in all."
         )
+    if cheaper := [arm for arm in budget.get("cheaper") or () if arm in data.results]:
+        text += f" The last value holds for {listed(cheaper, data.arms.label)}, which cost less."
     notes = [text, *_cost_notes(data)]
     goal = data.arms.label(target["arm"])
     return Section(

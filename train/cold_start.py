@@ -112,6 +112,7 @@ def run_cold_start(config: Config, *, overwrite: bool = False) -> Path:
     save_policy(model, processor, folder / "policy")
     logger.info("%d steps, loss %.3f", settings.steps, loss)
     cost.write(folder)
+    cost.write_for_policy(folder / "policy", init, "sft")
     done = {"episodes": len(taught), "questions": len(questions), "loss": round(loss, 4)}
     write_json(folder / "done.json", {**done, "policy": "policy"})
     return folder / "policy"

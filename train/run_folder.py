@@ -22,6 +22,7 @@ from train.files import write_json, write_text
 from train.frozen import FILE_NAME as FROZEN_HEADS
 from train.frozen import FrozenHeads, check_same_heads
 from train.machine import describe_machine
+from train.start_cost import cost_of_start
 from train.watchdog import clear_heartbeats
 
 OWN_FOLDER = "own"
@@ -86,9 +87,8 @@ def prepare_folder(
     recipe = Path(init) / "merge.json"
     if recipe.is_file():
         shutil.copyfile(recipe, folder / "merge.json")
-    cost = Path(init) / "cost.json"
-    if cost.is_file():
-        shutil.copyfile(cost, folder / "start_cost.json")
+    if cost := cost_of_start(init, frozen):
+        write_json(folder / "start_cost.json", cost)
 
 
 def own_files(config: Config) -> dict[str, str]:

@@ -107,6 +107,7 @@ def run_sport(config: Config, *, resume: bool = False, overwrite: bool = False) 
         shutil.rmtree(folder / POLICY, ignore_errors=True)
         Path(policy).rename(folder / POLICY)
     cost.write(folder)
+    cost.write_for_policy(folder / POLICY, init, "sport")
     write_json(folder / DONE, {"iterations": len(_complete(folder)), "policy": POLICY})
     return folder / POLICY
 

@@ -142,13 +142,13 @@ def merge_checkpoints(
     """
     from configs.schema import resolve_model
     from launch.commands.calibrate import parent_folder, stats_path
-    from launch.preparation_cost import keep_merge_cost, measured
+    from launch.preparation_cost import keep_merge_cost, measured_without_compiling
     from merge.engine import merge
 
     settings = asdict(config.merge)
     own = {key: settings.pop(key) for key in (*NOT_SETTINGS, "families")}
     donors = {name: resolve_model(source) for name, source in config.models.donors.items()}
-    with measured() as cost:
+    with measured_without_compiling() as cost:
         record = merge(
             parent_folder(config, "base"),
             parent_folder(config, "vlm"),
