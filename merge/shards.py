@@ -71,6 +71,7 @@ class TensorInfo:
 
     @property
     def n_bytes(self) -> int:
+        """Length in the file."""
         return self.end - self.begin
 
 

@@ -63,9 +63,11 @@ class ImageOnlyProcessor(Qwen2_5_VLProcessor):
 
     @classmethod
     def get_attributes(cls) -> list[str]:
+        """The parts that are loaded and saved: no video processor."""
         return ["image_processor", "tokenizer"]
 
     def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
+        """As the parent does; a part that is not there fits."""
         if argument is None:
             return None
         return super().check_argument_for_proper_class(argument_name, argument)
@@ -80,6 +82,7 @@ class ImageOnlyProcessor(Qwen2_5_VLProcessor):
     def save_pretrained(
         self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any
     ) -> Any:
+        """Saves a stock Qwen2.5-VL processor: its class names, the video part as published."""
         saved = super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
         folder = Path(save_directory)
         processor_config = json.loads((folder / "processor_config.json").read_text())

@@ -67,6 +67,7 @@ class OptimizerStage(TrainerCallback):
         self.trainer, self.timed, self._stack = trainer, timed, ExitStack()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Puts the timer around DeepSpeed's step, where there is one."""
         engine = self.trainer.deepspeed
         if engine is None:
             return
@@ -79,9 +80,11 @@ class OptimizerStage(TrainerCallback):
         engine.step = timed_step
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The update begins."""
         self._stack.enter_context(self.timed("optimizer"))
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The update has ended."""
         self._stack.close()
 
 
