@@ -37,6 +37,7 @@ from configs.schema import (
 )
 from environments.dialects import get_dialect
 from rewards.functions import RewardFunction, check_columns, load_functions, split_place
+from train.checkpoint_files import check_pickles
 from train.estimate import (
     DEFAULT_MACHINE,
     add_estimate_arguments,
@@ -46,6 +47,8 @@ from train.estimate import (
 )
 from train.frozen import FILE_NAME as FROZEN_HEADS
 from train.frozen import FrozenHeads, check_same_heads, choose_heads
+from train.leash import end_with_starter
+from train.lock import LOCK_NAME, locked
 from train.resume import Start, convert, find_start
 from train.settings import (
     build_grpo_config,
@@ -91,6 +94,7 @@ def train(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("train").setLevel(level)
     _quiet_libraries()
+    end_with_starter()
     try:
         path = Path(options.config) if options.config else shipped_config("demo")
         config = load_config(path, options.overrides)
@@ -167,10 +171,21 @@ def run_training(config: Config, resume: bool = False, overwrite: bool = False) 
         from train.worlds import connect
 
         connect(config.rollout).check()  # before anything slow
-    start = find_start(folder, config, world) if resume else None
-    if rank == 0:
-        check_start(init)
-        prepare_folder(folder, config, init, resume, overwrite, given.frozen)
+    with locked(folder, setting="output") if rank == 0 else nullcontext():
+        start = find_start(folder, config, world) if resume else None
+        if rank == 0:
+            check_start(init)
+            if start is not None:
+                check_pickles(start.path)
+            prepare_folder(folder, config, init, resume, overwrite, given.frozen)
+        return _train_in(config, folder, init, resume, start, given)
+
+
+def _train_in(
+    config: Config, folder: Path, init: str, resume: bool, start: Start | None, given: Given
+) -> Path:
+    """Sets up what all processes share, then trains."""
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     _share_cores(world)
 
     # torch.distributed starts here, if a launcher asked for it
@@ -415,7 +430,7 @@ def prepare_folder(
     Raises:
         ConfigError: it is in use, or holds a run with other settings.
     """
-    if folder.exists() and any(folder.iterdir()):
+    if _holds_anything(folder):
         if resume:
             _refuse_other_run(folder, config)
             check_same_heads(folder, frozen)
@@ -425,7 +440,7 @@ def prepare_folder(
                     f"output: {folder} is not a run folder (no config.yaml), so it is not "
                     "overwritten; choose another output"
                 )
-            shutil.rmtree(folder)
+            _empty(folder)
         else:
             raise ConfigError(
                 f"output: {folder} exists already; go on with --resume, choose another name with "
@@ -447,6 +462,24 @@ def prepare_folder(
     cost = Path(init) / "cost.json"
     if cost.is_file():
         shutil.copyfile(cost, folder / "start_cost.json")
+
+
+def _holds_anything(folder: Path) -> bool:
+    """Whether a folder holds more than a lock and files that a kill has left half written."""
+    return folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir())
+
+
+def _empty(folder: Path) -> None:
+    """Removes all in a folder but the lock, by which this process holds it.
+
+    The settings go last: they mark it as a run's, whenever a kill comes.
+    """
+    paths = [path for path in folder.iterdir() if path.name != LOCK_NAME]
+    for path in sorted(paths, key=lambda path: path.name == "config.yaml"):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def own_files(config: Config) -> dict[str, str]:
