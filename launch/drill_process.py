@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-LIMIT_S = 300.0
+LIMIT_S = 900.0
 """A command that takes longer hangs; it is killed, and that is what the table says."""
 POLL_S = 0.004
 ORPHANS_S = 20.0

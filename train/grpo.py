@@ -41,6 +41,7 @@ from rewards.trajectory import get
 from train import credit, scoring
 from train.anchor import SaliencyAnchor
 from train.checkpoint_files import measure_files
+from train.disk import writing
 from train.episodes import Script
 from train.groups import Groups
 from train.policy import causal_model
@@ -589,9 +590,10 @@ class SearchGRPOTrainer(GRPOTrainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Writes a checkpoint; older ones go only once it is whole, so that a kill costs none."""
         folder, limit = Path(self.args.output_dir), self.args.save_total_limit
-        with progress.stage("save"):
+        checkpoint = folder / f"checkpoint-{self.state.global_step}"
+        with progress.stage("save"), writing(checkpoint):
             if self.accelerator.is_main_process:
-                forget_saved(folder / f"checkpoint-{self.state.global_step}")
+                forget_saved(checkpoint)
             self.accelerator.wait_for_everyone()
             self.args.save_total_limit = None
             try:

@@ -38,6 +38,7 @@ from configs.schema import (
 from environments.dialects import get_dialect
 from rewards.functions import RewardFunction, check_columns, load_functions, split_place
 from train.checkpoint_files import check_pickles
+from train.disk import writing
 from train.estimate import (
     DEFAULT_MACHINE,
     add_estimate_arguments,
@@ -109,7 +110,7 @@ def train(argv: Sequence[str] | None = None) -> int:
             raise
         # settings are wrong on all processes alike; a service may have failed one of them alone
         if is_main or not isinstance(error, ConfigError):
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
 
@@ -177,7 +178,8 @@ def run_training(config: Config, resume: bool = False, overwrite: bool = False) 
             check_start(init)
             if start is not None:
                 check_pickles(start.path)
-            prepare_folder(folder, config, init, resume, overwrite, given.frozen)
+            with writing(folder):
+                prepare_folder(folder, config, init, resume, overwrite, given.frozen)
         return _train_in(config, folder, init, resume, start, given)
 
 
@@ -532,10 +534,19 @@ def describe_machine(config: Config) -> dict[str, Any]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
+    """Writes a file whole or not at all.
+
+    Raises:
+        DiskError: the disk takes no more.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    with writing(path):
+        try:
+            temporary.write_text(text, encoding="utf-8")
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
+        temporary.replace(path)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -587,7 +598,8 @@ def _last_policy(trainer: Any, folder: Path) -> Path:
     last = folder / "checkpoints" / f"checkpoint-{trainer.state.global_step}"
     if not last.is_dir():
         last = folder / "checkpoints" / "final"
-        trainer.save_model(str(last))
+        with writing(last):
+            trainer.save_model(str(last))
     return last
 
 

@@ -72,6 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Evaluate and print the figures."""
+    from train.disk import writing
     from train.lock import locked
 
     extra = [f"environment.eval_benchmark.name={options.benchmark}"] if options.benchmark else []
@@ -82,7 +83,7 @@ def run(options: argparse.Namespace) -> int:
     arm = options.arm or Path(options.checkpoint.rstrip("/")).name
     output = Path(options.output or Path(config.output).parent / "eval" / arm)
     shard = read_shard(options.shard)
-    with locked(output, f".lock-{shard[0]}-of-{shard[1]}"):
+    with locked(output, f".lock-{shard[0]}-of-{shard[1]}"), writing(output):
         record = evaluate_checkpoint(
             config, options.checkpoint, output,
             arm=arm, command=command_line(), overwrite=options.overwrite, mode=options.mode,
