@@ -1,7 +1,8 @@
 """Damaged and hostile files: each is refused by one line with file, reason and fix.
 
 Nothing may be written for it, no traceback shown, and no pickle opened: the pickles here would
-leave a file behind (`CANARY`). Cases whose file is sound but hostile in its words must be taken as data.
+leave a file behind (`CANARY`). Cases whose file is sound but hostile in its words must be taken as
+data.
 """
 
 from __future__ import annotations
@@ -412,9 +413,9 @@ def _hostile_zip(place: Place, size: int) -> bytes:
 # ---------------------------------------------------------------- the drill
 
 
-def prepare_files(base: Path) -> None:
+def prepare_files(base: Path, *, with_training: bool = True) -> None:
     """A training and a search index that cases copy; made once."""
-    if not (base / "run").exists():
+    if with_training and not (base / "run").exists():
         _must(run(_train(base / "start", base / "run", "grpo.max_steps=1"), base / "logs/run.log"))
     if not (base / "index").exists():
         corpus = base / "corpus.jsonl"

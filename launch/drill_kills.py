@@ -4,20 +4,12 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from launch.drill_compare import compare_folders
-from launch.drill_process import (
-    Ended,
-    Row,
-    Running,
-    Span,
-    kill_at,
-    time_undisturbed,
-)
-from launch.drill_tasks import Task
+from launch.drill_process import Ended, Row, Running, Span, kill_at
+from launch.drill_tasks import Task, Whole
 
 MAX_ROUNDS = 4
 
@@ -32,38 +24,31 @@ class Killed:
     problems: list[str] = field(default_factory=list)
 
 
-def drill_kills(
-    tasks: Sequence[Task], folder: Path, dice: random.Random, n_kills: int
-) -> list[Row]:
-    """Kills every task `n_kills` times or more, and compares what it ends with.
+def drill_kills(task: Task, whole: Whole, folder: Path, dice: random.Random, n_kills: int) -> Row:
+    """Kills a task `n_kills` times, each round until it ends, and compares what it ends with.
 
     Args:
-        tasks: the commands.
+        task: the command.
+        whole: its undisturbed run.
         folder: to work in.
-        dice: draws the moments.
-        n_kills: of each.
+        dice: draw the moments.
+        n_kills: kills, over all rounds.
     """
-    return [_drill_task(task, folder / task.name.replace(" ", "-"), dice, n_kills)
-            for task in tasks]  # fmt: skip
-
-
-def _drill_task(task: Task, folder: Path, dice: random.Random, n_kills: int) -> Row:
     started = time.monotonic()
-    whole = folder / "whole"
-    whole.mkdir(parents=True)
-    ended, span = time_undisturbed(task.command(whole), folder / "logs" / "whole.log", whole)
-    killed = Killed()
-    if ended.code:
-        killed.problems.append(f"undisturbed it ends with {ended.code}: {ended.output[-300:]}")
-    while killed.n_kills < n_kills and len(killed.rounds) < MAX_ROUNDS and not ended.code:
-        round_folder = folder / f"killed-{len(killed.rounds)}"
-        killed.rounds.append(round_folder)
-        _one_round(task, round_folder, dice, span, n_kills, killed)
-        unequal = compare_folders(whole / task.leaf, round_folder / task.leaf)
-        killed.problems += [f"{round_folder.name}: {line}" for line in unequal]
+    killed = Killed(problems=[whole.problem] if whole.problem else [])
+    while killed.n_kills < n_kills and len(killed.rounds) < MAX_ROUNDS and not whole.problem:
+        place = folder / f"killed-{len(killed.rounds)}"
+        killed.rounds.append(place)
+        _one_round(task, place, dice, whole.span, n_kills, killed)
+        unequal = compare_folders(whole.folder / task.leaf, place / task.leaf)
+        killed.problems += [f"{place.name}: {line}" for line in unequal]
+    words = "results equal the undisturbed run's"
+    if killed.problems:
+        words = "NOT as undisturbed"
+    n = len(killed.rounds)
     return Row(
         "kills", task.name, "SIGKILL of the process group", killed.n_kills,
-        f"{len(killed.rounds)} came to their end; {result_words(killed)}",
+        f"{n} {'run' if n == 1 else 'runs'} came to the end; {words}",
         time.monotonic() - started, killed.problems,
     )  # fmt: skip
 
@@ -105,10 +90,3 @@ def _end_problems(folder: Path, task: Task, ended: Ended) -> list[str]:
     what = "hangs" if ended.was_killed else f"ends with {ended.code}"
     last = " ".join(ended.output.split())[-300:]
     return [f"{folder.name}: {what} after {ended.seconds:.0f} s: {last}"]
-
-
-def result_words(killed: Killed) -> str:
-    """What the comparison says."""
-    if killed.problems:
-        return "NOT as undisturbed"
-    return "results equal the undisturbed run's"

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from launch.drill_process import Ended, obm, run
+from launch.drill_process import Ended, Span, obm, run, time_undisturbed
 
 CALIBRATION = ("calibration.samples=24", "calibration.batch_size=2")
 TRAINING = (
@@ -47,6 +47,7 @@ class Task:
         name: for the table.
         leaf: name of its output, below the folder that a run has for itself.
         command: from that folder to the words of the command; the same words begin and go on.
+        marks: files of the output that say, all together, that it is whole.
         refusal: what the command says where its whole output is there already.
         progress: how much of the output is done; must not fall by a kill.
     """
@@ -54,8 +55,37 @@ class Task:
     name: str
     leaf: str
     command: Callable[[Path], list[str]]
+    marks: tuple[str, ...]
     refusal: str = ""
     progress: Callable[[Path], int] = lambda output: 0
+
+    def is_whole(self, output: Path) -> bool:
+        """Whether an output says of itself that it is complete."""
+        return all((output / mark).exists() for mark in self.marks)
+
+
+@dataclass(frozen=True)
+class Whole:
+    """What an undisturbed run left."""
+
+    folder: Path
+    span: Span
+    problem: str
+    """why it is no measure for others; empty where it is"""
+
+
+def run_undisturbed(task: Task, folder: Path) -> Whole:
+    """Runs a task as it should go.
+
+    Args:
+        task: the command.
+        folder: that the run has for itself.
+    """
+    folder.mkdir(parents=True)
+    log = folder.parent / "logs" / f"{folder.name}.log"
+    ended, span = time_undisturbed(task.command(folder), log, folder)
+    problem = f"undisturbed it ends with {ended.code}: {ended.output[-300:]}" if ended.code else ""
+    return Whole(folder, span, problem)
 
 
 def prepare(folder: Path) -> Path:
@@ -90,23 +120,28 @@ def pipeline(base: Path) -> list[Task]:
     """
     statistics, start = base / "calibration", base / "start"
     return [
-        Task("obm calibrate", "calibration", calibrate_command, "exists; pass --overwrite"),
         Task(
-            "obm merge", "merged", lambda folder: merge_command(folder, statistics),
-            "exists; choose another output",
+            "obm calibrate", "calibration", calibrate_command,
+            ("vlm/stats.safetensors", "agent/stats.safetensors"), "exists; pass --overwrite",
         ),
         Task(
-            "obm train", "run", lambda folder: train_command(folder, start), progress=newest_step
+            "obm merge", "merged", lambda folder: merge_command(folder, statistics),
+            ("merge.json",), "exists; choose another output",
+        ),
+        Task(
+            "obm train", "run", lambda folder: train_command(folder, start), ("done.json",),
+            progress=newest_step,
         ),
         Task(
             "obm train, two processes", "run",
-            lambda folder: train_command(folder, start, n_processes=2), progress=newest_step,
+            lambda folder: train_command(folder, start, n_processes=2), ("done.json",),
+            progress=newest_step,
         ),
         Task(
-            "obm eval", "eval", lambda folder: eval_command(folder, start),
+            "obm eval", "eval", lambda folder: eval_command(folder, start), ("eval.json",),
             "holds an evaluation; pass --overwrite", finished_batches,
         ),
-        Task("obm study", "study", study_command),
+        Task("obm study", "study", study_command, ("report/compare.json",)),
     ]  # fmt: skip
 
 
