@@ -17,17 +17,16 @@ from launch.drill_proxy import Proxy, free_port, wait_for_port
 from launch.drill_tasks import TRAINING
 
 QUERIES = (
-    "capital of France", "which river flows through Vienna", "flag with a cedar", "highest mountain",
-    "currency of Japan", "population density", "official language of Brazil", "island nation",
+    "capital of France", "which river flows through Vienna", "flag with a cedar",
+    "highest mountain", "currency of Japan", "population density", "official language of Brazil",
 )  # fmt: skip
 TOP_K = 3
 ASK_S = 1.0
 N_BAD = 24
+STALL_S = 4.0
 BEHIND_PROXY = (
-    "environment.timeout_s=1.0",
-    "environment.retries=0",
-    "tracking.log_trajectories=16",
-)
+    "environment.timeout_s=3.0", "environment.retries=0", "tracking.log_trajectories=16",
+)  # fmt: skip
 
 
 @contextmanager
@@ -115,8 +114,11 @@ def drill_serve(folder: Path, dice: random.Random, n_kills: int) -> Row:
         for number in range(n_kills):
             with serving(port, folder / f"killed-{number}.log"):
                 n_right = client.counts["right"]
+                end = time.monotonic() + LIMIT_S
                 while client.counts["right"] == n_right and not client.problems:
-                    time.sleep(0.01)  # it has come back to the client
+                    time.sleep(0.01)  # until it has come back to the client
+                    if time.monotonic() > end:
+                        client.problems.append("no right answer after a restart")
                 time.sleep(dice.uniform(0.0, 0.5))
     with serving(port, folder / "after.log"):
         time.sleep(2.5)  # as long as a connection leaves a server alone that was down
@@ -154,7 +156,7 @@ def drill_network(start: Path, folder: Path, dice: random.Random, quick: bool) -
 
 
 def _drill_training(start: Path, folder: Path, port: int, dice: random.Random) -> Row:
-    with Proxy(port, dice, n_sound=24, n_bad=N_BAD) as proxy:
+    with Proxy(port, dice, n_sound=24, n_bad=N_BAD, stall_s=STALL_S) as proxy:
         settings = (f"environment.retrieval={proxy.url}", *BEHIND_PROXY, f"output={folder / 'run'}")
         rows = ("grpo.per_device_train_batch_size=16", "grpo.max_steps=8", f"models.init={start}")
         ended = Running(obm("train", *TRAINING, *rows, *settings), folder / "log").wait()
@@ -203,7 +205,7 @@ def has_fault(episode: dict[str, Any]) -> bool:
 
 
 def _drill_evaluation(start: Path, folder: Path, port: int, dice: random.Random) -> Row:
-    with Proxy(port, dice, n_sound=6, n_bad=N_BAD // 2) as proxy:
+    with Proxy(port, dice, n_sound=6, n_bad=N_BAD // 2, stall_s=STALL_S) as proxy:
         settings = (f"environment.retrieval={proxy.url}", *BEHIND_PROXY, "environment.eval_size=32")
         command = obm("eval", start, *settings, "--batch", "4", "--output", folder / "eval")
         ended = Running(command, folder / "log").wait()
@@ -227,7 +229,7 @@ def _found_anything(episode: dict[str, Any]) -> bool:
 
 def _drill_dead(start: Path, folder: Path, port: int, dice: random.Random) -> Row:
     """A network that is bad from the first request on: nothing begins, and nothing is written."""
-    with Proxy(port, dice, n_bad=10**6, share=1.0, stall_s=1.5) as proxy:
+    with Proxy(port, dice, n_bad=10**6, share=1.0, stall_s=STALL_S) as proxy:
         settings = (f"environment.retrieval={proxy.url}", *BEHIND_PROXY)
         command = obm("eval", start, *settings, "--output", folder / "eval")
         ended = Running(command, folder / "log").wait()
