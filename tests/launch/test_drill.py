@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -213,7 +214,7 @@ def test_a_small_disk_takes_no_more_until_room_is_made(tmp_path):
         assert run(fill(20 * PAGE, disk / "one"), tmp_path / "log").code == 0
         assert (disk / "one").stat().st_size == 20 * PAGE
     assert list((tmp_path / "disk").iterdir()) == []
-    assert str(tmp_path) not in open("/proc/mounts").read()
+    assert str(tmp_path) not in Path("/proc/mounts").read_text()
 
 
 def test_without_a_mount_files_may_not_grow(tmp_path):

@@ -3,6 +3,7 @@
 import json
 import random
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -90,10 +91,12 @@ def test_the_same_dice_give_the_same_fates(server):
 def test_the_client_counts_right_wrong_and_clear_errors(server, monkeypatch):
     monkeypatch.setattr("environments.remote.COOL_DOWN_S", 0.0)
     known = {"a": [("1", 2.5)], "b": [("1", 9.0)]}
-    with Proxy(server, Loaded("reset"), n_sound=4, n_bad=2) as proxy:
-        with Client(proxy.url, known) as client:
-            while client.counts["right"] < 6 and not client.problems:
-                pass
+    with (
+        Proxy(server, Loaded("reset"), n_sound=4, n_bad=2) as proxy,
+        Client(proxy.url, known) as client,
+    ):
+        while client.counts["right"] < 6 and not client.problems:
+            time.sleep(0.01)
     assert client.problems == []
     assert client.counts["wrong"] >= 4
     assert client.counts["clear error"] == 2
