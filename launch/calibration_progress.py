@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from launch.errors import LaunchError
 from launch.stages import fingerprint, hash_inputs
-from train.run import write_json
+from train.files import write_json
 
 if TYPE_CHECKING:
     from configs.schema import Config

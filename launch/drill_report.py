@@ -87,7 +87,7 @@ def render(record: dict[str, Any]) -> str:
 
 def write_report(record: dict[str, Any], folder: Path) -> None:
     """Writes reliability.json and reliability.md."""
-    from train.run import write_json, write_text
+    from train.files import write_json, write_text
 
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "reliability.json", record)

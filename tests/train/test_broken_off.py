@@ -9,7 +9,7 @@ from configs.errors import ConfigError
 from configs.schema import load_config
 from train.lock import locked
 from train.resume import whole_checkpoints
-from train.run import prepare_folder
+from train.run_folder import prepare_folder
 
 
 def test_an_older_checkpoint_stays_until_the_new_one_is_whole(
@@ -73,7 +73,7 @@ def test_an_overwrite_that_is_killed_leaves_a_folder_that_can_be_overwritten(
     for name in ("a", "z"):
         (folder / name).mkdir(parents=True)
     (folder / "config.yaml").write_text("output: x\n")
-    monkeypatch.setattr("train.run.shutil.rmtree", interrupt)
+    monkeypatch.setattr("train.run_folder.shutil.rmtree", interrupt)
     with pytest.raises(KeyboardInterrupt):
         prepare_folder(folder, config, config.models.init, False, True)
     assert (folder / "config.yaml").exists()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from train.disk import DiskError, disk_reason, writing
-from train.run import write_json
+from train.files import write_json
 from train.trajectories import append_jsonl
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
