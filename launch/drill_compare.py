@@ -19,14 +19,16 @@ CLOCKS = re.compile(
     r"(^|[/._])(time_s|device_s|processor_s|seconds|step_time|eval_time|cost|commit|command"
     r"|hardware|machine|versions|python|retries_s)$"
     r"|(^|\.)(time|speed|device_time|time_to_target|since)([/._]|$)|_seconds$|_per_s(econd)?$"
+    r"|^files\."
 )
-"""Keys whose values are clocks or provenance; a nested key is joined by dots."""
+"""Keys whose values are clocks or provenance; a nested key is joined by dots. `files` of a
+checkpoint's record are sizes, of files that hold clocks among others."""
 NO_RESULT = re.compile(
-    r"(^|/)(heartbeat/|logs/|\.lock|\.git)|(^|/)(environment|cost|start_cost)\.json$"
+    r"(^|/)(heartbeat/|logs/|\.)|(^|/)(environment|cost|start_cost)\.json$"
     r"|\.(png|svg|html|log)$|(^|/)checkpoints/.*\.(pt|pth|bin|py)$|/latest$|(^|/)stages/"
 )
-"""Files that say how a run went; pictures, which are drawn from the json beside them; and the
-optimizer's pickles, which decide on the weights of the steps after them."""
+"""Files that say how a run went; hidden ones, which count for nothing; pictures, which are drawn
+from the json beside them; and the optimizer's pickles, which decide on the weights of later steps."""
 MAX_SHOWN = 5
 
 

@@ -4,7 +4,6 @@ import json
 import os
 import random
 import resource
-import subprocess
 import sys
 import time
 from functools import partial
@@ -104,12 +103,18 @@ time.sleep(60)
 """
 
 
-def is_running(pid):
+def has_ended(pid):
+    """Whether a process is gone, or a zombie, within ten seconds."""
+    import psutil
+
     try:
-        return f"{pid} " in subprocess.check_output(["ps", "-o", "pid=,stat=", "-p", str(pid)],
-                                                    text=True).replace("Z", "")  # fmt: skip
-    except subprocess.CalledProcessError:
-        return False
+        process = psutil.Process(pid)
+        end = time.monotonic() + 10
+        while time.monotonic() < end and process.status() != psutil.STATUS_ZOMBIE:
+            time.sleep(0.02)
+        return process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 def test_a_kill_takes_the_group_along_after_the_first_write(tmp_path):
@@ -120,7 +125,7 @@ def test_a_kill_takes_the_group_along_after_the_first_write(tmp_path):
     pid = int((folder / "pid").read_text())
     ended = running.wait()
     assert (ended.code, ended.was_killed) == (-9, True)
-    assert not is_running(pid)
+    assert has_ended(pid)
 
 
 def test_a_child_that_outlives_its_parent_is_a_problem(tmp_path, monkeypatch):
@@ -130,7 +135,7 @@ def test_a_child_that_outlives_its_parent_is_a_problem(tmp_path, monkeypatch):
     running = Running([sys.executable, "-c", PARENT, str(folder), "own"], tmp_path / "log")
     with pytest.raises(TimeoutError, match="1 processes live on"):
         kill_at(running, Moment(0.05, True), folder)
-    assert not is_running(int((folder / "pid").read_text()))  # and it was tidied up
+    assert has_ended(int((folder / "pid").read_text()))  # and it was tidied up
 
 
 def test_a_command_that_has_ended_is_not_killed(tmp_path):
