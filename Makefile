@@ -21,7 +21,7 @@ ARGS ?=
 export PYTHONSAFEPATH := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install demo test test-vllm bench bench-merge bench-serve bench-rollout bench-rewards lint atlas tune study-floor study-ceiling study-ablation study-transfer study-neighbours study-cold study-zero study-cast study-worlds soak results results-paper results-check walk clean
+.PHONY: help install demo test test-vllm bench bench-merge bench-serve bench-rollout bench-rewards lint atlas tune study-floor study-ceiling study-ablation study-transfer study-neighbours study-cold study-zero study-cast study-worlds soak drill results results-paper results-check walk clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1: /p' Makefile
@@ -109,6 +109,9 @@ study-cast: $(STAMP) ## GRPO from OBM with conflicting heads frozen, three seeds
 
 soak: $(STAMP) ## 200 steps of two processes under ZeRO-3 with failing tools, docs/results/soak.* (a quarter of an hour)
 	$(BIN)/python tests/train/soak.py $(ARGS)
+
+drill: $(STAMP) ## kills, full disks, bad networks, hostile files, two at once: docs/results/reliability.* (a quarter of an hour)
+	OMP_NUM_THREADS=1 $(BIN)/python -m launch.drill $(ARGS)
 
 study-worlds: $(STAMP) ## what the atlas's modes ask of an agent, then docs/results/worlds.* (fifteen minutes)
 	test -d runs/worlds/calibration || $(BIN)/obm calibrate calibration.output=runs/worlds/calibration
