@@ -1,6 +1,6 @@
 """docs/licences.md: the licence of every direct dependency, from the metadata that is installed.
 
-python -m launch.licences            writes the page again; a test fails where a dependency lacks
+python -m launch.licences            writes the page again; a test misses a dependency
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ LONGEST = 60
 """Characters of a free `License` field; longer ones hold the whole text."""
 HEAD = """# Licences
 
-obm-warmstart itself: Apache-2.0 ([LICENSE](../LICENSE)). What it carries: facts, flags and maps of the atlas
-([SOURCES.md](../environments/atlas/data/SOURCES.md)) and the tiny checkpoints, which were trained here. What it
-installs, by the metadata of the installed packages; what these install in turn is theirs to say. Made by
-`python -m launch.licences`.
+obm-warmstart itself: Apache-2.0 ([LICENSE](../LICENSE)). What it carries: facts, flags and maps of
+the atlas ([SOURCES.md](../environments/atlas/data/SOURCES.md)) and the tiny checkpoints, which were
+trained here. What it installs, by the metadata of the installed packages; what these install in
+turn is theirs to say. Made by `python -m launch.licences`.
 
 """
 

@@ -225,10 +225,8 @@ def measured_table(found: Measured) -> list[str]:
     """The coefficients, each with its source."""
     merge, rollout, serve = "bench-merge.json", "bench-rollout.json", "bench-serve.json"
     small, large = (f"{seconds * 1e3:.2f} ms" for seconds in found.query_s)
-    gflops, read = (
-        f"{found.loss_flops / 1e9:.0f} GFLOP/s",
-        f"{found.decode_bandwidth / GB:.1f} GB/s",
-    )
+    gflops = f"{found.loss_flops / 1e9:.0f} GFLOP/s"
+    read = f"{found.decode_bandwidth / GB:.1f} GB/s"
     rows = [
         ["CPU time of one merged number, OBM", f"{found.merge_s * 1e9:.1f} ns", merge],
         ["peak memory of merging 7B", f"{found.merge_gb:.2f} GB", merge],
