@@ -21,7 +21,7 @@ ARGS ?=
 export PYTHONSAFEPATH := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install demo test test-vllm bench bench-merge bench-serve bench-rollout bench-rewards lint atlas tune study-floor study-ceiling study-ablation study-transfer study-cold study-zero study-cast study-worlds soak results results-paper results-check dist walk clean
+.PHONY: help install demo test test-vllm bench bench-merge bench-serve bench-rollout bench-rewards lint atlas tune study-floor study-ceiling study-ablation study-transfer study-neighbours study-cold study-zero study-cast study-worlds soak results results-paper results-check dist walk clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1: /p' Makefile
@@ -88,6 +88,9 @@ study-ablation: $(STAMP) ## the OBM recipe, one setting changed at a time, three
 study-transfer: $(STAMP) ## the ceiling's starts and policies where they were not trained, docs/results/transfer.* (half an hour)
 	$(BIN)/obm study transfer $(ARGS)
 
+study-neighbours: $(STAMP) ## OBM, SAR, CAST, SPORT and a cold start trained over five seeds, docs/results/neighbours.* (an hour and a quarter)
+	$(BIN)/obm study neighbours $(ARGS)
+
 study-cold: $(STAMP) ## three seeds of the plain VLM by how much tool use it has seen, then docs/results/cold.*
 	for level in none 2; do \
 	  test -f runs/trio-$$level/vlm/config.json && continue; \
@@ -102,7 +105,7 @@ study-zero: $(STAMP) ## one training under ZeRO-1, 2, 3, offload and LoRA, two p
 	OMP_NUM_THREADS=1 $(BIN)/python -m launch.zero_study $(ARGS)
 
 study-cast: $(STAMP) ## GRPO from OBM with conflicting heads frozen, three seeds, docs/results/cast.* (half an hour)
-	$(BIN)/python -m launch.cast_study $(ARGS)
+	$(BIN)/obm study cast $(ARGS)
 
 soak: $(STAMP) ## 200 steps of two processes under ZeRO-3 with failing tools, docs/results/soak.* (a quarter of an hour)
 	$(BIN)/python tests/train/soak.py $(ARGS)

@@ -33,8 +33,8 @@ from train.evaluation import (
     summarize,
     summarize_measured,
 )
+from train.files import write_json, write_text
 from train.pictures import PictureFolder
-from train.run import write_json, write_text
 from train.trajectories import Trajectory, gold_of
 
 __all__ = [

@@ -10,14 +10,11 @@ from environments.errors import EnvironmentSetupError
 from environments.tools import ImageIndex, TextIndex
 
 
-def open_text_index(
-    folder: Path, *, snippet_words: int | None = None, device: str = "cpu", mapped: bool = True
-) -> TextIndex:
+def open_text_index(folder: Path, *, device: str = "cpu", mapped: bool = True) -> TextIndex:
     """An index over passages that `obm index` has built.
 
     Args:
         folder: the index.
-        snippet_words: a hit's text is its best sentences of so many words; None = all of it.
         device: of the encoder of a dense index.
         mapped: False reads the matrix of a BM25 index into memory.
 
@@ -28,14 +25,14 @@ def open_text_index(
     if index["kind"] == "bm25":
         from environments.sparse import MappedBM25Index
 
-        return MappedBM25Index(folder, snippet_words, mapped)
+        return MappedBM25Index(folder, mapped=mapped)
     if index["kind"] == "dense":
         from environments.dense import DenseTextIndex
         from environments.encoders import TransformerTextEncoder
 
         encoding: dict[str, Any] = index["encoding"]
         encoder = TransformerTextEncoder(index["encoder"], device=device, **encoding)
-        return DenseTextIndex(folder, encoder, snippet_words)
+        return DenseTextIndex(folder, encoder)
     raise EnvironmentSetupError(f"{folder}: an index of {index['kind']}, not of passages")
 
 

@@ -207,16 +207,14 @@ def draw_mention(
 # ---------------------------------------------------------------- base
 
 
-def base_copy(
-    writer: Writer, n_symbols: int | None = None
-) -> Callable[[random.Random], SFTExample]:
+def base_copy(writer: Writer) -> Callable[[random.Random], SFTExample]:
     """Random sequences that come again after a random gap; the loss counts the second copy.
 
     Makes induction heads.
     """
     plain_tokens = len(writer.tokenizer) - len(SPECIAL_TOKENS)
     # past the single bytes: whole words, as text has them
-    symbols = range(256, plain_tokens)[:n_symbols]
+    symbols = range(256, plain_tokens)
 
     def draw(rng: random.Random) -> SFTExample:
         input_ids: list[int] = rng.choices(symbols, k=rng.randint(0, 12))

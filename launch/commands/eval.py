@@ -142,7 +142,7 @@ def evaluate_checkpoint(
     from compare.benchmarks import benchmark_of, iterate_questions
     from compare.evaluate import run_evaluation
     from compare.modes import Asker
-    from compare.provenance import code_commit, hardware
+    from compare.provenance import origin
     from configs.schema import resolve_model
     from launch.models import load_for_inference
     from launch.stages import fingerprint
@@ -162,9 +162,7 @@ def evaluate_checkpoint(
         "query": query if mode == "rag" else None,
         "benchmark": {"name": benchmark.name, "metrics": list(benchmark.metrics)},
         "config": asdict(config),
-        "command": command,
-        "commit": code_commit(),
-        "hardware": hardware(),
+        **origin(command),
     }
     plan = {
         "checkpoint": fingerprint(folder),

@@ -12,7 +12,8 @@ from configs.errors import ConfigError
 from configs.schema import load_config
 from merge.engine import merge
 from train.followed import follow
-from train.run import check_start, run_training, train
+from train.given import check_start
+from train.run import run_training, train
 from train.settings import GRPO_DEFAULTS, describe_step, resolved_grpo
 
 # an untrained policy earns nothing; the entropy bonus makes every step move it all the same
