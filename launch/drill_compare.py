@@ -27,8 +27,8 @@ NO_RESULT = re.compile(
     r"(^|/)(heartbeat/|logs/|\.)|(^|/)(environment|cost|start_cost)\.json$"
     r"|\.(png|svg|html|log)$|(^|/)checkpoints/.*\.(pt|pth|bin|py)$|/latest$|(^|/)stages/"
 )
-"""Files that say how a run went; hidden ones, which count for nothing; pictures, which are drawn from
-the json beside them; and the optimizer's pickles, which decide on the weights of later steps."""
+"""Files that say how a run went; hidden ones, which count for nothing; pictures, which are drawn
+from the json beside them; and the optimizer's pickles, which decide on later steps' weights."""
 MAX_SHOWN = 5
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.commands.doctor import requirements
-from train.run import write_text
+from train.files import write_text
 
 PAGE = "docs/licences.md"
 NOT_INSTALLED = "not installed where this was made"
