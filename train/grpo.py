@@ -25,6 +25,7 @@ import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
 from PIL import Image
+from transformers.trainer_utils import rotate_checkpoints
 from trl import GRPOConfig, GRPOTrainer
 from trl.models import unwrap_model_for_generation
 
@@ -36,11 +37,13 @@ from rewards.judge import make_judge
 from rewards.trajectory import get
 from train import credit, scoring
 from train.anchor import SaliencyAnchor
+from train.checkpoint_files import measure_files
+from train.disk import writing
 from train.episode_metrics import episode_sums
 from train.episodes import Script
 from train.groups import Groups
 from train.policy import causal_model, reference_from
-from train.resume import Saved, state_name
+from train.resume import Saved, forget_saved, state_name
 from train.settings import refuse_unused_sampling
 from train.timing import OptimizerStage, clock, speeds, time_forward, timed
 from train.trajectories import Trajectory, first_masked_turn, turn_advantages
@@ -556,9 +559,21 @@ class SearchGRPOTrainer(GRPOTrainer):
         """No card per checkpoint: the run folder itself says how it was made."""
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        with progress.stage("save"):
-            super()._save_checkpoint(model, trial)
+        """Writes a checkpoint; older ones go only once it is whole, so that a kill costs none."""
+        folder, limit = Path(self.args.output_dir), self.args.save_total_limit
+        checkpoint = folder / f"checkpoint-{self.state.global_step}"
+        with progress.stage("save"), writing(checkpoint):
+            if self.accelerator.is_main_process:
+                forget_saved(checkpoint)
+            self.accelerator.wait_for_everyone()
+            self.args.save_total_limit = None
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self.args.save_total_limit = limit
             self._save_rollout_state()
+            if self.args.should_save:
+                rotate_checkpoints(str(folder), save_total_limit=limit)
 
     def _save_rollout_state(self) -> None:
         """What TRL's checkpoint lacks, one file a process."""
@@ -583,6 +598,7 @@ class SearchGRPOTrainer(GRPOTrainer):
                 per_rollout=args.generation_batch_size,
                 per_step=rows * args.gradient_accumulation_steps,
                 zero_stage=plugin.zero_stage if plugin else 0,
+                files=measure_files(folder),
             ).write(folder)
         self.accelerator.wait_for_everyone()
 
@@ -606,8 +622,9 @@ class SearchGRPOTrainer(GRPOTrainer):
         path = Path(checkpoint) / state_name(self.accelerator.process_index)
         if not path.is_file():  # of a run with fewer processes, at a boundary: all files are alike
             path = path.with_name(state_name(0))
-        # the buffer holds our own classes; the file is from this run's own folder
-        state = torch.load(path, weights_only=False)
+        # of classes the buffer holds the pictures' own alone
+        with torch.serialization.safe_globals([EncodedImage]):
+            state = torch.load(path, weights_only=True)
         self.engine.n_rollouts = state["n_rollouts"]
         self.n_policy_tokens = state["n_policy_tokens"]
         self._buffered_inputs = state["buffer"]
