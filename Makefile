@@ -67,6 +67,7 @@ bench-rollout: $(STAMP) ## rollout and GRPO step beside stock TRL's tool loop, t
 
 lint: $(STAMP) ## ruff and mypy
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 atlas: $(STAMP) ## train the tiny base, VLM and agent again (under half an hour)
