@@ -28,7 +28,7 @@ NO_RESULT = re.compile(
     r"|\.(png|svg|html|log)$|(^|/)checkpoints/.*\.(pt|pth|bin|py)$|/latest$|(^|/)stages/"
 )
 """Files that say how a run went; hidden ones, which count for nothing; pictures, which are drawn
-from the json beside them; and the optimizer's pickles, which decide on the weights of later steps."""
+from the json beside them; and the optimizer's pickles, which decide on later steps' weights."""
 MAX_SHOWN = 5
 
 
