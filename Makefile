@@ -21,7 +21,7 @@ ARGS ?=
 export PYTHONSAFEPATH := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install demo test test-vllm bench bench-merge bench-serve bench-rollout bench-rewards lint atlas tune study-floor study-ceiling study-ablation study-transfer study-neighbours study-cold study-zero study-cast study-worlds soak drill results results-paper results-check walk clean
+.PHONY: help install demo test test-vllm bench bench-merge bench-serve bench-rollout bench-rewards lint atlas tune study-floor study-ceiling study-ablation study-transfer study-neighbours study-cold study-zero study-cast study-worlds soak drill results results-paper results-check dist walk clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1: /p' Makefile
@@ -135,6 +135,11 @@ results-paper: $(STAMP) ## the paper's table on the embedded trio, docs/results/
 
 results-check: $(STAMP) ## figures of README and docs against docs/results; ARGS=--write mends them
 	$(BIN)/python -m launch.results_check $(ARGS)
+
+dist: $(STAMP) ## wheel and source distribution in dist/, the wheel made from the latter
+	$(BIN)/python -m pip install --quiet build
+	rm -rf dist build *.egg-info
+	$(BIN)/python -m build --outdir dist
 
 walk: ## a newcomer's path from a clean clone, timed, into docs/quickstart.md (a quarter of an hour)
 	$(PYTHON) tests/docs/walk.py docs/quickstart.md

@@ -63,7 +63,7 @@ def _compare_files(whole: Path, other: Path, name: str) -> list[str]:
         return list(differences(json.loads(one), json.loads(two)))[:MAX_SHOWN]
     if name.endswith(".jsonl"):
         lines = [[json.loads(line) for line in text.split(b"\n") if line] for text in (one, two)]
-        return list(differences(*lines))[:MAX_SHOWN]
+        return list(differences(lines[0], lines[1]))[:MAX_SHOWN]
     if name.endswith(".csv"):
         return _compare_csv(one, two)
     return ["differs"]
@@ -121,7 +121,7 @@ def _compare_tensors(one: Path, two: Path) -> list[str]:
 def _compare_csv(one: bytes, two: bytes) -> list[str]:
     """Rows of two csv files, columns of clocks left out."""
     tables = [list(csv.DictReader(io.StringIO(text.decode()))) for text in (one, two)]
-    return list(differences(*tables))[:MAX_SHOWN]
+    return list(differences(tables[0], tables[1]))[:MAX_SHOWN]
 
 
 def _files(folder: Path) -> set[str]:

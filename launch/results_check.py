@@ -40,7 +40,7 @@ import yaml
 
 from compare.errors import CompareError
 from compare.figures import Results, holds, value_of
-from train.run import write_text
+from train.files import write_text
 
 TIES = "docs/results/figures.yaml"
 NUMBER = r"[-−+]?\d+(?:,\d{3})*(?:\.\d+)?"

@@ -89,11 +89,12 @@ def measured(results: Results) -> Measured:
     # the tower's backward is inside the whole one: twice its forward
     loss_s -= 3 * value(f'{ours}.figures."vision in loss"')
     read = 4.0 * (BENCH_SHAPE.n_language + BENCH_SHAPE.n_head) * work.policy_tokens
+    watched = 'targets[name="calibration overhead, bfloat16"].value'
     return Measured(
         merge_s=value(f"median({dense}.cpu_s)") / (SYNTHETIC["1.5b"].n_bytes / 2),
         merge_gb=value(f"{whole}.peak_rss_gb"),
         merge_7b_s=value(f"{whole}.wall_s"),
-        watch_share=value('bench-calibration.json: targets[name="calibration overhead, bfloat16"].value'),
+        watch_share=value(f"bench-calibration.json: {watched}"),
         query_s=(value(f"{served}, corpus=atlas].cpu_ms") / 1e3,
                  value(f"{served}, corpus=synthetic].cpu_ms") / 1e3),
         passages=(ATLAS_PASSAGES, round(value("bench-serve.json: passages"))),

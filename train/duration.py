@@ -148,7 +148,7 @@ def most_rows(plan: Plan, machine: Machine) -> float:
 
 
 def decode_seconds(plan: Plan, machine: Machine) -> float:
-    """Steps of the longest episode, each as long as its slowest part, in as many waves as needed."""
+    """Steps of the longest episode, each as long as its slowest part, in waves."""
     n_waves = math.ceil(replica_rows(plan, machine) / most_rows(plan, machine))
     n_steps = LONGEST_FILL * plan.policy_tokens * n_waves
     return plan.rollouts * n_steps * decode_step_seconds(plan, machine)

@@ -2,9 +2,9 @@
 
 The estimate is a model on paper, before anything is loaded: memory counted tensor by tensor from
 shapes (`train.memory`), time from work divided by what a machine does at its peak times an assumed
-share of it (`train.duration`), bytes between accelerators (`train.network`). Each formula stands in its function's docstring; docs/real-models.md
-has the table for the shipped settings and how far the model was off where it was measured,
-docs/scale.md what it says from 1 to 512 accelerators.
+share of it (`train.duration`), bytes between accelerators (`train.network`). Each formula stands
+in its function's docstring; docs/real-models.md has the table for the shipped settings and how far
+the model was off where it was measured, docs/scale.md what it says from 1 to 512 accelerators.
 
 Symbols: n parameters (n_t trained), N processes, R rows a process and micro-batch, P prompt tokens,
 C completion tokens (observations included), L layers, h hidden, q and kv widths of query and

@@ -197,3 +197,14 @@ def _require_checkpoint(folder: str | Path) -> None:
             f"{folder}: no config.json there; give a checkpoint folder saved with save_pretrained, "
             "or a hub id"
         )
+
+
+@contextmanager
+def reference_from(model: Any, folder: str | None) -> Iterator[None]:
+    """Makes TRL load the reference policy of `beta` from this folder instead of the start."""
+    own = model.config._name_or_path
+    model.config._name_or_path = folder or own
+    try:
+        yield
+    finally:
+        model.config._name_or_path = own

@@ -6,6 +6,7 @@ import resource
 import shlex
 import subprocess
 import sys
+from importlib import metadata
 
 import pytest
 
@@ -77,7 +78,7 @@ def test_no_verb_prints_the_verbs_and_fails(obm):
 
 
 def test_version_is_that_of_the_distribution(obm):
-    assert obm("--version") == (0, "obm-warmstart 0.1.0.dev0\n", "")
+    assert obm("--version") == (0, f"obm-warmstart {metadata.version('obm-warmstart')}\n", "")
 
 
 @pytest.mark.parametrize(
