@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from test_run import run_with, write_config  # noqa: F401
+from tests.train.test_run import run_with, write_config  # noqa: F401
 
 from configs.errors import ConfigError
 from configs.schema import load_config
