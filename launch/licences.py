@@ -10,7 +10,7 @@ from importlib import metadata
 from pathlib import Path
 
 from launch.commands.doctor import requirements
-from train.run import write_text
+from train.files import write_text
 
 PAGE = "docs/licences.md"
 NOT_INSTALLED = "not installed where this was made"

@@ -16,9 +16,9 @@ from configs.schema import load_config, shipped_config
 from launch.scale import EPISODES, PROMPT_TOKENS, Measured, measured, parents_bytes
 from launch.scale_tables import TABLES
 from train.estimate import Estimate, estimate, find_machine, plan_of
+from train.files import write_json, write_text
 from train.memory import checkpoint_bytes, host_bytes
 from train.plan import GB
-from train.run import write_json, write_text
 
 PAGE, RECORD = "docs/scale.md", "docs/results/scale.json"
 BEGIN, END = "<!-- scale: {} -->", "<!-- end of scale -->"
