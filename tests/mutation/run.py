@@ -14,6 +14,7 @@ explain.
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib
 import importlib.abc
 import importlib.util
@@ -156,7 +157,9 @@ def run_tests(tests: Sequence[str]) -> tuple[int, str]:
     settings.register_profile("mutation", derandomize=True, database=None)
     settings.load_profile("mutation")
     failure = FirstFailure()
-    code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", *tests], plugins=[failure])
+    # without the plugin that collects garbage, twice a run, to find what raised in a destructor
+    options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:unraisableexception"]
+    code = pytest.main([*options, *tests], plugins=[failure])
     return int(code), failure.name
 
 
@@ -229,12 +232,13 @@ def check_target(target: Target, n: int | None, say: Callable[[str], None]) -> l
         code, name = run_tests(target.tests)
         return code, name, [name for name in sys.modules if _is_foreign(name)]
 
-    start = time.monotonic()
     answer, printed = in_child(alone)
     if answer is None or answer[0] != 0:
         raise SystemExit(f"error: {target.topic}: the tests fail without a mutant\n{printed}")
     for name in answer[2]:
         _import_quietly(name)
+    gc.collect()
+    gc.freeze()
     start = time.monotonic()
     in_child(lambda: run_tests(target.tests))
     seconds = time.monotonic() - start
@@ -267,12 +271,9 @@ def _check_mutant(
 
 
 def _is_foreign(name: str) -> bool:
-    """Whether a module is neither ours nor a part of the test runner: it may be loaded before."""
-    module = sys.modules[name]
-    path = getattr(module, "__file__", None) or ""
-    return "site-packages" in path and name.partition(".")[0] not in (
-        "_pytest", "pytest", "pluggy", "hypothesis", "_hypothesis_pytestplugin", "pytest_timeout",
-    )  # fmt: skip
+    """Whether a module is an installed package's: it may be loaded before the mutant is."""
+    path = getattr(sys.modules[name], "__file__", None) or ""
+    return "site-packages" in path
 
 
 def _import_quietly(name: str) -> None:
