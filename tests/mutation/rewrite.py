@@ -62,6 +62,7 @@ class Site:
 
 
 Edit = Callable[[], None]
+"""Makes an error in a tree, or takes it back when called again."""
 
 
 def sites(source: str, function: str) -> list[Site]:
@@ -75,12 +76,11 @@ def sites(source: str, function: str) -> list[Site]:
         LookupError: The module has no such function.
     """
     found, seen = [], Counter[str]()
-    for number in range(len(_edits(source, function)[1])):
-        _, edits = _edits(source, function)
-        kind, shown, line, edit = edits[number]
+    for number, (kind, shown, line, edit) in enumerate(_edits(source, function)[1]):
         before = _text(shown)
         edit()
         change = f"{before} -> {_text(shown)}"
+        edit()
         seen[change] += 1
         if seen[change] > 1:
             change = f"{change} #{seen[change]}"
@@ -196,12 +196,21 @@ def _number(node: ast.expr) -> int | None:
 
 
 def _set(node: ast.AST, field: str, value: object) -> Edit:
-    return lambda: setattr(node, field, value)
+    values = [getattr(node, field), value]
 
-
-def _put(values: list[ast.cmpop], place: int, value: ast.cmpop) -> Edit:
     def edit() -> None:
-        values[place] = value
+        values.reverse()
+        setattr(node, field, values[0])
+
+    return edit
+
+
+def _put(operators: list[ast.cmpop], place: int, value: ast.cmpop) -> Edit:
+    values = [operators[place], value]
+
+    def edit() -> None:
+        values.reverse()
+        operators[place] = values[0]
 
     return edit
 

@@ -15,17 +15,14 @@ from __future__ import annotations
 
 import argparse
 import gc
+import hashlib
 import importlib
 import importlib.abc
 import importlib.util
 import json
 import os
-import select
-import signal
 import sys
-import time
-import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.machinery import ModuleSpec, SourceFileLoader
 from pathlib import Path
@@ -35,12 +32,15 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from tests.mutation.children import in_child  # noqa: E402
 from tests.mutation.rewrite import Site, choose, mutate, sites  # noqa: E402
 from tests.mutation.targets import EQUIVALENT, TARGETS, Target  # noqa: E402
 
 SEED = "obm-warmstart"
 PATIENCE = 5.0
-"""A mutant may take so many times as long as the tests alone, and ten seconds more."""
+"""A mutant may compute so many times as long as the tests alone, and ten seconds more."""
+JOURNAL = ROOT / "runs" / "mutation" / "verdicts.jsonl"
+"""A run that was stopped goes on from here; what was killed once is not tried again."""
 
 
 @dataclass(frozen=True)
@@ -53,10 +53,12 @@ class Verdict:
     kind: str
     change: str
     outcome: str
-    """killed, slow (killed for its time), explained, survived."""
+    """killed, explained, survived."""
     by: str
     """The test that failed, or the reason why none can."""
-    seconds: float
+    cpu_s: float
+    key: str
+    """See `key_of`."""
 
 
 # ---------------------------------------------------------------- what is mutated
@@ -85,9 +87,10 @@ def mutants_of(target: Target, n: int | None = None) -> list[tuple[str, Site]]:
 def stale_explanations() -> list[str]:
     """Entries of `EQUIVALENT` that name no possible mutant any more."""
     possible: dict[str, set[str]] = {}
-    for target in TARGETS:
-        for function, site in mutants_of(target, n=10**6):
-            possible.setdefault(function, set()).add(site.change)
+    for function in {function for function, _ in EQUIVALENT}:
+        module, _, name = function.partition(":")
+        found = sites(source_of(module).read_text(encoding="utf-8"), name)
+        possible[function] = {site.change for site in found}
     return [
         f"{function}: {change}"
         for function, change in EQUIVALENT
@@ -159,115 +162,87 @@ def run_tests(tests: Sequence[str]) -> tuple[int, str]:
     failure = FirstFailure()
     # without the plugin that collects garbage, twice a run, to find what raised in a destructor
     options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:unraisableexception"]
+    options += ["-o", "timeout=0"]  # the clock on the wall says nothing on a busy machine
     code = pytest.main([*options, *tests], plugins=[failure])
     return int(code), failure.name
 
 
-# ---------------------------------------------------------------- processes
+# ---------------------------------------------------------------- one topic
 
 
-def in_child(work: Callable[[], Any], limit_s: float | None = None) -> tuple[Any, str]:
-    """Runs `work` in a fork of this process.
+def check_target(
+    target: Target, n: int | None, known: Mapping[str, Verdict], say: Callable[[Verdict], None]
+) -> float:
+    """Runs the topic's tests alone, then once for each mutant that is not known yet.
 
     Args:
-        work: Returns what JSON can hold.
-        limit_s: After so many seconds the child is killed.
+        target: The topic.
+        n: At most so many mutants a function, in the place of the target's own number.
+        known: `key_of` a mutant -> what became of it when the same was tried before.
+        say: Takes every verdict.
 
     Returns:
-        What it returned (None if it was killed or died), and what it printed.
-    """
-    (answers, answer), (outputs, output) = os.pipe(), os.pipe()
-    sys.stdout.flush()
-    child = os.fork()
-    if child == 0:
-        os.setsid()  # whatever it starts ends with it
-        os.dup2(output, 1)
-        os.dup2(output, 2)
-        code = 1
-        try:
-            os.write(answer, json.dumps(work()).encode())
-            code = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
-    os.close(answer)
-    os.close(output)
-    printed, found = _read_until_end({answers: b"", outputs: b""}, answers, outputs, child, limit_s)
-    os.waitpid(child, 0)
-    return (json.loads(found) if found else None), printed.decode(errors="replace")
-
-
-def _read_until_end(
-    texts: dict[int, bytes], answers: int, outputs: int, child: int, limit_s: float | None
-) -> tuple[bytes, bytes]:
-    deadline = None if limit_s is None else time.monotonic() + limit_s
-    open_pipes = set(texts)
-    while open_pipes:
-        left = None if deadline is None else max(0.0, deadline - time.monotonic())
-        ready = select.select(list(open_pipes), [], [], left)[0]
-        if not ready:
-            deadline = None
-            os.killpg(child, signal.SIGKILL)
-        for pipe in ready:
-            text = os.read(pipe, 1 << 16)
-            texts[pipe] += text
-            if not text:
-                open_pipes.discard(pipe)
-                os.close(pipe)
-    return texts[outputs], texts[answers]
-
-
-def check_target(target: Target, n: int | None, say: Callable[[str], None]) -> list[Verdict]:
-    """Runs the topic's tests alone, then once for each mutant.
+        Seconds of the processor that the tests take without a mutant; 0 where nothing was to do.
 
     Raises:
         SystemExit: The tests fail without a mutant.
     """
+    todo = []
+    for function, site in mutants_of(target, n):
+        key = key_of(target, function, site)
+        if key in known:
+            say(known[key])
+        else:
+            todo.append((function, site, key))
+    if not todo:
+        return 0.0
     os.environ.update(target.environment)
 
     def alone() -> tuple[int, str, list[str]]:
         code, name = run_tests(target.tests)
         return code, name, [name for name in sys.modules if _is_foreign(name)]
 
-    answer, printed = in_child(alone)
-    if answer is None or answer[0] != 0:
-        raise SystemExit(f"error: {target.topic}: the tests fail without a mutant\n{printed}")
-    for name in answer[2]:
+    first = in_child(alone)
+    if first.value is None or first.value[0] != 0:
+        raise SystemExit(f"error: {target.topic}: the tests fail without a mutant\n{first.printed}")
+    for name in first.value[2]:
         _import_quietly(name)
     gc.collect()
     gc.freeze()
-    start = time.monotonic()
-    in_child(lambda: run_tests(target.tests))
-    seconds = time.monotonic() - start
-    say(f"{target.topic}: {seconds:.1f} s without a mutant")
-    return [
-        _check_mutant(target, function, site, PATIENCE * seconds + 10, say)
-        for function, site in mutants_of(target, n)
-    ]
+    alone_s = in_child(lambda: run_tests(target.tests)).cpu_s
+    for function, site, key in todo:
+        say(_check_mutant(target, function, site, key, PATIENCE * alone_s + 10))
+    return alone_s
 
 
 def _check_mutant(
-    target: Target, function: str, site: Site, limit_s: float, say: Callable[[str], None]
+    target: Target, function: str, site: Site, key: str, limit_s: float
 ) -> Verdict:
     def mutated() -> tuple[int, str]:
         install(function, site)
         return run_tests(target.tests)
 
-    start = time.monotonic()
-    answer, _ = in_child(mutated, limit_s)
-    code, by = answer if answer is not None else (-1, "")
-    outcome = "slow" if code == -1 else "killed"
+    answer = in_child(mutated, limit_s)
+    code, by = answer.value or (1, "its tests took too long")
+    outcome = "killed"
     if code == 0:
         by = EQUIVALENT.get((function, site.change), "")
         outcome = "explained" if by else "survived"
-    seconds = round(time.monotonic() - start, 2)
-    say(f"  {outcome:9} {seconds:5.1f} s  {function}:{site.line}  {site.change}")
+    assert code in (0, 1, 2), f"pytest ended with code {code}\n{answer.printed}"
     return Verdict(
-        target.topic, function, site.line, site.kind, site.change, outcome, by, seconds
-    )
+        target.topic, function, site.line, site.kind, site.change, outcome, by,
+        round(answer.cpu_s, 2), key,
+    )  # fmt: skip
+
+
+def key_of(target: Target, function: str, site: Site) -> str:
+    """Changes when the mutant, its module, its tests or the way they are chosen do."""
+    digest = hashlib.sha256(repr((function, site.change, target.tests)).encode())
+    module = source_of(function.partition(":")[0])
+    tests = [ROOT / name for name in target.tests if name.endswith(".py")]
+    for path in (module, *tests, *(test.parent / "conftest.py" for test in tests)):
+        digest.update(path.read_bytes() if path.exists() else b"")
+    return digest.hexdigest()[:16]
 
 
 def _is_foreign(name: str) -> bool:
@@ -297,13 +272,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", default="", help="topics or functions with this in their name")
     parser.add_argument("--mutants", type=int, help="at most so many a function")
     parser.add_argument("--list", action="store_true", help="what would be mutated; runs nothing")
+    parser.add_argument("--anew", action="store_true", help="try what was tried before, too")
     parser.add_argument("--output", type=Path, help="folder for mutation.json and mutation.md")
     options = parser.parse_args(arguments)
     os.chdir(ROOT)
     stale = stale_explanations()
     if stale:
-        print("error: tests/mutation/targets.py explains mutants that there are not:", *stale,
-              sep="\n  ", file=sys.stderr)  # fmt: skip
+        where = "tests/mutation/targets.py"
+        print(f"error: {where} explains mutants that there are not:", *stale, sep="\n  ")
         return 2
     targets = list(chosen_targets(options.only))
     if options.list:
@@ -311,34 +287,67 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for function, site in mutants_of(target, options.mutants):
                 print(f"{function}:{site.line}  {site.change}")
         return 0
-    start = time.monotonic()
+    known = {} if options.anew else read_journal()
     verdicts: list[Verdict] = []
     for target in targets:
-        # a process a topic: its variables, and what it imports, are its own
-        found = _in_own_process(target, options.mutants)
-        verdicts += [Verdict(**entry) for entry in found]
+        verdicts += check_in_own_process(target, options.mutants, known)
     survivors = [verdict for verdict in verdicts if verdict.outcome == "survived"]
-    print(f"{len(verdicts)} mutants, {len(survivors)} survived, {time.monotonic() - start:.0f} s")
+    cpu_s = sum(verdict.cpu_s for verdict in verdicts)
+    print(f"{len(verdicts)} mutants, {len(survivors)} survived, {cpu_s:.0f} s of one core")
     for verdict in survivors:
         print(f"  {verdict.function}:{verdict.line}  {verdict.change}")
     if options.output is not None:
         from tests.mutation.report import write_report
 
-        write_report(options.output, verdicts, time.monotonic() - start)
+        write_report(options.output, verdicts)
     return 1 if survivors else 0
 
 
-def _in_own_process(target: Target, n: int | None) -> list[dict[str, Any]]:
+def read_journal() -> dict[str, Verdict]:
+    """What became of mutants that were tried before; a torn last line is left out."""
+    found = {}
+    for line in JOURNAL.read_text(encoding="utf-8").splitlines() if JOURNAL.exists() else ():
+        try:
+            verdict = Verdict(**json.loads(line))
+        except (ValueError, TypeError):
+            continue
+        if verdict.outcome == "killed":  # the others may be explained, or killed, by now
+            found[verdict.key] = verdict
+    return found
+
+
+def check_in_own_process(
+    target: Target, n: int | None, known: Mapping[str, Verdict]
+) -> list[Verdict]:
+    """Checks a topic in a process of its own: its variables, and what it imports, stay there.
+
+    Every verdict is printed and put into the journal as it comes.
+    """
     screen = os.dup(1)
+    JOURNAL.parent.mkdir(parents=True, exist_ok=True)
 
-    def say(line: str) -> None:
-        os.write(screen, f"{line}\n".encode())
+    def check() -> list[dict[str, Any]]:
+        verdicts = []
 
-    found, printed = in_child(lambda: [asdict(v) for v in check_target(target, n, say)])
+        def say(verdict: Verdict) -> None:
+            verdicts.append(asdict(verdict))
+            place = f"{verdict.function}:{verdict.line}"
+            line = f"  {verdict.outcome:9} {verdict.cpu_s:5.1f} s  {place}  {verdict.change}\n"
+            os.write(screen, line.encode())
+            if verdict.key not in known:
+                with JOURNAL.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(verdicts[-1]) + "\n")
+
+        os.write(screen, f"{target.topic}\n".encode())
+        alone_s = check_target(target, n, known, say)
+        os.write(screen, f"  the tests alone: {alone_s:.1f} s\n".encode())
+        return verdicts
+
+    answer = in_child(check)
     os.close(screen)
-    if found is None:
-        raise SystemExit(printed)
-    return list(found)
+    if answer.value is None:
+        raise SystemExit(answer.printed)
+    return [Verdict(**entry) for entry in answer.value]
 
 
 if __name__ == "__main__":
