@@ -54,7 +54,7 @@ from train.settings import (
     resolved_grpo,
     zero_stage,
 )
-from train.watchdog import Watchdog, clear_heartbeats, progress
+from train.watchdog import Watchdog, clear_heartbeats, progress, still_running
 
 logger = logging.getLogger(__name__)
 
@@ -416,6 +416,8 @@ def prepare_folder(
         ConfigError: it is in use, or holds a run with other settings.
     """
     if folder.exists() and any(folder.iterdir()):
+        if resume or overwrite:
+            _refuse_running(folder)
         if resume:
             _refuse_other_run(folder, config)
             check_same_heads(folder, frozen)
@@ -508,6 +510,18 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Writes a JSON file whole or not at all."""
     write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def _refuse_running(folder: Path) -> None:
+    """Two trainings would write into one folder."""
+    beats = still_running(folder)
+    if beats:
+        latest = max(beat.step for beat in beats)
+        pids = " ".join(str(beat.pid) for beat in beats)
+        raise ConfigError(
+            f"output: {folder} is still being trained (step {latest}); wait for it, or end it "
+            f"with `kill {pids}`"
+        )
 
 
 def _refuse_other_run(folder: Path, config: Config) -> None:

@@ -1,4 +1,4 @@
-"""Work in a fork of this process: what it returned, what it printed, and the seconds it computed."""
+"""Work in a fork of this process: what it returned and printed, and the seconds it computed."""
 
 from __future__ import annotations
 
@@ -59,6 +59,8 @@ def _work(work: Callable[[], Any], answer: int, output: int, limit_s: float | No
     try:
         os.dup2(output, 1)
         os.dup2(output, 2)
+        # under pytest they are files of its own
+        sys.stdout, sys.stderr = os.fdopen(os.dup(1), "w"), os.fdopen(os.dup(2), "w")
         if limit_s is not None:
             limit = int(limit_s) + 1
             resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 5))

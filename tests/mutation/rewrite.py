@@ -117,9 +117,7 @@ def choose(found: list[Site], n: int, seed: str) -> list[Site]:
 # ---------------------------------------------------------------- places
 
 
-def _edits(
-    source: str, function: str
-) -> tuple[ast.Module, list[tuple[str, ast.AST, int, Edit]]]:
+def _edits(source: str, function: str) -> tuple[ast.Module, list[tuple[str, ast.AST, int, Edit]]]:
     """A fresh tree, and (kind, node to show, line, what makes the error) of each of its sites."""
     tree = ast.parse(source)
     edits = []

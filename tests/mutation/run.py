@@ -37,8 +37,8 @@ from tests.mutation.rewrite import Site, choose, mutate, sites  # noqa: E402
 from tests.mutation.targets import EQUIVALENT, TARGETS, Target  # noqa: E402
 
 SEED = "obm-warmstart"
-PATIENCE = 5.0
-"""A mutant may compute so many times as long as the tests alone, and ten seconds more."""
+PATIENCE, GRACE_S = 5.0, 10.0
+"""A mutant may compute so many times as long as the tests alone, and so many seconds more."""
 JOURNAL = ROOT / "runs" / "mutation" / "verdicts.jsonl"
 """A run that was stopped goes on from here; what was killed once is not tried again."""
 
@@ -211,13 +211,11 @@ def check_target(
     gc.freeze()
     alone_s = in_child(lambda: run_tests(target.tests)).cpu_s
     for function, site, key in todo:
-        say(_check_mutant(target, function, site, key, PATIENCE * alone_s + 10))
+        say(_check_mutant(target, function, site, key, PATIENCE * alone_s + GRACE_S))
     return alone_s
 
 
-def _check_mutant(
-    target: Target, function: str, site: Site, key: str, limit_s: float
-) -> Verdict:
+def _check_mutant(target: Target, function: str, site: Site, key: str, limit_s: float) -> Verdict:
     def mutated() -> tuple[int, str]:
         install(function, site)
         return run_tests(target.tests)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from merge.engine import merge
 from train.followed import follow
 from train.run import check_start, run_training, train
 from train.settings import GRPO_DEFAULTS, describe_step, resolved_grpo
+from train.watchdog import Heartbeat
 
 # an untrained policy earns nothing; the entropy bonus makes every step move it all the same
 SETTINGS = """
@@ -71,6 +73,18 @@ def stop_after(folder: Path, step: int, copy: Path) -> Path:
     with (copy / "metrics.jsonl").open("a") as file:
         file.write('{"step": 99, "pha')  # a line that the kill cut short
     return copy
+
+
+@pytest.mark.parametrize("flag", ["resume", "overwrite"])
+def test_a_run_that_is_still_trained_is_left_alone(write_config, tmp_path, monkeypatch, flag):
+    path, folder = write_config(), tmp_path / "run"
+    folder.mkdir()
+    (folder / "config.yaml").write_text(path.read_text())
+    beat = Heartbeat(0, "loss", 3, 0.0, 0.0, "here", 4711)
+    monkeypatch.setattr("train.run.still_running", lambda folder: [beat, replace(beat, pid=4712)])
+    with pytest.raises(ConfigError, match=r"still being trained \(step 3\).*`kill 4711 4712`"):
+        run_with(path, **{flag: True})
+    assert [item.name for item in folder.iterdir()] == ["config.yaml"]
 
 
 def test_the_run_folder_stands_alone(write_config):
