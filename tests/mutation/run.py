@@ -294,7 +294,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"{len(verdicts)} mutants, {len(survivors)} survived, {cpu_s:.0f} s of one core")
     for verdict in survivors:
         print(f"  {verdict.function}:{verdict.line}  {verdict.change}")
-    if options.output is not None:
+    # a part of the table is no report
+    if options.output is not None and not (options.only or options.mutants):
         from tests.mutation.report import write_report
 
         write_report(options.output, verdicts)
