@@ -40,7 +40,7 @@ PAIRS = (
     ("floor", "ceil"),
 )  # fmt: skip
 NAMES = {one: other for pair in PAIRS for one, other in (pair, pair[::-1])}
-PARTS = (ast.Constant, ast.Name, ast.Attribute, ast.UnaryOp, ast.Slice, ast.Tuple)
+PARTS = (ast.Constant, ast.Name, ast.Attribute, ast.UnaryOp, ast.Slice, ast.Tuple, ast.List)
 """Expressions that say too little alone."""
 AXES = {"axis", "dim"}
 FLAGS = {"descending", "reverse"}
@@ -146,8 +146,8 @@ def _walk(node: ast.AST, around: ast.AST | None) -> Iterator[tuple[ast.AST, ast.
     says_something = isinstance(node, ast.expr | ast.stmt) and not isinstance(node, PARTS)
     shown = node if says_something or around is None else around
     yield node, shown
-    if isinstance(node, ast.keyword) and node.arg in AXES and _number(node.value) is not None:
-        return  # one error is enough there
+    if _is_one_place(node):
+        return
     for field, value in ast.iter_fields(node):
         if field in ("annotation", "returns", "decorator_list", "type_params"):
             continue
@@ -156,7 +156,25 @@ def _walk(node: ast.AST, around: ast.AST | None) -> Iterator[tuple[ast.AST, ast.
                 yield from _walk(child, shown)
 
 
+def _is_one_place(node: ast.AST) -> bool:
+    """Whether one error is enough here, or any would end in an exception at once."""
+    if isinstance(node, ast.keyword):
+        return node.arg in AXES and _number(node.value) is not None
+    if isinstance(node, ast.Subscript):  # shape[2] of two axes
+        return isinstance(node.value, ast.Attribute) and node.value.attr == "shape"
+    return isinstance(node, ast.UnaryOp) and isinstance(node.operand, ast.Constant)
+
+
+def _is_list(node: ast.AST) -> bool:
+    """Lists have sums and multiples, and nothing that could stand in their place."""
+    if isinstance(node, ast.BinOp):
+        return _is_list(node.left) or _is_list(node.right)
+    return isinstance(node, ast.List | ast.ListComp)
+
+
 def _errors_of(node: ast.AST) -> Iterator[tuple[str, Edit]]:
+    if _is_list(node):
+        return
     if isinstance(node, ast.BinOp | ast.AugAssign) and type(node.op) in OPERATORS:
         yield "operator", _set(node, "op", OPERATORS[type(node.op)]())
     elif isinstance(node, ast.Compare):
