@@ -159,7 +159,7 @@ def altered(change):
     [
         (
             lambda t: t["figures"][0].update(text="{} questions, and nobody {}"),
-            "stands nowhere in the page",
+            "stands nowhere",
         ),
         (lambda t: t["figures"][0].update({"is": ["n | d"]}), "has 2 figures, 1 paths"),
         (lambda t: t["figures"][0].update({"is": ["n | d", "m | d"]}), "'m' leads nowhere"),
