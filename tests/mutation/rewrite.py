@@ -42,6 +42,10 @@ PAIRS = (
 NAMES = {one: other for pair in PAIRS for one, other in (pair, pair[::-1])}
 PARTS = (ast.Constant, ast.Name, ast.Attribute, ast.UnaryOp, ast.Slice, ast.Tuple, ast.List)
 """Expressions that say too little alone."""
+NO_ARITHMETIC = {
+    "annotation", "returns", "decorator_list", "type_params", "defaults", "kw_defaults",
+}  # fmt: skip
+"""Fields of the syntax tree that stay: a default is a setting, not a calculation."""
 AXES = {"axis", "dim"}
 FLAGS = {"descending", "reverse"}
 
@@ -149,7 +153,7 @@ def _walk(node: ast.AST, around: ast.AST | None) -> Iterator[tuple[ast.AST, ast.
     if _is_one_place(node):
         return
     for field, value in ast.iter_fields(node):
-        if field in ("annotation", "returns", "decorator_list", "type_params"):
+        if field in NO_ARITHMETIC:
             continue
         for child in value if isinstance(value, list) else [value]:
             if isinstance(child, ast.AST):
