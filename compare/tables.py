@@ -15,12 +15,13 @@ Rows = list[list[str]]
 Summary = Mapping[str, Any]
 
 SHOWN_DIFFERENCES = (
-    "floor", "ceiling", "auc", "final", "at_equal_budget", "recognition.change",
+    "floor", "ceiling", "auc", "final", "at_equal_budget", "recognition.after",
+    "recognition.change",
 )  # fmt: skip
 """Columns of the differences; the json has more."""
 HEADS = {
     "auc": "area", "at_equal_budget": "at equal budget",
-    "recognition.change": "change of recognition",
+    "recognition.after": "recognition after", "recognition.change": "change of recognition",
 }  # fmt: skip
 STOPS = ("answer", "invalid", "turn_limit", "budget", "length")
 

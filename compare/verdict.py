@@ -95,6 +95,7 @@ MEASURES = {
     "floor": "before training",
     "ceiling": "ceiling",
     "at_equal_budget": "at an equal budget",
+    "recognition.after": "recognition after training",
     "recognition.change": "recognition lost or won by training",
 }
 """Differences that an arm's own verdict names -> in words."""
@@ -128,8 +129,9 @@ def _against(own: Mapping[str, Mapping[str, Any]]) -> str:
     """For example `is better: ceiling +0.03 [0.01, 0.05]; not separated: before training -0.01`."""
     groups: dict[str, list[str]] = {ABOVE: [], BELOW: [], OPEN: [], UNKNOWN: []}
     for name, pair in own.items():
-        limits = "" if pair["low"] is None else f" [{pair['low']:+.2f}, {pair['high']:+.2f}]"
-        groups[_side(pair)].append(f"{MEASURES[name]} {pair['mean']:+.2f}{limits}")
+        low, high = pair["low"], pair["high"]
+        limits = "" if low is None else f" [{_signed(low)}, {_signed(high)}]"
+        groups[_side(pair)].append(f"{MEASURES[name]} {_signed(pair['mean'])}{limits}")
     words = {
         ABOVE: "better",
         BELOW: "worse",
@@ -137,6 +139,11 @@ def _against(own: Mapping[str, Mapping[str, Any]]) -> str:
         UNKNOWN: "measured once, no interval",
     }
     return "; ".join(f"{words[s]}: {', '.join(texts)}" for s, texts in groups.items() if texts)
+
+
+def _signed(value: float) -> str:
+    """With its sign; nothing that rounds to zero is below it."""
+    return f"{value if abs(value) >= 0.005 else 0.0:+.2f}"
 
 
 def floor_verdict(record: Mapping[str, Any], label: Label) -> Verdict | None:

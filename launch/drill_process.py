@@ -17,7 +17,7 @@ from typing import Any
 LIMIT_S = 900.0
 """A command that takes longer hangs; it is killed, and that is what the table says."""
 POLL_S = 0.004
-ORPHANS_S = 20.0
+ORPHANS_S = 60.0
 """How long processes with groups of their own may outlive the one that started them."""
 
 

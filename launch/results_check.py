@@ -23,7 +23,7 @@ stands (the language of the paths: `compare.figures`):
           ceiling: ["{} [{}, {}]", arms.ROW.ceiling | .2f, ...]
 
 A bracket `[{}, {}]` at the end is left out where its two values are none or one. Exit code 1 if a
-page says something else than its source, 2 if a tie cannot be read.
+page says something else than its source or a tie leads nowhere, 2 if there are no ties to read.
 """
 
 from __future__ import annotations
@@ -103,15 +103,20 @@ class Page:
         for entry in self.ties.get("figures", ()):
             try:
                 found = self.in_table(entry) if "table" in entry else self.in_text(entry)
-                self.found += found
+                self.found += list(found)
             except CompareError as error:
-                raise CompareError(f"{TIES}, {self.name}: {error}") from error
+                self.problems.append(Problem(f"{TIES}, {self.name}", str(error)))
         for place in self.found:
             if not place.is_right:
                 says = f"'{place.stands}' stands here, {place.origin} says '{place.should}'"
                 self.problems.append(Problem(self.where(place.begin), says, True))
         for name in self.ties.get("complete", ()):
-            self.find_loose(name)
+            span = self.span(name)
+            if span is None:
+                what = f"no section '{name}' in the page"
+                self.problems.append(Problem(f"{TIES}, {self.name}", what))
+            else:
+                self.find_loose(*span)
 
     def in_text(self, entry: Mapping[str, Any]) -> Iterator[Found]:
         """The figures of a sentence."""
@@ -120,8 +125,8 @@ class Page:
             raise CompareError(f"'{words}' has {words.count('{}')} figures, {len(paths)} paths")
         matches = list(re.finditer(_pattern(words), self.text))
         if len(matches) != 1:
-            n = len(matches) or "nowhere"
-            raise CompareError(f"'{words}' stands {n} times in the page; it has to stand once")
+            n = f"{len(matches)} times" if matches else "nowhere"
+            raise CompareError(f"'{words}' stands {n} in the page; it has to stand once")
         match = matches[0]
         for group, path in enumerate(paths, 1):
             should = render("{}", [path], self.results, file)
@@ -163,9 +168,8 @@ class Page:
         if rows:
             raise CompareError(f"the table '{header}' has no row {sorted(rows)}")
 
-    def find_loose(self, section: str) -> None:
-        """Numbers of a section that are neither tied nor allowed."""
-        begin, end = self.span(section)
+    def find_loose(self, begin: int, end: int) -> None:
+        """Numbers between two characters that are neither tied nor allowed."""
         covered = [*self.claims, *((place.begin, place.end) for place in self.found)]
         for pattern in (NOT_PROSE, *map(re.compile, self.ties.get("allowed", ()))):
             covered += [match.span() for match in pattern.finditer(self.text)]
@@ -174,13 +178,13 @@ class Page:
                 what = f"'{match[0]}' is tied to nothing; tie it to its result file in {TIES}"
                 self.problems.append(Problem(self.where(match.start()), what))
 
-    def span(self, section: str) -> tuple[int, int]:
+    def span(self, section: str) -> tuple[int, int] | None:
         """Characters of a section, its subsections included; "*" is the whole page."""
         if section == "*":
             return 0, len(self.text)
         heading = re.search(rf"^(#+) {re.escape(section)}$", self.text, re.M)
         if heading is None:
-            raise CompareError(f"{TIES}, {self.name}: no section '{section}' in the page")
+            return None
         after = re.compile(rf"^#{{1,{len(heading[1])}}} ", re.M).search(self.text, heading.end())
         return heading.end(), after.start() if after else len(self.text)
 
@@ -238,7 +242,7 @@ def check(root: Path, write: bool = False) -> list[Problem]:
         What is left to mend, in the order of the pages.
 
     Raises:
-        CompareError: a tie that cannot be read; nothing is written then.
+        CompareError: figures.yaml cannot be read.
     """
     path = root / TIES
     try:
@@ -257,7 +261,7 @@ def check(root: Path, write: bool = False) -> list[Problem]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Prints what is wrong; 0 = nothing, 1 = something, 2 = the ties cannot be read."""
+    """Prints what is wrong; 0 = nothing, 1 = something, 2 = there are no ties to read."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--write", action="store_true", help="mend the figures in the pages")
     parser.add_argument("--root", type=Path, default=Path(), help="of the checkout (default: here)")

@@ -114,6 +114,7 @@ def _take_adam(options: argparse.Namespace, config: Config, roles: tuple[str, ..
     from merge.adam import adam_fisher, open_adam
     from merge.checkpoint import Checkpoint
     from merge.stats import FILE_NAMES
+    from train.lock import locked
 
     if len(roles) != 1 or options.shard or options.merge_shards:
         raise LaunchError("--adam is of one parent and needs no shards; add --parent NAME alone")
@@ -130,9 +131,9 @@ def _take_adam(options: argparse.Namespace, config: Config, roles: tuple[str, ..
             f"steps (ZeRO-{adam.stage}, {len(adam.ranks)} processes); into {target}"
         )
         return 0
-    print(
-        f"{role}: {adam_fisher(options.adam, checkpoint, folder, families=config.merge.families)}"
-    )
+    with locked(folder, setting="calibration.output=FOLDER"):
+        made = adam_fisher(options.adam, checkpoint, folder, families=config.merge.families)
+    print(f"{role}: {made}")
     return 0
 
 

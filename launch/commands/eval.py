@@ -78,6 +78,9 @@ def run(options: argparse.Namespace) -> int:
     extra = [f"environment.eval_benchmark.name={options.benchmark}"] if options.benchmark else []
     config = read_config(options, *extra)
     if options.dry_run:
+        from configs.schema import resolve_model
+
+        resolve_model(options.checkpoint)  # a folder that is not there is found now, not later
         print(describe_questions(config))
         return 0
     arm = options.arm or Path(options.checkpoint.rstrip("/")).name

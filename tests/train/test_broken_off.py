@@ -3,10 +3,10 @@
 import json
 
 import pytest
-from test_run import run_with, write_config  # noqa: F401
 
 from configs.errors import ConfigError
 from configs.schema import load_config
+from tests.train.test_run import run_with, write_config  # noqa: F401
 from train.lock import locked
 from train.resume import whole_checkpoints
 from train.run_folder import prepare_folder
