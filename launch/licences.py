@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from launch.commands.doctor import requirements
 from train.files import write_text
@@ -32,7 +33,7 @@ turn is theirs to say. Made by `python -m launch.licences`.
 def licence_of(name: str) -> str:
     """The licence that a package's metadata states: SPDX expression, classifiers, or free text."""
     try:
-        found = metadata.metadata(name)
+        found: Any = metadata.metadata(name)  # a Message; its stub lacks `get`
     except metadata.PackageNotFoundError:
         return NOT_INSTALLED
     expression = found.get("License-Expression")

@@ -129,7 +129,7 @@ class Stats:
     def _read_map(self, entry: str) -> dict[str, str]:
         try:
             value = json.loads(self.metadata.get(entry) or "{}")
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise MergeError(f"{self.path}: {entry} is not JSON; calibrate again") from error
         if not isinstance(value, dict):
             raise MergeError(f"{self.path}: {entry} is not a JSON object; calibrate again")

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from train.disk import writing
+
 
 def write_text(path: Path, text: str) -> None:
     """Writes a UTF-8 file whole or not at all.
@@ -15,11 +17,17 @@ def write_text(path: Path, text: str) -> None:
         text: what it shall hold.
 
     Raises:
-        OSError: the folder is missing, or the disk full.
+        DiskError: the disk takes no more; what was there stays.
+        OSError: the folder is missing.
     """
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    with writing(path):
+        try:
+            temporary.write_text(text, encoding="utf-8")
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
+        temporary.replace(path)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -30,7 +38,8 @@ def write_json(path: Path, value: Any) -> None:
         value: what `json.dumps` takes.
 
     Raises:
-        OSError: the folder is missing, or the disk full.
+        DiskError: the disk takes no more; what was there stays.
+        OSError: the folder is missing.
         TypeError: a value that JSON does not have.
     """
     write_text(path, json.dumps(value, indent=2) + "\n")

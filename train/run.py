@@ -19,6 +19,8 @@ from typing import Any
 from configs.errors import ConfigError
 from configs.schema import Config, dump_config, load_config, resolve_model, shipped_config
 from rewards.functions import load_functions
+from train.checkpoint_files import check_pickles
+from train.disk import writing
 from train.estimate import (
     DEFAULT_MACHINE,
     add_estimate_arguments,
@@ -29,6 +31,8 @@ from train.estimate import (
 from train.files import write_json
 from train.files import write_text as write_text
 from train.given import Given, check_pulls, check_start, choose_frozen, make_anchor, read_given
+from train.leash import end_with_starter
+from train.lock import locked
 from train.resume import Start, convert, find_start
 from train.run_folder import own_files as own_files
 from train.run_folder import prepare_folder
@@ -50,6 +54,7 @@ def train(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("train").setLevel(level)
     _quiet_libraries()
+    end_with_starter()
     try:
         path = Path(options.config) if options.config else shipped_config("demo")
         config = load_config(path, options.overrides)
@@ -64,7 +69,7 @@ def train(argv: Sequence[str] | None = None) -> int:
             raise
         # settings are wrong on all processes alike; a service may have failed one of them alone
         if is_main or not isinstance(error, ConfigError):
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
 
@@ -126,10 +131,22 @@ def run_training(config: Config, resume: bool = False, overwrite: bool = False) 
         from train.worlds import connect
 
         connect(config.rollout).check()  # before anything slow
-    start = find_start(folder, config, world) if resume else None
-    if rank == 0:
-        check_start(init)
-        prepare_folder(folder, config, init, resume, overwrite, given.frozen)
+    with locked(folder, setting="output") if rank == 0 else nullcontext():
+        start = find_start(folder, config, world) if resume else None
+        if rank == 0:
+            check_start(init)
+            if start is not None:
+                check_pickles(start.path)
+            with writing(folder):
+                prepare_folder(folder, config, init, resume, overwrite, given.frozen)
+        return _train_in(config, folder, init, resume, start, given)
+
+
+def _train_in(
+    config: Config, folder: Path, init: str, resume: bool, start: Start | None, given: Given
+) -> Path:
+    """Sets up what all processes share, then trains."""
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     _share_cores(world)
 
     # torch.distributed starts here, if a launcher asked for it
@@ -235,7 +252,8 @@ def _last_policy(trainer: Any, folder: Path) -> Path:
     last = folder / "checkpoints" / f"checkpoint-{trainer.state.global_step}"
     if not last.is_dir():
         last = folder / "checkpoints" / "final"
-        trainer.save_model(str(last))
+        with writing(last):
+            trainer.save_model(str(last))
     return last
 
 

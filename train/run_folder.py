@@ -21,6 +21,7 @@ from rewards.functions import split_place
 from train.files import write_json, write_text
 from train.frozen import FILE_NAME as FROZEN_HEADS
 from train.frozen import FrozenHeads, check_same_heads
+from train.lock import LOCK_NAME
 from train.machine import describe_machine
 from train.start_cost import cost_of_start
 from train.watchdog import clear_heartbeats
@@ -57,7 +58,7 @@ def prepare_folder(
     Raises:
         ConfigError: it is in use, or holds a run with other settings.
     """
-    if folder.exists() and any(folder.iterdir()):
+    if _holds_anything(folder):
         if resume:
             _refuse_other_run(folder, config)
             check_same_heads(folder, frozen)
@@ -67,7 +68,7 @@ def prepare_folder(
                     f"output: {folder} is not a run folder (no config.yaml), so it is not "
                     "overwritten; choose another output"
                 )
-            shutil.rmtree(folder)
+            _empty(folder)
         else:
             raise ConfigError(
                 f"output: {folder} exists already; go on with --resume, choose another name with "
@@ -89,6 +90,24 @@ def prepare_folder(
         shutil.copyfile(recipe, folder / "merge.json")
     if cost := cost_of_start(init, frozen):
         write_json(folder / "start_cost.json", cost)
+
+
+def _holds_anything(folder: Path) -> bool:
+    """Whether a folder holds more than a lock and files that a kill has left half written."""
+    return folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir())
+
+
+def _empty(folder: Path) -> None:
+    """Removes all in a folder but the lock, by which this process holds it.
+
+    The settings go last: they mark it as a run's, whenever a kill comes.
+    """
+    paths = [path for path in folder.iterdir() if path.name != LOCK_NAME]
+    for path in sorted(paths, key=lambda path: path.name == "config.yaml"):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def own_files(config: Config) -> dict[str, str]:

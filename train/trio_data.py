@@ -53,6 +53,7 @@ class Writer:
 
     @functools.cached_property
     def picture(self) -> str:
+        """Placeholders of one picture, with the marks around them."""
         return "<|vision_start|>" + "<|image_pad|>" * self.n_image_tokens + "<|vision_end|>"
 
     def write(
@@ -74,6 +75,7 @@ class Writer:
 
     @functools.lru_cache(maxsize=4096)  # noqa: B019 - one writer a process
     def encode(self, text: str) -> tuple[int, ...]:
+        """Token ids of a text by itself, nothing put before or behind."""
         return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def chat(self, user: str, with_picture: bool = False) -> str:

@@ -72,18 +72,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Evaluate and print the figures."""
+    from train.disk import writing
+    from train.lock import locked
+
     extra = [f"environment.eval_benchmark.name={options.benchmark}"] if options.benchmark else []
     config = read_config(options, *extra)
     if options.dry_run:
+        from configs.schema import resolve_model
+
+        resolve_model(options.checkpoint)  # a folder that is not there is found now, not later
         print(describe_questions(config))
         return 0
     arm = options.arm or Path(options.checkpoint.rstrip("/")).name
     output = Path(options.output or Path(config.output).parent / "eval" / arm)
-    record = evaluate_checkpoint(
-        config, options.checkpoint, output,
-        arm=arm, command=command_line(), overwrite=options.overwrite, mode=options.mode,
-        query=options.query, batch=options.batch, shard=read_shard(options.shard),
-    )  # fmt: skip
+    shard = read_shard(options.shard)
+    with locked(output, f".lock-{shard[0]}-of-{shard[1]}"), writing(output):
+        record = evaluate_checkpoint(
+            config, options.checkpoint, output,
+            arm=arm, command=command_line(), overwrite=options.overwrite, mode=options.mode,
+            query=options.query, batch=options.batch, shard=shard,
+        )  # fmt: skip
     if record is None:
         print(f"this part is done; {output} waits for the others")
         return 0

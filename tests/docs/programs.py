@@ -165,6 +165,13 @@ def check_ruff(arguments: Sequence[str]) -> None:
     assert arguments[0] in ("check", "format")
 
 
+def check_timeout(arguments: Sequence[str]) -> None:
+    """`timeout --signal=KILL SECONDS COMMAND ...`"""
+    assert arguments[0] == "--signal=KILL"
+    assert float(arguments[1]) > 0
+    check(Command("timeout", 0, " ".join(arguments[2:]), tuple(arguments[2:])))
+
+
 def check_docker(arguments: Sequence[str]) -> None:
     recipe = (ROOT / "Dockerfile").read_text()
     for argument in re.findall(r"--build-arg (\w+)=", " ".join(arguments)):
@@ -206,6 +213,7 @@ PROGRAMS: dict[str, Callable[[Sequence[str]], None]] = {
     "pip": check_pip,
     "ruff": check_ruff,
     "docker": check_docker,
+    "timeout": check_timeout,
     "cd": check_cd,
     "source": check_source,
     "export": check_export,

@@ -21,6 +21,10 @@ WALKED = {
         "make install", "source .venv", "obm calibrate --config qwen2.5-vl-7b",
         "obm merge --config qwen2.5-vl-7b", "obm merge verify runs/qwen2.5-vl-7b",
         "torchrun", "deepspeed --num_gpus 8", "obm compare runs/qwen2.5-vl-7b",
+        # run by test_stranger.py
+        "obm calibrate --config all.yaml", "obm merge --config all.yaml",
+        "obm merge verify runs/all-merged", "obm eval runs/all-merged",
+        "obm train --config all.yaml", "obm compare runs/all ", "obm view runs/all ",
     ],
 }  # fmt: skip
 """Pages that are run from top to bottom -> beginnings of commands that are checked only."""

@@ -1,6 +1,7 @@
 """The newcomer's path: its commands can be started, and the page shows them with times."""
 
 import shlex
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +15,7 @@ from tests.docs.walk import (
     Step,
     Timed,
     commands_of,
+    plan,
     table,
     walk,
     write_table,
@@ -31,7 +33,7 @@ def test_every_command_of_the_path_could_be_started(monkeypatch, tmp_path):
             (tmp_path / name).write_text(COPIED[name])
             there.add(name)
         for text in step.commands:
-            words = tuple(shlex.split(text))
+            words = tuple(shlex.split(text.removesuffix(" &")))
             if words[0] == "python":
                 assert words[1] in there
             else:
@@ -62,6 +64,30 @@ def test_the_table_is_written_between_its_marks(tmp_path):
     with pytest.raises(AssertionError, match="have to stand in it"):
         write_table(page, "new")
     assert page.read_text() == "nothing"
+
+
+def test_a_changed_path_keeps_the_times_of_the_steps_that_stayed(monkeypatch):
+    old, new = Step("old", ("obm doctor",)), Step("new", ("obm demo",))
+    measured = table([Timed(old, 12.0, 3.0)], load=0.0, date="2026-01-01")
+    monkeypatch.setattr("tests.docs.walk.STEPS", (old, new))
+    lines = plan(f"x\n{BEGIN}\n{measured}\n{END}\n").splitlines()
+    assert "| old | `obm doctor` | 12 | 3 |" in lines
+    assert "| new | `obm demo` | - | - |" in lines
+    assert "| in all | | - | - |" in lines
+    assert lines[-2].startswith("Measured on 2026-01-01 with Python")
+
+
+def test_a_server_runs_while_the_walk_goes_on_and_ends_with_it(tmp_path, monkeypatch):
+    steps = (
+        Step("a", ("mkdir obm-warmstart",)),
+        Step("b", ("sh -c 'echo $$ > pid; exec sleep 100' &",)),
+        Step("until it is up", ("until test -s pid; do sleep 0.05; done",)),
+        Step("c", ("timeout --signal=KILL 0.2 sleep 100",)),
+    )
+    monkeypatch.setattr("tests.docs.walk.STEPS", steps)
+    assert [one.step.title for one in walk(tmp_path)] == [step.title for step in steps]
+    pid = int((tmp_path / "obm-warmstart" / "pid").read_text())
+    assert not Path(f"/proc/{pid}").exists()
 
 
 def test_a_command_that_fails_ends_the_walk(tmp_path, monkeypatch):

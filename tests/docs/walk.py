@@ -14,6 +14,7 @@ import os
 import platform
 import re
 import resource
+import signal
 import subprocess
 import sys
 import tempfile
@@ -64,7 +65,23 @@ STEPS = (
         ),
         ("my_rewards.py", "my_reward.yaml"),
     ),
+    Step(
+        "your models and retriever, two processes, killed and gone on with",
+        (
+            "python make_models.py",
+            "python my_server.py 8003 &",
+            "obm calibrate --config all.yaml",
+            "obm merge --config all.yaml --output runs/all-merged",
+            "timeout --signal=KILL 20 obm train --config all.yaml --num-processes 2",
+            "obm train --config all.yaml --num-processes 2 --resume",
+            "obm compare runs/all --output runs/all-report",
+            "obm view runs/all --output runs/all-view.html",
+        ),
+        ("make_models.py", "my_server.py", "all.yaml"),
+    ),
 )
+KILLED = "timeout --signal=KILL "
+"""Beginning of a command that may end so: its group is killed, `timeout` itself with it."""
 
 
 @dataclass(frozen=True)
@@ -85,33 +102,44 @@ def walk(folder: Path) -> list[Timed]:
     texts = {block.file_name: block.text for block in blocks(RECIPES)}
     checkout = folder / "obm-warmstart"
     timed = []
-    for step in STEPS:
-        before, start = _cpu_s(), time.monotonic()
-        for name in step.files:
-            (checkout / name).write_text(texts[name], encoding="utf-8")
-        for command in step.commands:
-            if command.startswith(("cd ", "source ")):
-                continue  # `_run` is in that folder, with that environment, already
-            command = command.replace("URL", str(ROOT))
-            print(f"$ {command}", flush=True)
-            _run(command, checkout if checkout.exists() else folder)
-        timed.append(Timed(step, time.monotonic() - start, _cpu_s() - before))
-        print(f"  {step.title}: {timed[-1].wall_s:.1f} s", flush=True)
+    servers: list[subprocess.Popen[bytes]] = []
+    try:
+        for step in STEPS:
+            before, start = _cpu_s(), time.monotonic()
+            for name in step.files:
+                (checkout / name).write_text(texts[name], encoding="utf-8")
+            for command in step.commands:
+                if command.startswith(("cd ", "source ")):
+                    continue  # `_run` is in that folder, with that environment, already
+                command = command.replace("URL", str(ROOT))
+                print(f"$ {command}", flush=True)
+                servers += _run(command, checkout if checkout.exists() else folder)
+            timed.append(Timed(step, time.monotonic() - start, _cpu_s() - before))
+            print(f"  {step.title}: {timed[-1].wall_s:.1f} s", flush=True)
+    finally:
+        for server in servers:
+            server.kill()
+            server.wait()
     return timed
 
 
-def _run(command: str, folder: Path) -> None:
+def _run(command: str, folder: Path) -> list[subprocess.Popen[bytes]]:
+    """Runs a command to its end; one that ends in `&` is started, and returned."""
     variables = {
         name: value for name, value in os.environ.items()
         if name not in ("PYTHONPATH", "VIRTUAL_ENV", "MAKEFLAGS", "MAKELEVEL", "OMP_NUM_THREADS")
     }  # fmt: skip
     variables["PATH"] = f"{folder / '.venv/bin'}{os.pathsep}{variables['PATH']}"
     variables["WANDB_MODE"] = "disabled"
-    code = subprocess.run(
-        ["bash", "-c", command], cwd=folder, env=variables, check=False
-    ).returncode
-    if code != 0:
+    background = command.endswith("&")
+    words = ["bash", "-c", f"exec {command.removesuffix('&')}" if background else command]
+    process = subprocess.Popen(words, cwd=folder, env=variables)
+    if background:
+        return [process]
+    code = process.wait()
+    if code != 0 and not (command.startswith(KILLED) and code == -signal.SIGKILL):
         raise SystemExit(f"error: '{command}' ended with code {code}")
+    return []
 
 
 def _cpu_s() -> float:
@@ -141,11 +169,21 @@ def table(timed: list[Timed], load: float, date: str) -> str:
     return "\n".join(lines)
 
 
-def plan() -> str:
-    """The table without times, for a page whose path has changed since it was measured."""
+def plan(page: str) -> str:
+    """The table of a path that has changed since it was measured: times where a step has not.
+
+    Args:
+        page: text that holds the table as it was measured.
+    """
+    old = page.partition(BEGIN)[2].partition(END)[0].splitlines()
+    measured = {line.rsplit(" | ", 2)[0]: line for line in old if line.startswith("| ")}
     empty = table([Timed(step, 0.0, 0.0) for step in STEPS], load=0.0, date="")
-    lines = [line.replace("| 0 | 0 |", "| - | - |") for line in empty.splitlines()[:-1]]
-    return "\n".join([*lines, "Not measured since the path was last changed: `make walk` does."])
+    lines = []
+    for line in empty.splitlines()[:-1]:
+        known = "" if line.startswith("| in all") else measured.get(line.rsplit(" | ", 2)[0], "")
+        lines.append(known or line.replace("| 0 | 0 |", "| - | - |"))
+    notes = [line for line in old if line.startswith("Measured on ")]
+    return "\n".join([*lines, *notes, "Steps without a number are new: `make walk` measures them."])
 
 
 def write_table(page: Path, text: str) -> None:
@@ -170,7 +208,7 @@ def main() -> int:
     arguments = [argument for argument in sys.argv[1:] if argument != "--plan"]
     page = Path(arguments[0]) if arguments else None
     if "--plan" in sys.argv and page is not None:
-        write_table(page, plan())
+        write_table(page, plan(page.read_text(encoding="utf-8")))
         return 0
     with tempfile.TemporaryDirectory(prefix="obm-walk-") as folder:
         timed = walk(Path(folder))

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from configs.errors import ConfigError
 from configs.schema import load_config
 from merge.engine import merge
+from tests.house.metric_names import undescribed
 from train.followed import follow
 from train.given import check_start
 from train.run import run_training, train
@@ -89,6 +90,8 @@ def test_the_run_folder_stands_alone(write_config):
         (4, "train"),
         (4, "eval"),
     ]
+    every = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert not undescribed(name for line in every for name in line)
     assert lines[0]["tokens"] == 0
     assert lines[0]["eval/n"] == 6
     assert "eval/unseen/accuracy" in lines[0] or "eval/seen/accuracy" in lines[0]
