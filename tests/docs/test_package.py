@@ -168,7 +168,10 @@ def test_a_study_and_a_training_are_planned_from_anywhere(run):
 
 def test_the_launchers_door_of_the_installed_package_is_its_own(run, installed):
     """As `deepspeed launch/train.sh` starts it in every process."""
-    door = run(sys.executable, str(installed / "launch/train.sh"), "--dry-run", "--config", "demo")
+    settings = str(installed / "configs/demo.yaml")
+    door = run(
+        sys.executable, str(installed / "launch/train.sh"), "--dry-run", "--config", settings
+    )
     assert door.returncode == 0, door.stderr
     assert "max_steps" in door.stdout
 
