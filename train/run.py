@@ -29,12 +29,10 @@ from train.estimate import (
     find_machine,
 )
 from train.files import write_json
-from train.files import write_text as write_text
 from train.given import Given, check_pulls, check_start, choose_frozen, make_anchor, read_given
 from train.leash import end_with_starter
 from train.lock import locked
 from train.resume import Start, convert, find_start
-from train.run_folder import own_files as own_files
 from train.run_folder import prepare_folder
 from train.settings import build_grpo_config, describe_step
 from train.watchdog import Watchdog, progress

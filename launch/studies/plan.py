@@ -170,6 +170,7 @@ def preparation_stage(arm: Arm, seed: int) -> str:
 
 
 def max_steps(config: Config) -> int:
+    """Optimizer steps of a training, TRL's default included."""
     from train.settings import GRPO_DEFAULTS
 
     return int(config.grpo.get("max_steps", GRPO_DEFAULTS["max_steps"]))

@@ -55,7 +55,7 @@ class Training:
 def list_trainings(plan: Plan, stages: Stages) -> Iterator[Training]:
     """All of them, whole seeds first; the starts must have been looked at."""
     from configs.sections import Algorithm, Lora, Rollout
-    from train.run import own_files
+    from train.run_folder import own_files
 
     for seed, arm in product(plan.study.seeds, plan.study.arms):
         if not arm.train:
