@@ -9,7 +9,7 @@ Qwen2.5-VL folder: on a machine with torchvision plain `AutoProcessor.from_pretr
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -176,10 +176,30 @@ def load_policy(folder: str | Path, dtype: torch.dtype = torch.float32) -> tuple
     processor = load_processor(folder)
     auto_class = AutoModelForImageTextToText if is_vision_model(folder) else AutoModelForCausalLM
     with _loading(folder, "the weights"):
-        model = auto_class.from_pretrained(
-            **_reference(folder), dtype=dtype, use_safetensors=True, trust_remote_code=False
-        )
+        model, found = auto_class.from_pretrained(
+            **_reference(folder), dtype=dtype, use_safetensors=True, trust_remote_code=False,
+            output_loading_info=True,
+        )  # fmt: skip
+    check_complete(folder, found["missing_keys"])
     return model, processor
+
+
+def check_complete(folder: str | Path, missing: Iterable[str]) -> None:
+    """Refuses a checkpoint that lacks weights; transformers would draw them at random and warn.
+
+    Args:
+        folder: for the message.
+        missing: names that the model has and the files have not, tied weights left out.
+
+    Raises:
+        PolicyLoadError: names the first few.
+    """
+    names = sorted(missing)
+    if names:
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        raise PolicyLoadError(
+            f"{folder}: has no weights {', '.join(names[:3])}{more}; copy the checkpoint again"
+        )
 
 
 def causal_model(model: Any) -> Any:

@@ -32,6 +32,16 @@ def test_weights_of_other_sizes_are_named(folder):
         load_policy(folder)
 
 
+def test_a_missing_tensor_is_not_drawn_at_random(folder):
+    path = folder / "model.safetensors"
+    content = path.read_bytes()
+    name = b"visual.blocks.0.attn.qkv.weight"
+    assert content.count(name) == 1
+    path.write_bytes(content.replace(name, name.replace(b"qkv", b"qkw")))
+    with pytest.raises(PolicyLoadError, match=r"vlm: has no weights .*attn\.qkv\.weight; copy"):
+        load_policy(folder)
+
+
 @pytest.mark.parametrize("values", [{"model_type": "evil"}, {"text_config": "x"}])
 def test_settings_that_no_model_has_are_named(folder, values):
     change(folder / "config.json", **values)
