@@ -120,7 +120,7 @@ def rows_of(name):
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_with_everything_of_ones_own_a_killed_training_goes_on_and_nothing_leaves(
-    home, network, capsys
+    home, network, start, capsys
 ):
     assert [dtype_of(home / "checkpoints" / name) for name in ("base", "vlm", "agent")] == [
         "float32", "bfloat16", "bfloat16",
