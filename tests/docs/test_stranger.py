@@ -132,6 +132,7 @@ def test_with_everything_of_ones_own_a_killed_training_goes_on_and_nothing_leave
     killed = start()
     try:
         wait_for(lambda: whole_checkpoints(run), killed)
+        wait_for(lambda: len(read_heartbeats(run / "heartbeat")) == 2, killed)
     finally:
         os.kill(killed.pid, signal.SIGKILL)  # the launcher alone: its processes know nothing of it
     killed.stdout.close()
