@@ -285,14 +285,15 @@ def test_the_table_has_a_section_a_part_and_escapes_what_commands_print():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_the_quick_drill_runs_to_its_table(tmp_path, monkeypatch):
     monkeypatch.setattr("launch.drill.QUICK_CASES", 3)
-    arguments = ["--quick", "--only", "files", "--only", "disk", "--work", str(tmp_path / "work")]
+    arguments = ["--quick", "--only", "files", "--work", str(tmp_path / "work")]
     code = main([*arguments, "--output", str(tmp_path / "out")])
     record = json.loads((tmp_path / "out" / "reliability.json").read_text())
     assert record["problems"] == 0, record["rows"]
     assert code == 0
-    assert [row["part"] for row in record["rows"]] == ["disk", "disk", "files", "files", "files"]
-    assert "model.safetensors" in record["rows"][2]["happened"]
-    assert (tmp_path / "out" / "reliability.md").read_text().count("\n| ") >= 5
+    assert [row["part"] for row in record["rows"]] == ["files", "files", "files"]
+    assert "model.safetensors" in record["rows"][0]["happened"]
+    assert (tmp_path / "out" / "reliability.md").read_text().count("\n| ") >= 3
     assert time.time() - os.path.getmtime(tmp_path / "out" / "reliability.json") < 600
