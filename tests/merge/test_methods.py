@@ -169,6 +169,41 @@ def test_obm_normalisation_decides_conflicts_but_not_what_is_kept():
         assert counts.kept.tolist() == [2, 2]
 
 
+def test_obm_votes_by_rank_by_hand():
+    # saliency: vlm [4, 1, 9, 0], agent [1/128, .25 * 257/256, 4/128, 25/16]. A rank is the share of
+    # the four entries that are not larger: vlm [.75, .5, 1, -], agent [.25, .75, .5, 1].
+    # Entry 1: -.5 + .75 > 0, the agent's; by the saliencies themselves -1 + .251 < 0, the vlm's.
+    for normalization, second in (("rank", 0.5), ("none", -1.0)):
+        merged, _ = merge_deltas(
+            "obm", [2.0, -1.0, 3.0, 0.0], [-1.0, 0.5, -2.0, 5.0],
+            statistics=[[1, 1, 1, 1], [1 / 128, 257 / 256, 1 / 128, 1 / 16]],
+            density=1.0, normalization=normalization,
+        )  # fmt: skip
+        assert merged == [2.0, second, 3.0, 5.0], normalization
+
+
+def test_obm_an_input_that_was_never_active_has_no_vote_by_rank_either():
+    # saliency: vlm [0, 1], agent [1, 4]; entry 0: 0 - .5 < 0, the agent's, though 3 - 1 > 0
+    merged, _ = merge_deltas(
+        "obm", [3.0, 1.0], [-1.0, 1.0], statistics=[[0, 1], [1, 4]], density=1.0,
+        normalization="rank",
+    )  # fmt: skip
+    assert merged == [-1.0, 2.0]
+
+
+def test_a_matrix_of_one_column_has_rows_of_one_entry():
+    # saliency: vlm 2 * [4, 0, 1], agent 1 * [9, 4, 0]; of three entries two are kept
+    column = {"vlm": [2.0, 0.0, 1.0], "agent": [-3.0, 2.0, 0.0]}
+    parents = {task: np.array([values], np.float32).T for task, values in column.items()}
+    moments = {"vlm": np.array([2], np.float32), "agent": np.array([1], np.float32)}
+    base = np.zeros((3, 1), np.float32)
+    merged, _ = merge_tensor("obm", base, parents, moments, settings(density=2 / 3))
+    assert merged.tolist() == [[-3.0], [2.0], [1.0]]  # 8 - 9 < 0
+    merged, _ = merge_tensor("regmean_diagonal", base, parents, moments, settings())
+    # (2 * 2 - 3) / 3; (0 + 2) / 3; (2 * 1 + 0) / 3
+    assert merged.ravel().tolist() == pytest.approx([1 / 3, 2 / 3, 2 / 3])
+
+
 def test_obm_inputs_that_were_never_active_fall_back_to_the_larger_delta_then_plus():
     for normalization in ("none", "mean", "rank"):
         merged, counts = merge_deltas(
@@ -287,6 +322,13 @@ def test_sce_by_hand():
     # lambda multiplies eta: (.75 * 1 + .25 * 5 * 3) / (.75 + 1.25)
     weighted, _ = merge_deltas("sce", vlm, agent, density=6 / 7, weights=(1.0, 5.0))
     assert weighted[0] == 2.25
+
+
+def test_sce_selects_what_differs_and_not_what_is_large():
+    # variances [0, 1]: 4 and 4 do not differ, 1 and -1 do
+    merged, counts = merge_deltas("sce", [4.0, 1.0], [4.0, -1.0], density=0.5)
+    assert merged == [0.0, 1.0]  # votes cancel: plus wins; .5 * 1 / .5
+    assert counts.kept.tolist() == [1, 1]
 
 
 def test_sce_selects_the_lowest_index_where_variances_tie():

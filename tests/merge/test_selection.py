@@ -9,7 +9,7 @@ from hypothesis.extra import numpy as arrays
 
 from merge.budget import group_budgets
 from merge.errors import MergeError
-from merge.kernels import ALL_TIES, Piece
+from merge.kernels import ALL_TIES, N_LEADING, N_TRAILING, TRAILING_BITS, Piece
 from merge.methods import METHODS, MethodSettings
 from merge.plan import PlannedTensor
 from merge.selection import (
@@ -18,6 +18,8 @@ from merge.selection import (
     Level,
     count_level,
     cut_tensor,
+    find_bins,
+    find_cut,
     random_key,
     share_of,
     vote_ranks,
@@ -65,6 +67,30 @@ def test_half_an_entry_rounds_up():
     assert share_of(0.49, 5) == 2
     assert share_of(0.0, 5) == 0
     assert share_of(1.0, 5) == 5
+
+
+def test_the_bin_of_the_kth_value_by_hand():
+    leading = np.zeros((5, N_LEADING), np.int64)
+    leading[:, 7], leading[:, 9] = 3, 2
+    bins, remaining = find_bins(leading, [0, 1, 2, 4, 5])
+    # none and all need no bin; the two of bin 9 are the largest, then 4 - 2 of bin 7
+    assert bins.tolist() == [-1, 9, 9, 7, -1]
+    assert remaining.tolist() == [0, 1, 2, 2, 0]
+
+
+def test_the_cut_inside_a_bin_by_hand():
+    trailing = np.zeros(N_TRAILING, np.int64)
+    trailing[4], trailing[1] = 2, 3
+
+    def threshold(low):
+        return float(np.uint32((7 << TRAILING_BITS) | low).view(np.float32))
+
+    found = [find_cut(9, 6, 7, n, trailing) for n in (1, 2, 3, 5)]
+    assert [cut.threshold for cut in found] == [threshold(n) for n in (4, 4, 1, 1)]
+    # one of two; both; 3 - 2 of three; all
+    assert [cut.ties for cut in found] == [1, ALL_TIES, 1, ALL_TIES]
+    assert find_cut(9, 0, -1, 0, trailing) == NOTHING
+    assert find_cut(9, 9, -1, 0, trailing) == EVERYTHING
 
 
 @pytest.mark.parametrize("kernels", KERNELS)
@@ -223,6 +249,19 @@ def test_the_mean_of_votes_is_within_a_fifth_of_a_percent(seed):
 
 def test_the_mean_of_nothing_scales_nothing():
     assert vote_scales(level_of(np.zeros(3), [0, 0, 2.0])).tolist() == [1, pytest.approx(1.5, 2e-3)]
+
+
+def test_saliencies_that_overflow_scale_to_next_to_nothing():
+    leading = np.zeros((1, N_LEADING), np.int64)
+    leading[0, 0x7F800000 >> TRAILING_BITS] = 1  # the bin of infinity counts as the largest number
+    [scale] = vote_scales(Level(leading, 2))
+    assert scale == pytest.approx(2 / 3.4028235e38, rel=1e-3)
+
+
+def test_the_rank_of_a_single_entry_is_one():
+    leading = np.zeros((1, N_LEADING), np.int64)
+    leading[0, 100] = 1
+    assert vote_ranks(Level(leading, 1))[0, 100] == 1.0
 
 
 def test_ranks_share_ties_and_count_zeros_below():
