@@ -16,13 +16,11 @@ from pathlib import Path
 from typing import Any
 
 CLOCKS = re.compile(
-    r"(^|[/._])(time_s|device_s|processor_s|seconds|step_time|eval_time|cost|commit|command"
-    r"|hardware|machine|versions|python|retries_s)$"
-    r"|(^|\.)(time|speed|device_time|time_to_target|since)([/._]|$)|_seconds$|_per_s(econd)?$"
-    r"|^files\."
+    r"(^|[/._])(seconds|step_time|cost|commit|command|hardware|machine|versions|python|since)$"
+    r"|_s(_to_target)?(\[\d+\])*$|_per_s(econd)?$|(^|\.)(time|speed)([/._]|$)|^files\."
 )
-"""Keys whose values are clocks or provenance; a nested key is joined by dots. `files` of a
-checkpoint's record are sizes, of files that hold clocks among others."""
+"""Keys whose values are clocks (names that end in `_s` are seconds here) or provenance; a nested key
+is joined by dots. `files` of a checkpoint's record are sizes, of files with clocks among others."""
 NO_RESULT = re.compile(
     r"(^|/)(heartbeat/|logs/|\.)|(^|/)(environment|cost|start_cost)\.json$"
     r"|\.(png|svg|html|log)$|(^|/)checkpoints/.*\.(pt|pth|bin|py)$|/latest$|(^|/)stages/"

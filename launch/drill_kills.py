@@ -19,6 +19,8 @@ class Killed:
     """What came of killing one command over and over."""
 
     n_kills: int = 0
+    n_missed: int = 0
+    """moments that came when the command had ended: it was faster than the undisturbed one"""
     rounds: list[Path] = field(default_factory=list)
     moments: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
@@ -63,13 +65,14 @@ def _one_round(
         log = folder.parent / "logs" / f"{folder.name}-{attempt}.log"
         running = Running(task.command(folder), log)
         attempt += 1
-        moment = span.draw(dice)
+        moment = span.draw(dice).sooner(0.5**killed.n_missed)
         try:
             was_killed = killed.n_kills < n_kills and kill_at(running, moment, folder)
         except TimeoutError as error:
             killed.problems.append(f"{folder.name}: {error}")
             was_killed = True
         if not was_killed:
+            killed.n_missed += killed.n_kills < n_kills
             killed.problems += _end_problems(folder, task, running.wait())
             return
         killed.n_kills += 1

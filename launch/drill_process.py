@@ -162,6 +162,10 @@ class Moment:
     delay_s: float
     after_first_write: bool
 
+    def sooner(self, factor: float) -> Moment:
+        """The same at a share of its delay."""
+        return Moment(self.delay_s * factor, self.after_first_write)
+
     @property
     def words(self) -> str:
         """For the record."""

@@ -14,7 +14,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from launch.drill import main
-from launch.drill_compare import compare_folders
+from launch.drill_compare import CLOCKS, compare_folders
 from launch.drill_disk import PAGE, TMPFS, kind_of_disk, make_room, small_disk
 from launch.drill_files import Case, Place, check_case
 from launch.drill_network import judge_training
@@ -136,6 +136,26 @@ def test_a_child_that_outlives_its_parent_is_a_problem(tmp_path, monkeypatch):
     with pytest.raises(TimeoutError, match="1 processes live on"):
         kill_at(running, Moment(0.05, True), folder)
     assert has_ended(int((folder / "pid").read_text()))  # and it was tidied up
+
+
+def test_moments_come_sooner_where_the_undisturbed_run_was_slow():
+    moment = Moment(8.0, True)
+    # after two misses a quarter of the delay
+    assert moment.sooner(0.5**2) == Moment(2.0, True)
+
+
+@pytest.mark.parametrize(
+    ("key", "is_clock"),
+    [
+        ("[3].time/loss_s", True), ("[0].evaluation_s", True), ("arms.obm.device_s_to_target", True),
+        ("arms.obm.per_seed.device_s_to_target[0]", True), ("[1].turns[0].seconds", True),
+        ("[2].speed/tokens_per_s", True), ("commit", True), ("files.trainer_state.json", True),
+        ("arms.obm.tokens_to_target", False), ("[0].loss", False), ("metrics.accuracy", False),
+        ("[0].turns[1].retries", False), ("output.files.model.safetensors", False),
+    ],
+)  # fmt: skip
+def test_clocks_are_known_by_their_names(key, is_clock):
+    assert bool(CLOCKS.search(key)) == is_clock
 
 
 def test_a_command_that_has_ended_is_not_killed(tmp_path):
