@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from compare.paper_table import CELLS, _finish_row, _new_row
+from configs.errors import ConfigError
 from launch.commands import calibrate as calibrate_module
 from launch.commands import eval as eval_module
 from launch.commands import merge as merge_module
@@ -301,7 +302,7 @@ def test_a_study_locks_its_folder_and_says_how_to_go_on(
     study_file, scripted_stages, monkeypatch, tmp_path, capsys
 ):
     def interrupted(*_, **__):
-        with pytest.raises(LaunchError, match="out is in use by process"):
+        with pytest.raises(ConfigError, match="out is in use by process"):
             run_study(load_study(study_file), Options("second"))
         raise KeyboardInterrupt
 
