@@ -19,8 +19,8 @@ CLOCKS = re.compile(
     r"(^|[/._])(seconds|step_time|cost|commit|command|hardware|machine|versions|python|since)$"
     r"|_s(_to_target)?(\[\d+\])*$|_per_s(econd)?$|(^|\.)(time|speed)([/._]|$)|^files\."
 )
-"""Keys whose values are clocks (a name that ends in `_s` is seconds here) or provenance; nested keys
-are joined by dots. `files` of a checkpoint's record are sizes, of files with clocks among others."""
+"""Keys whose values are clocks (a name that ends in `_s` is seconds here) or provenance; nested
+keys are joined by dots. `files` of a checkpoint are sizes, of files that hold clocks, too."""
 NO_RESULT = re.compile(
     r"(^|/)(heartbeat/|logs/|\.)|(^|/)(environment|cost|start_cost)\.json$"
     r"|\.(png|svg|html|log)$|(^|/)checkpoints/.*\.(pt|pth|bin|py)$|/latest$|(^|/)stages/"
