@@ -19,8 +19,8 @@ CLOCKS = re.compile(
     r"(^|[/._])(seconds|step_time|cost|commit|command|hardware|machine|versions|python|since)$"
     r"|_s(_to_target)?(\[\d+\])*$|_per_s(econd)?$|(^|\.)(time|speed)([/._]|$)|^files\."
 )
-"""Keys whose values are clocks (names that end in `_s` are seconds here) or provenance; a nested key
-is joined by dots. `files` of a checkpoint's record are sizes, of files with clocks among others."""
+"""Keys whose values are clocks (names that end in `_s` are seconds) or provenance; a nested key is
+joined by dots. `files` of a checkpoint's record are sizes, of files with clocks among others."""
 NO_RESULT = re.compile(
     r"(^|/)(heartbeat/|logs/|\.)|(^|/)(environment|cost|start_cost)\.json$"
     r"|\.(png|svg|html|log)$|(^|/)checkpoints/.*\.(pt|pth|bin|py)$|/latest$|(^|/)stages/"

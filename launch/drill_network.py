@@ -18,7 +18,8 @@ from launch.drill_tasks import TRAINING
 
 QUERIES = (
     "capital of France", "which river flows through Vienna", "flag with a cedar",
-    "highest mountain", "currency of Japan", "which island lies in the Indian Ocean", "official language of Brazil",
+    "highest mountain", "currency of Japan", "which island lies in the Indian Ocean",
+    "official language of Brazil",
 )  # fmt: skip
 TOP_K = 3
 ASK_S = 1.0

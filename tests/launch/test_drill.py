@@ -147,7 +147,7 @@ def test_moments_come_sooner_where_the_undisturbed_run_was_slow():
 @pytest.mark.parametrize(
     ("key", "is_clock"),
     [
-        ("[3].time/loss_s", True), ("[0].evaluation_s", True), ("arms.obm.device_s_to_target", True),
+        ("[3].time/loss_s", True), ("[0].evaluation_s", True), ("arms.o.device_s_to_target", True),
         ("arms.obm.per_seed.device_s_to_target[0]", True), ("[1].turns[0].seconds", True),
         ("[2].speed/tokens_per_s", True), ("commit", True), ("files.trainer_state.json", True),
         ("arms.obm.tokens_to_target", False), ("[0].loss", False), ("metrics.accuracy", False),
