@@ -131,7 +131,8 @@ def network(drill: Drill) -> tuple[list[Row], str]:
 
 def files(drill: Drill) -> tuple[list[Row], str]:
     """Damaged and hostile inputs."""
-    from launch.drill_files import CASES, drill_files, prepare_files
+    from launch.drill_cases import CASES
+    from launch.drill_files import drill_files, prepare_files
 
     cases = CASES[:QUICK_CASES] if drill.quick else CASES
     prepare_files(drill.base, with_training=not drill.quick)

@@ -14,9 +14,11 @@ import pytest
 from safetensors.numpy import save_file
 
 from launch.drill import main
+from launch.drill_cases import Case
 from launch.drill_compare import CLOCKS, compare_folders
+from launch.drill_damage import Place
 from launch.drill_disk import PAGE, TMPFS, kind_of_disk, make_room, small_disk
-from launch.drill_files import Case, Place, check_case
+from launch.drill_files import check_case
 from launch.drill_network import judge_training
 from launch.drill_process import Ended, Moment, Row, Running, Span, kill_at, run
 from launch.drill_report import render
