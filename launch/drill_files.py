@@ -16,7 +16,7 @@ from pathlib import Path
 
 from launch.drill_cases import CASES, Case
 from launch.drill_damage import Place, train_command
-from launch.drill_process import Ended, Row, Running, listing, obm, run
+from launch.drill_process import Ended, Row, Running, listing, obm, run_sound
 
 CASE_LIMIT_S = 300.0
 """A server that takes a spoiled index would serve for ever."""
@@ -25,24 +25,15 @@ CASE_LIMIT_S = 300.0
 def prepare_files(base: Path, *, with_training: bool = True) -> None:
     """A training and a search index that cases copy; made once."""
     if with_training and not (base / "run").exists():
-        _must(
-            run(
-                train_command(base / "start", base / "run", "grpo.max_steps=1"),
-                base / "logs/run.log",
-            )
-        )
+        command = train_command(base / "start", base / "run", "grpo.max_steps=1")
+        run_sound(command, base / "logs" / "run.log")
     if not (base / "index").exists():
         corpus = base / "corpus.jsonl"
         rows = [{"id": str(n), "title": f"Place {n}", "text": f"Its river is the river {n}."}
                 for n in range(200)]  # fmt: skip
         corpus.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         command = obm("index", "bm25", corpus, "--output", base / "index")
-        _must(run(command, base / "logs" / "index.log"))
-
-
-def _must(ended: Ended) -> None:
-    if ended.code:
-        raise RuntimeError(f"the drill cannot begin: {ended.output[-2000:]}")
+        run_sound(command, base / "logs" / "index.log")
 
 
 def drill_files(base: Path, folder: Path, seed: str, cases: Sequence[Case] = CASES) -> list[Row]:

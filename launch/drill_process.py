@@ -155,6 +155,17 @@ def run(command: Sequence[str], log: Path, **options: Any) -> Ended:
     return Running(command, log, **options).wait()
 
 
+def run_sound(command: Sequence[str], log: Path) -> None:
+    """Runs a command that makes what others are tried on.
+
+    Raises:
+        RuntimeError: it fails, and the drill has nothing to stand on.
+    """
+    ended = run(command, log)
+    if ended.code:
+        raise RuntimeError(f"the drill cannot begin: {ended.output[-2000:]}")
+
+
 @dataclass(frozen=True)
 class Moment:
     """When to kill: seconds after the start, or after the first thing that was written."""

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from launch.drill_process import Ended, Span, obm, run, time_undisturbed
+from launch.drill_process import Span, obm, run_sound, time_undisturbed
 
 CALIBRATION = ("calibration.samples=24", "calibration.batch_size=2")
 TRAINING = (
@@ -103,13 +103,8 @@ def prepare(folder: Path) -> Path:
         (start, obm("merge", f"calibration.output={statistics}", "--output", start)),
     ):
         if not leaf.exists():
-            _must(run(command, folder / "logs" / f"{leaf.name}.log"))
+            run_sound(command, folder / "logs" / f"{leaf.name}.log")
     return start
-
-
-def _must(ended: Ended) -> None:
-    if ended.code:
-        raise RuntimeError(f"the drill cannot begin: {ended.output[-2000:]}")
 
 
 def pipeline(base: Path) -> list[Task]:
