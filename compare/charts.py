@@ -106,16 +106,14 @@ def coordinate(value: float) -> str:
     return f"{value:.1f}".removesuffix(".0")
 
 
-def value_range(values: Iterable[float | None], *, from_zero: bool = True) -> tuple[float, float]:
-    """Lowest and highest value with some room, for an axis; (0, 1) without values."""
+def value_range(values: Iterable[float | None]) -> tuple[float, float]:
+    """Lowest and highest value and zero with some room, for an axis; (0, 1) without values."""
     known = [value for value in values if value is not None and math.isfinite(value)]
     if not known:
         return 0.0, 1.0
-    low, high = min(known), max(known)
-    if from_zero:
-        low, high = min(low, 0.0), max(high, 0.0)
+    low, high = min(0.0, *known), max(0.0, *known)
     if high - low < 1e-9:
-        return low - (0 if from_zero else 0.05), high + 0.05
+        return low, high + 0.05
     return low, high + (high - low) * 0.05
 
 
@@ -128,7 +126,6 @@ def line_chart(
     y_range: tuple[float, float],
     frame: Frame = NARROW,
     target: tuple[float, str] | None = None,
-    css_class: str = "",
 ) -> str:
     """Curves with bands and faint seeds; names at their ends where the frame has room.
 
@@ -140,7 +137,6 @@ def line_chart(
         y_range: lowest and highest value of the y axis.
         frame: size and margins.
         target: a value with its name, drawn as a dotted line.
-        css_class: of the svg element.
     """
     x_values = [x for curve in curves for x in curve.x]
     x_range = (min(x_values, default=0.0), max(x_values, default=1.0))
@@ -162,7 +158,7 @@ def line_chart(
         f'data-plot="{frame.left} {frame.top} {frame.x1} {frame.y1}" '
         f'data-y="{y_range[0]:.6g} {y_range[1]:.6g}"'
     )
-    return svg(parts, frame, title, description, css_class=f"lines {css_class}".strip(), data=data)
+    return svg(parts, frame, title, description, css_class="lines", data=data)
 
 
 def area_chart(

@@ -14,6 +14,10 @@ from compare.palette import N_SHADES
 ROW_HEIGHT = 24
 MARK_SCALE = 1.35
 MAX_CELL = 52
+HEAT_WIDTH = 460
+"""Of a heat map in SVG units, less where there are few columns."""
+DIGITS = 2
+"""Decimals of the numbers at the right of a panel."""
 POINT, REFERENCE_POINT = -7, -4
 """Numbers for rows that are no arm: a disc and a diamond in colours of the page."""
 SMALLEST_RANGE = 0.1
@@ -49,8 +53,6 @@ def dot_chart(
     panels_a_line: int,
     width: int,
     zero: bool = False,
-    digits: int = 2,
-    css_class: str = "",
 ) -> str:
     """Means with whiskers and faint seeds, one row an arm, one panel a measure.
 
@@ -63,14 +65,12 @@ def dot_chart(
         panels_a_line: panels side by side; the rest goes below.
         width: of the chart in SVG units.
         zero: draw the line of no difference, and show numbers with their sign.
-        digits: of the numbers at the right of a panel.
-        css_class: of the svg element.
     """
     n_lines = math.ceil(len(panels) / panels_a_line)
     line_height = HEAD_HEIGHT + ROW_HEIGHT * len(rows) + FOOT_HEIGHT
     frame = Frame(width=width, height=n_lines * line_height, left=LABEL_WIDTH)
     panel_width = (width - LABEL_WIDTH) / panels_a_line
-    value_width = 8 * (digits + (4 if zero else 3))
+    value_width = 8 * (DIGITS + (4 if zero else 3))
     parts = []
     for index, name in enumerate(panels):
         top = index // panels_a_line * line_height
@@ -78,8 +78,8 @@ def dot_chart(
         right = left + panel_width - 16 - value_width
         if index % panels_a_line == 0:
             parts += [_stripes(rows, top, width), _row_labels(rows, top)]
-        parts.append(_panel(rows, index, name, top, left, right, x_range, zero, digits))
-    return svg(parts, frame, title, description, css_class=f"dots {css_class}".strip())
+        parts.append(_panel(rows, index, name, top, left, right, x_range, zero))
+    return svg(parts, frame, title, description, css_class="dots")
 
 
 def range_of(rows: Sequence[Row]) -> tuple[float, float]:
@@ -129,7 +129,6 @@ def _panel(
     right: float,
     x_range: tuple[float, float],
     zero: bool,
-    digits: int,
 ) -> str:
     low, high = x_range
     bottom = top + HEAD_HEIGHT + ROW_HEIGHT * len(rows)
@@ -155,9 +154,7 @@ def _panel(
         if estimate is None or estimate.get("mean") is None:
             continue
         start = row.starts[index] if row.starts else None
-        parts.append(
-            _dot(row, name, estimate, start, x_of, _row_y(top, i), right + 10, zero, digits)
-        )
+        parts.append(_dot(row, name, estimate, start, x_of, _row_y(top, i), right + 10, zero))
     return "".join(parts)
 
 
@@ -170,10 +167,9 @@ def _dot(  # type: ignore[no-untyped-def]
     y: float,
     value_x: float,
     zero: bool,
-    digits: int,
 ) -> str:
     sign = "+" if zero else ""
-    text = signed(estimate["mean"], digits) if zero else f"{estimate['mean']:.{digits}f}"
+    text = signed(estimate["mean"]) if zero else f"{estimate['mean']:.{DIGITS}f}"
     tip = f"{row.label}, {name}: {text}"
     height, parts = coordinate(y), []
     low, high = estimate.get("low"), estimate.get("high")
@@ -185,14 +181,14 @@ def _dot(  # type: ignore[no-untyped-def]
             )
     if start is not None and start.get("mean") is not None:
         first = start["mean"]
-        tip = f"{row.label}, {name}: from {first:.{digits}f} to {text}"
+        tip = f"{row.label}, {name}: from {first:.{DIGITS}f} to {text}"
         parts.append(
             f'<path class="bar a{row.arm}" d="M{coordinate(x_of(first))} {height}'
             f'H{coordinate(x_of(estimate["mean"]))}"/>'
             f"{mark(row.arm, x_of(first), y, css_class='mark hollow', scale=1.2)}"
         )
     if low is not None and high is not None:
-        tip += f" [{low:{sign}.{digits}f}, {high:{sign}.{digits}f}]".replace("-", "−")
+        tip += f" [{low:{sign}.{DIGITS}f}, {high:{sign}.{DIGITS}f}]".replace("-", "−")
         parts.append(
             f'<path class="whisker a{row.arm}" d="M{coordinate(x_of(low))} {height}'
             f'H{coordinate(x_of(high))}"/>'
@@ -204,7 +200,7 @@ def _dot(  # type: ignore[no-untyped-def]
     return f'<g data-arm="{row.arm}" data-tip="{escape(tip)}">{"".join(parts)}</g>'
 
 
-def signed(value: float, digits: int) -> str:
+def signed(value: float, digits: int = DIGITS) -> str:
     """A difference with its sign; what rounds to zero has both."""
     text = format(value, f"+.{digits}f")
     return f"±{text[1:]}" if float(text) == 0 else text.replace("-", "−")
@@ -220,7 +216,6 @@ def heat_map(
     unit: str,
     limits: tuple[float, float],
     form: str = ".2f",
-    width: int = 460,
 ) -> str:
     """A number a row and column as a shade, written into the cell where there is room.
 
@@ -233,10 +228,9 @@ def heat_map(
         unit: what a number is, for the tips.
         limits: values of the lowest and highest shade.
         form: of the numbers in the cells.
-        width: of the chart in SVG units, less where there are few columns.
     """
     label_width, cell_height = 62, 24
-    cell = min(MAX_CELL, (width - label_width - 4) / max(1, len(columns)))
+    cell = min(MAX_CELL, (HEAT_WIDTH - label_width - 4) / max(1, len(columns)))
     width = round(label_width + cell * len(columns) + 4)
     frame = Frame(width=width, height=HEAD_HEIGHT + cell_height * len(rows) + 4)
     every = max(1, math.ceil(26 / cell))

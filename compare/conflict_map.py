@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from compare.drawing import save_figure, start_drawing
+
 PANELS = {
     "cosine": ("cosine of the gradients", "RdBu", (-1.0, 1.0)),
     "sensitivity": ("rise of the keep loss, head off", "viridis", None),
@@ -25,13 +27,9 @@ def draw_map(record: Mapping[str, Any], paths: Sequence[Path]) -> None:
         record: content of conflict.json.
         paths: for example `conflict.svg` and `conflict.png`.
     """
-    import matplotlib
+    from matplotlib.ticker import MaxNLocator
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    # without a salt the identifiers in an SVG are random
-    matplotlib.rcParams.update({"svg.hashsalt": "obm-warmstart", "font.size": 9})
+    plt = start_drawing(9)
     n_layers, n_heads = record["layout"]["n_layers"], record["layout"]["n_heads"]
     figure, panels = plt.subplots(
         1, 3, figsize=(min(13.5, 9 + 0.2 * n_heads), 1.6 + max(1.4, 0.16 * n_layers)),
@@ -46,16 +44,13 @@ def draw_map(record: Mapping[str, Any], paths: Sequence[Path]) -> None:
         axes.set_xlabel("head")
         axes.set_ylabel("layer")
         for places, axis in ((n_heads, axes.xaxis), (n_layers, axes.yaxis)):
-            axis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True, nbins=8))
+            axis.set_major_locator(MaxNLocator(integer=True, nbins=8))
             axis.set_view_interval(-0.5, places - 0.5)
         if n_layers * n_heads <= 64:
             _write_numbers(axes, values, image)
         figure.colorbar(image, ax=axes, fraction=0.05)
     figure.tight_layout()
-    for path in paths:
-        metadata = {"Date": None} if path.suffix == ".svg" else None
-        figure.savefig(path, dpi=150, metadata=metadata, format=path.suffix[1:])
-    plt.close(figure)
+    save_figure(figure, paths)
 
 
 def _write_numbers(axes: Any, values: np.ndarray, image: Any) -> None:

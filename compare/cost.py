@@ -2,7 +2,7 @@
 
 Device seconds of training come from `device_s` of metrics.jsonl. Runs from before it was recorded
 have wall time times processes instead, evaluations taken off. Preparation (calibration and merge)
-comes from start_cost.json (`launch.preparation_cost`), or from the markers of an older study.
+comes from start_cost.json (`train.start_cost`), or from the markers of an older study.
 """
 
 from __future__ import annotations
@@ -100,7 +100,8 @@ def preparation_device_s(run: Run) -> tuple[dict[str, float] | None, str]:
         missing = sorted(part for part, entry in cost.items() if not entry)
         if missing:
             return None, f"{', '.join(missing)}: no cost recorded"
-        return {part: float(entry[clock]) for part, entry in cost.items()}, ""
+        # stages that train count with the training's own clock, the others with both
+        return {p: float(entry.get("device_s", entry.get(clock))) for p, entry in cost.items()}, ""
     if run.start.get("merged") is False:
         return {}, ""
     if run.start.get("merged") is None:

@@ -33,8 +33,8 @@ from train.evaluation import (
     summarize,
     summarize_measured,
 )
+from train.files import write_json, write_text
 from train.pictures import PictureFolder
-from train.run import write_json, write_text
 from train.trajectories import Trajectory, gold_of
 
 __all__ = [
@@ -50,7 +50,9 @@ CHUNKS, PLAN = "episodes", "plan.json"
 class Asks(Protocol):
     """Rolls out episodes; `compare.modes.Asker` is one."""
 
-    def ask(self, questions: Sequence[dict[str, Any]]) -> list[Trajectory]: ...
+    def ask(self, questions: Sequence[dict[str, Any]]) -> list[Trajectory]:
+        """One episode a question, in their order."""
+        ...
 
 
 # ---------------------------------------------------------------- numbers
@@ -172,7 +174,7 @@ def run_evaluation(
 
     Args:
         questions: in a fixed order; may be a stream.
-        make_asker: called when there is something to ask.
+        make_asker: called at the beginning, or by one that goes on when there is something to ask.
         folder: of the evaluation.
         plan: plain data that decides the result; another one in the folder is refused.
         header: first part of eval.json; `arm` and `seed` go into every line.
@@ -191,10 +193,12 @@ def run_evaluation(
     chunks, (number, n_shards) = folder / CHUNKS, shard
     if (folder / "eval.json").exists():
         return _finished(folder, header)
-    chunks.mkdir(parents=True, exist_ok=True)
+    asker: Asks | None = None
+    if not (chunks / PLAN).exists():
+        asker = make_asker()  # a checkpoint that cannot be loaded leaves nothing behind
+        chunks.mkdir(parents=True, exist_ok=True)
     _check_plan(chunks, {**plan, "batch": batch})
     pictures = PictureFolder(folder, picture_size)
-    asker: Asks | None = None
     n_chunks = 0
     for index, chunk in enumerate(_chunked(questions, batch)):
         n_chunks += 1

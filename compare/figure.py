@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from compare.curves import band, smooth
+from compare.drawing import save_figure, start_drawing
 from compare.figure_row import draw_device_time, draw_differences, draw_reward, finish
 from compare.runs import Run
 
@@ -59,14 +60,7 @@ def draw(
         bootstrap: resamples of the bands.
         caption: printed under the panels: seeds, smoothing, band, hardware.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    # Without a salt the identifiers in an SVG are random, and the same data would give another
-    # file.
-    matplotlib.rcParams.update({"svg.hashsalt": "obm-warmstart", "font.size": 9})
+    plt = start_drawing(9)
     has_second_row = any(runs[0].is_trained for runs in arms.values())
     n_rows = 2 if has_second_row else 1
     figure, axes = plt.subplots(n_rows, 3, figsize=(13.5, 4.4 * n_rows), squeeze=False)
@@ -81,10 +75,7 @@ def draw(
         draw_differences(axes[1][2], summary, colours)
     figure.text(0.01, 0.012 / n_rows, caption, fontsize=7, color="#444444", wrap=True, va="bottom")
     figure.tight_layout(rect=(0, 0.07 / n_rows, 1, 1))
-    for path in paths:
-        metadata = {"Date": None} if path.suffix == ".svg" else None
-        figure.savefig(path, dpi=150, metadata=metadata, format=path.suffix[1:])
-    plt.close(figure)
+    save_figure(figure, paths)
 
 
 def _draw_floor(axes: Any, summary: dict[str, Any], colours: dict[str, str]) -> None:

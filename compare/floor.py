@@ -15,6 +15,7 @@ from typing import Any
 
 from compare.curves import Estimate, interval
 from compare.errors import CompareError
+from compare.provenance import how_it_was_made, origin
 from compare.report import interval_name
 from compare.tuning import PARTS
 from configs.sections import Environment
@@ -111,14 +112,11 @@ def write_floor(
     Returns:
         The content of the json file.
     """
-    from compare.provenance import code_commit, hardware
-    from train.run import write_json, write_text
+    from train.files import write_json, write_text
 
     asked = {key: value for key, value in asdict(environment).items() if key != "data_seed"}
     record = {
-        "command": command,
-        "commit": code_commit(),
-        "hardware": hardware(),
+        **origin(command),
         "environment": asked,
         **summary,
     }
@@ -218,16 +216,11 @@ def _markdown(record: Mapping[str, Any], title: str, name: str) -> str:
         "",
         *table(["start", "recipe"], recipes, align="---"),
         "",
-        "## How it was made",
-        "",
-        "```",
-        record["command"],
-        "```",
-        "",
-        f"* commit: {record['commit']}",
-        f"* hardware: {record['hardware']}",
-        f"* seeds: {', '.join(map(str, seeds))}; interval: {interval_name(len(seeds))}",
-        f"* every evaluation: [{name}.csv]({name}.csv); numbers: [{name}.json]({name}.json)",
+        *how_it_was_made(
+            record,
+            f"seeds: {', '.join(map(str, seeds))}; interval: {interval_name(len(seeds))}",
+            f"every evaluation: [{name}.csv]({name}.csv); numbers: [{name}.json]({name}.json)",
+        ),
         "",
     ])  # fmt: skip
 

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from compare.drawing import save_figure, start_drawing
+
 MAX_PAIRS = 3
 """Pairs of models that get maps; the tables have all."""
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#7F7F7F"
@@ -22,14 +24,9 @@ def draw_geometry(record: Mapping[str, Any], paths: Sequence[Path], caption: str
         paths: for example `geometry.png` and `geometry.svg`.
         caption: printed under the panels.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    matplotlib.rcParams.update({"svg.hashsalt": "obm-warmstart", "font.size": 8})
+    plt = start_drawing(8)
     names = list(record["models"])
-    maps = _maps(record, names)
+    maps = _maps(names)
     columns = min(4, len(maps) + 1)
     rows = -(-(len(maps) + 1) // columns)
     layers = _layers(record)
@@ -45,13 +42,10 @@ def draw_geometry(record: Mapping[str, Any], paths: Sequence[Path], caption: str
         panel.axis("off")
     figure.text(0.01, 0.01, caption, fontsize=6, color="#444444", va="bottom")
     figure.tight_layout(rect=(0, 0.3 / (height * rows), 1, 1))
-    for path in paths:
-        metadata = {"Date": None} if path.suffix == ".svg" else None
-        figure.savefig(path, dpi=150, metadata=metadata, format=path.suffix[1:])
-    plt.close(figure)
+    save_figure(figure, paths)
 
 
-def _maps(record: Mapping[str, Any], names: Sequence[str]) -> list[tuple[Any, ...]]:
+def _maps(names: Sequence[str]) -> list[tuple[Any, ...]]:
     """(title, key, model or pair, limits of the colours, colour map) of each heat map."""
     maps: list[tuple[Any, ...]] = []
     for name in names:

@@ -10,8 +10,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from compare import page
-from compare.charts_rows import POINT, REFERENCE_POINT, Row, dot_chart, range_of
+from compare.charts_rows import POINT, REFERENCE_POINT, Row, dot_chart
 from compare.page import Arms, Cell, Detail, Section, TableRow, estimate_cell, paragraph
+from compare.page_parts import dots_both, numbers_of
 
 Estimate = Mapping[str, Any]
 
@@ -25,7 +26,7 @@ STAGES = {"before": "before training", "after": "after training", "gain": "gaine
 
 
 def floor_sections(
-    record: Mapping[str, Any], arms: Arms, detail: Detail, prefix: str = "", title: str = ""
+    record: Mapping[str, Any], arms: Arms, detail: Detail, prefix: str = ""
 ) -> list[Section]:
     """The floor table, its picture, and the differences to the reference.
 
@@ -34,16 +35,15 @@ def floor_sections(
         arms: of the page.
         detail: how much data goes in.
         prefix: of section and figure names.
-        title: of the first section.
     """
     found = record["arms"]
     names = sorted(found, key=lambda arm: -_mean(found[arm]["parts"].get("accuracy")))
     columns = [c for c in HEADS if any(c in found[arm]["parts"] for arm in names)]
     shown = [c for c in SHOWN if c in columns]
     rows = [_dots(arm, [found[arm]["parts"].get(c) for c in shown], arms, detail) for arm in names]
-    chart = _both(rows, [HEADS[c] for c in shown], "Starts before any training")
+    chart = dots_both(rows, [HEADS[c] for c in shown], "Starts before any training")
     values = [
-        [arm, column, *_numbers(found[arm]["parts"].get(column)), _recipe(found[arm])]
+        [arm, column, *numbers_of(found[arm]["parts"].get(column)), _recipe(found[arm])]
         for arm in names
         for column in columns
     ]
@@ -62,7 +62,7 @@ def floor_sections(
     )
     sections = [
         Section(
-            f"{prefix}starts", title or "Every start before any training",
+            f"{prefix}starts", "Every start before any training",
             paragraph(note)
             + page.figure(f"{prefix}starts", "Starts in four parts", chart,
                           ["arm", "part", "mean", "low", "high", "recipe"], values,
@@ -97,9 +97,9 @@ def difference_section(
     columns = [c for c in SHOWN if all(c in parts for parts in found.values())]
     names = sorted(found, key=lambda arm: -_mean(found[arm].get("accuracy")))
     rows = [_dots(arm, [found[arm][c] for c in columns], arms, detail) for arm in names]
-    chart = _both(rows, [HEADS[c] for c in columns], f"{reference} minus every other start",
+    chart = dots_both(rows, [HEADS[c] for c in columns], f"{reference} minus every other start",
                   zero=True)  # fmt: skip
-    values = [[arm, c, *_numbers(found[arm][c])] for arm in names for c in columns]
+    values = [[arm, c, *numbers_of(found[arm][c])] for arm in names for c in columns]
     table = [
         TableRow(arms.label(arm), [_cell(found[arm][c], signed=True) for c in columns],
                  arms.number(arm))
@@ -147,7 +147,7 @@ def ablation_sections(
             rows.append(_dots_plain(REFERENCE_POINT if is_reference else POINT, label,
                                     [point["parts"].get(c) for c in columns], detail))  # fmt: skip
             values += [
-                [axis["name"], str(point["value"]), c, *_numbers(point["parts"].get(c))]
+                [axis["name"], str(point["value"]), c, *numbers_of(point["parts"].get(c))]
                 for c in columns
             ]
             difference = (record.get("differences") or {}).get(point["arm"]) or {}
@@ -205,7 +205,7 @@ def transfer_sections(
         for world in worlds:
             for stage, name in STAGES.items():
                 for column, estimate in by_world[world].get(stage, {}).items():
-                    values.append([arm, world, stage, column, *_numbers(estimate)])
+                    values.append([arm, world, stage, column, *numbers_of(estimate)])
                 if stage in by_world[world]:
                     table.append(TableRow(
                         arms.label(arm),
@@ -223,28 +223,13 @@ def transfer_sections(
             f"{prefix}transfer", "Transfer to other worlds",
             paragraph(f"{record.get('training', 'Trained')} in {worlds[0]}, measured in all.")
             + page.figure(f"{prefix}transfer", "Accuracy in every world",
-                          _both(rows, worlds, "Accuracy in every world"),
+                          dots_both(rows, worlds, "Accuracy in every world"),
                           ["arm", "world", "stage", "part", "mean", "low", "high"], values,
                           note=note)
             + page.table("Every start in every world",
                          ["start", "world", "stage", *(HEADS[c] for c in SHOWN)], table),
         )
     ]  # fmt: skip
-
-
-def _both(
-    rows: Sequence[Row],
-    panels: Sequence[str],
-    title: str,
-    zero: bool = False,
-) -> str:
-    x_range = range_of(rows)
-    wide, narrow = (
-        dot_chart(rows, panels, title=title, description="Means with 95 % intervals",
-                  x_range=x_range, panels_a_line=n, width=width, zero=zero)
-        for n, width in ((page.panels_a_line(len(panels)), 1000), (1, 460))
-    )  # fmt: skip
-    return page.both_widths(wide, narrow)
 
 
 def _dots(arm: str, estimates: Sequence[Estimate | None], arms: Arms, detail: Detail) -> Row:
@@ -270,10 +255,6 @@ def _cell(estimate: Estimate | None, *, signed: bool = False) -> Cell:
     return estimate_cell(
         estimate["mean"], (estimate.get("low"), estimate.get("high")), signed=signed
     )
-
-
-def _numbers(estimate: Estimate | None) -> list[Any]:
-    return [None] * 3 if estimate is None else [estimate.get(k) for k in ("mean", "low", "high")]
 
 
 def _mean(estimate: Estimate | None) -> float:

@@ -21,6 +21,8 @@ COMPARED = {
     "auc": "auc",
     "final": "final",
     "at_equal_budget": "at_equal_budget",
+    "recognition.after": "recognition.after",
+    "recognition.change": "recognition.change",
 }
 """Name of a difference -> name of an arm's number."""
 

@@ -34,8 +34,6 @@ LINE_CONTRAST = {"light": MIN_GRAPHIC, "dark": 4.5}
 OWN_SHADES = {"light": {"#D55E00": "#b34700"}, "dark": {}}
 """Vermilion is darkened further than it must: orange at a contrast of 3 has the same lightness, and
 without red and green the two would be one colour."""
-MIN_TEXT = 4.5
-"""WCAG 2.2, 1.4.3: contrast of text."""
 
 
 def luminance(colour: str) -> float:
@@ -57,18 +55,18 @@ def mix(one: str, other: str, share: float) -> str:
     return "#" + "".join(f"{round(a + (b - a) * share):02x}" for a, b in pairs)
 
 
-def readable(colour: str, theme: str, ratio: float | None = None) -> str:
-    """The colour, moved towards the theme's ink until it stands out from page and surface.
+def readable(colour: str, theme: str) -> str:
+    """The colour, moved towards the theme's ink until thin lines in it stand out from page and
+    surface.
 
     Args:
         colour: as in the picture; black is the ink of either theme.
         theme: light or dark.
-        ratio: contrast to reach; without one what the theme asks of thin lines.
     """
     roles = THEMES[theme]
     if luminance(colour) == 0:
         return roles["ink"]
-    ratio = ratio or LINE_CONTRAST[theme]
+    ratio = LINE_CONTRAST[theme]
     colour = OWN_SHADES[theme].get(colour, colour)
     end = "#000000" if theme == "light" else "#ffffff"
     for step in range(101):

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from compare.curves import interval
-from compare.provenance import code_commit, hardware
-from train.run import write_json, write_text
+from compare.provenance import how_it_was_made, origin
+from train.files import write_json, write_text
 
 GROUPS = (
     ("baseline", "Plain VLM"),
@@ -59,9 +59,7 @@ def write_table(
         row["benchmarks"].setdefault(result["benchmark"], []).append(result)
     table = {
         "title": title,
-        "command": command,
-        "commit": code_commit(),
-        "hardware": hardware(),
+        **origin(command),
         "training": training,
         "benchmarks": benchmarks,
         "rows": [_finish_row(row) for row in rows.values()],
@@ -213,15 +211,10 @@ def _page(table: dict[str, Any], name: str) -> list[str]:
         "",
         *_readings(table),
         "",
-        "## How it was made",
-        "",
-        "```",
-        table["command"],
-        "```",
-        "",
-        f"* commit: {table['commit']}",
-        f"* hardware: {table['hardware']}",
-        f"* RL: {table['training']}",
-        "* one merge and one evaluation a row before training",
-        f"* official metrics, strict twins, every seed: [{name}.json]({name}.json)",
+        *how_it_was_made(
+            table,
+            f"RL: {table['training']}",
+            "one merge and one evaluation a row before training",
+            f"official metrics, strict twins, every seed: [{name}.json]({name}.json)",
+        ),
     ]

@@ -41,7 +41,7 @@ class Phase:
     parts: dict[str, float]
 
 
-def reward_phases(runs: Sequence[Run], n_phases: int = N_PHASES) -> list[Phase]:
+def reward_phases(runs: Sequence[Run]) -> list[Phase]:
     """Means over the runs' training steps, by thirds of the training.
 
     Returns:
@@ -52,12 +52,12 @@ def reward_phases(runs: Sequence[Run], n_phases: int = N_PHASES) -> list[Phase]:
         if (parts := contributions(line, run.config)) is not None
     ]  # fmt: skip
     steps = sorted({step for step, _ in lines})
-    if len(steps) < n_phases:
+    if len(steps) < N_PHASES:
         return []
     phases = []
-    for number in range(n_phases):
-        first = number * len(steps) // n_phases
-        members = steps[first : (number + 1) * len(steps) // n_phases]
+    for number in range(N_PHASES):
+        first = number * len(steps) // N_PHASES
+        members = steps[first : (number + 1) * len(steps) // N_PHASES]
         rows = [parts for step, parts in lines if members[0] <= step <= members[-1]]
         means = {
             name: sum(row.get(name, 0.0) for row in rows) / len(rows)

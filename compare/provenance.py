@@ -5,9 +5,36 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from train.run import processor_name
+from train.machine import processor_name
+
+
+def origin(command: str) -> dict[str, str]:
+    """How a record begins: the `command` that made it, `commit` of the code, `hardware`."""
+    return {"command": command, "commit": code_commit(), "hardware": hardware()}
+
+
+def how_it_was_made(record: Mapping[str, Any], *items: str) -> list[str]:
+    """The last part of a report in Markdown, line by line.
+
+    Args:
+        record: begins as `origin` says.
+        items: what else is to be said, each in a line of its own.
+    """
+    return [
+        "## How it was made",
+        "",
+        "```",
+        record["command"],
+        "```",
+        "",
+        f"* commit: {record['commit']}",
+        f"* hardware: {record['hardware']}",
+        *(f"* {item}" for item in items),
+    ]
 
 
 def code_commit() -> str:

@@ -12,7 +12,7 @@ import csv
 import io
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from compare.behaviour import add_behaviour
 from compare.comparable import check_comparable
 from compare.errors import CompareError
 from compare.intervals import BOOTSTRAP_MIN_SEEDS
+from compare.measures import Numbers
 from compare.parts import parts_section, parts_summary
 from compare.provenance import code_commit, hardware
 from compare.runs import SINCE_START, Run, cut_to_common_steps, group_runs
@@ -40,6 +41,8 @@ def write_report(
     smoothing: int = 3,
     bootstrap: int = 2000,
     reference: str | None = None,
+    budget_arm: str | None = None,
+    recognition: Mapping[str, Numbers] | None = None,
     allow: Sequence[str] = (),
     partial: bool = False,
     overwrite: bool = False,
@@ -57,6 +60,8 @@ def write_report(
         smoothing: see `summarise`.
         bootstrap: see `summarise`.
         reference: see `summarise`.
+        budget_arm: see `summarise`.
+        recognition: see `summarise`.
         allow: settings that may differ; see `compare.comparable.check_comparable`.
         partial: cut the runs to the evaluations they share.
         overwrite: replace a report of that name.
@@ -84,8 +89,9 @@ def write_report(
         )
     shown = [read_record(file) for file in beside]
     arms = group_runs(runs)
-    if reference is not None and reference not in arms:
-        raise CompareError(f"--reference {reference}: no such arm; there are {', '.join(arms)}")
+    for option, arm in (("--reference", reference), ("--budget-arm", budget_arm)):
+        if arm is not None and arm not in arms:
+            raise CompareError(f"{option} {arm}: no such arm; there are {', '.join(arms)}")
     kept = [run for members in arms.values() for run in members]
     if partial:
         cut_to_common_steps(kept)
@@ -94,8 +100,9 @@ def write_report(
         add_behaviour(run)
 
     summary = summarise(
-        arms, target_arm=target_arm, smoothing=smoothing, bootstrap=bootstrap, reference=reference
-    )
+        arms, target_arm=target_arm, smoothing=smoothing, bootstrap=bootstrap,
+        reference=reference, budget_arm=budget_arm, recognition=recognition,
+    )  # fmt: skip
     for arm, members in arms.items():
         summary["arms"][arm]["reward_parts"] = parts_summary(members)
     summary |= _provenance(arms, command=command, smoothing=smoothing)
@@ -243,6 +250,7 @@ def _markdown(summary: dict[str, Any], title: str, name: str, caption: str) -> s
         f"Steps: to reach the ceiling of {target_words}; 0 for a start whose floor lies above it. "
         "Square brackets: the 95 % interval over seeds.",
         "",
+        *_each_against_the_reference(summary),
         *sections(summary),
         *parts_section(summary["arms"]),
         "## How it was made",
@@ -281,3 +289,13 @@ def _verdict_lines(summary: dict[str, Any]) -> list[str]:
     if verdict is None:
         return []
     return [f"**{verdict.headline}**", "", *(f"* {text}" for text in verdict.sentences), ""]
+
+
+def _each_against_the_reference(summary: dict[str, Any]) -> list[str]:
+    from compare.verdict import each_against, reference_of
+
+    verdicts = each_against(summary, str)
+    if not verdicts:
+        return []
+    head = f"## Each against {reference_of(summary)}"
+    return [head, "", *(f"* **{arm}** {text}" for arm, text in verdicts.items()), ""]

@@ -18,8 +18,9 @@ from typing import Any
 from compare.errors import CompareError
 from compare.merges import merge_sections
 from compare.page import DETAILS, MAX_BYTES, Arms, Detail, Page, Section, facts, render, write_page
-from compare.page_comparison import Comparison, comparison_sections
+from compare.page_comparison import comparison_sections
 from compare.page_data import curves_of
+from compare.page_parts import Comparison
 from compare.page_studies import ablation_sections, floor_sections, transfer_sections
 from compare.verdict import Verdict, comparison_verdict, floor_verdict, reference_of
 

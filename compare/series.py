@@ -84,11 +84,11 @@ def _reward_curve(runs: list[Run], costs: list[Cost], bootstrap: int) -> dict[st
     }
 
 
-def thin(n: int, limit: int = MAX_POINTS) -> list[int]:
-    """Indices of at most `limit` of n points, evenly spread, the first and the last among them."""
-    if n <= limit:
+def thin(n: int) -> list[int]:
+    """Indices of at most MAX_POINTS of n points, evenly spread, with the first and the last."""
+    if n <= MAX_POINTS:
         return list(range(n))
-    return sorted({round(i * (n - 1) / (limit - 1)) for i in range(limit)})
+    return sorted({round(i * (n - 1) / (MAX_POINTS - 1)) for i in range(MAX_POINTS)})
 
 
 def _column(

@@ -2,8 +2,10 @@
 
     summary["target"]     {"arm", "value"}: the ceiling that the others must reach
     summary["reference"]  the arm that the tables hold others against
-    summary["equal_budget"]  {"device_s", "arm"}: the smallest mean total of device seconds that a
-                          trained arm spent, and that arm; None where no arm recorded its cost
+    summary["equal_budget"]  {"device_s", "arm", "cheaper"}: the mean total of device seconds that
+                          an arm spent (the one asked for, else the cheapest trained one), and that
+                          arm; None where it recorded no cost. `cheaper` {arm: mean total} are
+                          those that ended before they had spent as much
     summary["smoothing"], ["bootstrap"], ["interval"], ["command"], ["commit"], ["run_commits"],
     ["hardware"], ["evaluation"], ["versions"] ({package: [versions of the runs]})
     summary["comparable"] {"allowed": [settings that --allow let differ],
@@ -15,13 +17,15 @@
     summary["pairs"]      [{"arm", "other", "metric", "mean", "low", "high", "probability",
                           "n_pairs", "paired", "p_value", "bootstrap": [low, high] | None,
                           "per_seed"}]: arm minus other for every ordered pair of trained arms and
-                          floor (of untrained ones, too), ceiling, auc, final, at_equal_budget
+                          floor (of untrained ones, too), ceiling, auc, final, at_equal_budget,
+                          recognition.after, recognition.change
 
 An arm has (means over seeds; None where a seed has no number):
 
     floor {part: ...}, ceiling, auc, final, search_rate_text, search_rate_image,
     steps_to_target, tokens_to_target, device_s_to_target (preparation included),
     preparation_device_s {part: s} (None: not recorded), training_device_s, at_equal_budget,
+    recognition {"before", "after", "change"} (where it was measured),
     by_group {group: {"floor", "ceiling", "n"}},
     stability {"collapses", "final_minus_best", "largest_drop", "ceiling_sd", "curve_sd",
                "zero_signal", "not_a_number"},
@@ -45,7 +49,7 @@ Those that a run lacks are left out. Numbers are means over seeds; docs/metrics.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -63,6 +67,7 @@ OPEN_ENDED = (
     "stability.collapses",
 )  # fmt: skip
 """Numbers that are no shares: their intervals are cut at 0 only."""
+WHEN = ("before", "after", "change")
 
 
 def summarise(
@@ -72,6 +77,8 @@ def summarise(
     smoothing: int = 3,
     bootstrap: int = 2000,
     reference: str | None = None,
+    budget_arm: str | None = None,
+    recognition: Mapping[str, Numbers] | None = None,
 ) -> dict[str, Any]:
     """Everything about every arm, with intervals over its seeds, and all pairs of arms.
 
@@ -81,6 +88,9 @@ def summarise(
         smoothing: window in evaluations.
         bootstrap: resamples of the intervals and probabilities.
         reference: the arm that the tables hold others against; where None `obm`, else the first.
+        budget_arm: trained arm whose mean total is the equal budget; None: the cheapest.
+        recognition: arm -> `before` and `after` training, a share of seen places named right
+            without tools for each of the arm's runs, in their order.
 
     Returns:
         See the top of this file: `target`, `reference`, `equal_budget`, `cost`, `arms`, `pairs` and
@@ -92,11 +102,14 @@ def summarise(
         ceilings = [at_ceiling(run, "accuracy", smoothing) for run in target_runs]
         target = sum(ceilings) / len(ceilings)
     costs = {arm: [cost_of(run) for run in runs] for arm, runs in arms.items()}
-    budget = _equal_budget({arm: costs[arm] for arm, runs in arms.items() if runs[0].is_trained})
+    trained = {arm: costs[arm] for arm, runs in arms.items() if runs[0].is_trained}
+    budget = _equal_budget(trained, budget_arm)
     budget_s = budget["device_s"] if budget else None
     per_seed = {
         arm: numbers_of(runs, costs[arm], target, budget_s, smoothing) for arm, runs in arms.items()
     }
+    for arm, measured in (recognition or {}).items():
+        per_seed[arm] |= _recognition(measured)
     return {
         "target": {"arm": target_arm, "value": target},
         "reference": reference or ("obm" if "obm" in arms else next(iter(arms))),
@@ -129,6 +142,8 @@ def _summarise_arm(
             "ceiling", "auc", "final", "steps_to_target", "tokens_to_target", "device_s_to_target",
             "training_device_s", "at_equal_budget",
         )},
+        **({"recognition": {when: means[f"recognition.{when}"] for when in WHEN}}
+           if "recognition.change" in means else {}),
         "preparation_device_s": _mean_parts(costs) if is_trained else None,
         "search_rate_text": means.get(f"{rate_prefix}search_rate_text"),
         "search_rate_image": means.get(f"{rate_prefix}search_rate_image"),
@@ -175,17 +190,30 @@ def _group_size(runs: list[Run], group: str) -> float | None:
     return sum(known) / len(known) if known else None
 
 
-def _equal_budget(costs: dict[str, list[Cost]]) -> dict[str, Any] | None:
-    """The smallest mean total of an arm: a budget that every arm has spent, on average."""
+def _recognition(measured: Numbers) -> Numbers:
+    """Before and after training, and the change of each run."""
+    before, after = measured["before"], measured["after"]
+    changes: list[float | None] = [
+        None if one is None or two is None else two - one
+        for one, two in zip(before, after, strict=True)
+    ]
+    values = (before, after, changes)
+    return {f"recognition.{when}": value for when, value in zip(WHEN, values, strict=True)}
+
+
+def _equal_budget(costs: dict[str, list[Cost]], arm: str | None) -> dict[str, Any] | None:
+    """The mean total of an arm; without one the smallest, which every arm has spent on average."""
     totals = {
         arm: sum(cost.total_s[-1] for cost in members if cost.total_s) / len(members)
         for arm, members in costs.items()
         if all(cost.total_s for cost in members)
     }
-    if not totals:
+    if not totals or (arm is not None and arm not in totals):
         return None
-    arm = min(totals, key=lambda name: totals[name])
-    return {"device_s": totals[arm], "arm": arm}
+    arm = arm or min(totals, key=lambda name: totals[name])
+    budget = totals[arm]
+    cheaper = {name: total for name, total in totals.items() if total < budget}
+    return {"device_s": budget, "arm": arm, "cheaper": cheaper}
 
 
 def _mean_parts(costs: Sequence[Cost]) -> dict[str, float] | None:
@@ -223,4 +251,6 @@ def _estimate(key: str, values: list[float | None], bootstrap: int) -> Estimate 
         bounds = (0.0, math.inf)
     elif key == "stability.final_minus_best":
         bounds = (-1.0, 0.0)
+    elif key == "recognition.change":
+        bounds = (-1.0, 1.0)
     return interval(numbers, bootstrap=bootstrap, bounds=bounds)

@@ -14,9 +14,15 @@ from train.evaluation import BEHAVIOURS
 Rows = list[list[str]]
 Summary = Mapping[str, Any]
 
-SHOWN_DIFFERENCES = ("floor", "ceiling", "auc", "final", "at_equal_budget")
+SHOWN_DIFFERENCES = (
+    "floor", "ceiling", "auc", "final", "at_equal_budget", "recognition.after",
+    "recognition.change",
+)  # fmt: skip
 """Columns of the differences; the json has more."""
-HEADS = {"auc": "area", "at_equal_budget": "at equal budget"}
+HEADS = {
+    "auc": "area", "at_equal_budget": "at equal budget",
+    "recognition.after": "recognition after", "recognition.change": "change of recognition",
+}  # fmt: skip
 STOPS = ("answer", "invalid", "turn_limit", "budget", "length")
 
 
@@ -54,7 +60,7 @@ def overview_rows(summary: Summary) -> Rows:
 
 def sections(summary: Summary) -> list[str]:
     """All sections, as lines of Markdown."""
-    makers = (_differences, _costs, _stability, _behaviour, _groups)
+    makers = (_differences, _recognition, _costs, _stability, _behaviour, _groups)
     return [line for make in makers for line in make(summary)]
 
 
@@ -101,6 +107,27 @@ def _difference_cell(pair: Mapping[str, Any] | None) -> str:
     return f"{text} {pair['probability']:.2f}, p {pair['p_value']:.2g}"
 
 
+def _recognition(summary: Summary) -> Iterator[str]:
+    measured = {arm: one for arm, one in summary["arms"].items() if "recognition" in one}
+    if not measured:
+        return
+    whens = ("before", "after", "change")
+    rows = [["arm", "before training", "after", "change"]]
+    for arm, result in measured.items():
+        limits = result["intervals"]
+        rows.append([
+            arm,
+            *(cell(result["recognition"][when], limits.get(f"recognition.{when}"))
+              for when in whens),
+        ])  # fmt: skip
+    yield from ["## Perception kept", "", *markdown_table(rows), ""]
+    yield (
+        "Recognition: share of photos of seen places whose name stands in the reply to the VLM's "
+        "own question, without tools; other photos for every seed, the same before and after."
+    )
+    yield ""
+
+
 def _costs(summary: Summary) -> Iterator[str]:
     trained = {arm: one for arm, one in summary["arms"].items() if one["is_trained"]}
     if not trained:
@@ -134,6 +161,8 @@ def _costs(summary: Summary) -> Iterator[str]:
         "recipe is not counted. The last column compares the arms where each has spent as much as "
         f"{'`' + budget['arm'] + '` in all' if budget else 'the cheapest'}."
     )
+    for arm, spent in (budget or {}).get("cheaper", {}).items():
+        yield f"* {arm}: ended at {hours(spent)}, before the budget was spent; its last value holds"
     for note in summary["cost"]["notes"]:
         yield f"* {note}"
     yield ""

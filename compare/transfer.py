@@ -14,6 +14,7 @@ from typing import Any
 
 from compare.errors import CompareError
 from compare.floor import cell, estimate_of, signed_cell, table
+from compare.provenance import how_it_was_made, origin
 from compare.report import interval_name
 from compare.tuning import PARTS
 
@@ -128,13 +129,10 @@ def write_transfer(
     Returns:
         The content of the json file: the summary with `worlds` as given, and how it was made.
     """
-    from compare.provenance import code_commit, hardware
-    from train.run import write_json, write_text
+    from train.files import write_json, write_text
 
     record = {
-        "command": command,
-        "commit": code_commit(),
-        "hardware": hardware(),
+        **origin(command),
         "training": training,
         **summary,
         "worlds": {world: dict(worlds[world]) for world in summary["worlds"]},
@@ -210,16 +208,11 @@ def _markdown(record: Mapping[str, Any], title: str, name: str) -> str:
         "checkpoints before training are the same in all seeds. Nothing is corrected for the "
         "number of intervals, of which about one in twenty leaves out 0 by chance.",
         "",
-        "## How it was made",
-        "",
-        "```",
-        record["command"],
-        "```",
-        "",
-        f"* commit: {record['commit']}",
-        f"* hardware: {record['hardware']}",
-        f"* seeds: {', '.join(map(str, seeds))}; interval: {interval_name(len(seeds))}",
-        f"* every evaluation: [{name}.csv]({name}.csv); numbers: [{name}.json]({name}.json)",
+        *how_it_was_made(
+            record,
+            f"seeds: {', '.join(map(str, seeds))}; interval: {interval_name(len(seeds))}",
+            f"every evaluation: [{name}.csv]({name}.csv); numbers: [{name}.json]({name}.json)",
+        ),
         "",
     ])  # fmt: skip
 

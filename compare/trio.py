@@ -38,6 +38,7 @@ def exact_share(
         model: language model or VLM.
         processor: its tokenizer or processor.
         examples: with the tokens that count in `labels`.
+        batch_size: examples a forward.
     """
     collate, right = SFTCollator(processor), 0
     model.eval()
@@ -86,16 +87,13 @@ def measure_trio(folders: dict[str, str], n: int = 200, seed: int = 11) -> list[
     return rows
 
 
-def measure_vlm(
-    folder: str, n: int = 200, seed: int = 11, name: str = "vlm"
-) -> list[dict[str, Any]]:
+def measure_vlm(folder: str, n: int = 200, seed: int = 11) -> list[dict[str, Any]]:
     """Recognition, reading beside a picture, closed-book answers and search rate of a VLM.
 
     Args:
         folder: checkpoint folder.
         n: cases a measurement, at most; recognition takes every place.
         seed: of questions, photos and samples.
-        name: of the checkpoint in the rows.
 
     Returns:
         Rows as in measure_trio.
@@ -103,7 +101,7 @@ def measure_vlm(
     rows: list[dict[str, Any]] = []
 
     def add(skill: str, share: float, cases: float) -> None:
-        rows.append(_row(name, skill, share, cases))
+        rows.append(_row("vlm", skill, share, cases))
 
     model, processor = load_policy(folder)
     direct = _engine(model, processor, seed, is_direct=True)

@@ -91,6 +91,61 @@ def comparison_verdict(
     return Verdict(tone, headline, sentences, _tiles(summary, reference, others, label))
 
 
+MEASURES = {
+    "floor": "before training",
+    "ceiling": "ceiling",
+    "at_equal_budget": "at an equal budget",
+    "recognition.after": "recognition after training",
+    "recognition.change": "recognition lost or won by training",
+}
+"""Differences that an arm's own verdict names -> in words."""
+
+
+def each_against(summary: Mapping[str, Any], label: Label) -> dict[str, str]:
+    """A sentence on every trained arm: what is better or worse than the reference, and by how much.
+
+    Args:
+        summary: of a comparison.
+        label: how an arm is written.
+
+    Returns:
+        Arm as it is written -> sentence; arms without a pair are left out.
+    """
+    reference = reference_of(summary)
+    pairs = {
+        (pair["arm"], pair["metric"]): pair
+        for pair in summary.get("pairs") or ()
+        if pair["other"] == reference
+    }
+    found = {}
+    for arm, result in summary["arms"].items():
+        own = {name: pairs[arm, name] for name in MEASURES if (arm, name) in pairs}
+        if own and result.get("is_trained", True):
+            found[label(arm)] = _against(own)
+    return found
+
+
+def _against(own: Mapping[str, Mapping[str, Any]]) -> str:
+    """For example `is better: ceiling +0.03 [0.01, 0.05]; not separated: before training -0.01`."""
+    groups: dict[str, list[str]] = {ABOVE: [], BELOW: [], OPEN: [], UNKNOWN: []}
+    for name, pair in own.items():
+        low, high = pair["low"], pair["high"]
+        limits = "" if low is None else f" [{_signed(low)}, {_signed(high)}]"
+        groups[_side(pair)].append(f"{MEASURES[name]} {_signed(pair['mean'])}{limits}")
+    words = {
+        ABOVE: "better",
+        BELOW: "worse",
+        OPEN: "not separated",
+        UNKNOWN: "measured once, no interval",
+    }
+    return "; ".join(f"{words[s]}: {', '.join(texts)}" for s, texts in groups.items() if texts)
+
+
+def _signed(value: float) -> str:
+    """With its sign; nothing that rounds to zero is below it."""
+    return f"{value if abs(value) >= 0.005 else 0.0:+.2f}"
+
+
 def floor_verdict(record: Mapping[str, Any], label: Label) -> Verdict | None:
     """The verdict on starts that were measured before any training.
 

@@ -22,7 +22,7 @@ from environments.atlas.entities import load_entities
 from environments.episode import Episode, SearchEnvironment
 from environments.tools import Hit
 from rewards.answer import exact_match
-from train.run import write_json, write_text
+from train.files import write_json, write_text
 
 _SIDE = re.compile(r"on the (left|right)\?")
 _DATED = re.compile(r"As of (\d{4}): ")

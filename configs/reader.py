@@ -24,6 +24,8 @@ _CORE = (
         "-+.0123456789",
     ),
 )
+MAX_VALUES = 100_000
+"""of a settings file, aliases written out"""
 _REPLACED = {tag for tag, _, _ in _CORE} | {"tag:yaml.org,2002:timestamp"}
 
 
@@ -85,13 +87,50 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 def parse_yaml(text: str, name: str) -> Any:
     """Parses YAML text; `name` stands in the message of a ConfigError."""
+    loader = _Loader(text)
     try:
-        return yaml.load(text, _Loader)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _count_values(node, name, {})
+        return loader.construct_document(node)
+    except RecursionError as error:
+        raise ConfigError(f"{name}: is nested too deep; correct the YAML there") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f" (line {mark.line + 1})" if mark else ""
         problem = getattr(error, "problem", None) or "not valid YAML"
         raise ConfigError(f"{name}: {problem}{place}; correct the YAML there") from error
+    finally:
+        loader.dispose()
+
+
+def _count_values(node: yaml.Node, name: str, counts: dict[int, int]) -> int:
+    """How many values a node has once its aliases are written out.
+
+    A few lines of aliases of aliases stand for billions, which no one has written by hand.
+
+    Raises:
+        ConfigError: more than `MAX_VALUES`, or a value that holds itself.
+    """
+    if isinstance(node, yaml.ScalarNode):
+        return 1
+    known = counts.get(id(node))
+    if known == 0:
+        raise ConfigError(f"{name}: an alias stands within its own anchor; write the value out")
+    if known is not None:
+        return known
+    counts[id(node)] = 0
+    inner = node.value
+    if isinstance(node, yaml.MappingNode):
+        inner = [part for pair in node.value for part in pair]
+    total = 1 + sum(_count_values(part, name, counts) for part in inner)
+    if total > MAX_VALUES:
+        raise ConfigError(
+            f"{name}: its aliases stand for more than {MAX_VALUES:,} values; write fewer"
+        )
+    counts[id(node)] = total
+    return total
 
 
 def expand_call(text: str, name: str) -> dict[str, Any]:

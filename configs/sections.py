@@ -685,6 +685,9 @@ class Compare:
     """optimizer steps between evaluations; step 0 is always evaluated"""
     target_arm: str = "vlm"
     """arm whose ceiling the others have to reach"""
+    budget_arm: str | None = None
+    """accuracy at an equal budget: what this arm spent in all, preparation included; null = what
+    the cheapest arm spent"""
     smoothing: Annotated[int, Positive] = 3
     """evaluations averaged for the ceiling"""
     bootstrap: Annotated[int, Positive] = 2000

@@ -107,7 +107,8 @@ class Building:
             path.unlink()
         (self.folder / PROGRESS_FILE).unlink()
         (self.folder / "lock").unlink()
-        write_json(self.folder / INDEX_FILE, {"format": FORMAT, **description})
+        files = {path.name: path.stat().st_size for path in sorted(self.folder.iterdir())}
+        write_json(self.folder / INDEX_FILE, {"format": FORMAT, **description, "files": files})
         old = self.output.with_name(f".{self.output.name}.old")
         if self.output.exists():
             shutil.rmtree(old, ignore_errors=True)
@@ -131,7 +132,7 @@ def build(
     shard_rows: int,
     overwrite: bool = False,
 ) -> Path:
-    """Builds an index shard by shard.
+    """Builds an index shard by shard; a broken-off build goes on.
 
     Args:
         source: the corpus.
@@ -145,12 +146,31 @@ def build(
         `output`.
 
     Raises:
-        EnvironmentSetupError: an index is there, or an unfinished one of something else; a bad row.
+        EnvironmentSetupError: an index is there, or an unfinished one of something else; a bad row;
+            a disk that takes no more.
     """
     if output.exists() and not overwrite:
         raise EnvironmentSetupError(f"{output} exists; pass --overwrite or another folder")
     identity = {"source": source.identity(), "shard_rows": shard_rows, **settings}
     building = Building(output, identity)
+    try:
+        return _build(building, source, make_shard, finish, settings, shard_rows, overwrite)
+    except OSError as error:
+        raise EnvironmentSetupError(
+            f"{error.filename or building.folder}: cannot be written ({error.strerror or error}); "
+            "free space, then run the same command again"
+        ) from error
+
+
+def _build(
+    building: Building,
+    source: JsonLines,
+    make_shard: MakeShard,
+    finish: Finish,
+    settings: dict[str, Any],
+    shard_rows: int,
+    overwrite: bool,
+) -> Path:
     with building.lock():
         building.resume(restart=overwrite)
         _make_shards(building, source, make_shard, shard_rows)
@@ -160,7 +180,7 @@ def build(
         np.save(building.folder / OFFSETS_FILE, np.cumsum(lines))
         description = finish(building)
         building.publish({**settings, "rows": building.n_rows, **description})
-    return output
+    return building.output
 
 
 def _make_shards(
@@ -207,12 +227,13 @@ def read_index(folder: Path) -> dict[str, Any]:
     """The `index.json` of a published index.
 
     Raises:
-        EnvironmentSetupError: there is none, or one of a later version.
+        EnvironmentSetupError: there is none, one of a later version, or one whose files are not
+            as long as they were when it was built.
     """
     try:
         index = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))
-        version = index["format"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        version, files = index["format"], dict(index.get("files", {}))
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise EnvironmentSetupError(
             f"{folder}: this is no index (no readable {INDEX_FILE}); build one with `obm index`"
         ) from error
@@ -220,6 +241,12 @@ def read_index(folder: Path) -> dict[str, Any]:
         raise EnvironmentSetupError(
             f"{folder}: an index of format {version}, this version reads {FORMAT}; build it again"
         )
+    for name, n_bytes in files.items():
+        path = folder / Path(name).name
+        found = path.stat().st_size if path.is_file() else None
+        if found != n_bytes:
+            words = "is missing" if found is None else f"has {found} bytes, and was {n_bytes} long"
+            raise EnvironmentSetupError(f"{path}: {words}; copy the index again, or build it again")
     return dict(index)
 
 

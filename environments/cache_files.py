@@ -26,7 +26,6 @@ from environments.content import canonical, image_names, sha256, write_whole
 
 RECORDS = "results.jsonl"
 TOOLS = ("text_search", "image_search", "visit")
-MAX_RECORD_BYTES = 16_000_000
 MAX_IMAGE_BYTES = 64_000_000
 ORPHAN_AGE_S = 3600.0
 """Pictures younger than this may belong to a result that is just being written."""

@@ -94,17 +94,11 @@ class CachedReader:
     Args:
         reader: back end, for PageReader; never asked offline.
         cache: the store.
-        identity: as for CachedIndex.
     """
 
-    def __init__(
-        self,
-        reader: Any,
-        cache: ResultCache,
-        identity: dict[str, Any] | None = None,
-    ) -> None:
+    def __init__(self, reader: Any, cache: ResultCache) -> None:
         self.reader, self.cache = reader, cache
-        self.identity = identity_of(reader) if identity is None else identity
+        self.identity = identity_of(reader)
         self._provider = canonical(self.identity)
 
     @property

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +12,11 @@ from environments.errors import EnvironmentSetupError
 from environments.tools import ImageIndex, TextIndex
 
 
-def open_text_index(
-    folder: Path, *, snippet_words: int | None = None, device: str = "cpu", mapped: bool = True
-) -> TextIndex:
+def open_text_index(folder: Path, *, device: str = "cpu", mapped: bool = True) -> TextIndex:
     """An index over passages that `obm index` has built.
 
     Args:
         folder: the index.
-        snippet_words: a hit's text is its best sentences of so many words; None = all of it.
         device: of the encoder of a dense index.
         mapped: False reads the matrix of a BM25 index into memory.
 
@@ -25,17 +24,18 @@ def open_text_index(
         EnvironmentSetupError: it is none.
     """
     index = read_index(folder)
-    if index["kind"] == "bm25":
-        from environments.sparse import MappedBM25Index
+    with _reading(folder):
+        if index["kind"] == "bm25":
+            from environments.sparse import MappedBM25Index
 
-        return MappedBM25Index(folder, snippet_words, mapped)
-    if index["kind"] == "dense":
-        from environments.dense import DenseTextIndex
-        from environments.encoders import TransformerTextEncoder
+            return MappedBM25Index(folder, mapped=mapped)
+        if index["kind"] == "dense":
+            from environments.dense import DenseTextIndex
+            from environments.encoders import TransformerTextEncoder
 
-        encoding: dict[str, Any] = index["encoding"]
-        encoder = TransformerTextEncoder(index["encoder"], device=device, **encoding)
-        return DenseTextIndex(folder, encoder, snippet_words)
+            encoding: dict[str, Any] = index["encoding"]
+            encoder = TransformerTextEncoder(index["encoder"], device=device, **encoding)
+            return DenseTextIndex(folder, encoder)
     raise EnvironmentSetupError(f"{folder}: an index of {index['kind']}, not of passages")
 
 
@@ -50,4 +50,19 @@ def open_image_index(folder: Path, *, device: str = "cpu") -> ImageIndex:
         raise EnvironmentSetupError(f"{folder}: an index of {index['kind']}, not of pictures")
     from environments.dense import VectorImageIndex, open_image_encoder
 
-    return VectorImageIndex(folder, open_image_encoder(index["encoder"], device))
+    with _reading(folder):
+        return VectorImageIndex(folder, open_image_encoder(index["encoder"], device))
+
+
+@contextmanager
+def _reading(folder: Path) -> Iterator[None]:
+    """An array that numpy cannot read, one that is a pickle among them, is one clear error."""
+    try:
+        yield
+    except EnvironmentSetupError:
+        raise
+    except (OSError, ValueError, EOFError, KeyError, TypeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise EnvironmentSetupError(
+            f"{folder}: a file of the index cannot be read ({reason}); build it again"
+        ) from error

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from compare.drawing import save_figure, start_drawing
 from launch.bench_report import ending
 from launch.bench_rollout import AXES, Record, pairs
 
@@ -134,13 +135,7 @@ def draw_growth(runs: Sequence[Record], paths: Sequence[Path], caption: str) -> 
         paths: the suffix says the format.
         caption: printed under the panels.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    # fixed, or equal data would give another SVG
-    matplotlib.rcParams.update({"svg.hashsalt": "obm-warmstart", "font.size": 9})
+    plt = start_drawing(9)
     axes = [axis for axis in AXES if pairs(runs, axis)]
     figure, panels = plt.subplots(1, len(axes), figsize=(4.5 * len(axes), 3.8), squeeze=False)
     for panel, axis in zip(panels[0], axes, strict=True):
@@ -160,7 +155,4 @@ def draw_growth(runs: Sequence[Record], paths: Sequence[Path], caption: str) -> 
     panels[0][0].legend(frameon=False, fontsize=8)
     figure.text(0.01, 0.012, caption, fontsize=7, color="#444444", va="bottom")
     figure.tight_layout(rect=(0, 0.05, 1, 1))
-    for path in paths:
-        metadata = {"Date": None} if path.suffix == ".svg" else None
-        figure.savefig(path, dpi=150, metadata=metadata, format=path.suffix[1:])
-    plt.close(figure)
+    save_figure(figure, paths)

@@ -37,7 +37,6 @@ N_QUERIES = 2000
 N_WORDS = 300_000
 PASSAGE_WORDS = 60
 SEED = 5
-PEERS = ("lucene", "bm25s", "none")
 PEER_ENVIRONMENT = Path(".cache/pyserini-venv")
 # pyserini 0.25 is the last that runs on Java 11 to 20; of what it asks for this is what importing
 # its searcher needs, torch and transformers come from our own environment

@@ -112,9 +112,15 @@ class Parent:
         from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
         from transformers.utils.logging import disable_progress_bar
 
+        from train.policy import check_complete
+
         disable_progress_bar()
         auto = AutoModelForImageTextToText if self.family.has_vision else AutoModelForCausalLM
-        model = auto.from_pretrained(self.folder, dtype=self.dtype or "auto", use_safetensors=True)
+        model, found = auto.from_pretrained(
+            self.folder, dtype=self.dtype or "auto", use_safetensors=True, trust_remote_code=False,
+            output_loading_info=True,
+        )  # fmt: skip
+        check_complete(self.folder, found["missing_keys"])
         self._model = model.to(self.section.device).eval()
         return self._model
 

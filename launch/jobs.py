@@ -1,7 +1,7 @@
 """Trainings as child processes: how one is started, and how several run side by side.
 
-Each is one `deepspeed launch/train.sh ...` with its own port and log file. Progress is read from
-the runs' `metrics.jsonl`, so what is shown is what was written.
+Each is one `deepspeed launch/train.sh ...`, or a verb of `obm`, with its own port and log file.
+Progress is read from the runs' `metrics.jsonl`, so what is shown is what was written.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.errors import JobFailedError, LaunchError
+from train.leash import VARIABLE, name_myself
 
 POLL_S = 0.5
 LOG_TAIL_LINES = 25
@@ -34,10 +35,11 @@ class Job:
 
     Attributes:
         name: for messages, e.g. `obm-s0`.
-        arguments: of train.sh: `--config`, `--resume`, `key=value`.
+        arguments: of train.sh or of the verb: `--config`, `--resume`, `key=value`.
         output: the run folder.
         log: file that takes what the processes print.
         n_processes: ranks.
+        verb: of `obm`, for work of one process that is no training by train.sh.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Job:
     output: Path
     log: Path
     n_processes: int = 1
+    verb: str | None = None
 
 
 @dataclass
@@ -198,8 +201,15 @@ class Follower:
 
 def _start(job: Job, environment: dict[str, str], devices: tuple[int, ...]) -> _Running:
     job.log.parent.mkdir(parents=True, exist_ok=True)
-    command = training_command(job.arguments, n_processes=job.n_processes, devices=devices)
+    if job.verb:
+        command = [sys.executable, "-m", "launch.cli", job.verb, *job.arguments]
+        if devices:
+            environment = {**environment, "CUDA_VISIBLE_DEVICES": ",".join(map(str, devices))}
+    else:
+        command = training_command(job.arguments, n_processes=job.n_processes, devices=devices)
     follower = Follower(job.output / "metrics.jsonl")
+    # Its own session would outlive us if we were killed; it ends by itself then.
+    environment = {**environment, VARIABLE: name_myself()}
     with job.log.open("ab") as log:
         log.write(f"$ {' '.join(command)}\n".encode())
         log.flush()

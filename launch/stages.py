@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.errors import LaunchError
-from train.run import write_json
+from train.files import write_json
 
 
 class Stages:

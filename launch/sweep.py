@@ -177,15 +177,13 @@ def _measure(
 def _write(
     output: Path, config: Config, rows: Sequence[Mapping[str, Any]], best: int, by: str
 ) -> None:
-    from compare.provenance import code_commit, hardware
+    from compare.provenance import origin
     from compare.tuning_report import settings_table
-    from train.run import write_json, write_text
+    from train.files import write_json, write_text
 
     section = config.environment
     record = {
-        "command": command_line(),
-        "commit": code_commit(),
-        "hardware": hardware(),
+        **origin(command_line()),
         "chosen_by": by,
         "best": rows[best],
         "environment": asdict(section),

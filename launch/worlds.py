@@ -26,6 +26,8 @@ MODES: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("news: both", "text", {"news": "both"}),
 )
 """Name, question kind and settings of `environment:`."""
+SCRATCH = Path("runs/worlds")
+"""The merge's statistics and finished measurements, which are reused."""
 
 
 def measure_worlds(
@@ -34,8 +36,6 @@ def measure_worlds(
     command: str,
     n: int = 128,
     starts: Mapping[str, str] | None = None,
-    scratch: Path = Path("runs/worlds"),
-    parallel: int = 1,
 ) -> list[dict[str, Any]]:
     """Measure every mode and write OUTPUT.json and OUTPUT.md.
 
@@ -44,14 +44,12 @@ def measure_worlds(
         command: kept in the record.
         n: test questions a mode.
         starts: further checkpoints that take pictures, name -> folder.
-        scratch: folder for the merge's statistics and for finished measurements, which are reused.
-        parallel: evaluations at a time.
 
     Returns:
         One row a mode: `mode`, `kind`, `n`, `shares` (see compare.worlds.measure_mode) and
         `policies` (name -> metrics).
     """
-    from compare.provenance import code_commit, hardware
+    from compare.provenance import origin
     from compare.worlds import measure_mode, write_worlds
     from compare.zero_shot import Results, measure_all
     from configs.schema import load_config, resolve_model, shipped_config
@@ -59,14 +57,14 @@ def measure_worlds(
     from launch.commands.merge import merge_checkpoints
     from train.worlds import load_environment, load_eval_questions
 
-    scratch.mkdir(parents=True, exist_ok=True)
-    demo = load_config(shipped_config("demo"), [f"calibration.output={scratch / 'calibration'}"])
+    SCRATCH.mkdir(parents=True, exist_ok=True)
+    demo = load_config(shipped_config("demo"), [f"calibration.output={SCRATCH / 'calibration'}"])
     make_statistics(demo, needed_kinds(demo.merge))
     # None is merged anew as the settings say
     pictured: dict[str, str | None] = {"vlm": resolve_model("atlas://vlm"), "obm": None}
     pictured |= dict(starts or {})
     textual = {name: resolve_model(f"atlas://{name}") for name in ("base", "agent")}
-    results = Results(scratch / "measured.jsonl")
+    results = Results(SCRATCH / "measured.jsonl")
     rows = []
     for mode, kind, settings in MODES:
         asked = {"eval_split": "test", "eval_kinds": [kind], "eval_size": n, **settings}
@@ -79,9 +77,7 @@ def measure_worlds(
             make_task(f"{mode}, {kind}, {name}", config, checkpoint=folder)
             for name, folder in policies.items()
         ]
-        measured = measure_all(
-            tasks, results, merge_checkpoints, parallel=parallel, scratch=scratch
-        )
+        measured = measure_all(tasks, results, merge_checkpoints, scratch=SCRATCH)
         metrics = {
             name: {key: round(value, 4) for key, value in result["metrics"].items()}
             for name, result in zip(policies, measured, strict=True)
@@ -97,9 +93,7 @@ def measure_worlds(
         accuracies = ", ".join(f"{name} {m['accuracy']:.2f}" for name, m in metrics.items())
         print(f"{mode}, {kind}: ceiling {shares['ceiling']:.2f}; {accuracies}", flush=True)
     record = {
-        "command": command,
-        "commit": code_commit(),
-        "hardware": hardware(),
+        **origin(command),
         "n": n,
         "strength": demo.environment.strength,
         "changed": _share_changed(),

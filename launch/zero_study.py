@@ -139,10 +139,10 @@ def render(record: dict[str, Any]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Merges the start, trains every arm, writes the report."""
-    from compare.provenance import code_commit, hardware
+    from compare.provenance import origin
     from configs.schema import load_config, shipped_config
     from launch.commands.merge import merge_checkpoints
-    from train.run import write_json, write_text
+    from train.files import write_json, write_text
 
     parser = argparse.ArgumentParser(prog="launch.zero_study", description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("docs/results"), metavar="DIR")
@@ -155,9 +155,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     run_jobs(jobs, on_done=lambda job, seconds: print(f"{job.name}: {seconds:.0f} s", flush=True))
     curves = {job.name: read_curve(job.output) for job in jobs}
     record = {
-        "command": "make study-zero",
-        "commit": code_commit(),
-        "hardware": hardware(),
+        **origin("make study-zero"),
         "settings": [*SETTINGS, *MERGE],
         "arms": [vars(arm) for arm in ARMS],
         "differences": compare(curves, ARMS),

@@ -190,7 +190,7 @@ def _read_settings(folder: Path) -> dict[str, Any]:
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
         kind = settings["peft_type"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise MergeError(f"{path}: is no settings file of peft ({error!r}); save again") from error
     if kind != "LORA":
         raise MergeError(f"{path}: is a {kind} adapter; only LORA can be merged")

@@ -39,6 +39,10 @@ class Checkpoint:
         # revision: the commit, if the folder is a snapshot of a repository on the hub
         self.folder, self.revision = _resolve(self.source, role)
         self.config = _read_json(self.folder / "config.json", role)
+        if not isinstance(self.config.get("text_config") or {}, dict):
+            raise MergeError(
+                f"{self.folder / 'config.json'}: text_config is not an object; copy it again"
+            )
         self.files = [SafetensorsFile(path) for path in _list_shards(self.folder, role)]
         self.tensors: dict[str, TensorInfo] = {}
         self._file_of: dict[str, SafetensorsFile] = {}
@@ -154,7 +158,9 @@ def _read_json(path: Path, role: str) -> dict[str, Any]:
         raise MergeError(
             f"{role} {path.parent}: has no {path.name}; give a folder made by save_pretrained"
         ) from error
-    except ValueError as error:
+    except OSError as error:
+        raise MergeError(f"{path}: cannot be read ({error.strerror}); check the path") from error
+    except (ValueError, RecursionError) as error:
         raise MergeError(f"{path}: is not valid JSON ({error}); copy it again") from error
     if not isinstance(content, dict):
         raise MergeError(f"{path}: is not a JSON object; copy it again")

@@ -63,6 +63,7 @@ class Shared:
 
     @property
     def layer(self) -> int | None:
+        """Number of the decoder layer; None outside of them."""
         return layer_of(self.canonical)
 
     @property

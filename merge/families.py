@@ -127,22 +127,6 @@ def canonical_name(family: Family, name: str) -> str | None:
     return None
 
 
-def stored_name(family: Family, canonical: str, layout: str = "memory") -> str:
-    """Returns the name of a tensor in a layout: the reverse of `canonical_name`.
-
-    Args:
-        family: The family whose layout it is.
-        canonical: A canonical name.
-        layout: `disk` or `memory`.
-    """
-    prefixes = family.layouts.get(layout, family.layouts["disk"])
-    if canonical.startswith(VISION_PREFIX):
-        return prefixes.vision + canonical.removeprefix(VISION_PREFIX)
-    if canonical.startswith("lm_head."):
-        return prefixes.head + canonical.removeprefix("lm_head.")
-    return prefixes.language + canonical.removeprefix("model.")
-
-
 def layer_of(canonical: str) -> int | None:
     """Returns the number of the decoder layer that a tensor is in; None outside of them."""
     match = re.match(r"model\.layers\.(\d+)\.", canonical)
@@ -233,7 +217,7 @@ def _read(path: Path) -> dict[str, Any]:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise MergeError(f"{path}: cannot be read ({error.strerror}); check the path") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         problem = " ".join(str(error).split())
         raise MergeError(f"{path}: is not valid YAML ({problem}); correct it") from error
     if not isinstance(content, dict):

@@ -39,7 +39,6 @@ def stream_fisher(
     batches: Iterable[Mapping[str, Any]],
     output: str | Path,
     *,
-    work: str | Path | None = None,
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
     shard: Shard = WHOLE,
@@ -50,9 +49,8 @@ def stream_fisher(
     Args:
         checkpoint: What is calibrated.
         batches: As `fisher.collect_fisher` takes them, one sequence each.
-        output: Folder of the statistics file.
-        work: Folder for activations, removed in the end; `.streaming-fisher` in the output when
-            None.
+        output: Folder of the statistics file; activations lie in `.streaming-fisher` there, until
+            the end.
         dtype: In which the model runs; the checkpoint's own when None.
         device: Where the layers run.
         shard: (rank, world) when `batches` are every world-th from the rank-th on.
@@ -66,7 +64,7 @@ def stream_fisher(
     """
     family = get_family(checkpoint.config.get("model_type"), str(checkpoint.folder), families)
     suffix = "" if shard == WHOLE else f"-{shard[0]}-of-{shard[1]}"
-    folder = Path(work) if work is not None else Path(output) / f".streaming-fisher{suffix}"
+    folder = Path(output) / f".streaming-fisher{suffix}"
     shutil.rmtree(folder, ignore_errors=True)
     try:
         folder.mkdir(parents=True)

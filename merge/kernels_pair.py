@@ -430,7 +430,10 @@ def apply(  # type: ignore[no-untyped-def]
     """As `kernels.apply`, for the rules in `RULES`.
 
     Args:
+        base, tasks, n_columns, vectors: As in `kernels.Piece`, of two tasks.
         rule: Place in `RULES`.
+        thresholds, ties, scales, weights: As in `kernels.Decision`.
+        out: [n] in the form of the base; written.
         counts: int64 [5]: kept by task, conflicts won by task, conflicts; added to.
         squares: fp64 [9]: squared norms of the deltas and of the update, two that stay, saliencies
             of the tasks and what is kept of them; added to. As in `kernels`, for two tasks.

@@ -43,6 +43,7 @@ class OutputTensor:
 
     @property
     def n_bytes(self) -> int:
+        """Length in the file."""
         n_bytes = ITEM_SIZES[self.dtype]
         for length in self.shape:
             n_bytes *= length

@@ -71,6 +71,7 @@ class TensorInfo:
 
     @property
     def n_bytes(self) -> int:
+        """Length in the file."""
         return self.end - self.begin
 
 
@@ -218,7 +219,8 @@ def _read_header(path: Path) -> tuple[dict[str, str], dict[str, TensorInfo]]:
             header = json.loads(file.read(n_header))
     except OSError as error:
         raise MergeError(f"{path}: cannot be read ({error.strerror}); check the path") from error
-    except ValueError as error:
+    # RecursionError: JSON that is nested thousands deep
+    except (ValueError, RecursionError) as error:
         if isinstance(error, MergeError):
             raise
         raise MergeError(f"{path}: has a broken safetensors header; copy it again") from error

@@ -51,6 +51,11 @@ class Stub(nn.Module):
             return getattr(self._replaced[0], name)
 
     def forward(self, hidden_states: Tensor, **arguments: Any) -> Tensor:
+        """Keeps what the layer was called with; returns what was put there as its output.
+
+        Raises:
+            LastLayerReached: nothing was put there, and no layer comes after this one.
+        """
         self.hidden, self.arguments = hidden_states, arguments
         if self.output is not None:
             return self.output

@@ -101,15 +101,6 @@ class Stats:
         _check(values, self.kind, f"{self.path}: {key}")
         return values
 
-    def entry_rows(self, canonical: str, begin_row: int, n_rows: int) -> np.ndarray:
-        """Returns fp32 rows of a tensor's statistic, flattened (kind fisher).
-
-        A row is everything at one index of the first axis; a tensor of one axis is one row.
-        """
-        shape = self._file.tensors[self._find(canonical)].shape
-        n_columns = int(np.prod(shape[1:] if len(shape) > 1 else shape))
-        return self.entries(canonical, begin_row * n_columns, n_rows * n_columns)
-
     def _read(self, canonical: str, n_axes: int) -> np.ndarray:
         key = self._find(canonical)
         shape = self._file.tensors[key].shape
@@ -138,7 +129,7 @@ class Stats:
     def _read_map(self, entry: str) -> dict[str, str]:
         try:
             value = json.loads(self.metadata.get(entry) or "{}")
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise MergeError(f"{self.path}: {entry} is not JSON; calibrate again") from error
         if not isinstance(value, dict):
             raise MergeError(f"{self.path}: {entry} is not a JSON object; calibrate again")

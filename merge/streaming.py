@@ -84,7 +84,6 @@ def stream_statistics(
     output: str | Path,
     *,
     kinds: Sequence[str] = ("diagonal",),
-    work: str | Path | None = None,
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
     damping: float = DAMPING,
@@ -96,10 +95,9 @@ def stream_statistics(
     Args:
         checkpoint: What is calibrated.
         batches: As `collect_second_moments` takes them; iterated once more on a resumed run.
-        output: Folder of the statistics files.
+        output: Folder of the statistics files; hidden states and progress lie in `.streaming`
+            there, one a shard, until the end. That takes twice the hidden states of all batches.
         kinds: Of diagonal, inverse, gram.
-        work: Folder for hidden states and progress, removed in the end; `.streaming` in the
-            output, one a shard, when None. Takes twice the hidden states of all batches.
         dtype: In which the model runs; the checkpoint's own when None.
         device: Where the layers run.
         damping: Of `inverse`: share of the mean diagonal that is added before inverting.
@@ -120,7 +118,7 @@ def stream_statistics(
         batches = list(batches)
     family = get_family(checkpoint.config.get("model_type"), str(checkpoint.folder), families)
     suffix = "" if shard == WHOLE else f"-{shard[0]}-of-{shard[1]}"
-    folder = Path(work) if work is not None else Path(output) / f".streaming{suffix}"
+    folder = Path(output) / f".streaming{suffix}"
     target = torch.device(device)
     weights = weight_checksums(checkpoint, family, "diagonal")
     settings = [sorted(kinds), str(dtype), damping, list(shard), weights, _stamps(checkpoint)]

@@ -25,6 +25,15 @@ STATISTICS = {"fisher": "fisher", "gram": "gram"}
 def make_settings(
     weights: Mapping[str, float] | None, options: Mapping[str, Any]
 ) -> MethodSettings:
+    """Returns the settings of all methods.
+
+    Args:
+        weights: Task -> weight; None for those of the method.
+        options: The other fields of `MethodSettings`.
+
+    Raises:
+        MergeError: An unknown field, or a value out of its range.
+    """
     weights = dict(weights or {})
     for task, weight in weights.items():
         if not isinstance(weight, int | float) or not math.isfinite(weight):
@@ -52,6 +61,11 @@ def make_settings(
 
 
 def check_methods(plan: MergePlan) -> None:
+    """Checks what a method asks of its settings, tensor by tensor, since rules may change them.
+
+    Raises:
+        MergeError: Probabilities of `della` beyond 0 or 1.
+    """
     for tensor in plan.tensors:
         settings = tensor.settings
         low, high = settings.density - settings.window, settings.density + settings.window
@@ -64,6 +78,7 @@ def check_methods(plan: MergePlan) -> None:
 
 
 def kind_needed(tensor: PlannedTensor) -> str | None:
+    """Returns the kind of statistics that a tensor's method reads; None for none."""
     method = METHODS.get(tensor.action)
     if method is None or method.needs is None:
         return None
@@ -119,6 +134,18 @@ def check_first_weights(
 def check_weights(
     tensor: PlannedTensor, task: str, stats: Stats, checksum: str, parent: Checkpoint
 ) -> None:
+    """Checks that statistics were made with the weights that are merged.
+
+    Args:
+        tensor: The tensor whose checksum it is.
+        task: Role of the parent.
+        stats: Its statistics.
+        checksum: Of the parent's tensor, as `Checkpoint.checksum` makes it.
+        parent: The checkpoint, for the message.
+
+    Raises:
+        MergeError: They were made with others.
+    """
     expected = stats.weights.get(tensor.canonical, checksum)
     if expected != checksum:
         raise MergeError(

@@ -74,7 +74,7 @@ def _read_record(folder: Path) -> dict[str, Any]:
         _ = record["parents"]["vlm"]["source"]
     except FileNotFoundError as error:
         raise MergeError(f"{path}: is missing; give a folder that `obm merge` wrote") from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise MergeError(f"{path}: is no record of a merge ({error!r}); merge again") from error
     assert isinstance(record, dict)
     return record

@@ -122,18 +122,6 @@ def score_each(
         return list(pool.map(lambda row: score(row[0], row[1], weights, check_format, judge), rows))
 
 
-def score_all(
-    trajectories: Sequence[Any],
-    questions: Sequence[Any],
-    weights: Any,
-    check_format: FormatCheck | None = None,
-) -> dict[str, list[float | None]]:
-    """Scores a batch: part name -> one value per trajectory, in order."""
-    rows = score_each(trajectories, questions, weights, check_format)
-    names = (*PARTS, *part_names(weights)[len(PARTS) :])
-    return {part: [row[part] for row in rows] for part in names}
-
-
 def _accuracy(answer: str | None, question: Any, weights: Any, judge: Judge | None) -> float | None:
     max_chars = get(weights, "max_answer_chars", MAX_ANSWER_CHARS)
     match = get(weights, "answer_match", "exact")

@@ -8,7 +8,6 @@ answers. Without a judge the rules grade: an answer that says there is none is n
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, Literal
 
 from rewards.answer import correctness
@@ -25,15 +24,3 @@ def grade(prediction: str | None, question: Any) -> Grade:
     if prediction is None or not normalize_answer(prediction) or says_no_answer(prediction):
         return "NOT_ATTEMPTED"
     return "INCORRECT"
-
-
-def official_accuracy(grades: Sequence[Grade | None]) -> float:
-    """correct / (correct + incorrect), 0 where there is neither; None is a failed judge."""
-    n_right, n_wrong = grades.count("CORRECT"), grades.count("INCORRECT")
-    return n_right / (n_right + n_wrong) if n_right + n_wrong else 0.0
-
-
-def strict_accuracy(grades: Sequence[Grade | None]) -> float | None:
-    """correct / graded; None where nothing was graded."""
-    graded = [g for g in grades if g is not None]
-    return graded.count("CORRECT") / len(graded) if graded else None

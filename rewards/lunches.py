@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rewards.answer import TAGS
 from rewards.compose import score
 from rewards.mmsearch_r1 import official_of_trajectory
 from rewards.search_r1 import format_reward, scored_text
@@ -38,7 +37,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 """Settings of ours that the table shows."""
 
-EVERY_TAG = [f"<{slash}{tag}>" for tag in TAGS for slash in ("", "/")]
 FOUND = ["france/government", "france/geography"]
 BEGIN, END = (
     "<!-- lunches: python -m rewards.lunches docs/rewards.md -->",

@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from rewards.compose import score
-from rewards.format import FormatCheck
 from rewards.squad import between, squad_em, squad_subem
 from rewards.trajectory import turn_texts
 
@@ -36,8 +35,6 @@ def official_reward(
     turns: Sequence[str],
     answers: Sequence[str],
     *,
-    search_penalty: float = SEARCH_PENALTY,
-    format_weight: float = FORMAT_WEIGHT,
     mode: Literal["em", "subem"] = "em",
     per_search: bool = False,
 ) -> float | None:
@@ -46,8 +43,6 @@ def official_reward(
     Args:
         turns: the policy's turns.
         answers: gold answer and candidates together.
-        search_penalty: share that a right answer loses.
-        format_weight: weight of the format part.
         mode: exact match, or gold as a substring.
         per_search: the penalty is taken with every search.
 
@@ -62,8 +57,8 @@ def official_reward(
     stripped = [turn.strip() for turn in turns]
     n_searches = sum(map(_searches, stripped[:MAX_TURNS])) - _last_search(stripped)
     if right and n_searches:
-        right *= (1.0 - search_penalty) ** (n_searches if per_search else 1)
-    return (1.0 - format_weight) * right + format_weight * official_format(stripped)
+        right *= (1.0 - SEARCH_PENALTY) ** (n_searches if per_search else 1)
+    return (1.0 - FORMAT_WEIGHT) * right + FORMAT_WEIGHT * official_format(stripped)
 
 
 def official_format(turns: Sequence[str]) -> float:
@@ -72,21 +67,14 @@ def official_format(turns: Sequence[str]) -> float:
     return float(tuple(kinds) in _SEQUENCES)
 
 
-def strict_reward(
-    trajectory: Any,
-    answers: Sequence[str],
-    check_format: FormatCheck | None = None,
-    *,
-    search_penalty: float = SEARCH_PENALTY,
-    format_weight: float = FORMAT_WEIGHT,
-) -> float | None:
+def strict_reward(trajectory: Any, answers: Sequence[str]) -> float | None:
     """The same reward by our rules; None where an episode cannot be scored."""
     weights = {
-        "accuracy": 1.0 - format_weight,
-        "format": format_weight,
-        "search_penalty": search_penalty,
+        "accuracy": 1.0 - FORMAT_WEIGHT,
+        "format": FORMAT_WEIGHT,
+        "search_penalty": SEARCH_PENALTY,
     }
-    return score(trajectory, {"answers": list(answers)}, weights, check_format)["total"]
+    return score(trajectory, {"answers": list(answers)}, weights)["total"]
 
 
 def official_of_trajectory(trajectory: Any, answers: Sequence[str]) -> float | None:

@@ -105,6 +105,7 @@ def slot_attention(
         value: [B, H, S, D].
         attention_mask: bool [B, 1, T, S], True = visible; None for one token a row = all visible.
         scaling: factor of the scores.
+        **kwargs: for SDPA.
 
     Returns:
         [B, T, Hq, D] and None.

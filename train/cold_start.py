@@ -64,8 +64,10 @@ def run_cold_start(config: Config, *, overwrite: bool = False) -> Path:
         ConfigError: settings, a folder in use, or no right episode.
     """
     from train.cost import Cost
+    from train.files import write_json
+    from train.given import choose_frozen
     from train.policy import load_policy
-    from train.run import choose_frozen, prepare_folder, write_json
+    from train.run_folder import prepare_folder
     from train.sft import SFTStage, run_stage
     from train.sport_tune import save_policy
     from train.trajectories import append_jsonl
@@ -110,6 +112,7 @@ def run_cold_start(config: Config, *, overwrite: bool = False) -> Path:
     save_policy(model, processor, folder / "policy")
     logger.info("%d steps, loss %.3f", settings.steps, loss)
     cost.write(folder)
+    cost.write_for_policy(folder / "policy", init, "sft")
     done = {"episodes": len(taught), "questions": len(questions), "loss": round(loss, 4)}
     write_json(folder / "done.json", {**done, "policy": "policy"})
     return folder / "policy"

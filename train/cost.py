@@ -2,7 +2,11 @@
 
     {"device_s": 83.1, "parts": {"sampling": 40.2, "tuning": 42.9}}
 
-A comparison at an equal budget adds it to the `device_s` of the training that follows.
+The policy that it made has a `cost.json` of its own, that of its start and one entry more:
+
+    {"merge": {"time_s": 8.7, "processor_s": 9.9}, ..., "sport": {"device_s": 83.1}}
+
+A training copies it, and a comparison at an equal budget adds it to the training's `device_s`.
 """
 
 from __future__ import annotations
@@ -12,9 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from train.callbacks import DeviceClock
-from train.run import write_json
-
-FILE = "cost.json"
+from train.files import write_json
+from train.start_cost import FILE, cost_with_stage
 
 
 class Cost:
@@ -46,5 +49,19 @@ class Cost:
 
     def write(self, folder: Path) -> None:
         """Writes cost.json."""
-        total = round(sum(self.parts.values()), 3)
-        write_json(folder / FILE, {"device_s": total, "parts": self.rounded})
+        write_json(folder / FILE, {"device_s": self.device_s, "parts": self.rounded})
+
+    @property
+    def device_s(self) -> float:
+        """All parts together."""
+        return round(sum(self.parts.values()), 3)
+
+    def write_for_policy(self, policy: Path, init: str, stage: str) -> None:
+        """Writes cost.json of the policy that a stage made: its start's costs and the stage's.
+
+        Args:
+            policy: folder of the policy.
+            init: folder or hub id of the start.
+            stage: name of the entry, `sport` or `sft`.
+        """
+        write_json(policy / FILE, cost_with_stage(init, stage, self.device_s))

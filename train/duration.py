@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import math
+
+from train.memory import server_replicas, server_slots, server_split
+from train.network import (
+    collective_seconds,
+    exchange_seconds,
+    gather_seconds,
+    update_gather_bytes,
+)
 from train.plan import (
     BANDWIDTH_SHARE,
+    BUCKET_PARAMETERS,
     HANDOVER,
     LAUNCH_S,
-    LINK_SHARE,
     LONGEST_FILL,
     MEAN_FILL,
     MFU_LOSS,
@@ -92,24 +101,69 @@ def read_seconds(plan: Plan, machine: Machine) -> float:
     return plan.rollouts * flops / (machine.flops * MFU_READ) / _server_share(plan)
 
 
-def decode_seconds(plan: Plan, machine: Machine) -> float:
-    """Steps of the longest episode, each as long as the slowest of three things takes.
+def decode_bounds(plan: Plan, machine: Machine) -> dict[str, float]:
+    """Seconds of one decoding step by what may hold it up; the longest of the first three does.
 
-    Reading weights and cache from memory, multiplying, and launching the layers from Python (a
-    server replays recorded launches).
+    Weights and cache are read at the memory's bandwidth, products run at the peak for reading, and
+    in process Python launches every layer (a server replays recorded launches). On a server of t
+    accelerators a replica each reads and multiplies its share, and a layer's two results are summed
+    over the links: 2 L all-reduces of rows x h numbers (Megatron-LM, arXiv 1909.08053).
     """
-    shape = plan.shape
-    n_steps = LONGEST_FILL * plan.policy_tokens
-    rows = min(plan.rollout_rows, WAVE_ROWS) / _server_share(plan)
+    shape, rows = plan.shape, decoding_rows(plan, machine)
     context = plan.prompt_tokens + MEAN_FILL * plan.completion_tokens / 2
     weights = plan.weight_bytes * (shape.n_language + shape.n_head)
     cache = 2.0 * shape.layers * shape.kv_width * plan.weight_bytes * rows * context
-    memory_s = (weights + cache) / (machine.bandwidth * BANDWIDTH_SHARE)
     flops = forward_flops(shape, rows, context) + 2.0 * shape.n_head * rows
-    compute_s = flops / (machine.flops * MFU_READ)
-    launch_s = 0.0 if plan.server_gpus else LAUNCH_S * shape.layers
-    n_waves = -(-plan.rollout_rows // WAVE_ROWS)
-    return plan.rollouts * n_waves * n_steps * max(memory_s, compute_s, launch_s)
+    split = server_split(plan, machine) if plan.server_gpus else 1
+    summed = 2.0 * (2.0 * shape.layers) * rows * shape.hidden * plan.weight_bytes
+    return {
+        "weights and cache": (weights + cache) / split / (machine.bandwidth * BANDWIDTH_SHARE),
+        "products": flops / split / (machine.flops * MFU_READ),
+        "launches": 0.0 if plan.server_gpus else LAUNCH_S * shape.layers,
+        "links": collective_seconds(summed, 4.0 * shape.layers, split, machine),
+    }
+
+
+def decoding_rows(plan: Plan, machine: Machine) -> float:
+    """Episodes that decode together on a process, or on a replica of the server."""
+    return min(replica_rows(plan, machine), most_rows(plan, machine))
+
+
+def replica_rows(plan: Plan, machine: Machine) -> float:
+    """Episodes of a rollout that a process, or a replica of the server, has to sample."""
+    if not plan.server_gpus:
+        return plan.rollout_rows
+    return plan.rollout_rows * plan.n_processes / server_replicas(plan, machine)
+
+
+def most_rows(plan: Plan, machine: Machine) -> float:
+    """Rows that can decode together: WAVE_ROWS, on a server also what its cache has room for.
+
+    A server gives a row the tokens that it has, not those that it may have.
+    """
+    if not plan.server_gpus:
+        return WAVE_ROWS
+    length = plan.prompt_tokens + MEAN_FILL * plan.completion_tokens
+    return max(1.0, min(WAVE_ROWS, server_slots(plan, machine) // length))
+
+
+def decode_seconds(plan: Plan, machine: Machine) -> float:
+    """Steps of the longest episode, each as long as its slowest part, in waves."""
+    n_waves = math.ceil(replica_rows(plan, machine) / most_rows(plan, machine))
+    n_steps = LONGEST_FILL * plan.policy_tokens * n_waves
+    return plan.rollouts * n_steps * decode_step_seconds(plan, machine)
+
+
+def decode_step_seconds(plan: Plan, machine: Machine) -> float:
+    """One token for every row: the longest of the bounds that overlap, and the links."""
+    bounds = decode_bounds(plan, machine)
+    longest = max(seconds for name, seconds in bounds.items() if name != "links")
+    return longest + bounds["links"]
+
+
+def decode_tokens_per_second(plan: Plan, machine: Machine) -> float:
+    """Tokens that a process, or a replica of the server, samples while all its rows go on."""
+    return decoding_rows(plan, machine) / decode_step_seconds(plan, machine)
 
 
 def vision_seconds(plan: Plan, machine: Machine) -> float:
@@ -121,30 +175,6 @@ def vision_seconds(plan: Plan, machine: Machine) -> float:
     passes = 1 if not plan.trains_vision else 4 if plan.is_checkpointed else 3
     n_read = plan.rollouts * plan.rollout_prompts + plan.accumulation * passes * plan.loss_prompts
     return n_read * patches * 2.0 * vision.n_parameters / (machine.flops * MFU_READ)
-
-
-def exchange_seconds(plan: Plan, machine: Machine) -> float:
-    """Gradients over links: e n_t bytes, twice that for the all-reduce of ZeRO-0 and 1.
-
-    Under ZeRO-3 the weights follow, for forward and backward, in every micro-batch.
-    """
-    if plan.n_processes == 1:
-        return 0.0
-    e, away = float(plan.weight_bytes), (plan.n_processes - 1) / plan.n_processes
-    moved = e * plan.n_trained * (1.0 if plan.zero >= 2 else 2.0)
-    if plan.zero >= 3:
-        moved += 2.0 * e * plan.n_stored
-    # plain data parallelism and ZeRO-1 wait for the last micro-batch
-    times = plan.accumulation if plan.zero >= 2 else 1
-    return times * moved * away / (machine.link * LINK_SHARE)
-
-
-def gather_seconds(plan: Plan, machine: Machine) -> float:
-    """ZeRO-3 makes the weights whole for each rollout: e n (N - 1) / N over links."""
-    if plan.zero < 3:
-        return 0.0
-    moved = plan.weight_bytes * plan.n_stored * (1 - 1 / plan.n_processes)
-    return plan.rollouts * moved / (machine.link * LINK_SHARE)
 
 
 def sync_seconds(plan: Plan) -> float:
@@ -161,13 +191,12 @@ def optimizer_seconds(plan: Plan, machine: Machine) -> float:
     n, e = plan.n_trained / plan.shares["optimizer"], float(plan.weight_bytes)
     update = 28.0 * n / (machine.bandwidth * BANDWIDTH_SHARE)
     if plan.offload_optimizer:
-        n_local = min(plan.n_processes, 8)
+        n_local = min(plan.n_processes, machine.node)
         update = 28.0 * n * n_local / (machine.host_bandwidth * BANDWIDTH_SHARE)
         update += 2.0 * e * n / machine.host_link
-    if plan.zero in (1, 2):
-        away = (plan.n_processes - 1) / plan.n_processes
-        update += e * plan.n_trained * away / (machine.link * LINK_SHARE)
-    return update
+    moved = update_gather_bytes(plan)
+    n_calls = -(-plan.n_trained // BUCKET_PARAMETERS) if moved else 0
+    return update + collective_seconds(moved, n_calls, plan.n_processes, machine)
 
 
 def _server_share(plan: Plan) -> float:

@@ -18,8 +18,18 @@ from configs.errors import ConfigError
 from train import plan as assumed
 from train.deepspeed_json import deepspeed_path
 from train.duration import seconds
-from train.memory import Memory, host_bytes, memory, server_bytes
-from train.plan import GB, MACHINES, Machine, Plan
+from train.memory import (
+    Memory,
+    checkpoint_bytes,
+    host_bytes,
+    memory,
+    server_bytes,
+    server_replicas,
+    server_slots,
+    server_split,
+)
+from train.network import step_bytes
+from train.plan import GB, MACHINES, SERVER_WEIGHTS, Machine, Plan
 from train.settings import resolved_grpo
 from train.shapes import find_shape
 
@@ -27,12 +37,12 @@ if TYPE_CHECKING:
     from configs.schema import Config
 
 DEFAULT_MACHINE = "h100"
-NODE_PROCESSES = 8
-"""Accelerators of a node, for main memory."""
 CHARS_PER_TOKEN = 4.0
 """Of English in Qwen's vocabulary; prompts and results are counted by it."""
 QUESTION_TOKENS, TEMPLATE_TOKENS = 30, 40
 """A question, and what the chat template puts around it."""
+MOST_SERVER_GPUS = 64
+"""No proposal is larger."""
 LORA_RANK = 32
 """Of the adapter that is proposed where nothing else helps."""
 
@@ -76,8 +86,9 @@ class Estimate:
 
     @property
     def fits(self) -> bool:
-        """Whether the peak is no larger than the accelerator's memory."""
-        return self.memory.peak <= self.machine.memory
+        """Whether the peak, and a server's weights, are no larger than the accelerator's memory."""
+        weights = server_bytes(self.plan, self.machine) / SERVER_WEIGHTS
+        return max(self.memory.peak, weights) <= self.machine.memory
 
     @property
     def step_s(self) -> float:
@@ -233,7 +244,7 @@ def repair(found: Estimate) -> tuple[list[str], Estimate]:
         Settings to change, in words, and the estimate with them.
     """
     best = found
-    for change in _repairs(found.plan):
+    for change in _repairs(found.plan, found.machine):
         if best.fits:
             break
         tried = estimate(replace(best.plan, **change), found.machine)
@@ -242,13 +253,17 @@ def repair(found: Estimate) -> tuple[list[str], Estimate]:
     return (_difference(found.plan, best.plan), best) if best.fits else ([], found)
 
 
-def _repairs(plan: Plan) -> Iterator[dict[str, Any]]:
+def _repairs(plan: Plan, machine: Machine) -> Iterator[dict[str, Any]]:
     """Changes of a plan's fields, from the cheapest to the dearest."""
     yield {"is_checkpointed": True}
     if plan.n_processes > 1:
         for stage in range(plan.zero + 1, 4):
             if stage > 1:
                 yield {"zero": stage, "has_deepspeed": True}
+    if not plan.server_gpus and plan.weight_bytes * plan.n_stored > machine.memory:
+        # no sharding helps a rollout, which needs whole weights: sample on other accelerators
+        most = replace(plan, server_gpus=MOST_SERVER_GPUS)
+        yield {"server_gpus": server_split(most, machine)}
     rows, factor = plan.rows, 1
     while rows > 1 and rows % 2 == 0:
         # the same completions a step and a rollout, in twice as many micro-batches
@@ -278,6 +293,8 @@ def _difference(before: Plan, after: Plan) -> list[str]:
         ]
     if after.lora_rank != before.lora_rank:
         changes.append(f"lora.r={after.lora_rank}")
+    if after.server_gpus != before.server_gpus:
+        changes.append(f"rollout.backend=vllm --server-gpus {after.server_gpus}")
     return changes
 
 
@@ -345,20 +362,21 @@ def _memory_lines(found: Estimate) -> list[str]:
         shown = [f"{name} {b / GB:.1f}" for name, b in items.items() if b >= 0.05 * GB]
         total = result.total(phase) / GB
         lines.append(f"  {phase:<11} {total:6.1f} = always + {', '.join(shown) or 'little'}")
-    n_local = min(plan.n_processes, NODE_PROCESSES)
+    n_local = min(plan.n_processes, found.machine.node)
     lines.append(f"  main memory {host_bytes(plan, n_local) / GB:6.0f} a node")
+    lines.append(f"  disk        {checkpoint_bytes(plan) / GB:6.0f} a training checkpoint")
     share = result.peak / found.machine.memory
     lines.append(
         f"  peak        {result.peak / GB:6.1f} of {found.machine.memory / GB:.0f} ({share:.0%}), "
         f"in the {result.peak_phase}; largest: {result.largest}"
     )
     if plan.server_gpus:
-        weights = server_bytes(plan)
-        cache = 4.0 * plan.shape.layers * plan.shape.kv_width / plan.server_gpus
-        n_slots = 0.9 * (found.machine.memory - weights) / cache
+        weights = server_bytes(plan, found.machine)
+        split, n_replicas = server_split(plan, found.machine), server_replicas(plan, found.machine)
         lines.append(
-            f"  server      {weights / GB:6.1f} of weights on each of {plan.server_gpus} cards, "
-            f"{n_slots:,.0f} tokens of cache in 90% of the rest"
+            f"  server      {weights / GB:6.1f} of weights on each of {plan.server_gpus} cards "
+            f"({n_replicas} x {split}), {server_slots(plan, found.machine):,.0f} tokens of cache a "
+            f"replica in {assumed.SERVER_CACHE:.0%} of the rest"
         )
     if not found.fits:
         changes, repaired = repair(found)
@@ -383,6 +401,7 @@ def _time_lines(found: Estimate, n_steps: int) -> list[str]:
         f"time, s       {step_s:.1f} a step: {', '.join(shown)}",
         f"  {n_steps} steps  {n_steps * step_s / 3600:.1f} h without evaluations; "
         f"{n_tokens / step_s:,.0f} policy tokens/s; dominated by {parts[0][0]}",
+        f"  network     {step_bytes(plan) / GB:.1f} GB a step into each accelerator",
     ]
 
 
@@ -392,6 +411,8 @@ def _assumption_lines(plan: Plan, machine: Machine) -> list[str]:
         f"{machine.bandwidth / 1e12:.2f} TB/s x {assumed.BANDWIDTH_SHARE:.0%}",
         f"links {machine.link / GB:.0f} GB/s x {assumed.LINK_SHARE:.0%}",
     ]
+    if plan.n_processes > machine.node:
+        reached.append(f"network {machine.network / GB:.0f} GB/s an accelerator")
     launch_ms = assumed.LAUNCH_S * plan.shape.layers * 1e3
     return [
         f"assumed       {', '.join(reached)}; at least {launch_ms:.0f} ms a decoding step;",

@@ -25,25 +25,27 @@ import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
 from PIL import Image
-from transformers import TrainerCallback
+from transformers.trainer_utils import rotate_checkpoints
 from trl import GRPOConfig, GRPOTrainer
 from trl.models import unwrap_model_for_generation
 
 from configs.sections import Algorithm
-from environments.episode import STOP_REASONS
 from environments.live import tool_counts
-from environments.tools import CUT_MARK
 from rewards.compose import part_names, score_each
 from rewards.functions import RewardFunction, add_functions, check_columns
 from rewards.judge import make_judge
 from rewards.trajectory import get
 from train import credit, scoring
 from train.anchor import SaliencyAnchor
+from train.checkpoint_files import measure_files
+from train.disk import writing
+from train.episode_metrics import episode_sums
 from train.episodes import Script
 from train.groups import Groups
-from train.policy import causal_model
-from train.resume import Saved, state_name
-from train.timing import clock, speeds, time_forward, timed
+from train.policy import causal_model, reference_from
+from train.resume import Saved, forget_saved, state_name
+from train.settings import refuse_unused_sampling
+from train.timing import OptimizerStage, clock, speeds, time_forward, timed
 from train.trajectories import Trajectory, first_masked_turn, turn_advantages
 from train.vision import EncodedImage
 from train.watchdog import progress
@@ -115,9 +117,9 @@ class SearchGRPOTrainer(GRPOTrainer):
         self._masks_fatal = get(rewards, "infrastructure_fault", "skip") == "mask"
         generation = dict(args.generation_kwargs or {})
         n_per_turn = generation.pop("max_new_tokens", args.max_completion_length)
-        _refuse_unused_sampling(args, generation)
+        refuse_unused_sampling(args, generation)
         args.generation_kwargs = None
-        with _reference_from(model, reference):
+        with reference_from(model, reference):
             super().__init__(
                 model=model,
                 reward_funcs=[_read_part(part) for part in parts],
@@ -147,7 +149,7 @@ class SearchGRPOTrainer(GRPOTrainer):
             script=script,
         )
         self._install_scoring()
-        self.add_callback(_OptimizerStage(self))
+        self.add_callback(OptimizerStage(self, self._timed))
         self.evaluate_policy: Callable[[], dict[str, float]] | None = None
         """set by the evaluation callback; runs when transformers asks for an evaluation"""
         self.last_trajectories: list[Trajectory] = []
@@ -391,36 +393,8 @@ class SearchGRPOTrainer(GRPOTrainer):
 
     def _log_episodes(self, trajectories: list[Trajectory], replaced: list[Trajectory]) -> None:
         """Metrics of the rollout over all processes, under TRL's names where it has them."""
+        totals = episode_sums(trajectories, replaced, self._added_parts)
         lengths = [t.n_policy_tokens for t in trajectories]
-        sampled = [*trajectories, *replaced]
-        totals = {
-            "tokens": sum(t.n_policy_tokens for t in sampled),
-            "prompt_tokens": sum(len(t.prompt_ids) for t in sampled),
-            "search/rate_image": sum(t.count("image_search") > 0 for t in trajectories),
-            "search/rate_text": sum(t.count("search") > 0 for t in trajectories),
-            "search/calls_per_episode": sum(t.n_calls for t in trajectories),
-            "search/retries_per_episode": sum(u.retries for t in trajectories for u in t.turns),
-            "search/failure_rate": sum(any(u.is_error for u in t.turns) for t in trajectories),
-            "search/service_failure_rate": sum(
-                any(u.fault == "infrastructure" for u in t.turns) for t in trajectories
-            ),
-            "search/fatal_rate": sum(t.fatal_turn is not None for t in trajectories),
-            "search/unread_rate": sum(t.has_unread_result for t in trajectories),
-            "search/shortened_rate": sum(
-                any(CUT_MARK in (u.observation or "") for u in t.turns) for t in trajectories
-            ),
-            **{
-                f"rewards/{part}/mean": sum(t.rewards.get(part) or 0.0 for t in trajectories)
-                for part in self._added_parts
-            },
-            "turns_per_episode": sum(len(t.turns) for t in trajectories),
-            "completions/mean_length": sum(lengths),
-            "completions/clipped_ratio": sum(t.stop_reason == "length" for t in trajectories),
-            **{
-                f"stop/{reason}": sum(t.stop_reason == reason for t in trajectories)
-                for reason in STOP_REASONS
-            },
-        }
         device = self.accelerator.device
         local = torch.tensor([*totals.values(), len(trajectories)], dtype=torch.float64)
         if device.type == "mps":  # no float64 there
@@ -585,9 +559,21 @@ class SearchGRPOTrainer(GRPOTrainer):
         """No card per checkpoint: the run folder itself says how it was made."""
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        with progress.stage("save"):
-            super()._save_checkpoint(model, trial)
+        """Writes a checkpoint; older ones go only once it is whole, so that a kill costs none."""
+        folder, limit = Path(self.args.output_dir), self.args.save_total_limit
+        checkpoint = folder / f"checkpoint-{self.state.global_step}"
+        with progress.stage("save"), writing(checkpoint):
+            if self.accelerator.is_main_process:
+                forget_saved(checkpoint)
+            self.accelerator.wait_for_everyone()
+            self.args.save_total_limit = None
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self.args.save_total_limit = limit
             self._save_rollout_state()
+            if self.args.should_save:
+                rotate_checkpoints(str(folder), save_total_limit=limit)
 
     def _save_rollout_state(self) -> None:
         """What TRL's checkpoint lacks, one file a process."""
@@ -612,6 +598,7 @@ class SearchGRPOTrainer(GRPOTrainer):
                 per_rollout=args.generation_batch_size,
                 per_step=rows * args.gradient_accumulation_steps,
                 zero_stage=plugin.zero_stage if plugin else 0,
+                files=measure_files(folder),
             ).write(folder)
         self.accelerator.wait_for_everyone()
 
@@ -635,8 +622,9 @@ class SearchGRPOTrainer(GRPOTrainer):
         path = Path(checkpoint) / state_name(self.accelerator.process_index)
         if not path.is_file():  # of a run with fewer processes, at a boundary: all files are alike
             path = path.with_name(state_name(0))
-        # the buffer holds our own classes; the file is from this run's own folder
-        state = torch.load(path, weights_only=False)
+        # of classes the buffer holds the pictures' own alone
+        with torch.serialization.safe_globals([EncodedImage]):
+            state = torch.load(path, weights_only=True)
         self.engine.n_rollouts = state["n_rollouts"]
         self.n_policy_tokens = state["n_policy_tokens"]
         self._buffered_inputs = state["buffer"]
@@ -655,31 +643,6 @@ class SearchGRPOTrainer(GRPOTrainer):
             self._seconds[stage] += seconds
 
 
-class _OptimizerStage(TrainerCallback):
-    """Times the update: plain torch's between two events, DeepSpeed's within the backward."""
-
-    def __init__(self, trainer: SearchGRPOTrainer) -> None:
-        self.trainer, self._stack = trainer, ExitStack()
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        engine = self.trainer.deepspeed
-        if engine is None:
-            return
-        step = engine.step
-
-        def timed_step(*args: Any, **kwargs: Any) -> Any:
-            with self.trainer._timed("optimizer"):
-                return step(*args, **kwargs)
-
-        engine.step = timed_step
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._stack.enter_context(self.trainer._timed("optimizer"))
-
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._stack.close()
-
-
 def _read_part(part: str) -> Callable[..., list[float | None]]:
     """TRL reward function that hands on one part of the score."""
 
@@ -694,34 +657,9 @@ def _read_part(part: str) -> Callable[..., list[float | None]]:
     return reward
 
 
-@contextmanager
-def _reference_from(model: Any, folder: str | None) -> Iterator[None]:
-    """Makes TRL load the reference policy of `beta` from this folder instead of the start."""
-    own = model.config._name_or_path
-    model.config._name_or_path = folder or own
-    try:
-        yield
-    finally:
-        model.config._name_or_path = own
-
-
 def _pad_right(masks: list[list[int]]) -> torch.Tensor:
     """int64 [B, C], zeros behind each row."""
     padded = np.zeros((len(masks), max(map(len, masks))), dtype=np.int64)
     for row, mask in zip(padded, masks, strict=True):
         row[: len(mask)] = mask
     return torch.from_numpy(padded)
-
-
-def _refuse_unused_sampling(args: GRPOConfig, generation: dict[str, Any]) -> None:
-    """Settings that the rollout does not read must not be set in silence."""
-    unused = [f"generation_kwargs.{name}" for name in generation]
-    unused += [name for name in ("min_p",) if getattr(args, name) is not None]
-    unused += ["top_k"] if args.top_k else []
-    unused += ["repetition_penalty"] if args.repetition_penalty != 1.0 else []
-    unused += ["use_vllm"] if args.use_vllm else []
-    if unused:
-        raise ValueError(
-            f"grpo: {', '.join(unused)} is not supported by the search rollout; it samples with "
-            "temperature, top_p and generation_kwargs.max_new_tokens (per turn)"
-        )

@@ -46,9 +46,6 @@ class LiveView:
         self._is_over = threading.Event()
         self._line_at = time.perf_counter()
         self._thread = threading.Thread(target=self._redraw, name="live view", daemon=True)
-        self.draw_seconds = 0.0
-        """time that drawing took, in all"""
-        self.n_drawn = 0
 
     def __enter__(self) -> LiveView:
         self.draw()
@@ -78,7 +75,6 @@ class LiveView:
 
     def draw(self) -> None:
         """Draws the status as it is now."""
-        start = time.thread_time()
         with self._lock:
             self.status.stage = progress.stages[-1]
             self.status.memory_gb = memory_gb()
@@ -89,8 +85,6 @@ class LiveView:
                 since = time.perf_counter() - self._line_at
                 lines = fit(self.status, self._console, height - LEAST_ROWS, since)
             self._rows.draw(lines)
-        self.draw_seconds += time.thread_time() - start
-        self.n_drawn += 1
 
     def _redraw(self) -> None:
         while not self._is_over.wait(REDRAW_S):

@@ -11,9 +11,12 @@ from train.plan import (
     FRAGMENTATION,
     LIVE_PARAMETERS,
     READ_TOKENS,
+    SERVER_CACHE,
+    SERVER_WEIGHTS,
     TILE_BYTES,
     WAVE_ROWS,
     WHOLE_LOGITS,
+    Machine,
     Plan,
 )
 
@@ -199,9 +202,44 @@ def loss_logit_bytes(plan: Plan) -> float:
     return 4.0 * plan.shape.n_head + TILE_BYTES
 
 
-def server_bytes(plan: Plan) -> float:
-    """A rollout server's weights in bf16 on each of its accelerators; the rest is its cache."""
-    return 2.0 * plan.shape.n_parameters / plan.server_gpus if plan.server_gpus else 0.0
+def server_split(plan: Plan, machine: Machine) -> int:
+    """Accelerators of a replica of the rollout server: the smallest power of two that holds it.
+
+    Its weights in bf16 may take SERVER_WEIGHTS of the memory; the rest is its cache. At most all of
+    the server's accelerators, whether they hold it or not.
+    """
+    split = 1
+    while 2.0 * plan.shape.n_parameters / split > SERVER_WEIGHTS * machine.memory:
+        split *= 2
+    return min(split, max(1, plan.server_gpus))
+
+
+def server_replicas(plan: Plan, machine: Machine) -> int:
+    """Copies of the model that the rollout server answers from."""
+    return max(1, plan.server_gpus // server_split(plan, machine))
+
+
+def server_bytes(plan: Plan, machine: Machine) -> float:
+    """A rollout server's weights in bf16 on each of its accelerators."""
+    if not plan.server_gpus:
+        return 0.0
+    return 2.0 * plan.shape.n_parameters / server_split(plan, machine)
+
+
+def server_slots(plan: Plan, machine: Machine) -> float:
+    """Tokens of cache in SERVER_CACHE of what a replica's weights leave free."""
+    split = server_split(plan, machine)
+    free = max(0.0, split * machine.memory - 2.0 * plan.shape.n_parameters)
+    return SERVER_CACHE * free / (4.0 * plan.shape.layers * plan.shape.kv_width)
+
+
+def checkpoint_bytes(plan: Plan) -> float:
+    """A training checkpoint: weights, and 12 bytes a trained parameter for AdamW in fp32.
+
+    DeepSpeed's: fp32 weights and two moments; an adapter is saved alone.
+    """
+    stored = plan.n_trained if plan.lora_rank else plan.n_stored
+    return float(plan.weight_bytes * stored + (12 if plan.has_deepspeed else 8) * plan.n_trained)
 
 
 def host_bytes(plan: Plan, n_local: int) -> float:

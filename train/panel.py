@@ -260,6 +260,7 @@ def _cells(shares: Sequence[float], width: int) -> list[int]:
     return cells
 
 
-def _plain_bar(status: Status, width: int = 30) -> str:
+def _plain_bar(status: Status) -> str:
+    width = 30
     done = min(width, status.step * width // max(1, status.max_steps))
     return "#" * done + "." * (width - done)

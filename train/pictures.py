@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from train.disk import writing
 from train.trajectories import Trajectory
 
 PICTURES = "pictures"
@@ -48,8 +49,10 @@ class PictureFolder:
         self._folder.mkdir(parents=True, exist_ok=True)
         # the processes of an evaluation may write the same picture at once
         temporary = self._folder / f".{key}.{os.getpid()}.tmp"
-        small(image, self._size).save(temporary, format="WEBP", quality=QUALITY)
-        temporary.replace(self._folder / f"{key}.webp")
+        target = self._folder / f"{key}.webp"
+        with writing(target):
+            small(image, self._size).save(temporary, format="WEBP", quality=QUALITY)
+            temporary.replace(target)
 
 
 def small(image: Any, size: int) -> Any:

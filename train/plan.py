@@ -2,8 +2,9 @@
 
 The estimate is a model on paper, before anything is loaded: memory counted tensor by tensor from
 shapes (`train.memory`), time from work divided by what a machine does at its peak times an assumed
-share of it (`train.duration`). Each formula stands in its function's docstring; docs/real-models.md
-has the table for the shipped settings and how far the model was off where it was measured.
+share of it (`train.duration`), bytes between accelerators (`train.network`). Each formula stands
+in its function's docstring; docs/real-models.md has the table for the shipped settings and how far
+the model was off where it was measured, docs/scale.md what it says from 1 to 512 accelerators.
 
 Symbols: n parameters (n_t trained), N processes, R rows a process and micro-batch, P prompt tokens,
 C completion tokens (observations included), L layers, h hidden, q and kv widths of query and
@@ -32,6 +33,14 @@ BANDWIDTH_SHARE = 0.60
 """Share of the memory bandwidth that decoding and the optimizer reach."""
 LINK_SHARE = 0.70
 """Share of the link bandwidth that collectives reach."""
+HOP_S = 5e-6
+"""Seconds of one hop of a ring, with its share of the launch of the collective."""
+SERVER_WEIGHTS = 0.6
+"""Share of an accelerator's memory that a server's weights may take; the rest is its cache."""
+SERVER_CACHE = 0.9
+"""Share of what a server's weights leave free that its cache gets."""
+DISK = 2.0 * GB
+"""Bytes a second that a checkpoint is written at, or read: one NVMe drive, or a share of more."""
 LAUNCH_S = 0.0008
 """Seconds to launch one decoder layer of one token from Python: the floor of a decoding step."""
 HANDOVER = 3.0 * GB
@@ -57,6 +66,8 @@ WHOLE_LOGITS = 2**26
 """Logits kept whole in the loss, train.scoring.MAX_LOGITS; more go through TRL's tiles."""
 TILE_BYTES = 3 * 4096 * 32768 * 2
 """TRL's tiles of logits: 4096 tokens x 32768 entries in bf16, and two results of that size."""
+BUCKET_PARAMETERS = 500_000_000
+"""Gradients that ZeRO-1 and 2 reduce at a time, DeepSpeed's reduce_bucket_size."""
 LIVE_PARAMETERS = 1_000_000_000
 """Gathered parameters that ZeRO-3 keeps at a time, DeepSpeed's stage3_max_live_parameters."""
 
@@ -74,18 +85,24 @@ class Machine:
     """memory"""
     link: float
     """to the other accelerators of the node"""
+    network: float
+    """to other nodes, an accelerator's share of the node's adapters"""
     host_bandwidth: float = 200 * GB
     """main memory of the node"""
     host_link: float = 50 * GB
     """accelerator to main memory"""
+    node: int = 8
+    """accelerators of a node"""
 
 
-# NVIDIA's data sheets: dense bf16, HBM, NVLink (half of the figure for both directions), PCIe
+# NVIDIA's data sheets: dense bf16, HBM, NVLink (half of the figure for both directions), PCIe;
+# network: an InfiniBand adapter of 200 Gb/s for each A100, of 400 for each H100 and H200 (DGX),
+# of 200 for two L40S
 MACHINES = {
-    "a100": Machine("a100", 312e12, 80 * GB, 2.04e12, 300 * GB, 200 * GB, 25 * GB),
-    "h100": Machine("h100", 989e12, 80 * GB, 3.35e12, 450 * GB),
-    "h200": Machine("h200", 989e12, 141 * GB, 4.80e12, 450 * GB),
-    "l40s": Machine("l40s", 362e12, 48 * GB, 0.864e12, 25 * GB, 200 * GB, 25 * GB),
+    "a100": Machine("a100", 312e12, 80 * GB, 2.04e12, 300 * GB, 25 * GB, 200 * GB, 25 * GB),
+    "h100": Machine("h100", 989e12, 80 * GB, 3.35e12, 450 * GB, 50 * GB),
+    "h200": Machine("h200", 989e12, 141 * GB, 4.80e12, 450 * GB, 50 * GB),
+    "l40s": Machine("l40s", 362e12, 48 * GB, 0.864e12, 25 * GB, 12.5 * GB, 200 * GB, 25 * GB),
 }
 
 

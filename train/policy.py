@@ -9,6 +9,8 @@ Qwen2.5-VL folder: on a machine with torchvision plain `AutoProcessor.from_pretr
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -61,9 +63,11 @@ class ImageOnlyProcessor(Qwen2_5_VLProcessor):
 
     @classmethod
     def get_attributes(cls) -> list[str]:
+        """The parts that are loaded and saved: no video processor."""
         return ["image_processor", "tokenizer"]
 
     def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
+        """As the parent does; a part that is not there fits."""
         if argument is None:
             return None
         return super().check_argument_for_proper_class(argument_name, argument)
@@ -78,6 +82,7 @@ class ImageOnlyProcessor(Qwen2_5_VLProcessor):
     def save_pretrained(
         self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any
     ) -> Any:
+        """Saves a stock Qwen2.5-VL processor: its class names, the video part as published."""
         saved = super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
         folder = Path(save_directory)
         processor_config = json.loads((folder / "processor_config.json").read_text())
@@ -98,8 +103,15 @@ def is_vision_model(folder: str | Path) -> bool:
 
 
 def load_config(folder: str | Path) -> Any:
-    """transformers' config of a checkpoint folder, a hub id or `owner/name@revision`."""
-    return AutoConfig.from_pretrained(**_reference(folder))
+    """transformers' config of a checkpoint folder, a hub id or `owner/name@revision`.
+
+    Code that comes with a checkpoint is not run, and nobody is asked whether it should.
+
+    Raises:
+        PolicyLoadError: it cannot be read, or asks for code of its own.
+    """
+    with _loading(folder, "the settings"):
+        return AutoConfig.from_pretrained(**_reference(folder), trust_remote_code=False)
 
 
 def _reference(folder: str | Path) -> dict[str, str]:
@@ -108,6 +120,21 @@ def _reference(folder: str | Path) -> dict[str, str]:
     if not revision or Path(folder).exists():
         return {"pretrained_model_name_or_path": str(folder)}
     return {"pretrained_model_name_or_path": name, "revision": revision}
+
+
+@contextmanager
+def _loading(folder: str | Path, what: str) -> Iterator[None]:
+    """Whatever the libraries say of a file that they cannot use becomes one error."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    # safetensors, tokenizers and transformers have no error in common
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise PolicyLoadError(
+            f"{folder}: {what} cannot be read ({reason}); copy the checkpoint again"
+        ) from error
 
 
 def load_processor(folder: str | Path) -> Any:
@@ -120,15 +147,19 @@ def load_processor(folder: str | Path) -> Any:
         PolicyLoadError: the folder has no tokenizer files.
     """
     _require_checkpoint(folder)
+    is_vision = is_vision_model(folder)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(**_reference(folder), padding_side="left")
+        tokenizer = AutoTokenizer.from_pretrained(
+            **_reference(folder), padding_side="left", trust_remote_code=False
+        )
     except (OSError, ValueError) as error:
         raise PolicyLoadError(
             f"{folder}: no tokenizer can be read ({error}); save it beside the weights"
         ) from error
-    if not is_vision_model(folder):
+    if not is_vision:
         return tokenizer
-    image_processor = Qwen2VLImageProcessorPil.from_pretrained(**_reference(folder))
+    with _loading(folder, "the image processor"):
+        image_processor = Qwen2VLImageProcessorPil.from_pretrained(**_reference(folder))
     return ImageOnlyProcessor(image_processor, tokenizer, chat_template=tokenizer.chat_template)
 
 
@@ -144,11 +175,31 @@ def load_policy(folder: str | Path, dtype: torch.dtype = torch.float32) -> tuple
     """
     processor = load_processor(folder)
     auto_class = AutoModelForImageTextToText if is_vision_model(folder) else AutoModelForCausalLM
-    try:
-        model = auto_class.from_pretrained(**_reference(folder), dtype=dtype, use_safetensors=True)
-    except OSError as error:
-        raise PolicyLoadError(f"{folder}: the weights cannot be read ({error})") from error
+    with _loading(folder, "the weights"):
+        model, found = auto_class.from_pretrained(
+            **_reference(folder), dtype=dtype, use_safetensors=True, trust_remote_code=False,
+            output_loading_info=True,
+        )  # fmt: skip
+    check_complete(folder, found["missing_keys"])
     return model, processor
+
+
+def check_complete(folder: str | Path, missing: Iterable[str]) -> None:
+    """Refuses a checkpoint that lacks weights; transformers would draw them at random and warn.
+
+    Args:
+        folder: for the message.
+        missing: names that the model has and the files have not, tied weights left out.
+
+    Raises:
+        PolicyLoadError: names the first few.
+    """
+    names = sorted(missing)
+    if names:
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        raise PolicyLoadError(
+            f"{folder}: has no weights {', '.join(names[:3])}{more}; copy the checkpoint again"
+        )
 
 
 def causal_model(model: Any) -> Any:
@@ -169,3 +220,14 @@ def _require_checkpoint(folder: str | Path) -> None:
             f"{folder}: no config.json there; give a checkpoint folder saved with save_pretrained, "
             "or a hub id"
         )
+
+
+@contextmanager
+def reference_from(model: Any, folder: str | None) -> Iterator[None]:
+    """Makes TRL load the reference policy of `beta` from this folder instead of the start."""
+    own = model.config._name_or_path
+    model.config._name_or_path = folder or own
+    try:
+        yield
+    finally:
+        model.config._name_or_path = own

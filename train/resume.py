@@ -15,11 +15,12 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from configs.errors import ConfigError
+from train.checkpoint_files import RECORD, find_damage
 from train.deepspeed_json import deepspeed_path, read_deepspeed
 from train.settings import count_completions, resolved_grpo
 from train.watchdog import progress
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-RECORD = "rollout.json"
 STATE = "rollout_state.pt"
 UNIVERSAL_TAG = "latest_universal"
 """DeepSpeed's file that names the universal folder of a checkpoint; written when it is complete."""
@@ -48,6 +48,8 @@ class Saved:
     """completions of an optimizer step, all processes"""
     zero_stage: int
     """0 = without DeepSpeed"""
+    files: dict[str, int] = field(default_factory=dict)
+    """size of every file when the checkpoint was complete; none in checkpoints of older versions"""
 
     def write(self, checkpoint: Path) -> None:
         """Puts it beside the weights."""
@@ -77,7 +79,10 @@ def state_name(rank: int) -> str:
 
 
 def read_saved(checkpoint: Path) -> Saved | None:
-    """What a checkpoint says of its making; None if it was not written to its end."""
+    """What a checkpoint says of its making; None if it was not written to its end.
+
+    Whether its files are still those that were written, `train.checkpoint_files` says.
+    """
     try:
         saved = Saved(**json.loads((checkpoint / RECORD).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
@@ -86,11 +91,25 @@ def read_saved(checkpoint: Path) -> Saved | None:
     return saved if all((checkpoint / name).is_file() for name in files) else None
 
 
+def forget_saved(checkpoint: Path) -> None:
+    """A checkpoint that is about to be written again is not whole until it is written."""
+    (checkpoint / RECORD).unlink(missing_ok=True)
+
+
 def whole_checkpoints(folder: Path) -> list[tuple[Path, Saved]]:
-    """The checkpoints of a run that were written to their end by all processes, oldest first."""
+    """The checkpoints of a run that were written to their end by all processes, oldest first.
+
+    One that has been damaged since is left out.
+    """
+    return [(path, saved) for path, saved, damage in _finished(folder) if damage is None]
+
+
+def _finished(folder: Path) -> list[tuple[Path, Saved, str | None]]:
+    """As `whole_checkpoints`, with those that are damaged and what is wrong with them."""
     found = [(path, read_saved(path)) for path in (folder / "checkpoints").glob("checkpoint-*")]
-    whole = [(path, saved) for path, saved in found if saved is not None]
-    return sorted(whole, key=lambda pair: int(pair[0].name.rpartition("-")[2]))
+    finished = [(path, saved) for path, saved in found if saved is not None]
+    finished.sort(key=lambda pair: int(pair[0].name.rpartition("-")[2]))
+    return [(path, saved, find_damage(path, saved.files)) for path, saved in finished]
 
 
 def find_start(folder: Path, config: Config, n_processes: int) -> Start | None:
@@ -102,10 +121,18 @@ def find_start(folder: Path, config: Config, n_processes: int) -> Start | None:
         n_processes: of the continuation.
 
     Raises:
-        ConfigError: there are checkpoints, but none that fits; or other completions a step, or
-            another stage of ZeRO.
+        ConfigError: there are checkpoints, but none that fits, or all are damaged; or other
+            completions a step, or another stage of ZeRO.
     """
-    whole = whole_checkpoints(folder)
+    finished = _finished(folder)
+    whole = [(path, saved) for path, saved, damage in finished if damage is None]
+    damages = [damage for _, _, damage in finished if damage is not None]
+    if damages and not whole:
+        raise ConfigError(
+            f"--resume: {damages[-1]}; copy the run again, or begin it anew with --overwrite"
+        )
+    for damage in damages:
+        logger.warning("%s: this checkpoint is not used", damage)
     if not whole:
         return None
     for path, saved in reversed(whole):

@@ -1,42 +1,26 @@
 """Train a policy from a settings file: `deepspeed launch/train.sh --config configs/demo.yaml`.
 
-A run folder stands alone: config.yaml, environment.json, metrics.jsonl, trajectories.jsonl,
-pictures/, checkpoints/, heartbeat/, wandb_id, merge.json and start_cost.json (of a merged start),
-own/ (reward functions and dialect of one's own), frozen_heads.json (where some are) and, at the
-end, done.json.
+The way of a run: read what is given and check it (`train.given`), make its folder
+(`train.run_folder`), load the policy, train (`train.grpo`), leave the last policy.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 import logging
-import math
 import os
-import platform
-import shutil
-import subprocess
 import sys
 import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from configs.errors import ConfigError
-from configs.schema import (
-    DIALECT_SUFFIX,
-    Config,
-    dump_config,
-    load_config,
-    resolve_model,
-    shipped_config,
-)
-from environments.dialects import get_dialect
-from rewards.functions import RewardFunction, check_columns, load_functions, split_place
+from configs.schema import Config, dump_config, load_config, resolve_model, shipped_config
+from rewards.functions import load_functions
+from train.checkpoint_files import check_pickles
+from train.disk import writing
 from train.estimate import (
     DEFAULT_MACHINE,
     add_estimate_arguments,
@@ -44,39 +28,16 @@ from train.estimate import (
     estimate_arguments,
     find_machine,
 )
-from train.frozen import FILE_NAME as FROZEN_HEADS
-from train.frozen import FrozenHeads, check_same_heads, choose_heads
+from train.files import write_json
+from train.given import Given, check_pulls, check_start, choose_frozen, make_anchor, read_given
+from train.leash import end_with_starter
+from train.lock import locked
 from train.resume import Start, convert, find_start
-from train.settings import (
-    build_grpo_config,
-    count_completions,
-    describe_step,
-    resolved_grpo,
-    zero_stage,
-)
-from train.watchdog import Watchdog, clear_heartbeats, progress, still_running
+from train.run_folder import prepare_folder
+from train.settings import build_grpo_config, describe_step
+from train.watchdog import Watchdog, progress
 
 logger = logging.getLogger(__name__)
-
-PACKAGES = ("torch", "transformers", "trl", "deepspeed", "accelerate", "peft", "wandb")
-
-OWN_FOLDER = "own"
-"""Copies of the user's files in a run folder: reward functions, a dialect."""
-
-MAY_CHANGE = (
-    "rewards.judge_key_variable", "rewards.judge_timeout_s", "rewards.judge_workers",
-    "rewards.judge_cache",
-    "sport.iterations", "sport.llm_timeout_s", "sport.llm_workers",
-    "output", "tracking.", "compare.", "deepspeed", "hang_timeout_s", "grpo.max_steps",
-    "grpo.save_", "rollout.tool_workers", "rollout.url", "rollout.timeout_s", "rollout.retries",
-    # train.resume checks that their product with the number of processes stays
-    "grpo.per_device_train_batch_size", "grpo.gradient_accumulation_steps",
-    "rollout.sync_dir", "rollout.sleep", "environment.timeout_s", "environment.retries",
-    # the heads that they choose are compared themselves (train.frozen)
-    "conflict.", "freeze_heads.map",
-    "environment.backoff_s", "environment.cache", "live.requests_per_second", "live.retries",
-)  # fmt: skip
-"""Settings that may differ between a run and its continuation."""
 
 
 def train(argv: Sequence[str] | None = None) -> int:
@@ -91,6 +52,7 @@ def train(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("train").setLevel(level)
     _quiet_libraries()
+    end_with_starter()
     try:
         path = Path(options.config) if options.config else shipped_config("demo")
         config = load_config(path, options.overrides)
@@ -105,7 +67,7 @@ def train(argv: Sequence[str] | None = None) -> int:
             raise
         # settings are wrong on all processes alike; a service may have failed one of them alone
         if is_main or not isinstance(error, ConfigError):
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
 
@@ -167,10 +129,22 @@ def run_training(config: Config, resume: bool = False, overwrite: bool = False) 
         from train.worlds import connect
 
         connect(config.rollout).check()  # before anything slow
-    start = find_start(folder, config, world) if resume else None
-    if rank == 0:
-        check_start(init)
-        prepare_folder(folder, config, init, resume, overwrite, given.frozen)
+    with locked(folder, setting="output") if rank == 0 else nullcontext():
+        start = find_start(folder, config, world) if resume else None
+        if rank == 0:
+            check_start(init)
+            if start is not None:
+                check_pickles(start.path)
+            with writing(folder):
+                prepare_folder(folder, config, init, resume, overwrite, given.frozen)
+        return _train_in(config, folder, init, resume, start, given)
+
+
+def _train_in(
+    config: Config, folder: Path, init: str, resume: bool, start: Start | None, given: Given
+) -> Path:
+    """Sets up what all processes share, then trains."""
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     _share_cores(world)
 
     # torch.distributed starts here, if a launcher asked for it
@@ -183,56 +157,6 @@ def run_training(config: Config, resume: bool = False, overwrite: bool = False) 
         if start is not None and start.needs_conversion:
             convert(start, rank)
         return _train(config, folder, init, args, resume, start, watchdog, given)
-
-
-@dataclass
-class Given:
-    """What a run takes from files of the user's or of the world."""
-
-    questions: list[dict[str, Any]]
-    """of the training"""
-    held_out: list[dict[str, Any]]
-    """of the evaluation"""
-    functions: list[RewardFunction]
-    """reward functions of one's own"""
-    frozen: FrozenHeads | None = None
-    """heads that stay as they are"""
-
-
-def read_given(config: Config, n_processes: int = 1) -> Given:
-    """Reads questions and reward functions, and checks what can be checked of them.
-
-    Fewer questions than a rollout asks come in it more than once, each time as a group of its own:
-    TRL would drop the rollout that it cannot fill, and train nothing without a word.
-
-    Raises:
-        BenchmarkError: a bad row.
-        RewardError: a function that cannot be used on these questions.
-        EnvironmentSetupError: a dialect that cannot be read.
-    """
-    from train.worlds import count_shared, load_eval_questions, load_train_questions
-
-    get_dialect(config.environment.dialect)
-    functions = load_functions(config.reward_functions)
-    given = Given(load_train_questions(config), load_eval_questions(config), functions)
-    check_columns(functions, given.questions)
-    n_shared = count_shared(given.questions, given.held_out)
-    if n_shared:
-        logger.warning(
-            "%d of %d evaluation questions are trained on: the evaluation shows memory; keep them "
-            "apart by environment.train_benchmark.split and eval_benchmark.split",
-            n_shared, len(given.held_out),
-        )  # fmt: skip
-    grpo = resolved_grpo(config)
-    needed = count_completions(grpo, n_processes)[0] // grpo["num_generations"]
-    if len(given.questions) < needed:
-        times = math.ceil(needed / len(given.questions))
-        logger.info(
-            "%d questions for rollouts of %d: each is asked %d times an epoch",
-            len(given.questions), needed, times,
-        )  # fmt: skip
-        given.questions *= times
-    return given
 
 
 def _train(
@@ -321,254 +245,13 @@ def _train(
     return folder
 
 
-# ---------------------------------------------------------------- the run folder
-
-
-def check_start(init: str) -> None:
-    """Checks that a merged start still holds the tensors that its merge.json records.
-
-    Raises:
-        ConfigError: A tensor is missing, added, or of another shape.
-    """
-    if not (Path(init) / "merge.json").is_file():
-        return
-    from merge.errors import MergeError
-    from merge.verify import check_folder
-
-    try:
-        check_folder(init)
-    except MergeError as error:
-        raise ConfigError(
-            f"models.init: {error}; `obm merge verify {init}` checks every byte"
-        ) from error
-
-
-def check_pulls(config: Config) -> None:
-    """Checks that the pulls towards the start, KL and anchor, can do what they say.
-
-    Raises:
-        ConfigError: one of them would do nothing, or something else.
-    """
-    has_adapter = config.lora.r > 0
-    if config.models.reference != "init":
-        if not resolved_grpo(config)["beta"]:
-            raise ConfigError(
-                "models.reference: without a KL term nothing is pulled there; set grpo.beta above "
-                "0, or models.reference to init"
-            )
-        if has_adapter:
-            raise ConfigError(
-                "models.reference: with an adapter the reference is the policy without it; set "
-                "models.reference to init, or lora.r to 0"
-            )
-    if config.algorithm.anchor > 0.0:
-        if has_adapter:
-            raise ConfigError(
-                "algorithm.anchor: an adapter leaves the anchored weights alone; set "
-                "algorithm.anchor to 0, or lora.r to 0"
-            )
-        if zero_stage(config) == 3:
-            raise ConfigError(
-                "algorithm.anchor: needs whole parameters, which ZeRO-3 does not keep; use "
-                "deepspeed: zero2, or set algorithm.anchor to 0"
-            )
-
-
-def make_anchor(config: Config, init: str, model: Any) -> Any:
-    """The pull towards the start that `algorithm.anchor` asks for, or None.
-
-    Raises:
-        ConfigError: no statistics, or statistics of another model.
-    """
-    if config.algorithm.anchor == 0.0:
-        return None
-    from train.anchor import SaliencyAnchor, anchor_statistics
-
-    folders = config.algorithm.anchor_stats
-    return SaliencyAnchor(model, anchor_statistics(init, folders), config.algorithm.anchor)
-
-
-def choose_frozen(config: Config, init: str) -> FrozenHeads | None:
-    """The heads that `freeze_heads` keeps out of the training, or None.
-
-    Raises:
-        ConfigError: no conflict map, or heads that are not known.
-    """
-    if config.freeze_heads.source == "none":
-        return None
-    from train.heads import head_layout
-    from train.policy import load_config as load_model_config
-
-    return choose_heads(config.freeze_heads, head_layout(load_model_config(init)), init)
-
-
-def prepare_folder(
-    folder: Path,
-    config: Config,
-    init: str,
-    resume: bool,
-    overwrite: bool,
-    frozen: FrozenHeads | None = None,
-) -> None:
-    """Creates the run folder, or checks the one that shall go on.
-
-    Raises:
-        ConfigError: it is in use, or holds a run with other settings.
-    """
-    if folder.exists() and any(folder.iterdir()):
-        if resume or overwrite:
-            _refuse_running(folder)
-        if resume:
-            _refuse_other_run(folder, config)
-            check_same_heads(folder, frozen)
-        elif overwrite:
-            if not (folder / "config.yaml").exists():
-                raise ConfigError(
-                    f"output: {folder} is not a run folder (no config.yaml), so it is not "
-                    "overwritten; choose another output"
-                )
-            shutil.rmtree(folder)
-        else:
-            raise ConfigError(
-                f"output: {folder} exists already; go on with --resume, choose another name with "
-                "output=..., or delete it with --overwrite"
-            )
-    folder.mkdir(parents=True, exist_ok=True)
-    clear_heartbeats(folder)
-    (folder / "done.json").unlink(missing_ok=True)
-    write_text(folder / "config.yaml", dump_config(config))
-    write_json(folder / "environment.json", describe_machine(config))
-    for name in own_files(config):
-        (folder / OWN_FOLDER).mkdir(exist_ok=True)
-        shutil.copyfile(Path(name).expanduser(), folder / OWN_FOLDER / Path(name).name)
-    if frozen is not None:
-        write_json(folder / FROZEN_HEADS, frozen.to_dict())
-    recipe = Path(init) / "merge.json"
-    if recipe.is_file():
-        shutil.copyfile(recipe, folder / "merge.json")
-    cost = Path(init) / "cost.json"
-    if cost.is_file():
-        shutil.copyfile(cost, folder / "start_cost.json")
-
-
-def own_files(config: Config) -> dict[str, str]:
-    """Files of the user's that decide on the result: reward functions and a dialect, with SHA-256.
-
-    Raises:
-        ConfigError: one is not there, or two have one name and cannot lie in one folder.
-    """
-    names = [split_place(section.function)[0] for section in config.reward_functions]
-    if config.environment.dialect.endswith(DIALECT_SUFFIX):
-        names.append(config.environment.dialect)
-    names = list(dict.fromkeys(names))
-    if len({Path(name).name for name in names}) < len(names):
-        raise ConfigError(f"{', '.join(names)}: two files of one name; give each its own")
-    hashes = {}
-    for name in names:
-        try:
-            content = Path(name).expanduser().read_bytes()
-        except OSError as error:
-            raise ConfigError(
-                f"{name}: cannot be read ({error.strerror}); check the path"
-            ) from error
-        hashes[name] = hashlib.sha256(content).hexdigest()
-    return hashes
-
-
-def describe_machine(config: Config) -> dict[str, Any]:
-    """Versions, commit, hardware and command of this run."""
-    import torch
-
-    versions: dict[str, str | None] = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = None
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return {
-        "command": " ".join(sys.argv),
-        "commit": _commit(),
-        "python": platform.python_version(),
-        "versions": versions,
-        "hardware": ", ".join(gpus) or processor_name(),
-        "cores": len(os.sched_getaffinity(0)),
-        "device": "gpu" if gpus else "cpu",
-        "world_size": int(os.environ.get("WORLD_SIZE", "1")),
-        "deepspeed": config.deepspeed,
-        "own_files": own_files(config),
-    }
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes a JSON file whole or not at all."""
-    write_text(path, json.dumps(value, indent=2) + "\n")
-
-
-def _refuse_running(folder: Path) -> None:
-    """Two trainings would write into one folder."""
-    beats = still_running(folder)
-    if beats:
-        latest = max(beat.step for beat in beats)
-        pids = " ".join(str(beat.pid) for beat in beats)
-        raise ConfigError(
-            f"output: {folder} is still being trained (step {latest}); wait for it, or end it "
-            f"with `kill {pids}`"
-        )
-
-
-def _refuse_other_run(folder: Path, config: Config) -> None:
-    """A continuation with other data, rewards or hyperparameters would be neither run."""
-    path = folder / "config.yaml"
-    if not path.exists():
-        raise ConfigError(f"output: {folder} holds no config.yaml, so there is nothing to resume")
-    before, now = _flat(asdict(load_config(path))), _flat(asdict(config))
-    changed = [
-        f"{key} ({before.get(key)!r} before, {now.get(key)!r} now)"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and not key.startswith(MAY_CHANGE)
-    ]
-    if changed:
-        raise ConfigError(
-            f"output: {folder} was started with other settings: {', '.join(changed)}; "
-            "resume it with its own, or choose another output"
-        )
-    _refuse_other_files(folder, config)
-
-
-def _refuse_other_files(folder: Path, config: Config) -> None:
-    """A reward function that was rewritten since is another reward."""
-    path = folder / "environment.json"
-    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    kept = before.get("own_files") or {}
-    for name, digest in own_files(config).items():
-        if kept.get(name, digest) != digest:
-            raise ConfigError(
-                f"output: {name} has changed since {folder} was started; put "
-                f"{folder / OWN_FOLDER / Path(name).name} back in its place, or choose another "
-                "output"
-            )
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict) or not value:
-        return {prefix.rstrip("."): value}
-    return {k: v for key in value for k, v in _flat(value[key], f"{prefix}{key}.").items()}
-
-
 def _last_policy(trainer: Any, folder: Path) -> Path:
     """Folder of the trained policy: the last checkpoint, or one saved now if there is none."""
     last = folder / "checkpoints" / f"checkpoint-{trainer.state.global_step}"
     if not last.is_dir():
         last = folder / "checkpoints" / "final"
-        trainer.save_model(str(last))
+        with writing(last):
+            trainer.save_model(str(last))
     return last
 
 
@@ -599,31 +282,6 @@ def _share_cores(n_processes: int) -> None:
     n_threads = max(1, len(os.sched_getaffinity(0)) // local)
     torch.set_num_threads(n_threads)
     os.environ["OMP_NUM_THREADS"] = str(n_threads)  # read by accelerate
-
-
-def _commit() -> str | None:
-    root = Path(__file__).resolve().parent.parent
-    try:
-        result = subprocess.run(
-            ["git", "-C", str(root), "rev-parse", "--short=12", "HEAD"],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-    except OSError:  # a container without git
-        return None
-    return result.stdout.strip() or None
-
-
-def processor_name() -> str:
-    """The processor's model, as the system names it."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

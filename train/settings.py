@@ -245,3 +245,25 @@ def _grpo_names() -> set[str]:
     from trl import GRPOConfig
 
     return {item.name for item in fields(GRPOConfig) if item.init}
+
+
+def refuse_unused_sampling(args: Any, generation: dict[str, Any]) -> None:
+    """Settings that the rollout does not read must not be set in silence.
+
+    Args:
+        args: TRL's GRPOConfig.
+        generation: what is left of its `generation_kwargs`.
+
+    Raises:
+        ValueError: names them.
+    """
+    unused = [f"generation_kwargs.{name}" for name in generation]
+    unused += [name for name in ("min_p",) if getattr(args, name) is not None]
+    unused += ["top_k"] if args.top_k else []
+    unused += ["repetition_penalty"] if args.repetition_penalty != 1.0 else []
+    unused += ["use_vllm"] if args.use_vllm else []
+    if unused:
+        raise ValueError(
+            f"grpo: {', '.join(unused)} is not supported by the search rollout; it samples with "
+            "temperature, top_p and generation_kwargs.max_new_tokens (per turn)"
+        )

@@ -78,7 +78,9 @@ def run_sport(config: Config, *, resume: bool = False, overwrite: bool = False) 
         ConfigError: settings, a folder in use, no pair to learn from, a verifier without verdicts.
     """
     from train.cost import Cost
-    from train.run import choose_frozen, prepare_folder, write_json
+    from train.files import write_json
+    from train.given import choose_frozen
+    from train.run_folder import prepare_folder
 
     check_settings(config)
     init = resolve_model(config.models.init or "")
@@ -105,6 +107,7 @@ def run_sport(config: Config, *, resume: bool = False, overwrite: bool = False) 
         shutil.rmtree(folder / POLICY, ignore_errors=True)
         Path(policy).rename(folder / POLICY)
     cost.write(folder)
+    cost.write_for_policy(folder / POLICY, init, "sport")
     write_json(folder / DONE, {"iterations": len(_complete(folder)), "policy": POLICY})
     return folder / POLICY
 
@@ -114,7 +117,7 @@ def _iterate(
 ) -> Cost | None:
     """One iteration; None where nothing is left to prefer."""
     from train.cost import Cost
-    from train.run import write_json
+    from train.files import write_json
     from train.sport_sampling import MAX_STEPS, sample_steps
     from train.sport_tasks import make_tasks
     from train.sport_tune import tune

@@ -44,10 +44,14 @@ Reply with one JSON object and nothing else: {"reason": "...", "scores": [one nu
 class Verifier(Protocol):
     """Scores the candidates of several steps at once."""
 
-    def score(self, steps: Sequence[Step]) -> list[Scores]: ...
+    def score(self, steps: Sequence[Step]) -> list[Scores]:
+        """Scores of every step's candidates, in their order."""
+        ...
 
     @property
-    def last_error(self) -> str: ...
+    def last_error(self) -> str:
+        """Why steps could not be scored, in words for the user."""
+        ...
 
 
 class Step:

@@ -1,4 +1,5 @@
-"""Seconds of the stages of a step, and of work that no line of ours surrounds: a module's forward.
+"""Seconds of the stages of a step, and of work that no line of ours surrounds: a module's forward,
+the optimizer's step.
 
 A GPU works on after a call has returned, so on CUDA every timer waits for the
 device first; otherwise a stage's time would be found in the next one that reads a number.
@@ -8,10 +9,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
+from transformers import TrainerCallback
 
 from train.watchdog import WHOLE_STEP, progress
 
@@ -51,6 +53,39 @@ def time_forward(module: Any, record: Record) -> None:
     module.register_forward_pre_hook(start)
     # also when the forward raises, so that a later call does not count from this one's start
     module.register_forward_hook(stop, always_call=True)
+
+
+class OptimizerStage(TrainerCallback):
+    """Times the update: plain torch's between two events, DeepSpeed's within the backward.
+
+    Args:
+        trainer: of transformers.
+        timed: gives a block that counts for a stage.
+    """
+
+    def __init__(self, trainer: Any, timed: Callable[[str], AbstractContextManager[None]]) -> None:
+        self.trainer, self.timed, self._stack = trainer, timed, ExitStack()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Puts the timer around DeepSpeed's step, where there is one."""
+        engine = self.trainer.deepspeed
+        if engine is None:
+            return
+        step = engine.step
+
+        def timed_step(*args: Any, **kwargs: Any) -> Any:
+            with self.timed("optimizer"):
+                return step(*args, **kwargs)
+
+        engine.step = timed_step
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The update begins."""
+        self._stack.enter_context(self.timed("optimizer"))
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The update has ended."""
+        self._stack.close()
 
 
 def speeds(n_tokens: int, seconds: Mapping[str, float]) -> dict[str, float]:

@@ -240,6 +240,9 @@ def make_tiny_checkpoints(
     Args:
         folder: where the three checkpoint folders go.
         seed: of the base's weights; the parents add noise of std 0.01 to the language module.
+        hidden: width of the language module; its MLP is twice as wide.
+        layers: decoder layers.
+        head_dim: width of an attention head.
 
     Returns:
         {"base": path, "vlm": path, "agent": path}

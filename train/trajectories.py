@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from train.disk import writing
+
 SCHEMA_VERSION = 2
 READABLE_VERSIONS = (1, 2)
 """Version 2 adds what version 1 lacks: tokens, logprobs, advantages, masked_from, gold."""
@@ -269,9 +271,13 @@ def image_hash(image: Any) -> str:
 
 
 def append_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Appends one JSON object a line; a crash can cut the last line, never an earlier one."""
+    """Appends one JSON object a line; a crash can cut the last line, never an earlier one.
+
+    Raises:
+        DiskError: the disk takes no more.
+    """
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    with path.open("a", encoding="utf-8") as file:
+    with writing(path), path.open("a", encoding="utf-8") as file:
         file.write(text)
 
 

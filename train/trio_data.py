@@ -53,6 +53,7 @@ class Writer:
 
     @functools.cached_property
     def picture(self) -> str:
+        """Placeholders of one picture, with the marks around them."""
         return "<|vision_start|>" + "<|image_pad|>" * self.n_image_tokens + "<|vision_end|>"
 
     def write(
@@ -74,6 +75,7 @@ class Writer:
 
     @functools.lru_cache(maxsize=4096)  # noqa: B019 - one writer a process
     def encode(self, text: str) -> tuple[int, ...]:
+        """Token ids of a text by itself, nothing put before or behind."""
         return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def chat(self, user: str, with_picture: bool = False) -> str:
@@ -207,16 +209,14 @@ def draw_mention(
 # ---------------------------------------------------------------- base
 
 
-def base_copy(
-    writer: Writer, n_symbols: int | None = None
-) -> Callable[[random.Random], SFTExample]:
+def base_copy(writer: Writer) -> Callable[[random.Random], SFTExample]:
     """Random sequences that come again after a random gap; the loss counts the second copy.
 
     Makes induction heads.
     """
     plain_tokens = len(writer.tokenizer) - len(SPECIAL_TOKENS)
     # past the single bytes: whole words, as text has them
-    symbols = range(256, plain_tokens)[:n_symbols]
+    symbols = range(256, plain_tokens)
 
     def draw(rng: random.Random) -> SFTExample:
         input_ids: list[int] = rng.choices(symbols, k=rng.randint(0, 12))

@@ -252,30 +252,6 @@ def read_heartbeats(folder: Path) -> list[Heartbeat]:
     return sorted(beats, key=lambda beat: beat.rank)
 
 
-def still_running(folder: Path) -> list[Heartbeat]:
-    """Processes of this machine that still work on a run; those of other machines are not seen.
-
-    A launcher that is killed by SIGKILL cannot end its processes: they train on.
-
-    Args:
-        folder: the run folder.
-    """
-    import psutil
-
-    found = []
-    for beat in read_heartbeats(folder / FOLDER):
-        is_here = beat.host == socket.gethostname() and beat.pid != os.getpid()
-        if not is_here or beat.stage in ("done", "failed"):
-            continue
-        with suppress(psutil.Error):
-            process = psutil.Process(beat.pid)
-            # a number is given out again: a process that is younger than its sign is another one
-            is_same = process.create_time() <= beat.seen
-            if is_same and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(beat)
-    return found
-
-
 def clear_heartbeats(folder: Path) -> None:
     """Removes what an earlier start of the run left; before any watchdog of this one runs."""
     for path in (folder / FOLDER).glob("*"):

@@ -74,11 +74,6 @@ def load_sheets(edition: Edition = AS_IT_IS) -> tuple[Sheet, ...]:
     return tuple(Sheet(year, by_year[year]) for year in YEARS_OF_NEWS[edition.news])
 
 
-def load_facts(edition: Edition = AS_IT_IS) -> Mapping[str, Entity]:
-    """The entities with the facts that are right: those of the newest sheet."""
-    return load_sheets(edition)[-1].entities
-
-
 def exchange_answers(
     entities: Mapping[str, Entity],
     seed: int,

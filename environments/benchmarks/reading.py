@@ -83,12 +83,13 @@ def _rows_of(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def _read_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
     # not through `datasets`: InfoSeek mixes texts and objects in a column, which Arrow refuses
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if line.strip():
                 try:
-                    yield number, json.loads(line)
-                except json.JSONDecodeError as error:
+                    yield number, json.loads(line.decode("utf-8"))
+                # UnicodeDecodeError is a ValueError; RecursionError: nested thousands deep
+                except (ValueError, RecursionError) as error:
                     raise BenchmarkError(
                         f"{path}, row {number}: not JSON ({error}); mend the line or copy the "
                         "file again"
@@ -98,7 +99,7 @@ def _read_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
 def _read_json(path: Path) -> Iterator[tuple[int, Any]]:
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise BenchmarkError(f"{path}: not JSON ({error}); copy the file again") from error
     if not isinstance(rows, list):
         raise BenchmarkError(f"{path}: expected a list of rows; name the file with the questions")

@@ -113,6 +113,7 @@ class BenchmarkQuestion(dict[str, Any]):
         return self._row.picture(self._column, value)
 
     def get(self, key: str, default: Any = None) -> Any:
+        """As a dict's; the picture is opened."""
         return self[key] if key in self else default  # noqa: SIM401 (it is `get`)
 
 
@@ -191,7 +192,8 @@ def load_benchmark(
 
     Args:
         name: of BENCHMARKS.
-        selection: which; or its fields as keyword arguments.
+        selection: which questions.
+        **chosen: fields of `Selection`, where none is given.
 
     Raises:
         BenchmarkError: as `iterate_benchmark`; or no question is left.

@@ -110,11 +110,11 @@ def _build(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from compare.provenance import code_commit, hardware
+    from compare.provenance import origin
     from compare.trio import measure_trio, write_table
     from configs.schema import resolve_model
     from launch.arguments import command_line
-    from train.run import write_json
+    from train.files import write_json
 
     where = options.checkpoints
     folders = {
@@ -124,9 +124,7 @@ def _report(options: argparse.Namespace) -> int:
     output = Path(options.output or "docs/results/trio")
     output.parent.mkdir(parents=True, exist_ok=True)
     record = {
-        "command": command_line(),
-        "commit": code_commit(),
-        "hardware": hardware(),
+        **origin(command_line()),
         "rows": rows,
     }
     write_json(output.with_suffix(".json"), record)
@@ -137,11 +135,11 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _table(options: argparse.Namespace) -> int:
-    from compare.provenance import code_commit, hardware
+    from compare.provenance import origin
     from environments.atlas.recall import measure_dense, packaged_encoder
     from environments.atlas.world import measure_retrieval
     from launch.arguments import command_line
-    from train.run import write_json, write_text
+    from train.files import write_json, write_text
 
     rows = measure_retrieval()
     by_query = {row["query"]: row for row in rows}
@@ -152,9 +150,7 @@ def _table(options: argparse.Namespace) -> int:
         targets.append({"name": name, "value": value, "target": target, "met": value >= target})
     encoder = options.encoder or packaged_encoder()
     record = {
-        "command": command_line(),
-        "commit": code_commit(),
-        "hardware": hardware(),
+        **origin(command_line()),
         "targets": targets,
         "rows": rows,
         "encoder": Path(options.encoder).name if options.encoder else "all-MiniLM-L6-v2",
@@ -188,16 +184,14 @@ def _worlds(options: argparse.Namespace) -> int:
 
 
 def _images(options: argparse.Namespace) -> int:
-    from compare.provenance import code_commit, hardware
+    from compare.provenance import origin
     from environments.atlas.recall import describe_images, measure_images
     from launch.arguments import command_line
-    from train.run import write_json, write_text
+    from train.files import write_json, write_text
 
     rows = measure_images()
     record = {
-        "command": command_line(),
-        "commit": code_commit(),
-        "hardware": hardware(),
+        **origin(command_line()),
         "rows": rows,
     }
     output = Path(options.output or "docs/results/image-recall")

@@ -225,14 +225,12 @@ def _print_targets(targets: list[dict[str, Any]]) -> None:
 
 def _write(output: Path, name: str, record: dict[str, Any]) -> None:
     """Writes bench-NAME.json and, where there is one, the page."""
-    from compare.provenance import code_commit, hardware
+    from compare.provenance import origin
     from launch.arguments import command_line
-    from train.run import write_json, write_text
+    from train.files import write_json, write_text
 
     record = {
-        "command": command_line(),
-        "commit": code_commit(),
-        "hardware": hardware(),
+        **origin(command_line()),
         **record,
     }
     output.mkdir(parents=True, exist_ok=True)

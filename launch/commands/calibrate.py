@@ -14,6 +14,7 @@ Several machines share the work: `--shard 0/2` and `--shard 1/2`, then `--merge-
 from __future__ import annotations
 
 import argparse
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,7 @@ from launch.errors import LaunchError
 
 if TYPE_CHECKING:
     from configs.schema import Config
+    from launch.calibration_progress import Progress
 
 EXAMPLES = (
     "obm calibrate --config configs/demo.yaml",
@@ -67,19 +69,44 @@ def run(options: argparse.Namespace) -> int:
         return _take_adam(options, config, roles)
     for role in roles:
         parent_folder(config, role)  # a missing setting is found before anything has run
-        for path in _targets(config, role, shard):
-            if path.exists() and not options.overwrite:
-                raise LaunchError(
-                    f"{path} exists; pass --overwrite, or another calibration.output=FOLDER"
-                )
-    for role in roles:
-        if options.dry_run:
+    if options.dry_run:
+        for role in roles:
+            progress_of(config, role, shard, overwrite=options.overwrite)
             print(f"{role}: {describe(config, role, shard)}")
-        elif options.merge_shards:
-            print(f"{role}: {merge_parent_shards(config, role)}")
-        else:
-            print(f"{role}: {calibrate_parent(config, role, shard=shard)}")
+        return 0
+    _make(options, config, roles, shard)
     return 0
+
+
+def _make(
+    options: argparse.Namespace, config: Config, roles: tuple[str, ...], shard: tuple[int, int]
+) -> None:
+    """Measures, or adds up; a run that was killed goes on with the files that it had not made."""
+    from train.lock import locked
+
+    with ExitStack() as held:
+        for role in roles:
+            name = f".lock{_suffix(shard)}"
+            folder = stats_path(config, role).parent
+            held.enter_context(locked(folder, name, setting="calibration.output=FOLDER"))
+        progress = {
+            role: progress_of(config, role, shard, overwrite=options.overwrite) for role in roles
+        }
+        try:
+            for role in roles:
+                progress[role].begin()
+            for role in roles:
+                if options.merge_shards:
+                    print(f"{role}: {merge_parent_shards(config, role)}")
+                else:
+                    made = calibrate_parent(config, role, shard=shard, progress=progress[role])
+                    print(f"{role}: {made}")
+        except Exception:
+            for one in progress.values():
+                one.give_up()
+            raise
+        for one in progress.values():
+            one.finish()
 
 
 def _take_adam(options: argparse.Namespace, config: Config, roles: tuple[str, ...]) -> int:
@@ -87,6 +114,7 @@ def _take_adam(options: argparse.Namespace, config: Config, roles: tuple[str, ..
     from merge.adam import adam_fisher, open_adam
     from merge.checkpoint import Checkpoint
     from merge.stats import FILE_NAMES
+    from train.lock import locked
 
     if len(roles) != 1 or options.shard or options.merge_shards:
         raise LaunchError("--adam is of one parent and needs no shards; add --parent NAME alone")
@@ -103,9 +131,9 @@ def _take_adam(options: argparse.Namespace, config: Config, roles: tuple[str, ..
             f"steps (ZeRO-{adam.stage}, {len(adam.ranks)} processes); into {target}"
         )
         return 0
-    print(
-        f"{role}: {adam_fisher(options.adam, checkpoint, folder, families=config.merge.families)}"
-    )
+    with locked(folder, setting="calibration.output=FOLDER"):
+        made = adam_fisher(options.adam, checkpoint, folder, families=config.merge.families)
+    print(f"{role}: {made}")
     return 0
 
 
@@ -131,13 +159,35 @@ def parent_folder(config: Config, role: str) -> str:
     return resolve_model(name)
 
 
-def calibrate_parent(config: Config, role: str, *, shard: tuple[int, int] = WHOLE) -> Path:
+def progress_of(
+    config: Config, role: str, shard: tuple[int, int] = WHOLE, *, overwrite: bool = False
+) -> Progress:
+    """What is there of a parent's statistics.
+
+    Raises:
+        LaunchError: another run's, and `overwrite` is off.
+    """
+    from launch.calibration_progress import Progress, calibration_key
+
+    note = stats_path(config, role).parent / f".begun{_suffix(shard)}.json"
+    key = calibration_key(config, parent_folder(config, role))
+    return Progress(note, key, _targets(config, role, shard), overwrite=overwrite)
+
+
+def calibrate_parent(
+    config: Config,
+    role: str,
+    *,
+    shard: tuple[int, int] = WHOLE,
+    progress: Progress | None = None,
+) -> Path:
     """Run one parent's calibration data through it and save the statistics.
 
     Args:
         config: models, calibration, environment and merge.families are used.
         role: vlm, agent or the name of a donor.
         shard: (rank, world): which share of the batches.
+        progress: what is there already, and is not made again; nothing when None.
 
     Returns:
         The file of the first of calibration.kinds.
@@ -148,12 +198,19 @@ def calibrate_parent(config: Config, role: str, *, shard: tuple[int, int] = WHOL
     parent = Parent(config, role, parent_folder(config, role))
     folder = stats_path(config, role).parent
     costs = folder / shard_cost_name(shard)
-    inputs = [kind for kind in config.calibration.kinds if kind != "fisher"]
+    missing = [
+        kind
+        for kind, target in zip(
+            config.calibration.kinds, _targets(config, role, shard), strict=True
+        )
+        if progress is None or not progress.has(target)
+    ]
+    inputs = [kind for kind in missing if kind != "fisher"]
     if inputs:
         with measured() as cost:
             measure_inputs(parent, inputs, folder, shard)
         keep_calibration_cost(costs, "inputs", cost)
-    if "fisher" in config.calibration.kinds:
+    if "fisher" in missing:
         with measured() as cost:
             measure_fisher(parent, folder, shard)
         keep_calibration_cost(costs, "fisher", cost)
@@ -207,6 +264,11 @@ def _targets(config: Config, role: str, shard: tuple[int, int]) -> list[Path]:
 
     folder = stats_path(config, role).parent
     return [folder / shard_name(kind, shard) for kind in config.calibration.kinds]
+
+
+def _suffix(shard: tuple[int, int]) -> str:
+    """Of hidden files, so that shards do not share them."""
+    return "" if shard == WHOLE else f"-{shard[0]}-of-{shard[1]}"
 
 
 def _parse_shard(text: str | None) -> tuple[int, int]:

@@ -34,6 +34,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--reference", metavar="ARM", help="held against each (default: obm, or the first)"
     )
     parser.add_argument(
+        "--budget-arm", metavar="ARM",
+        help="accuracy at an equal budget: what this arm spent (default: the cheapest)",
+    )  # fmt: skip
+    parser.add_argument(
         "--allow", action="append", default=[], metavar="KEY",
         help="setting or section that may differ; can be repeated",
     )  # fmt: skip
@@ -80,6 +84,7 @@ def run(options: argparse.Namespace) -> int:
         smoothing=options.smoothing or settings.get("smoothing", 3),
         bootstrap=options.bootstrap or settings.get("bootstrap", 2000),
         reference=options.reference,
+        budget_arm=options.budget_arm or settings.get("budget_arm"),
         allow=options.allow,
         partial=options.partial,
         overwrite=options.overwrite,

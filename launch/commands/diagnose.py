@@ -121,18 +121,14 @@ def _named_sources(config: Config, further: list[str], models: dict[str, str]) -
 def _write(record: dict[str, Any], paths: list[Path]) -> None:
     from compare.geometry_figure import draw_geometry
     from compare.geometry_report import markdown, tensor_csv
-    from compare.provenance import code_commit, hardware
-    from train.run import write_json, write_text
+    from compare.provenance import origin
+    from train.files import write_json, write_text
 
-    record |= {"command": command_line(), "commit": code_commit(), "hardware": hardware()}
+    record |= origin(command_line())
     as_json, as_csv, page, *pictures = paths
     as_json.parent.mkdir(parents=True, exist_ok=True)
     caption = f"Linear projections. {record['command']}; commit {record['commit']}"
-    # each under a temporary name first, so that no half picture is left
-    parts = [path.with_name(f".part-{path.name}") for path in pictures]
-    draw_geometry(record, parts, caption)
-    for part, path in zip(parts, pictures, strict=True):
-        part.replace(path)
+    draw_geometry(record, pictures, caption)
     write_text(as_csv, tensor_csv(record))
     write_text(page, markdown(record))
     write_json(as_json, record)

@@ -9,11 +9,13 @@ Nothing is trained. docs/cast.md has the formulas.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch.arguments import add_config_arguments, command_line, read_config
 from launch.errors import LaunchError
+from launch.preparation_cost import COST_NAME, measured
 
 if TYPE_CHECKING:
     from configs.schema import Config
@@ -62,8 +64,9 @@ def run(options: argparse.Namespace) -> int:
         return 0
     if section.device == "cuda":
         _require_gpu()
-    record = diagnose_start(config, start, layout)
-    write_map(record, folder)
+    with measured() as cost:
+        record = diagnose_start(config, start, layout)
+    write_map(record, folder, cost=cost)
     from compare.conflict_map import map_table
 
     print("\n".join(map_table(record)))
@@ -91,12 +94,27 @@ def diagnose_start(config: Config, start: str, layout: HeadLayout) -> dict[str, 
     return _record(config, layout, search, keep, found)
 
 
-def write_map(record: dict[str, Any], folder: Path, name: str = NAME) -> None:
-    """Writes `<name>.json`, `.md`, `.svg` and `.png`; the first comes last, so that it is whole."""
+def write_map(
+    record: dict[str, Any],
+    folder: Path,
+    name: str = NAME,
+    *,
+    cost: Mapping[str, float] | None = None,
+) -> None:
+    """Writes `<name>.json`, `.md`, `.svg` and `.png`; the first comes last, so that it is whole.
+
+    Args:
+        record: of `diagnose_start`.
+        folder: is made where missing.
+        name: of the files.
+        cost: seconds that it took; cost.json beside the map has them for trainings that use it.
+    """
     from compare.conflict_map import draw_map, map_page
-    from train.run import write_json, write_text
+    from train.files import write_json, write_text
 
     folder.mkdir(parents=True, exist_ok=True)
+    if cost is not None:
+        write_json(folder / COST_NAME, {"diagnose": dict(cost)})
     draw_map(record, [folder / f"{name}.svg", folder / f"{name}.png"])
     write_text(folder / f"{name}.md", map_page(record, name))
     write_json(folder / f"{name}.json", record)
@@ -107,7 +125,7 @@ def _record(
 ) -> dict[str, Any]:
     from dataclasses import asdict
 
-    from compare.provenance import code_commit, hardware
+    from compare.provenance import origin
     from train.conflict import conflict_score
     from train.frozen import SCHEMA_VERSION, conflict_order
 
@@ -134,9 +152,7 @@ def _record(
         "start": config.models.init,
         "layout": asdict(layout),
         "settings": asdict(config.conflict),
-        "command": command_line(),
-        "commit": code_commit(),
-        "hardware": hardware(),
+        **origin(command_line()),
         "search": search.words(),
         "keep": keep.words(),
         "keep_loss": found.keep_loss,

@@ -72,6 +72,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Evaluate and print the figures."""
+    from train.disk import writing
+    from train.lock import locked
+
     extra = [f"environment.eval_benchmark.name={options.benchmark}"] if options.benchmark else []
     config = read_config(options, *extra)
     if options.dry_run:
@@ -82,11 +85,13 @@ def run(options: argparse.Namespace) -> int:
         return 0
     arm = options.arm or Path(options.checkpoint.rstrip("/")).name
     output = Path(options.output or Path(config.output).parent / "eval" / arm)
-    record = evaluate_checkpoint(
-        config, options.checkpoint, output,
-        arm=arm, command=command_line(), overwrite=options.overwrite, mode=options.mode,
-        query=options.query, batch=options.batch, shard=read_shard(options.shard),
-    )  # fmt: skip
+    shard = read_shard(options.shard)
+    with locked(output, f".lock-{shard[0]}-of-{shard[1]}"), writing(output):
+        record = evaluate_checkpoint(
+            config, options.checkpoint, output,
+            arm=arm, command=command_line(), overwrite=options.overwrite, mode=options.mode,
+            query=options.query, batch=options.batch, shard=shard,
+        )  # fmt: skip
     if record is None:
         print(f"this part is done; {output} waits for the others")
         return 0
@@ -145,7 +150,7 @@ def evaluate_checkpoint(
     from compare.benchmarks import benchmark_of, iterate_questions
     from compare.evaluate import run_evaluation
     from compare.modes import Asker
-    from compare.provenance import code_commit, hardware
+    from compare.provenance import origin
     from configs.schema import resolve_model
     from launch.models import load_for_inference
     from launch.stages import fingerprint
@@ -165,9 +170,7 @@ def evaluate_checkpoint(
         "query": query if mode == "rag" else None,
         "benchmark": {"name": benchmark.name, "metrics": list(benchmark.metrics)},
         "config": asdict(config),
-        "command": command,
-        "commit": code_commit(),
-        "hardware": hardware(),
+        **origin(command),
     }
     plan = {
         "checkpoint": fingerprint(folder),

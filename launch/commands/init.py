@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """List or copy."""
     from configs.schema import shipped_config
-    from train.run import write_text
+    from train.files import write_text
 
     if options.name is None:
         folder = shipped_config("demo").parent

@@ -64,7 +64,7 @@ def run(options: argparse.Namespace) -> int:
     if options.overrides[:1] == ["verify"]:
         return _verify(options.overrides[1:])
     if options.overrides[:1] == ["adapter"]:
-        return _merge_adapter(options, options.overrides[1:])
+        return _merge_adapter(options)
     if options.base:
         raise LaunchError("--base goes with `obm merge adapter`; here set models.base=...")
     extra = [f"calibration.output={options.stats}"] if options.stats else []
@@ -111,13 +111,15 @@ def _verify(folders: list[str]) -> int:
     return 0
 
 
-def _merge_adapter(options: argparse.Namespace, folders: list[str]) -> int:
+def _merge_adapter(options: argparse.Namespace) -> int:
     from merge.adapter import merge_adapter
 
-    if len(folders) != 1 or not options.output:
+    folder, *options.overrides = options.overrides[1:] or [""]
+    if not folder or not options.output:
         raise LaunchError("write `obm merge adapter RUN_OR_ADAPTER_FOLDER --output DIR`")
+    families = read_config(options).merge.families
     record = merge_adapter(
-        folders[0], options.output, base=options.base, overwrite=options.overwrite
+        folder, options.output, base=options.base, families=families, overwrite=options.overwrite
     )
     base = record["parents"]["vlm"]["source"]
     print(f"{record['adapter']['tensors']} tensors of {base} changed: {options.output}")
@@ -140,13 +142,13 @@ def merge_checkpoints(
     """
     from configs.schema import resolve_model
     from launch.commands.calibrate import parent_folder, stats_path
-    from launch.preparation_cost import keep_merge_cost, measured
+    from launch.preparation_cost import keep_merge_cost, measured_without_compiling
     from merge.engine import merge
 
     settings = asdict(config.merge)
     own = {key: settings.pop(key) for key in (*NOT_SETTINGS, "families")}
     donors = {name: resolve_model(source) for name, source in config.models.donors.items()}
-    with measured() as cost:
+    with measured_without_compiling() as cost:
         record = merge(
             parent_folder(config, "base"),
             parent_folder(config, "vlm"),

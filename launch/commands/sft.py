@@ -9,6 +9,7 @@ docs/sport.md.
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from launch.arguments import add_config_arguments, read_config
 
@@ -29,6 +30,7 @@ def run(options: argparse.Namespace) -> int:
     """Collect and train."""
     config = read_config(options)
     from train.cold_start import describe_cold_start, run_cold_start
+    from train.lock import locked
 
     if options.dry_run:
         print(describe_cold_start(config))
@@ -36,6 +38,7 @@ def run(options: argparse.Namespace) -> int:
     from launch.arguments import show_progress
 
     show_progress()
-    policy = run_cold_start(config, overwrite=options.overwrite)
+    with locked(Path(config.output), setting="output"):
+        policy = run_cold_start(config, overwrite=options.overwrite)
     print(f"written to {policy}; train it with models.init={policy}")
     return 0

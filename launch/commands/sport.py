@@ -8,6 +8,7 @@ GRPO (models.init) or stands for itself; OUTPUT/cost.json says what it cost. doc
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from launch.arguments import add_config_arguments, read_config
 
@@ -28,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Run the iterations that are missing."""
     config = read_config(options)
+    from train.lock import locked
     from train.sport import describe_sport, run_sport
 
     if options.dry_run:
@@ -36,6 +38,7 @@ def run(options: argparse.Namespace) -> int:
     from launch.arguments import show_progress
 
     show_progress()
-    policy = run_sport(config, resume=options.resume, overwrite=options.overwrite)
+    with locked(Path(config.output), setting="output"):
+        policy = run_sport(config, resume=options.resume, overwrite=options.overwrite)
     print(f"written to {policy}; train it with models.init={policy}")
     return 0

@@ -84,7 +84,7 @@ def run(options: argparse.Namespace) -> int:
 
     from compare.tuning import best_settings
     from compare.tuning_report import recipes_text, tuning_csv, tuning_markdown
-    from train.run import write_json, write_text
+    from train.files import write_json, write_text
 
     finished = Path(config.output).parent / "tuning" / f"{output.name}.jsonl"
     parallel = options.parallel or len(os.sched_getaffinity(0))
@@ -219,12 +219,10 @@ def _without_method(setting: Mapping[str, Any]) -> dict[str, Any]:
 def _record(config: Config, rows: list[dict[str, Any]], best: dict[str, Any]) -> dict[str, Any]:
     from dataclasses import asdict
 
-    from compare.provenance import code_commit, hardware
+    from compare.provenance import origin
 
     return {
-        "command": command_line(),
-        "commit": code_commit(),
-        "hardware": hardware(),
+        **origin(command_line()),
         "environment": asdict(config.environment),
         "best": best,
         "rows": rows,

@@ -1,22 +1,29 @@
 """The study of ceilings: several starts, evaluated, trained over several seeds, and compared.
 
-    calibrate -> merge every recipe -> evaluate zero-shot -> train arms x seeds -> compare
+    calibrate -> merge every recipe -> evaluate zero-shot -> diagnose heads, prepare (SPORT, cold
+    start) -> train arms x seeds -> measure perception -> compare
+
+Only the merges, the trainings and the comparison are in every study.
 
 `obm demo` is the study configs/studies/demo.yaml. Every stage is made once (launch/stages.py), a
 broken training goes on from its last checkpoint. Folders of a study:
 
-    calibration/  merged/ARM/  zero-shot/ARM/  runs/ARM-sSEED/  logs/  configs/  stages/  report/
+    calibration/  merged/ARM/  zero-shot/ARM/  conflict/ARM/  prepared/ARM-sSEED/  runs/ARM-sSEED/
+    measured.jsonl  logs/  configs/  stages/  report/
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
 from launch.stages import Stages
 from launch.studies.file import Arm, Options, Study
-from launch.studies.plan import Plan
+from launch.studies.perception import measure_recognition, trained_seeds
+from launch.studies.plan import Plan, flatten
+from launch.studies.preparations import map_steps, preparation_steps, prepare_arms, publish_maps
 from launch.studies.report import publish
 from launch.studies.starts import Step, describe_steps, evaluation_steps, run_steps, start_steps
 from launch.studies.trainings import describe_trainings, raise_failures, train_arms
@@ -35,10 +42,12 @@ def run_ceiling(study: Study, options: Options) -> dict[str, Any]:
     plan.check()
     stages = Stages(study.output, redo=options.redo)
     run_steps(_steps(plan, stages, options), stages)
+    prepare_arms(plan, stages, options)
     failed = train_arms(plan, stages, options)
     if not options.partial:
         raise_failures(failed, plan, is_reported=False)
-    summary = _compare(plan, options.command, failed)
+    recognition = measure_recognition(plan, options, failed) if study.perception else None
+    summary = _compare(plan, options.command, failed, recognition)
     raise_failures(failed, plan, is_reported=True)
     return summary
 
@@ -48,12 +57,15 @@ def describe_ceiling(study: Study, options: Options) -> list[str]:
     plan = Plan(study, list(options.overrides))
     lines = [_describe_arm(study, arm) for arm in study.arms]
     stages = Stages(study.output, redo=options.redo)
-    lines += describe_steps(_steps(plan, stages, options), stages)
+    steps = chain(_steps(plan, stages, options), preparation_steps(plan, stages))
+    lines += describe_steps(steps, stages)
     return [*lines, *describe_trainings(plan, stages, options)]
 
 
 def _describe_arm(study: Study, arm: Arm) -> str:
     start = arm.init or f"merge {json.dumps(arm.merge)}"
+    start += f", then {arm.prepare}" if arm.prepare else ""
+    start += f", {' '.join(flatten(arm.settings))}" if arm.settings else ""
     runs = f"seeds {', '.join(map(str, study.seeds))}" if arm.train else "zero-shot only"
     return f"  {arm.name}: {start}; {runs}"
 
@@ -62,9 +74,15 @@ def _steps(plan: Plan, stages: Stages, options: Options) -> Iterator[Step]:
     yield from start_steps(plan, stages)
     if plan.study.zero_shot:
         yield from evaluation_steps(plan, stages, options.command)
+    yield from map_steps(plan, stages)
 
 
-def _compare(plan: Plan, command: str, failed: dict[str, str]) -> dict[str, Any]:
+def _compare(
+    plan: Plan,
+    command: str,
+    failed: dict[str, str],
+    recognition: dict[str, dict[str, list[float | None]]] | None,
+) -> dict[str, Any]:
     from compare.report import SUFFIXES, text_table, write_report
     from compare.runs import read_run
 
@@ -72,8 +90,7 @@ def _compare(plan: Plan, command: str, failed: dict[str, str]) -> dict[str, Any]
     folders = []
     for arm in study.arms:
         if arm.train:
-            seeds = [seed for seed in study.seeds if f"{arm.name}-s{seed}" not in failed]
-            folders += [plan.run_folder(arm, seed) for seed in seeds]
+            folders += [plan.run_folder(arm, seed) for seed in trained_seeds(plan, arm, failed)]
         elif study.zero_shot:
             folders.append(study.output / "zero-shot" / arm.name)
     missing = f" (without {', '.join(failed)}, which failed)" if failed else ""
@@ -87,8 +104,15 @@ def _compare(plan: Plan, command: str, failed: dict[str, str]) -> dict[str, Any]
         target_arm=config.compare.target_arm,
         smoothing=config.compare.smoothing,
         bootstrap=config.compare.bootstrap,
+        budget_arm=config.compare.budget_arm,
+        recognition=recognition,
+        # what the study file gives an arm of its own differs on purpose; the report says so
+        allow=sorted(
+            {key.partition("=")[0] for arm in study.arms for key in flatten(arm.settings)}
+        ),
         overwrite=True,
     )
+    publish_maps(plan, command)
     print(f"\n{text_table(summary)}\n")
     publish(study, summary, SUFFIXES)
     return summary

@@ -21,9 +21,11 @@ NEEDED = {
     "transfer": {"arms", "benchmarks", "references"},
     "table": {"arms", "benchmarks"},
 }
-OPTIONAL = {"ceiling": {"zero_shot"}, "transfer": {"trained", "starts"}}
+OPTIONAL = {"ceiling": {"zero_shot", "perception"}, "transfer": {"trained", "starts"}}
 NOT_STUDIES = ("recipes", "grid")
 """Files in configs/studies that studies and `obm tune` read."""
+PREPARE = ("sport", "sft")
+"""Verbs that make a start from another one, see docs/sport.md."""
 
 
 @dataclass
@@ -37,6 +39,10 @@ class Arm:
     """parents of this merge, where they are not the study's"""
     train: bool = True
     """False: evaluated as it is, not trained"""
+    prepare: str | None = None
+    """one of `PREPARE`: what is done to the start, with every seed anew, before it is trained"""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """of this arm alone, over the study's `overrides`; the report says what they let differ"""
     modes: list[str] = field(default_factory=lambda: ["agent"])
     """table: how the start is asked, see `compare.modes`"""
     trained: str | None = None
@@ -56,6 +62,8 @@ class Study:
     kind: str = "ceiling"
     """one of `KINDS`"""
     zero_shot: bool = False
+    perception: bool = False
+    """ceiling: also measure recognition before and after training"""
     overrides: dict[str, Any] = field(default_factory=dict)
     report: Path | None = None
     """folder of the report; None = `report/` of the output"""
@@ -119,6 +127,9 @@ def load_study(path: str | Path) -> Study:
     recipes = read_yaml(path.parent / raw["recipes"]) if "recipes" in raw else {}
     entries = [_reference(raw["reference"])] if kind == "ablation" else raw["arms"]
     arms = _load_arms(entries, recipes, path)
+    for arm in arms:
+        if kind != "ceiling" and (arm.prepare or arm.settings):
+            raise LaunchError(f"{path}: {arm.name}: prepare and settings are for kind: ceiling")
     shows_starts = raw.get("zero_shot") or kind != "ceiling"
     if not shows_starts and not all(arm.train for arm in arms):
         raise LaunchError(f"{path}: an arm with train: false is only seen with zero_shot: true")
@@ -139,6 +150,7 @@ def load_study(path: str | Path) -> Study:
         title=str(raw["title"]),
         kind=str(kind),
         zero_shot=bool(raw.get("zero_shot", False)),
+        perception=bool(raw.get("perception", False)),
         overrides=dict(raw.get("overrides") or {}),
         report=Path(raw["report"]) if raw.get("report") else None,
         report_name=str(raw.get("report_name", "compare")),
@@ -185,7 +197,7 @@ def _load_arms(entries: Any, recipes: dict[str, Any], path: Path) -> list[Arm]:
 def _load_arm(entry: Any, recipes: dict[str, Any], where: str) -> Arm:
     if not isinstance(entry, dict):
         raise LaunchError(f"{where}: expected name and init or merge, got {entry!r}")
-    optional = {"init", "merge", "models", "train", "modes", "trained"}
+    optional = {"init", "merge", "models", "train", "prepare", "settings", "modes", "trained"}
     _check_keys(entry, {"name"}, optional, where)
     merge = entry.get("merge")
     if isinstance(merge, str):
@@ -198,15 +210,22 @@ def _load_arm(entry: Any, recipes: dict[str, Any], where: str) -> Arm:
     models = entry.get("models") or {}
     if models and merge is None:
         raise LaunchError(f"{where}.models: only a merge has parents; name the checkpoint as init")
-    return Arm(
+    arm = Arm(
         str(entry["name"]),
         entry.get("init"),
         merge,
         models,
         bool(entry.get("train", entry.get("trained") is None)),
+        entry.get("prepare"),
+        dict(entry.get("settings") or {}),
         list(entry.get("modes") or ["agent"]),
         entry.get("trained"),
     )
+    if arm.prepare is not None and arm.prepare not in PREPARE:
+        raise LaunchError(f"{where}.prepare: {arm.prepare!r}; choose one of {', '.join(PREPARE)}")
+    if arm.prepare and not arm.train:
+        raise LaunchError(f"{where}: an arm with prepare is trained afterwards; drop train: false")
+    return arm
 
 
 def _check_keys(raw: dict[str, Any], needed: set[str], optional: set[str], where: str) -> None:

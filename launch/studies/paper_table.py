@@ -23,7 +23,7 @@ from launch.studies.file import Arm, Options, Study
 from launch.studies.plan import Plan, flatten, start_key
 from launch.studies.report import publish
 from launch.studies.starts import make_starts, reused, say
-from launch.studies.trainings import raise_failures, train_arms
+from launch.studies.trainings import raise_failures, train_arms, trained_policy
 
 if TYPE_CHECKING:
     from configs.schema import Config
@@ -139,12 +139,6 @@ def _trained(arm: Arm) -> str:
     from configs.schema import resolve_model
 
     return resolve_model(arm.trained or "")
-
-
-def trained_policy(run: Path) -> Path:
-    """The trained policy of a finished run."""
-    done = json.loads((run / "done.json").read_text(encoding="utf-8"))
-    return run / done["policy"]
 
 
 def _evaluate(

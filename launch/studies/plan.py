@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,9 @@ class Plan:
 
     def __init__(self, study: Study, overrides: list[str]) -> None:
         self.study = study
-        self._overrides = [*flatten(study.overrides), *overrides]
+        self._overrides = overrides
+        self._maps: dict[tuple[str, ...], str] = {}
+        self._map_owners: dict[str, str] = {}
         self._configs = {arm.name: self._load(arm) for arm in study.arms}
         self._join_kinds()
 
@@ -46,6 +49,34 @@ class Plan:
         for arm in self.study.arms:
             describe_step(self.config(arm), 1)
 
+    def prepared_folder(self, arm: Arm, seed: int) -> Path:
+        """Where the run of the arm's `prepare` lies; its policy is what is trained."""
+        return self.study.output / "prepared" / f"{arm.name}-s{seed}"
+
+    def trained_start(self, arm: Arm, seed: int) -> Path | str:
+        """The checkpoint that a training of the arm starts from."""
+        return self.prepared_folder(arm, seed) / "policy" if arm.prepare else self.start(arm)
+
+    def preparation(self, arm: Arm, seed: int) -> Config:
+        """Settings of the arm's `prepare` with a seed."""
+        config = self.config(arm, seed)
+        return replace(
+            config,
+            output=str(self.prepared_folder(arm, seed)),
+            models=replace(config.models, init=self.config(arm).models.init),
+        )
+
+    def map_owner(self, arm: Arm) -> str | None:
+        """The arm under whose name the study makes the conflict map that this arm freezes heads by.
+
+        Arms with one start share the map of the first; None where the arm needs none.
+        """
+        return self._map_owners.get(arm.name)
+
+    def map_folder(self, owner: str) -> Path:
+        """Where a conflict map lies."""
+        return self.study.output / "conflict" / owner
+
     def run_folder(self, arm: Arm, seed: int) -> Path:
         """Where a training of the arm lies."""
         return self.study.output / "runs" / f"{arm.name}-s{seed}"
@@ -55,9 +86,12 @@ class Plan:
 
         output = self.study.output if seed is None else self.run_folder(arm, seed)
         calibration = self.study.output / "calibration"
+        init = arm.init or str(self.merged_folder(arm).resolve())
+        if arm.prepare and seed is not None:
+            init = str(Path(self.trained_start(arm, seed)).resolve())
         own: dict[str, Any] = {
             "output": str(output),
-            "models": {**arm.models, "init": arm.init or str(self.merged_folder(arm).resolve())},
+            "models": {**arm.models, "init": init},
             "calibration.output": str(calibration / arm.name if arm.models else calibration),
             "tracking.arm": arm.name,
             "tracking.group": self.study.name,
@@ -65,7 +99,17 @@ class Plan:
         if seed is not None:
             own["seed"] = seed
         merge = {"merge": arm.merge} if arm.merge else {}
-        return load_config(self.study.config, [*self._overrides, *flatten(merge), *flatten(own)])
+        settings = [*flatten(self.study.overrides), *flatten(arm.settings), *self._overrides]
+        config = load_config(self.study.config, [*settings, *flatten(merge), *flatten(own)])
+        frozen = config.freeze_heads
+        if frozen.source in ("cast", "anti") and frozen.map is None:
+            start = flatten({"start": [arm.init, arm.merge, arm.models], **asdict(config.conflict)})
+            owner = self._maps.setdefault(tuple(start), arm.name)
+            self._map_owners[arm.name] = owner
+            frozen.map = str(self.map_folder(owner).resolve() / "conflict.json")
+        elif frozen.source == "random" and seed is not None:
+            frozen.seed = seed  # other heads with every seed: a draw is one of many controls
+        return config
 
     def _join_kinds(self) -> None:
         """Arms that share a folder of statistics have all kinds made that any of them needs."""
@@ -100,12 +144,33 @@ def calibrations(arm: Arm, config: Config) -> list[tuple[str, str]]:
             for role in merged_roles(config)]  # fmt: skip
 
 
-def start_key(plan: Plan, stages: Stages, arm: Arm) -> Any:
-    """What tells an arm's start from another one."""
+def start_key(plan: Plan, stages: Stages, arm: Arm, seed: int | None = None) -> Any:
+    """What tells an arm's start, or that of its training with a seed, from another one."""
+    if arm.prepare and seed is not None:
+        return stages.key(preparation_stage(arm, seed))
     return stages.key(f"merge-{arm.name}") if arm.merge else fingerprint(str(plan.start(arm)))
 
 
+def map_stage(owner: str) -> str:
+    """Name of the stage of a conflict map."""
+    return f"diagnose-{owner}"
+
+
+def frozen_inputs(plan: Plan, stages: Stages, arm: Arm, config: Config) -> dict[str, Any]:
+    """The section freeze_heads as what decides a result: a map of the study by its key."""
+    section = asdict(config.freeze_heads)
+    if owner := plan.map_owner(arm):
+        section["map"] = stages.key(map_stage(owner))
+    return section
+
+
+def preparation_stage(arm: Arm, seed: int) -> str:
+    """Name of the stage of an arm's `prepare` with a seed."""
+    return f"{arm.prepare}-{arm.name}-s{seed}"
+
+
 def max_steps(config: Config) -> int:
+    """Optimizer steps of a training, TRL's default included."""
     from train.settings import GRPO_DEFAULTS
 
     return int(config.grpo.get("max_steps", GRPO_DEFAULTS["max_steps"]))

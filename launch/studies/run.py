@@ -13,9 +13,9 @@ from typing import Any
 
 from launch.jobs import terminate_as_interrupt
 from launch.studies.file import Options, Study
-from launch.studies.lock import locked
 from launch.studies.machine import duration_words
 from launch.studies.starts import say
+from train.lock import locked
 
 FUNCTIONS = {
     "ceiling": ("ceiling", "run_ceiling", "describe_ceiling"),
@@ -35,11 +35,12 @@ def run_study(study: Study, options: Options) -> dict[str, Any]:
         The content of the report's json.
 
     Raises:
-        LaunchError: the folder is in use, or a setting is wrong.
+        ConfigError: another study holds the folder.
+        LaunchError: a setting is wrong.
         JobFailedError: trainings failed; the others are done.
     """
     started = time.monotonic()
-    with locked(study.output, options.command), terminate_as_interrupt():
+    with locked(study.output), terminate_as_interrupt():
         try:
             record: dict[str, Any] = _function(study.kind, 1)(study, options)
         except KeyboardInterrupt:

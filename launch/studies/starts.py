@@ -129,6 +129,8 @@ def evaluation_steps(plan: Plan, stages: Stages, command: str) -> Iterator[Step]
     from launch.commands.eval import describe, evaluate_checkpoint
 
     for arm in plan.study.arms:
+        if arm.prepare:
+            continue  # there is one a seed; its training evaluates it before the first step
         config = plan.config(arm)
         target = plan.study.output / "zero-shot" / arm.name
         inputs = {

@@ -27,7 +27,7 @@ from launch.studies.machine import (
     time_left,
     training_bytes,
 )
-from launch.studies.plan import Plan, max_steps, start_key
+from launch.studies.plan import Plan, frozen_inputs, max_steps, start_key
 from launch.studies.starts import reused, say
 
 if TYPE_CHECKING:
@@ -54,7 +54,8 @@ class Training:
 
 def list_trainings(plan: Plan, stages: Stages) -> Iterator[Training]:
     """All of them, whole seeds first; the starts must have been looked at."""
-    from train.run import own_files
+    from configs.sections import Algorithm, Lora, Rollout
+    from train.run_folder import own_files
 
     for seed, arm in product(plan.study.seeds, plan.study.arms):
         if not arm.train:
@@ -62,7 +63,7 @@ def list_trainings(plan: Plan, stages: Stages) -> Iterator[Training]:
         config = plan.config(arm, seed)
         settings = asdict(config)
         inputs = {
-            "start": start_key(plan, stages, arm),
+            "start": start_key(plan, stages, arm, seed),
             **{key: settings[key] for key in ("seed", "environment", "rewards", "grpo")},
             "eval_every": config.compare.eval_every,
             "deepspeed": config.deepspeed,
@@ -70,7 +71,15 @@ def list_trainings(plan: Plan, stages: Stages) -> Iterator[Training]:
         if config.reward_functions:
             inputs["reward_functions"] = settings["reward_functions"]
         if config.freeze_heads.source != "none":
-            inputs["freeze_heads"] = settings["freeze_heads"]
+            inputs["freeze_heads"] = frozen_inputs(plan, stages, arm, config)
+        # defaults are left out, so that what was trained before a section came stays valid
+        for name, default in (("algorithm", Algorithm), ("lora", Lora), ("rollout", Rollout)):
+            if settings[name] != asdict(default()):
+                inputs[name] = settings[name]
+        if config.models.reference != "init" or config.models.freeze_vision:
+            inputs["models"] = {
+                "reference": config.models.reference, "freeze_vision": config.models.freeze_vision
+            }  # fmt: skip
         if own := own_files(config):
             inputs["own_files"] = own
         output = plan.run_folder(arm, seed)
@@ -116,6 +125,12 @@ def train_arms(plan: Plan, stages: Stages, options: Options) -> dict[str, str]:
             devices=gpu_groups(this_machine().n_gpus, options.n_processes),
         )
     return failed
+
+
+def trained_policy(run: Path) -> Path:
+    """The trained policy of a finished run."""
+    done = json.loads((run / "done.json").read_text(encoding="utf-8"))
+    return run / done["policy"]
 
 
 def raise_failures(failed: dict[str, str], plan: Plan, *, is_reported: bool) -> None:
@@ -217,8 +232,8 @@ def _check_processes(training: Training, n_processes: int) -> None:
 def _job(plan: Plan, training: Training, n_processes: int) -> Job:
     """The child process of a training, its settings written for it."""
     from configs.schema import dump_config
+    from train.files import write_text
     from train.resume import whole_checkpoints
-    from train.run import write_text
 
     output = plan.study.output
     file = output / "configs" / f"{training.name}.yaml"

@@ -18,11 +18,11 @@ from launch.errors import LaunchError
 from launch.stages import Stages
 from launch.studies.file import Arm, Options, Study
 from launch.studies.measure import describe_tasks, four_parts, measure_tasks
-from launch.studies.paper_table import benchmark_config, trained_policy
+from launch.studies.paper_table import benchmark_config
 from launch.studies.plan import Plan, flatten
 from launch.studies.report import publish
 from launch.studies.starts import describe_steps, make_starts, say, start_steps
-from launch.studies.trainings import describe_trainings, raise_failures, train_arms
+from launch.studies.trainings import describe_trainings, raise_failures, train_arms, trained_policy
 from launch.tasks import make_task
 
 if TYPE_CHECKING:

@@ -57,6 +57,7 @@ COST = {
     "merge": {"time_s": 3.0, "processor_s": 5.0},
     "calibrate-vlm": {"time_s": 2.0, "processor_s": 4.0},
 }
+TAUGHT = {"merged": False, "stats": [], "cost": {"sft": {"device_s": 24.0}}}
 
 
 @pytest.mark.parametrize(
@@ -132,10 +133,30 @@ def test_at_an_equal_budget_an_arm_is_where_it_has_spent_as_much_as_the_cheapest
         make_run("obm", 0, (0.2, 0.4, 0.6), step_s=20.0, start=merged),  # 9, 29, 49 s
     ]
     summary = summarise(group_runs(runs), target_arm="vlm", smoothing=1)
-    assert summary["equal_budget"] == {"device_s": pytest.approx(20.0), "arm": "vlm"}
+    budget = {"device_s": pytest.approx(20.0), "arm": "vlm", "cheaper": {}}
+    assert summary["equal_budget"] == budget
     assert summary["arms"]["vlm"]["at_equal_budget"] == pytest.approx(0.4)
     # 11 of 20 seconds after the first evaluation: .2 + .2 * 11 / 20
     assert summary["arms"]["obm"]["at_equal_budget"] == pytest.approx(0.31)
+
+
+def test_the_equal_budget_can_be_what_one_arm_spent():
+    merged = {"merged": True, "stats": [], "cost": COST}
+    runs = [
+        make_run("vlm", 0, (0.0, 0.2, 0.4)),  # 20 s in all
+        make_run("obm", 0, (0.2, 0.4, 0.6), start=merged),  # 9, 19, 29 s
+        make_run("sft", 0, (0.1, 0.3, 0.5), start=TAUGHT),  # 24, 34, 44 s
+    ]
+    summary = summarise(group_runs(runs), smoothing=1, budget_arm="obm")
+    assert summary["equal_budget"] == {
+        "device_s": pytest.approx(29.0), "arm": "obm", "cheaper": {"vlm": pytest.approx(20.0)},
+    }  # fmt: skip
+    at = {arm: one["at_equal_budget"] for arm, one in summary["arms"].items()}
+    # vlm's last value; obm's own; half way from .1 to .3
+    assert at == {arm: pytest.approx(v) for arm, v in (("vlm", 0.4), ("obm", 0.6), ("sft", 0.2))}
+    assert summary["arms"]["sft"]["preparation_device_s"] == {"sft": 24.0}
+    unknown = make_run("obm", 0, start={"merged": True, "stats": [], "cost": {"merge": None}})
+    assert summarise(group_runs([unknown]), budget_arm="obm")["equal_budget"] is None
 
 
 def test_a_budget_that_does_not_pay_for_the_merge_gives_no_number():

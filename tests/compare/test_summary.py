@@ -66,6 +66,27 @@ def test_every_ordered_pair_of_arms_is_there_once():
     assert {key[2] for key in keys} == {"floor", "ceiling", "auc", "final", "at_equal_budget"}
 
 
+def test_recognition_is_summarised_with_its_change_by_run():
+    runs = [make_run(arm, s, [0.1, 0.2]) for arm in ("obm", "cast", "vlm") for s in (0, 1, 2)]
+    measured = {
+        "obm": {"before": [0.9, 0.8, 0.7], "after": [0.7, 0.6, 0.5]},
+        "cast": {"before": [0.9, 0.8, 0.7], "after": [0.9, 0.8, 0.6]},
+    }
+    summary = summarise(group_runs(runs), smoothing=1, recognition=measured)
+    assert summary["arms"]["obm"]["recognition"] == pytest.approx(
+        {"before": 0.8, "after": 0.6, "change": -0.2}
+    )
+    found = pair_of(summary, "cast", "obm", "recognition.change")
+    # 0 + .2, 0 + .2, -.1 + .2
+    assert found["per_seed"] == pytest.approx([0.2, 0.2, 0.1])
+    low, high = summary["arms"]["cast"]["intervals"]["recognition.change"]
+    assert low < 0 < high < 1
+    assert "recognition" not in summary["arms"]["vlm"]
+    text = "\n".join(sections(summary | {"comparable": {"differences": []}}))
+    assert "| obm | 0.80 [" in text.partition("## Perception kept")[2]
+    assert "| vlm |" not in text.partition("## Perception kept")[2].partition("##")[0]
+
+
 def test_arms_of_other_seeds_are_compared_unpaired():
     found, differences = compare_arms({0: 0.5, 1: 0.6}, {2: 0.1, 3: 0.2}, 100)
     assert (found.is_paired, found.n, differences) == (False, 2, [])

@@ -2,7 +2,7 @@
 
 import pytest
 
-from compare.verdict import comparison_verdict, floor_verdict
+from compare.verdict import comparison_verdict, each_against, floor_verdict
 from tests.compare.pages import comparison, floor, pair
 
 
@@ -126,3 +126,22 @@ def test_a_headline_counts_where_there_are_many_and_a_sentence_names_them():
         "obm is ahead of 6 other starts before any training, but not separated from near."
     )
     assert "above low0, low1, low2, low3, low4 and low5" in verdict.sentences[1]
+
+
+def test_each_arm_is_held_against_the_reference_in_every_measure():
+    pairs = [
+        pair("sar", "obm", 0.05, 0.01), pair("sar", "obm", -0.02, 0.03, metric="floor"),
+        pair("sar", "obm", -0.2, 0.1, metric="recognition.change"),
+        pair("sar", "obm", 0.5, 0.1, metric="auc"), pair("obm", "sar", -0.05, 0.01),
+    ]  # fmt: skip
+    arms = {"obm": 0.5, "sar": 0.55, "vlm": 0.1}
+    found = each_against(comparison(arms, pairs=pairs), str)
+    assert found == {
+        "sar": "better: ceiling +0.05 [+0.04, +0.06]; "
+        "worse: recognition lost or won by training -0.20 [-0.30, -0.10]; "
+        "not separated: before training -0.02 [-0.05, +0.01]"
+    }
+    assert each_against(comparison(arms), str) == {}
+    once = [{**pair("sar", "obm", 0.05, 0.01), "low": None, "high": None}]
+    words = each_against(comparison(arms, pairs=once), str)["sar"]
+    assert words == "measured once, no interval: ceiling +0.05"

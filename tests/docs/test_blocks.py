@@ -19,6 +19,22 @@ NAMESPACES = ("docs/cast.md", "docs/merge.md", "docs/recipes.md")
 """Pages with Python blocks that use names of the reader; the tests below give them."""
 
 
+STUDIES = {"axes": "ablation.yaml", "arms": "ceiling.yaml"}
+"""Key of a block that is part of a study -> the shipped study that it is laid over."""
+
+
+def describe_part_of_study(values, shipped, folder):
+    """The plan of a shipped study with these keys in place of its own."""
+    from launch.studies.file import Options, load_study
+    from launch.studies.run import describe_study
+
+    studies = shipped_config("demo").parent / "studies"
+    study = yaml.safe_load((studies / shipped).read_text()) | values
+    study |= {key: str((studies / study[key]).resolve()) for key in ("config", "recipes")}
+    (folder / "study.yaml").write_text(yaml.safe_dump(study))
+    return describe_study(load_study(folder / "study.yaml"), Options("obm study", []))
+
+
 def yaml_blocks():
     return [block for page in pages() for block in blocks(page, "yaml")]
 
@@ -39,17 +55,12 @@ def test_settings_load_over_the_demo(block, tmp_path, monkeypatch):
         assert get_dialect(block.file_name).name == "my_dialect"
         return
     values = parse_yaml(block.text, str(block))
-    if "axes" in values:  # part of a study
-        from launch.studies.file import Options, load_study
-        from launch.studies.run import describe_study
-
-        shipped = shipped_config("demo").parent / "studies"
-        study = yaml.safe_load((shipped / "ablation.yaml").read_text()) | values
-        study |= {key: str((shipped / study[key]).resolve()) for key in ("config", "recipes")}
-        (tmp_path / "study.yaml").write_text(yaml.safe_dump(study))
-        plan = describe_study(load_study(tmp_path / "study.yaml"), Options("obm study", []))
-        assert all(axis in plan for axis in values["axes"])
-        return
+    for part, shipped in STUDIES.items():
+        if part in values:
+            described = describe_part_of_study(values, shipped, tmp_path)
+            names = values["axes"] if part == "axes" else [arm["name"] for arm in values["arms"]]
+            assert all(name in described for name in names)
+            return
     (tmp_path / "my.yaml").write_text(shipped_config("demo").read_text())
     (tmp_path / "my_rows.yaml").write_text("inherits: my.yaml\n")
     values.setdefault("inherits", "my.yaml")

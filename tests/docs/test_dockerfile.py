@@ -1,6 +1,7 @@
 """The Dockerfile, as far as it can be checked without building it."""
 
 import fnmatch
+import json
 import re
 import tomllib
 from pathlib import Path
@@ -114,3 +115,48 @@ def test_it_starts_a_verb(steps):
     program, verb = re.findall(r'"(\w+)"', steps[-1][1])
     assert program == "obm"
     assert verb in VERBS
+
+
+def test_the_command_is_a_list_so_that_signals_reach_it(steps):
+    """hadolint DL3025: in a string a shell would stand between Docker and the program."""
+    assert json.loads(steps[-1][1]) == ["obm", "doctor"]
+
+
+def test_every_variable_is_declared_before_it_is_used_and_quoted(steps):
+    """hadolint DL3044, SC2086; within one pip argument quotes go round the whole of it."""
+    declared = set()
+    for name, rest in steps:
+        used = set(re.findall(r"\$\{?(\w+)", rest))
+        assert used <= declared, f"{used - declared} in {name} {rest}"
+        if name in ("ARG", "ENV"):
+            declared |= set(re.findall(r"(\w+)=", rest))
+        unquoted = re.sub(r'"[^"]*"', "", rest) if name == "RUN" else ""
+        assert "$" not in unquoted, rest
+
+
+def test_folders_are_absolute_and_set_before_anything_is_copied(steps):
+    """hadolint DL3000, DL3003, DL3045."""
+    assert all(rest.startswith("/") for name, rest in steps if name == "WORKDIR")
+    assert min(places(steps, "WORKDIR")) < min(places(steps, "COPY"))
+    assert not [
+        rest for name, rest in steps if name == "RUN" and re.search(r"\bcd\b|\bsudo\b", rest)
+    ]
+
+
+def test_every_copied_folder_keeps_its_name(steps):
+    """COPY merge . would spill the folder's files into the working directory."""
+    for name, rest in steps:
+        *sources, target = rest.split()
+        if name == "COPY" and len(sources) == 1:
+            assert target == sources[0]
+        elif name == "COPY":
+            assert target == "./"
+            assert all(Path(ROOT, source).is_file() for source in sources)
+
+
+def test_what_it_was_made_with_is_what_the_documents_name():
+    text = (ROOT / "Dockerfile").read_text()
+    shown = (ROOT / "README.md").read_text()
+    [command] = re.findall(r"^#   docker build --tag (\S+) \.$", text, flags=re.M)
+    assert f"docker build --tag {command} ." in shown
+    assert f"docker run --rm {command} obm demo" in shown

@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -279,3 +280,55 @@ def test_what_is_no_index_or_no_corpus_is_one_clear_line(tmp_path, atlas, capsys
     assert "no such file" in capsys.readouterr().err
     assert main(["index", "dense", str(empty), "--output", output]) == 2
     assert "--model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["data.csc.index.npy", "words.txt", "corpus.jsonl", "most.npy"])
+def test_a_file_that_is_cut_short_is_found_when_the_index_is_opened(atlas, tmp_path, name):
+    folder = shutil.copytree(atlas, tmp_path / "index")
+    content = (folder / name).read_bytes()
+    (folder / name).write_bytes(content[:-1])
+    words = rf"{name}: has {len(content) - 1} bytes, and was {len(content)} long"
+    with pytest.raises(EnvironmentSetupError, match=words):
+        open_text_index(folder)
+    (folder / name).unlink()
+    with pytest.raises(EnvironmentSetupError, match=rf"{name}: is missing"):
+        open_text_index(folder)
+
+
+def test_an_array_that_is_a_pickle_is_not_opened(atlas, tmp_path):
+    class Hostile:
+        def __reduce__(self):
+            return (tmp_path / "ran").touch, ()
+
+    folder = shutil.copytree(atlas, tmp_path / "index")
+    np.save(folder / "most.npy", np.array([Hostile()], dtype=object), allow_pickle=True)
+    index = json.loads((folder / INDEX_FILE).read_text())
+    index["files"]["most.npy"] = (folder / "most.npy").stat().st_size
+    (folder / INDEX_FILE).write_text(json.dumps(index))
+    with pytest.raises(EnvironmentSetupError, match="index: a file of the index cannot be read"):
+        open_text_index(folder)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_an_index_of_an_older_version_says_no_sizes_and_is_opened(atlas, tmp_path):
+    folder = shutil.copytree(atlas, tmp_path / "index")
+    index = json.loads((folder / INDEX_FILE).read_text())
+    assert index.pop("files")["corpus.jsonl"] == (folder / "corpus.jsonl").stat().st_size
+    (folder / INDEX_FILE).write_text(json.dumps(index))
+    assert len(open_text_index(folder)) == len(open_text_index(atlas))
+
+
+def test_a_full_disk_ends_a_build_with_its_name_and_the_build_goes_on(tmp_path):
+    import resource
+
+    corpus = write_corpus(tmp_path / "corpus.jsonl", atlas_rows())
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        with pytest.raises(EnvironmentSetupError, match=r"index.*cannot be written \(.*too large"):
+            build_bm25(corpus, tmp_path / "index", shard_rows=99)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not (tmp_path / "index").exists()
+    build_bm25(corpus, tmp_path / "index", shard_rows=99)
+    assert len(open_text_index(tmp_path / "index")) == len(atlas_rows())

@@ -9,11 +9,13 @@ from launch.cli import main
 
 
 @pytest.fixture
-def obm(capsys):
+def obm(capsys, monkeypatch):
     """Runs `obm ...` in this process: `obm("init")` gives (exit code, stdout, stderr)."""
 
     def call(*arguments):
-        code = main([str(argument) for argument in arguments])
+        words = [str(argument) for argument in arguments]
+        monkeypatch.setattr("sys.argv", ["/somewhere/bin/obm", *words])  # what a record quotes
+        code = main(words)
         captured = capsys.readouterr()
         return code, captured.out, captured.err
 

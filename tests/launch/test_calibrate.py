@@ -419,3 +419,74 @@ def test_the_bench_compares_passes_with_and_without_hooks():
     assert set(row) == {"name", "value", "target", "met"}
     assert row["target"] == TARGET == 0.05
     assert row["met"] == (row["value"] <= TARGET)
+
+
+# ---------------------------------------------------------------- broken off, and two at once
+
+
+def test_a_calibration_that_was_killed_between_its_parents_goes_on(
+    settings, obm, tmp_path, monkeypatch
+):
+    import launch.calibration_run as module
+
+    path = settings(output=str(tmp_path / "stats"))
+    measure, seen = module.measure_inputs, []
+
+    def broken(parent, *arguments):
+        seen.append(parent.role)
+        if parent.role == "agent" and len(seen) == 2:
+            raise KeyboardInterrupt  # as a kill: nothing is cleaned up
+        return measure(parent, *arguments)
+
+    monkeypatch.setattr(module, "measure_inputs", broken)
+    assert obm("calibrate", "--config", path)[0] == 130
+    first = tmp_path / "stats" / "vlm" / "stats.safetensors"
+    made = first.stat().st_mtime_ns
+    # with other settings the first file is not this run's
+    code, _, err = obm("calibrate", "--config", path, "calibration.seed=7")
+    assert (code, "exists; pass --overwrite" in err) == (2, True)
+    assert obm("calibrate", "--config", path)[0] == 0
+    assert seen == ["vlm", "agent", "agent"]
+    assert first.stat().st_mtime_ns == made
+    code, _, err = obm("calibrate", "--config", path)
+    assert (code, "vlm/stats.safetensors exists" in err) == (2, True)
+    assert not list((tmp_path / "stats").rglob(".begun*"))
+
+
+def test_a_replacing_calibration_that_was_killed_takes_no_old_file_for_its_own(
+    settings, obm, tmp_path, monkeypatch
+):
+    import launch.calibration_run as module
+
+    path = settings(output=str(tmp_path / "stats"))
+    for role in ("vlm", "agent"):
+        (tmp_path / "stats" / role).mkdir(parents=True)
+        (tmp_path / "stats" / role / "stats.safetensors").write_bytes(b"old")
+    measure, seen = module.measure_inputs, []
+
+    def broken(parent, *arguments):
+        seen.append(parent.role)
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        return measure(parent, *arguments)
+
+    monkeypatch.setattr(module, "measure_inputs", broken)
+    assert obm("calibrate", "--config", path, "--overwrite")[0] == 130
+    assert obm("calibrate", "--config", path)[0] == 2  # the agent's is still the old one
+    assert obm("calibrate", "--config", path, "--overwrite")[0] == 0
+    assert seen == ["vlm", "agent", "agent"]
+    assert open_stats(tmp_path / "stats" / "agent", "diagonal").names
+
+
+def test_a_second_calibration_of_the_same_folder_is_told_who_is_there(settings, obm, tmp_path):
+    from train.lock import locked
+
+    path = settings(output=str(tmp_path / "stats"))
+    with locked(tmp_path / "stats" / "agent"):
+        code, _, err = obm("calibrate", "--config", path)
+        assert code == 2
+        assert "agent is in use by process" in err
+        assert "choose another calibration.output=FOLDER" in err
+        # a share of the batches has files of its own
+        assert obm("calibrate", "--config", path, "--parent", "agent", "--shard", "0/2")[0] == 0
+    assert obm("calibrate", "--config", path, "--parent", "agent")[0] == 0

@@ -6,6 +6,7 @@ import resource
 import shlex
 import subprocess
 import sys
+from importlib import metadata
 
 import pytest
 
@@ -77,7 +78,7 @@ def test_no_verb_prints_the_verbs_and_fails(obm):
 
 
 def test_version_is_that_of_the_distribution(obm):
-    assert obm("--version") == (0, "obm-warmstart 0.1.0.dev0\n", "")
+    assert obm("--version") == (0, f"obm-warmstart {metadata.version('obm-warmstart')}\n", "")
 
 
 @pytest.mark.parametrize(
@@ -186,7 +187,7 @@ def test_compare_prints_the_table_and_keeps_the_command(obm, tmp_path, write_scr
     report = json.loads((tmp_path / "report" / "compare.json").read_text())
     # obm starts at .2 and gains .1 an evaluation; the plain VLM's ceiling is .3: step 5
     assert report["arms"]["obm"]["steps_to_target"] == 5
-    assert report["command"].startswith("obm ")
+    assert report["command"].startswith("obm compare ")
 
 
 def test_doctor_names_versions_and_what_is_missing(obm, tmp_path):

@@ -156,3 +156,14 @@ def test_processes_that_share_must_not_overwrite(evaluate, tmp_path):
     code, _, err = evaluate("--shard", "0/2", "--overwrite", "--output", tmp_path)
     assert code == 2
     assert "--overwrite" in err
+
+
+def test_a_second_evaluation_into_the_same_folder_is_told_who_is_there(evaluate, tmp_path):
+    from train.lock import locked
+
+    output = tmp_path / "eval"
+    with locked(output, ".lock-0-of-1"):
+        code, _, err = evaluate("--output", output)
+        assert code == 2
+        assert "eval is in use by process" in err
+        assert [path.name for path in output.iterdir()] == [".lock-0-of-1"]

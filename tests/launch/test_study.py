@@ -7,11 +7,14 @@ import pytest
 import yaml
 
 from compare.paper_table import CELLS, _finish_row, _new_row
+from configs.errors import ConfigError
 from launch.commands import calibrate as calibrate_module
 from launch.commands import eval as eval_module
 from launch.commands import merge as merge_module
 from launch.errors import JobFailedError, LaunchError
 from launch.studies import paper_table as table_module
+from launch.studies import perception as perception_module
+from launch.studies import preparations as preparations_module
 from launch.studies import trainings as trainings_module
 from launch.studies.ceiling import run_ceiling
 from launch.studies.file import NOT_STUDIES, Options, load_study
@@ -299,7 +302,7 @@ def test_a_study_locks_its_folder_and_says_how_to_go_on(
     study_file, scripted_stages, monkeypatch, tmp_path, capsys
 ):
     def interrupted(*_, **__):
-        with pytest.raises(LaunchError, match="out is in use by process"):
+        with pytest.raises(ConfigError, match="out is in use by process"):
             run_study(load_study(study_file), Options("second"))
         raise KeyboardInterrupt
 
@@ -326,12 +329,166 @@ def test_a_study_locks_its_folder_and_says_how_to_go_on(
         ({"kind": "roof"}, r"kind: 'roof'; choose one of ceiling, floor"),
         ({"kind": "floor"}, r"unknown key 'zero_shot'"),
         ({"kind": "ablation"}, r"unknown key"),
+        ({"arms": [{"name": "a", "init": "x", "prepare": "dpo"}]}, r"'dpo'; choose one of sport"),
+        (
+            {"arms": [{"name": "a", "init": "x", "prepare": "sft", "train": False}]},
+            r"trained afterwards; drop train: false",
+        ),
     ],
 )
 def test_a_wrong_study_file_is_refused(study_file, change, words):
     content = yaml.safe_load(study_file.read_text())
     study_file.write_text(yaml.safe_dump({**content, **change}))
     with pytest.raises(LaunchError, match=words):
+        load_study(study_file)
+
+
+# ---------------------------------------------------------------- preparations, perception
+
+
+@pytest.fixture
+def neighbours_file(study_file):
+    """The study with an arm that is prepared, and one with settings of its own."""
+    content = yaml.safe_load(study_file.read_text())
+    content |= {"zero_shot": False, "perception": True}
+    content["arms"] = [
+        {"name": "obm", "merge": "obm"},
+        {"name": "cast", "merge": "obm", "settings": {"freeze_heads": "cast(top=25%)"}},
+        {"name": "sport", "merge": "obm", "prepare": "sport"},
+    ]
+    content["overrides"] = {"compare": {"budget_arm": "obm"}, "sport": {"tasks": 7}}
+    study_file.write_text(yaml.safe_dump(content))
+    return study_file
+
+
+@pytest.fixture
+def scripted_preparations(monkeypatch, scripted_stages, failing):
+    """Maps, preparations and measurements that write what the real ones would."""
+    made = scripted_stages
+
+    def make_map(config, start, target):
+        target.mkdir(parents=True)
+        (target / "conflict.json").write_text("{}")
+        made.append(f"diagnose {target.name} {Path(start).name}")
+
+    def run_jobs(jobs, *, parallel, on_done, on_failed, devices):
+        for job in jobs:
+            if job.name in failing:
+                on_failed(job, JobFailedError("ended with code 1"))
+                continue
+            (job.output / "policy").mkdir(parents=True, exist_ok=True)
+            made.append(" ".join([job.verb, job.name, *job.arguments[2:]]))
+            on_done(job, 1.0)
+
+    def measure(study, tasks, options, words):
+        made.append(f"measure {len(tasks)}")
+        made.append(tasks[-2].config.environment.data_seed)
+        made.append(Path(tasks[-2].checkpoint))
+        return [{"metrics": {"recognition": 0.9 - 0.1 * (i % 2)}} for i in range(len(tasks))]
+
+    def policy(run):
+        (run / "final").mkdir(exist_ok=True)
+        return run / "final"
+
+    monkeypatch.setattr(preparations_module, "_make_map", make_map)
+    monkeypatch.setattr(preparations_module, "run_jobs", run_jobs)
+    monkeypatch.setattr(perception_module, "measure_tasks", measure)
+    monkeypatch.setattr(perception_module, "trained_policy", policy)
+    return made
+
+
+def test_preparations_come_between_the_merges_and_the_trainings(
+    neighbours_file, scripted_preparations, tmp_path
+):
+    summary = run_ceiling(load_study(neighbours_file), Options("c"))
+    out = tmp_path / "out"
+    assert scripted_preparations == [
+        "calibrate vlm", "calibrate agent", "merge obm 2.0", "merge cast 2.0", "merge sport 2.0",
+        "diagnose cast cast", "sport sport-sport-s0", "sport sport-sport-s1",
+        "train obm-s0", "train cast-s0", "train sport-s0",
+        "train obm-s1", "train cast-s1", "train sport-s1",
+        "measure 12", 1, out / "prepared/sport-s1/policy",
+    ]  # fmt: skip
+
+    def config(name):
+        return yaml.safe_load((out / "configs" / f"{name}.yaml").read_text())
+
+    prepared, trained = config("sport-sport-s1"), config("sport-s1")
+    assert prepared["models"]["init"] == str(out / "merged/sport")
+    assert (prepared["seed"], prepared["output"]) == (1, str(out / "prepared/sport-s1"))
+    assert prepared["sport"]["tasks"] == 7
+    assert trained["models"]["init"] == str(out / "prepared/sport-s1/policy")
+    assert trained["freeze_heads"]["source"] == "none"
+    frozen = config("cast-s0")["freeze_heads"]
+    assert (frozen["source"], frozen["top"]) == ("cast", 0.25)
+    assert frozen["map"] == str(out / "conflict/cast/conflict.json")
+    # what the study file lets differ is said; the rest agrees
+    differing = {found["setting"] for found in summary["comparable"]["differences"]}
+    assert differing == {"freeze_heads.source", "freeze_heads.top"}
+    assert summary["arms"]["cast"]["recognition"] == pytest.approx(
+        {"before": 0.9, "after": 0.8, "change": -0.1}
+    )
+
+
+def test_preparations_are_kept_and_made_again_with_other_settings(
+    neighbours_file, scripted_preparations, failing, tmp_path
+):
+    failing.add("sport-sport-s1")
+    with pytest.raises(JobFailedError, match="1 of 2 preparations failed, the others are done"):
+        run_ceiling(load_study(neighbours_file), Options("c"))
+    assert not any(str(entry).startswith("train") for entry in scripted_preparations)
+    failing.clear()
+    scripted_preparations.clear()
+    (tmp_path / "out/prepared/sport-s1/iterations").mkdir(parents=True)
+    run_ceiling(load_study(neighbours_file), Options("c"))
+    assert scripted_preparations[0] == "sport sport-sport-s1 --resume"
+    scripted_preparations.clear()
+    run_ceiling(load_study(neighbours_file), Options("c"))
+    assert [entry for entry in scripted_preparations if str(entry).startswith("sport")] == []
+    study = load_study(neighbours_file)
+    with pytest.raises(LaunchError, match=r"other settings .*sport\.tasks"):
+        run_ceiling(study, Options("c", overrides=["sport.tasks=8"]))
+    scripted_preparations.clear()
+    run_ceiling(study, Options("c", overrides=["sport.tasks=8"], redo=True))
+    ran = [str(entry) for entry in scripted_preparations]
+    # the start of these trainings is another one; those of other arms stay
+    assert [e.split()[1] for e in ran if e.startswith("sport")] == [
+        "sport-sport-s0", "sport-sport-s1"
+    ]  # fmt: skip
+    assert [e.split()[1] for e in ran if e.startswith("train")] == ["sport-s0", "sport-s1"]
+
+
+def test_arms_of_one_start_share_a_conflict_map_and_drawn_heads_differ_by_seed():
+    study = load_study("cast")
+    plan = Plan(study, [])
+    arms = {arm.name: arm for arm in study.arms}
+    owners = {name: plan.map_owner(arm) for name, arm in arms.items()}
+    assert owners == {
+        "obm": None, "cast10": "cast10", "random10": None, "cast25": "cast10", "random25": None,
+        "anti25": "cast10", "all_heads": "cast10",
+    }  # fmt: skip
+    drawn = [plan.config(arms["random25"], seed).freeze_heads for seed in (0, 1, 2)]
+    assert [section.seed for section in drawn] == [0, 1, 2]
+    assert plan.config(arms["cast25"], 1).freeze_heads.map.endswith("conflict/cast10/conflict.json")
+    other = Plan(study, ["conflict.seed=1"])
+    assert other.map_owner(arms["cast25"]) == "cast10"
+
+
+def test_the_neighbours_are_prepared_as_documented():
+    study = load_study("neighbours")
+    plan = Plan(study, [])
+    assert [arm.name for arm in study.arms if arm.prepare] == ["obm_sport", "cold_start"]
+    assert study.perception
+    assert plan.config(study.arms[0]).compare.budget_arm == "obm"
+    assert len(study.seeds) == 5
+
+
+def test_settings_of_an_arm_are_for_studies_that_train(study_file):
+    content = yaml.safe_load(study_file.read_text())
+    content["arms"][0]["settings"] = {"freeze_heads": "cast(top=25%)"}
+    del content["zero_shot"]
+    study_file.write_text(yaml.safe_dump({**content, "kind": "floor"}))
+    with pytest.raises(LaunchError, match="obm: prepare and settings are for kind: ceiling"):
         load_study(study_file)
 
 

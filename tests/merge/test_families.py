@@ -7,13 +7,13 @@ from merge.errors import MergeError
 from merge.families import (
     EMBED_TOKENS,
     LM_HEAD,
+    VISION_PREFIX,
     canonical_name,
     get_family,
     group_of,
     is_projector,
     layer_of,
     load_families,
-    stored_name,
 )
 from tests.merge.pico_families import (
     TEXT_MODELS,
@@ -44,6 +44,15 @@ def saved(tmp_path_factory):
 
 def names_of(family, names):
     return {canonical_name(family, name): name for name in names}
+
+
+def stored_name(family, canonical, layout):
+    """The reverse of `canonical_name`: a tensor's name on disk or in memory."""
+    prefixes = family.layouts.get(layout, family.layouts["disk"])
+    for begin, stored in ((VISION_PREFIX, prefixes.vision), ("lm_head.", prefixes.head)):
+        if canonical.startswith(begin):
+            return stored + canonical.removeprefix(begin)
+    return prefixes.language + canonical.removeprefix("model.")
 
 
 def test_every_family_has_a_pico_model():

@@ -10,13 +10,20 @@ from hypothesis import strategies as st
 from configs.schema import Rewards
 from environments.dialects import SEARCH_R1
 from rewards import normalize
-from rewards.answer import correctness, exact_match, extract_answer, final_answer, usable_answers
+from rewards.answer import (
+    TAGS,
+    correctness,
+    exact_match,
+    extract_answer,
+    final_answer,
+    usable_answers,
+)
 from rewards.checks import careful_f1, choice_matches, contains_answer, list_matches, token_f1
 from rewards.compose import PARTS, part_names, score
 from rewards.dates import date_matches, read_dates
 from rewards.format import is_well_formed
 from rewards.infoseek import read_prediction
-from rewards.lunches import EVERY_TAG, QUESTION
+from rewards.lunches import QUESTION
 from rewards.mmsearch_r1 import official_reward
 from rewards.normalize import normalize_answer
 from rewards.numeric import number_matches
@@ -124,6 +131,7 @@ def test_the_ascii_path_equals_the_general_one_on_what_punctuation_can_do():
 
 # ---------------------------------------------------------------- today's reward
 
+EVERY_TAG = [f"<{slash}{tag}>" for tag in TAGS for slash in ("", "/")]
 tag_soup = st.lists(
     st.one_of(
         st.sampled_from(EVERY_TAG), st.sampled_from([" ", "t", "Paris", "Rome", "City of Light"])

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from configs.schema import Rewards
 from environments.dialects import DIALECTS, Answer, get_dialect
 from rewards.answer import exact_match, extract_answer, final_answer, usable_answers
-from rewards.compose import PARTS, score, score_all
+from rewards.compose import PARTS, score, score_each
 from rewards.errors import RewardError
 from rewards.format import is_well_formed
 from rewards.search import count_searches, has_searched
@@ -131,11 +131,11 @@ def test_objects_score_like_dicts():
 
 def test_a_batch_keeps_its_order():
     runs = [run(answer("Rome")), run(answer("Paris"))]
-    batch = score_all(runs, [QUESTION] * 2, WEIGHTS)
-    assert tuple(batch) == PARTS
-    assert batch["accuracy"] == [0.0, 1.0]
+    batch = score_each(runs, [QUESTION] * 2, WEIGHTS)
+    assert [tuple(row) for row in batch] == [PARTS] * 2
+    assert [row["accuracy"] for row in batch] == [0.0, 1.0]
     with pytest.raises(ValueError, match="zip"):
-        score_all(runs, [QUESTION], WEIGHTS)
+        score_each(runs, [QUESTION], WEIGHTS)
 
 
 def test_a_missing_weight_is_a_users_mistake():

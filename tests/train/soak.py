@@ -278,7 +278,7 @@ def main() -> int:
         train(str(options.folder / "tiny" / "vlm"), options.folder, options.steps)
         return 0
     from launch.jobs import deepspeed_launcher
-    from train.run import processor_name
+    from train.machine import processor_name
     from train.tiny import make_tiny_checkpoints
 
     with tempfile.TemporaryDirectory() as name:

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
@@ -14,12 +15,14 @@ from configs.errors import ConfigError
 from configs.schema import load_config
 from configs.sections import Lora
 from launch.cli import main
+from merge import families
 from merge.adapter import find_adapter, merge_adapter
 from merge.errors import MergeError
 from merge.verify import verify_folder
 from train.adapter import freeze_vision, make_lora
+from train.given import check_start
 from train.policy import PolicyLoadError, load_policy
-from train.run import check_start, run_training
+from train.run import run_training
 
 SETTINGS = """
 output: {output}
@@ -166,6 +169,22 @@ def test_an_output_is_not_overwritten_without_a_word(save_adapter, tmp_path):
     with pytest.raises(MergeError, match="--overwrite"):
         merge_adapter(folder, tmp_path / "merged")
     merge_adapter(folder, tmp_path / "merged", overwrite=True)
+
+
+def test_an_adapter_of_a_family_of_ones_own(save_adapter, tiny_checkpoints, tmp_path, capsys):
+    base = tmp_path / "base"
+    shutil.copytree(tiny_checkpoints["vlm"], base)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"model_type": "my_vl"}))
+    shipped = yaml.safe_load(Path(families.__file__).with_name("families.yaml").read_text())
+    own = tmp_path / "families.yaml"
+    own.write_text(yaml.safe_dump({"my_vl": shipped[config["model_type"]]}))
+    words = ["merge", "adapter", str(save_adapter()), "--base", str(base)]
+    assert main([*words, "--output", str(tmp_path / "without")]) == 2
+    assert "model_type 'my_vl' is not supported" in capsys.readouterr().err
+    output = tmp_path / "merged"
+    assert main([*words, "--output", str(output), f"merge.families={own}"]) == 0
+    assert json.loads((output / "merge.json").read_text())["adapter"]["tensors"] > 0
 
 
 # ---------------------------------------------------------------- training

@@ -6,6 +6,7 @@ import pytest
 
 from configs.errors import ConfigError
 from configs.schema import load_config
+from train.checkpoint_files import check_pickles, measure_files
 from train.resume import Saved, Start, convert, find_start, state_name, whole_checkpoints
 
 
@@ -105,3 +106,79 @@ def test_a_conversion_that_fails_shows_why(tmp_path, config):
     with pytest.raises(ConfigError, match=r"cannot convert .*checkpoint-2.*exit code 1.*; go on w"):
         convert(Start(path, saved, needs_conversion=True), rank=0)
     assert not (path / "latest_universal").exists()
+
+
+# ---------------------------------------------------------------- files of a checkpoint
+
+
+def damaged(path, name="trainer_state.json"):
+    """A checkpoint whose file has lost its end since it was written."""
+    (path / name).write_text("{}\n")
+    record = json.loads((path / "rollout.json").read_text())
+    record["files"] = {**measure_files(path), name: 100}
+    (path / "rollout.json").write_text(json.dumps(record))
+    return path
+
+
+def test_a_truncated_checkpoint_is_passed_over_and_named(tmp_path, config, caplog):
+    save(tmp_path, 1)
+    damaged(save(tmp_path, 2))
+    assert find_start(tmp_path, config(), 2).step == 1
+    assert "checkpoint-2/trainer_state.json has 3 bytes, and was written with 100" in caplog.text
+
+
+def test_a_run_whose_only_checkpoint_is_truncated_does_not_start_over_in_silence(tmp_path, config):
+    path = damaged(save(tmp_path, 2))
+    with pytest.raises(ConfigError, match=r"--resume: .*trainer_state\.json has 3 bytes.*copy the"):
+        find_start(tmp_path, config(), 2)
+    (path / "trainer_state.json").unlink()
+    # as of a checkpoint that was never finished
+    assert find_start(tmp_path, config(), 2) is None
+
+
+def test_a_pickle_that_names_code_is_refused_unopened(tmp_path):
+    import torch
+
+    class Hostile:
+        def __reduce__(self):
+            return (tmp_path / "ran").touch, ()
+
+    from torch import nn
+
+    sound = {"weights": nn.Linear(2, 2).state_dict(), "step": 3}
+    torch.save(sound, tmp_path / "rollout_state_0.pt")
+    check_pickles(tmp_path)
+    (tmp_path / "global_step2").mkdir()
+    torch.save({"optimizer": Hostile()}, tmp_path / "global_step2" / "x_optim_states.pt")
+    with pytest.raises(ConfigError, match=r"x_optim_states\.pt is not opened, because it names"):
+        check_pickles(tmp_path)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_function_within_deepspeed_is_not_taken_for_a_class_of_its_own(tmp_path, monkeypatch):
+    import torch
+
+    path = tmp_path / "x.pt"
+    torch.save({}, path)
+    for name, is_allowed in {
+        "deepspeed.runtime.fp16.loss_scaler.LossScaler": True,
+        "deepspeed.runtime.zero.config.ZeroStageEnum": True,
+        "deepspeed.launcher.runner.os.system": False,
+        "deepspeed.launcher.runner.main": False,
+        "builtins.eval": False,
+    }.items():
+        monkeypatch.setattr(
+            "torch.serialization.get_unsafe_globals_in_checkpoint", lambda path, name=name: [name]
+        )
+        if is_allowed:
+            check_pickles(tmp_path)
+            continue
+        with pytest.raises(ConfigError, match=f"names {name}"):
+            check_pickles(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut", b"cos\nsystem\n(S'true'\ntR."])
+def test_a_pickle_that_cannot_be_read_is_one_error(tmp_path, content):
+    (tmp_path / "optimizer.pt").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"optimizer\.pt cannot be read .*; copy the run again"):
+        check_pickles(tmp_path)

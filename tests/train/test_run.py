@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,10 +11,11 @@ from safetensors.torch import load_file, save_file
 from configs.errors import ConfigError
 from configs.schema import load_config
 from merge.engine import merge
+from tests.house.metric_names import undescribed
 from train.followed import follow
-from train.run import check_start, run_training, train
+from train.given import check_start
+from train.run import run_training, train
 from train.settings import GRPO_DEFAULTS, describe_step, resolved_grpo
-from train.watchdog import Heartbeat
 
 # an untrained policy earns nothing; the entropy bonus makes every step move it all the same
 SETTINGS = """
@@ -75,18 +75,6 @@ def stop_after(folder: Path, step: int, copy: Path) -> Path:
     return copy
 
 
-@pytest.mark.parametrize("flag", ["resume", "overwrite"])
-def test_a_run_that_is_still_trained_is_left_alone(write_config, tmp_path, monkeypatch, flag):
-    path, folder = write_config(), tmp_path / "run"
-    folder.mkdir()
-    (folder / "config.yaml").write_text(path.read_text())
-    beat = Heartbeat(0, "loss", 3, 0.0, 0.0, "here", 4711)
-    monkeypatch.setattr("train.run.still_running", lambda folder: [beat, replace(beat, pid=4712)])
-    with pytest.raises(ConfigError, match=r"still being trained \(step 3\).*`kill 4711 4712`"):
-        run_with(path, **{flag: True})
-    assert [item.name for item in folder.iterdir()] == ["config.yaml"]
-
-
 def test_the_run_folder_stands_alone(write_config):
     folder = run_with(write_config())
     names = {path.name for path in folder.iterdir()}
@@ -102,6 +90,8 @@ def test_the_run_folder_stands_alone(write_config):
         (4, "train"),
         (4, "eval"),
     ]
+    every = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert not undescribed(name for line in every for name in line)
     assert lines[0]["tokens"] == 0
     assert lines[0]["eval/n"] == 6
     assert "eval/unseen/accuracy" in lines[0] or "eval/seen/accuracy" in lines[0]

@@ -52,6 +52,8 @@ def test_the_cards_have_the_published_sizes():
     assert sizes == {
         "Qwen/Qwen2.5-VL-3B-Instruct": 3_754_622_976,
         "Qwen/Qwen2.5-VL-7B-Instruct": 8_292_166_656,
+        # the hub shows 73.4 billion
+        "Qwen/Qwen2.5-VL-72B-Instruct": 73_410_777_344,
     }
 
 
