@@ -85,7 +85,6 @@ def test_regmean_inputs_that_were_never_active_give_the_weighted_average():
     average = (3 * parents["vlm"] + parents["agent"]) / 4
     assert merged == pytest.approx(average, abs=1e-6)
 
-
     # weights that sum to nothing: their sum itself, as the other averages have it
     merged, _ = merge_tensor("regmean", base, parents, grams, settings_of((1.0, -1.0)))
     assert merged == pytest.approx(base + parents["vlm"] - parents["agent"], abs=1e-6)

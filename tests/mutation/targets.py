@@ -258,5 +258,23 @@ TARGETS = (
     ),
 )  # fmt: skip
 
-EQUIVALENT: dict[tuple[str, str], str] = {}
+EQUIVALENT: dict[tuple[str, str], str] = {
+    (
+        "merge.kernels_numpy:_variance",
+        "_ordered_sum(np.square(deltas - mean)) / count"
+        " -> _ordered_sum(np.square(deltas - mean)) * count",
+    ): "variances are only compared with each other, and keep their order",
+    (
+        "merge.selection:vote_scales",
+        "counts > 0 -> counts >= 0",
+    ): "a bin without entries adds nothing to the sum",
+    (
+        "merge.tensor:_weigh_kept",
+        "total.kept_square.sum() > 0 -> total.kept_square.sum() >= 0",
+    ): "where nothing is kept no weight is used",
+    (
+        "train.credit:efficiency_bonuses",
+        "max(1, len(members)) -> max(2, len(members))",
+    ): "a member alone differs from nobody: nought over any number",
+}
 """(function, change) -> why no test could tell; an entry that no longer fits is an error."""
