@@ -270,6 +270,7 @@ TARGETS = (
     ),
 )  # fmt: skip
 
+MEMORY = "a graph is kept longer than needed: more memory, the same numbers"
 EQUIVALENT: dict[tuple[str, str], str] = {
     (
         "merge.kernels_numpy:_variance",
@@ -284,6 +285,11 @@ EQUIVALENT: dict[tuple[str, str], str] = {
         "merge.tensor:_weigh_kept",
         "total.kept_square.sum() > 0 -> total.kept_square.sum() >= 0",
     ): "where nothing is kept no weight is used",
+    (
+        "merge.fisher:collect_fisher",
+        "row + 1 < len(likelihoods) -> row + 1 <= len(likelihoods)",
+    ): MEMORY,
+    ("merge.fisher:collect_fisher", "row + 1 -> row - 1"): MEMORY,
     (
         "train.credit:efficiency_bonuses",
         "max(1, len(members)) -> max(2, len(members))",
