@@ -232,11 +232,14 @@ TARGETS = (
          "cost or seconds or wall or stability or budget"),
     ),
     Target(
-        "log-probs of sampled tokens",
-        ("train.scoring:_head", "train.scoring:_read_bucket", "train.scoring:score_rows",
-         "train.batch:TokenBatch.sample"),
-        ("tests/train/test_rollout.py", "tests/train/test_grpo.py", "-k",
-         "logprobs or log_probs or logps or gradient"),
+        "log-probs in the loss",
+        ("train.scoring:_head", "train.scoring:_read_bucket", "train.scoring:score_rows"),
+        ("tests/train/test_scoring.py",),
+    ),
+    Target(
+        "log-probs in the rollout",
+        ("train.batch:TokenBatch.sample",),
+        ("tests/train/test_rollout.py", "-k", "plain_forward or scripted or vision_tokens"),
     ),
     Target(
         "pairs of steps for DPO",
@@ -312,6 +315,20 @@ EQUIVALENT: dict[tuple[str, str], str] = {
         "environments.sparse:kth_best",
         "best[place - 1] < score -> best[place - 1] <= score",
     ): "equal scores in another order: the k-th stays the same",
+    (
+        "train.scoring:_head",
+        "len(hidden) * head.weight.shape[0] > MAX_LOGITS"
+        " -> len(hidden) * head.weight.shape[0] >= MAX_LOGITS",
+    ): "at the limit both ways compute the same",
+    (
+        "train.scoring:_head",
+        "(head(hidden).float() / temperature).log_softmax(-1)"
+        " -> (head(hidden).float() / temperature).log_softmax(+1)",
+    ): "of two axes the last is the second",
+    (
+        "train.scoring:_head",
+        "with_entropy and torch.is_grad_enabled() -> with_entropy or torch.is_grad_enabled()",
+    ): MEMORY,
     (
         "environments.vectors:_keep_best",
         "4 * k -> 5 * k",
