@@ -242,7 +242,7 @@ def test_l1_scores_fall_with_the_distance(tmp_path):
 
 def test_the_best_of_many_are_those_of_a_full_sort(tmp_path):
     vectors = np.random.default_rng(1).normal(size=(500, 4)).astype(np.float32)
-    queries = vectors[:20] + 1
+    queries = vectors + 1
     full = queries @ vectors.T
     scores, rows = store_of(tmp_path, vectors).nearest(queries, 5)
     assert rows.tolist() == np.argsort(-full, axis=1, kind="stable")[:, :5].tolist()

@@ -401,7 +401,8 @@ def test_every_way_has_the_limit_on_length_and_takes_the_best_gold_answer():
 
 
 def test_a_denial_and_the_question_itself_earn_nothing():
-    assert correctness("not Paris", {"answers": ["Paris"]}, "f1") == 0.0
+    for guess in ("not Paris", "Paris or Rome"):
+        assert correctness(guess, {"answers": ["Paris"]}, "f1") == 0.0
     asked = {"question": "Is the red one meant?", "answers": ["red"]}
     assert correctness("Is the red one meant?", asked, "f1") == 0.0
     assert correctness("Is the red one meant?", asked, "contains") == 0.0

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from train.scoring import ScoredRows, score_rows
+from train.scoring import ScoredRows, score_rows, why_not_shared
 from train.vision import ImageStore
 
 TEMPERATURE = 0.7
@@ -47,6 +47,23 @@ def test_scores_are_those_of_a_plain_forward_in_any_number_of_buckets(
     found = score_rows(model, replace(rows, n_buckets=n_buckets), TEMPERATURE)
     torch.testing.assert_close(found[0], logps, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(found[1], entropies, atol=1e-5, rtol=1e-5)
+
+
+def test_rows_that_read_their_prompts_themselves_get_the_same_scores(fresh_policy, rows):
+    model = fresh_policy[0].eval()
+    logps, entropies = plainly(model)
+    model.set_attn_implementation("eager")  # takes no mask of a prefix
+    assert why_not_shared(model) is not None
+    found = score_rows(model, rows, TEMPERATURE)
+    torch.testing.assert_close(found[0], logps, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found[1], entropies, atol=1e-5, rtol=1e-5)
+
+
+def test_logits_that_are_too_many_to_keep_give_the_same_scores(fresh_policy, rows, monkeypatch):
+    model = fresh_policy[0].eval()
+    monkeypatch.setattr("train.scoring.MAX_LOGITS", 1)
+    for found, expected in zip(score_rows(model, rows, TEMPERATURE), plainly(model), strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_without_a_picture_the_tower_sees_a_blank_one_and_gets_a_gradient_of_nought(
