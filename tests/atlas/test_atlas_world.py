@@ -10,10 +10,11 @@ from environments.atlas.entities import HEADLINE_RELATIONS, SPLITS, TOPICS, load
 from environments.atlas.passages import load_passages, passage_id
 from environments.atlas.photos import render_photo, render_two_flags, render_unfamiliar_flag
 from environments.atlas.questions import KINDS, list_questions, load_questions, main_colour
-from environments.atlas.recall import INDEXES, measure_images
+from environments.atlas.recall import INDEXES, measure_images, recall
 from environments.atlas.world import load_image_index, load_text_index, measure_retrieval
 from environments.errors import EnvironmentSetupError
 from environments.retrieval import BM25TextIndex, ColourImageIndex, cut_snippet
+from environments.tools import Hit
 
 
 def test_chains_never_cross_a_split():
@@ -77,6 +78,12 @@ def test_main_colour_of_an_even_mixture_is_none():
     thirds = np.zeros((30, 30, 3), dtype=np.uint8)
     thirds[:10], thirds[10:20], thirds[20:] = (200, 30, 45), (20, 60, 150), (255, 255, 255)
     assert main_colour(thirds) is None
+
+
+def test_recall_by_hand():
+    found = [[Hit(i, "") for i in ids] for ids in ("ab", "cab", "bcda")]
+    # a is first, second, and fourth
+    assert recall(found, ["a", "a", "a"]) == {"recall@1": 0.333, "recall@3": 0.667}
 
 
 def test_recall_reaches_the_stated_floor():

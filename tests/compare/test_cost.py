@@ -44,6 +44,10 @@ def test_older_runs_have_wall_time_times_processes_without_evaluations():
         line |= {"time_s": wall, "evaluation_s": took}
     # 2 * (4 - 3), 2 * (20 - 5), 2 * (40 - 10)
     assert training_device_s(run) == ([2.0, 30.0, 60.0], "wall time")
+    # an evaluation without a clock took nothing; what took longer than the run is a clock's error
+    del run.evaluations[0]["evaluation_s"]
+    run.evaluations[1]["evaluation_s"] = 30.0
+    assert training_device_s(run)[0] == [8.0, 0.0, 10.0]  # 2 * 4, none, 2 * (40 - 35)
 
 
 def test_without_any_clock_the_cost_is_not_known():

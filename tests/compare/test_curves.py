@@ -57,6 +57,12 @@ def test_area_weighs_uneven_steps():
     assert area_under_curve([0, 1, 10], [0.0, 1.0, 1.0]) == pytest.approx(0.95)
 
 
+def test_an_area_needs_points_and_a_value_each():
+    for steps, values in (([1, 2], [0.5]), ([], [])):
+        with pytest.raises(ValueError, match="as many steps as values"):
+            area_under_curve(steps, values)
+
+
 def test_area_of_one_point_is_that_point():
     assert area_under_curve([0], [0.4]) == 0.4
 
@@ -91,6 +97,9 @@ def test_a_value_at_a_cost_lies_on_the_line_between_two_evaluations():
 def test_beyond_the_last_evaluation_its_value_holds_and_before_the_first_there_is_none():
     assert value_at_cost([10.0, 20.0], [0.2, 0.6], 99.0, window=1) == pytest.approx(0.6)
     assert value_at_cost([10.0, 20.0], [0.2, 0.6], 9.9, window=1) is None
+    assert value_at_cost([0.0, 10.0, 20.0], [0.1, 0.2, 0.6], 99.0, window=1) == 0.6
+    # of two evaluations at one cost the later one counts
+    assert value_at_cost([0.0, 10.0, 10.0], [0.1, 0.2, 0.6], 10.0, window=1) == 0.6
 
 
 @pytest.mark.parametrize(
@@ -117,6 +126,7 @@ def test_a_single_bad_evaluation_is_smoothed_away():
 def test_the_largest_drop_is_from_the_best_so_far():
     assert largest_drop([0.2, 0.5, 0.4, 0.6, 0.3], 1) == pytest.approx(0.3)
     assert largest_drop([0.1, 0.2, 0.3], 1) == 0.0
+    assert largest_drop([0.5, 0.1, 0.3], 1) == pytest.approx(0.4)  # the first counts, too
 
 
 def test_a_band_is_an_interval_at_every_evaluation():

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from compare.intervals import (
+    expanded_percentiles,
     interval,
     paired_difference,
     resamples,
@@ -27,7 +28,7 @@ shares = st.integers(0, 64).map(lambda k: k / 64)
 
 @pytest.mark.parametrize("degrees", [*range(1, 40), 100, 1000])
 def test_students_quantile_is_scipys(degrees):
-    assert student_t(degrees) == pytest.approx(stats.t.ppf(0.975, degrees), abs=5e-4)
+    assert student_t(degrees) == pytest.approx(stats.t.ppf(0.975, degrees), abs=2e-4)
 
 
 def test_no_degrees_of_freedom_are_refused():
@@ -51,7 +52,7 @@ def test_an_interval_stays_inside_the_metrics_range():
 
 def test_one_seed_has_no_interval():
     estimate = interval([0.4])
-    assert (estimate.mean, estimate.low, estimate.high) == (0.4, None, None)
+    assert (estimate.mean, estimate.low, estimate.high, estimate.n) == (0.4, None, None, 1)
 
 
 def test_equal_seeds_have_an_interval_of_no_width():
@@ -90,6 +91,20 @@ def test_from_ten_seeds_on_it_is_scipys_bootstrap_at_widened_percentiles():
     assert estimate.low == pytest.approx(expected.low, abs=0.003)
     assert estimate.high == pytest.approx(expected.high, abs=0.003)
     assert estimate == interval(TWELVE, bootstrap=40_000)
+
+
+def test_widened_percentiles_by_hand():
+    # Phi(-2.2622 * sqrt(10 / 9)) = Phi(-2.38456) = .0085500 of means that lie evenly in [0, 1]
+    low, high = expanded_percentiles(np.linspace(0, 1, 100_001), 10)
+    assert (low, high) == pytest.approx((0.00855, 0.99145), abs=1e-5)
+
+
+def test_as_many_resamples_are_drawn_as_are_asked_for_and_some_where_none_are():
+    one, other = [0.1, 0.4, 0.2, 0.6, 0.3, 0.5], [0.2, 0.3, 0.35, 0.1, 0.45, 0.4]
+    few = paired_difference(one, other, bootstrap=7).probability * 14  # ties count half
+    assert few == pytest.approx(round(few), abs=1e-9)
+    none = paired_difference(one, other, bootstrap=0)
+    assert none.probability == paired_difference(one, other, bootstrap=2000).probability
 
 
 def test_a_widened_bootstrap_is_about_as_wide_as_students_interval():
@@ -144,6 +159,26 @@ def test_the_paired_p_value_is_scipys(n):
 def test_with_three_pairs_no_p_value_is_below_a_quarter():
     # all three alike: of 8 sign patterns only +++ and --- are as large
     assert sign_flip_p(np.array([0.3, 0.2, 0.4])) == pytest.approx(2 / 8)
+
+
+def test_sixteen_pairs_are_flipped_one_by_one_and_seventeen_are_drawn():
+    # of 2^16 patterns two are as large as all ones
+    assert sign_flip_p(np.ones(16)) == 2 / 2**16
+    # (found + 1) / (65,536 + 1): what was measured is one of the draws
+    found = sign_flip_p(np.ones(17)) * 65_537
+    assert found == pytest.approx(round(found), abs=1e-6)
+    assert found >= 1
+
+
+def test_many_seeds_are_shared_out_by_draws():
+    # of 2.7 million ways two are as far apart: not one among 65,536 draws
+    assert shared_out_p(np.ones(12), np.zeros(12)) == 1 / 65_537
+    assert shared_out_p(np.ones(12), np.ones(12)) == 1.0
+
+
+def test_few_seeds_are_shared_out_by_hand():
+    # 1 2 | 0: 1.5; 1 0 | 2: -1.5; 2 0 | 1: 0
+    assert shared_out_p(np.array([1.0, 2.0]), np.array([0.0])) == pytest.approx(2 / 3)
 
 
 def test_many_pairs_draw_their_sign_flips():
@@ -207,6 +242,7 @@ def test_the_other_way_round_everything_is_mirrored():
         assert (mirrored.low, mirrored.high) == pytest.approx((back.low, back.high))
         assert mirrored.p_value == pytest.approx(back.p_value)
         assert mirrored.probability == pytest.approx(back.probability, abs=0.03)  # draws differ
+        assert mirrored.bootstrap == (-found.bootstrap[1], -found.bootstrap[0])
 
 
 def test_one_pair_has_a_difference_and_nothing_else():

@@ -234,6 +234,19 @@ def test_l1_scores_fall_with_the_distance(tmp_path):
     scores, rows = store.nearest(np.zeros((1, 2), np.float32), 3)
     assert rows.tolist() == [[0, 1, 2]]
     assert scores[0] == pytest.approx([1, 1 / 3, 1 / 4])
+    # from (2, 0): 2, 2 and 1 away
+    scores, rows = store.nearest(np.array([[2, 0]], np.float32), 3)
+    assert rows.tolist() == [[2, 0, 1]]
+    assert scores[0] == pytest.approx([1 / 2, 1 / 3, 1 / 3])
+
+
+def test_the_best_of_many_are_those_of_a_full_sort(tmp_path):
+    vectors = np.random.default_rng(1).normal(size=(500, 4)).astype(np.float32)
+    queries = vectors + 1
+    full = queries @ vectors.T
+    scores, rows = store_of(tmp_path, vectors).nearest(queries, 5)
+    assert rows.tolist() == np.argsort(-full, axis=1, kind="stable")[:, :5].tolist()
+    assert scores == pytest.approx(np.sort(full, axis=1)[:, :-6:-1], rel=1e-6)
 
 
 @needs_faiss

@@ -85,6 +85,18 @@ def test_regmean_inputs_that_were_never_active_give_the_weighted_average():
     average = (3 * parents["vlm"] + parents["agent"]) / 4
     assert merged == pytest.approx(average, abs=1e-6)
 
+    # weights that sum to nothing: their sum itself, as the other averages have it
+    merged, _ = merge_tensor("regmean", base, parents, grams, settings_of((1.0, -1.0)))
+    assert merged == pytest.approx(base + parents["vlm"] - parents["agent"], abs=1e-6)
+
+
+def test_regmean_is_drawn_to_the_base_by_a_millionth():
+    # one input: (1 * 1 + 1 * 1) / (2 + 1e-6 * 2)
+    one = np.ones((1, 1), np.float32)
+    parents, grams = dict.fromkeys(TASKS, one), dict.fromkeys(TASKS, one)
+    merged, _ = merge_tensor("regmean", np.zeros_like(one), parents, grams, settings_of())
+    assert merged[0, 0] == pytest.approx(1 - 1e-6, abs=1e-7)
+
 
 def test_regmean_one_dead_input_leaves_the_others_as_they_are():
     base, parents, inputs, _ = layer(4)

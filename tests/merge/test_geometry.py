@@ -42,6 +42,34 @@ def test_figures_of_updates_by_hand():
     assert pair["jaccard_chance"] == pytest.approx(0.36 / 0.84)
 
 
+def test_a_cosine_and_a_single_common_entry_by_hand():
+    # norms 5 and sqrt(1.25), dot 3: cosine 3 / (5 sqrt(1.25)); they meet in entry 0, both upwards;
+    # entry 2 of the agent is at the threshold .5, and not above
+    sums = sums_of([1.0] * 3, [3, 4, 0], [1, 0, 0.5], threshold=0.5, effective=[4.0, 0.5])
+    pair = pair_figures(sums, 0, 1)
+    assert pair["cosine"] == pytest.approx(3 / (5 * np.sqrt(1.25)))
+    assert (pair["overlap"], pair["jaccard"], pair["conflict"]) == (1.0, 0.5, 0.0)
+    vlm, agent = model_figures(sums, 0), model_figures(sums, 1)
+    assert (vlm["support"], agent["support"]) == pytest.approx((2 / 3, 1 / 3))
+    assert (vlm["effective"], vlm["effective_sparsity"]) == pytest.approx((1 / 3, 2 / 3))
+    assert agent["effective"] == pytest.approx(2 / 3)
+    # (25 + 3) / (2 * 25), (3 + 1.25) / (2 * 1.25)
+    assert (vlm["left_by_average"], agent["left_by_average"]) == pytest.approx((0.56, 1.7))
+    small = sums_of([0.0], [0.5], [-0.5])  # a square below 1 has a share, too
+    assert model_figures(small, 0)["left_by_average"] == 0.0
+
+
+def test_shares_of_nothing_are_left_out():
+    sums = sums_of([1.0] * 2, [0, 0], [1, 0])
+    nothing = model_figures(sums, 0)
+    assert not {"left_by_average", "principal", "principal_chance"} & nothing.keys()
+    assert pair_figures(sums, 0, 1) == {}
+    assert average_figures(sums_of([1.0], [0], [0])) == {}
+    assert average_figures(sums_of([0.0] * 2, [1, 0], [0, 1])) == {
+        "average_norm": pytest.approx(1 / np.sqrt(2))
+    }
+
+
 def test_below_bf16_counts_what_bf16_would_not_store():
     # at 1.0 a step of bf16 is 1/128 upwards; 1/512 rounds back, 1/64 does not, zeros are one
     sums = sums_of([1.0, 1.0, 0.0, 1.0], [1 / 512, 1 / 64, -0.0, 0.0])

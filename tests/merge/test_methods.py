@@ -192,16 +192,16 @@ def test_obm_an_input_that_was_never_active_has_no_vote_by_rank_either():
 
 
 def test_a_matrix_of_one_column_has_rows_of_one_entry():
-    # saliency: vlm 2 * [4, 0, 1], agent 1 * [9, 4, 0]; of three entries two are kept
-    column = {"vlm": [2.0, 0.0, 1.0], "agent": [-3.0, 2.0, 0.0]}
+    # saliency: vlm 2 * [4, 0, 1, 0, 0], agent 1 * [9, 4, 0, 0, 0]; of five entries two are kept
+    column = {"vlm": [2.0, 0.0, 1.0, 0.0, 0.0], "agent": [-3.0, 2.0, 0.0, 0.0, 0.0]}
     parents = {task: np.array([values], np.float32).T for task, values in column.items()}
     moments = {"vlm": np.array([2], np.float32), "agent": np.array([1], np.float32)}
-    base = np.zeros((3, 1), np.float32)
-    merged, _ = merge_tensor("obm", base, parents, moments, settings(density=2 / 3))
-    assert merged.tolist() == [[-3.0], [2.0], [1.0]]  # 8 - 9 < 0
+    base = np.zeros((5, 1), np.float32)
+    merged, _ = merge_tensor("obm", base, parents, moments, settings(density=0.4))
+    assert merged.ravel().tolist() == [-3.0, 2.0, 1.0, 0.0, 0.0]  # 8 - 9 < 0
     merged, _ = merge_tensor("regmean_diagonal", base, parents, moments, settings())
     # (2 * 2 - 3) / 3; (0 + 2) / 3; (2 * 1 + 0) / 3
-    assert merged.ravel().tolist() == pytest.approx([1 / 3, 2 / 3, 2 / 3])
+    assert merged.ravel().tolist() == pytest.approx([1 / 3, 2 / 3, 2 / 3, 0.0, 0.0])
 
 
 def test_obm_inputs_that_were_never_active_fall_back_to_the_larger_delta_then_plus():

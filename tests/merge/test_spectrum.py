@@ -55,6 +55,21 @@ def test_a_narrow_matrix_is_exact_and_a_small_one_has_fewer_values():
     assert rebuilt == pytest.approx(matrix, abs=1e-6)
 
 
+def test_the_shorter_side_decides_whether_a_matrix_is_decomposed_whole():
+    noise = np.random.default_rng(5).normal(size=(900, 120)).astype(np.float32)
+    for matrix in (noise, np.ascontiguousarray(noise.T)):
+        found = leading_spectrum(blocks_of(matrix), matrix.shape, 16)
+        # a randomised one errs by per cents on noise
+        assert found.values == pytest.approx(np.linalg.svd(matrix, compute_uv=False)[:16], rel=1e-5)
+
+
+def test_a_matrix_of_noughts_has_values_of_nought_and_no_nan():
+    found = leading_spectrum(blocks_of(np.zeros((5, 3), np.float32)), (5, 3), 2)
+    assert found.values.tolist() == [0.0, 0.0]
+    assert not found.left.any()
+    assert np.isfinite(found.right).all()
+
+
 def test_energy_in_a_subspace_by_hand():
     # U = e0, V = e1: the entry (0, 1), 3, of a squared norm of 1 + 9 + 16
     matrix = np.array([[1, 3], [4, 0]], np.float32)

@@ -6,9 +6,9 @@
 
 Every mutant is the module's own source with one node changed (`rewrite`). It is imported in the
 place of the module by a process that is forked for it, so neither files nor other tests see it, and
-torch is loaded once a topic. A mutant is killed when one of its tests fails, or takes five times as
-long as all of them take without it. Ends with code 1 when one survives that `targets` does not
-explain.
+torch is loaded once a topic. A mutant is killed when one of its tests fails, or when it computes
+three times as long as all of them do without it. Ends with code 1 when one survives that `targets`
+does not explain.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from tests.mutation.rewrite import Site, choose, mutate, sites  # noqa: E402
 from tests.mutation.targets import EQUIVALENT, TARGETS, Target  # noqa: E402
 
 SEED = "obm-warmstart"
-PATIENCE, GRACE_S = 5.0, 10.0
+PATIENCE, GRACE_S = 3.0, 5.0
 """A mutant may compute so many times as long as the tests alone, and so many seconds more."""
 JOURNAL = ROOT / "runs" / "mutation" / "verdicts.jsonl"
 """A run that was stopped goes on from here; what was killed once is not tried again."""

@@ -41,6 +41,7 @@ def example(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "ROOT", tmp_path)
     monkeypatch.setattr(run, "JOURNAL", tmp_path / "journal.jsonl")
     monkeypatch.setattr(run, "GRACE_S", 1.0)
+    monkeypatch.setattr(run, "EQUIVALENT", {})
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     return Target(
@@ -80,7 +81,7 @@ def test_a_hole_is_found_and_what_a_test_notices_is_killed(example, monkeypatch)
     assert by["n - 1 -> n + 1"] == "its tests took too long"
     assert "mutation_example" not in sys.modules
     # once more: what is killed is known, what survived is tried again, and may be explained
-    monkeypatch.setitem(EQUIVALENT, ("mutation_example:double", "x + x -> x - x"), "an example")
+    monkeypatch.setitem(run.EQUIVALENT, ("mutation_example:double", "x + x -> x - x"), "because")
     assert run.main([]) == 0
     again = [json.loads(line) for line in run.JOURNAL.read_text().splitlines()][len(verdicts) :]
     assert [(v["change"], v["outcome"]) for v in again] == [("x + x -> x - x", "explained")]

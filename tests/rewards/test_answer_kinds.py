@@ -73,6 +73,16 @@ def test_a_code_is_no_number(text):
         ("1050", "1050 m", True),
         ("1050 kg", "1050 m", False),
         ("1.05 km (9000 ft)", "1050 m", False),  # contradicts itself
+        ("1.05 km (3465 ft)", "1050 m", True),  # 1056 m says the same, and one of them is right
+        # two per cent of the larger number are 20.4 m
+        ("1 km (1020.3 m)", "1 km", True),
+        ("1 km (1021 m)", "1 km", False),
+        # 1055.2 and 1044.9 m: a change of unit may add half a per cent, 5.25 m
+        ("3462 ft", "1050 m", True),
+        ("3428 ft", "1050 m", True),
+        ("3463 ft", "1050 m", False),
+        ("5 km, so 5", "5", True),
+        ("5 and 5", "5", True),
         ("5 or 7", "5", False),
         ("5, 6, 7, 8", "5", False),
         ("5", "5", True),
@@ -110,6 +120,8 @@ def test_ranges_are_compared_by_overlap():
     assert number_matches("8 to 12", [9, 12])
     # [0, 12] and [9, 12]: 3 / 12
     assert not number_matches("0 to 12", [9, 12])
+    # [8, 12] and [9, 14]: 3 / 6
+    assert overlap((8, 12), (9, 14)) == overlap((9, 14), (8, 12)) == 0.5
     assert overlap((1, 1), (1, 1)) == 1.0
     assert overlap((1, 2), (3, 4)) == 0.0
 
@@ -118,6 +130,8 @@ def test_a_relative_tolerance_widens_both_sides():
     assert number_matches("95", "100", tolerance=0.05)
     assert number_matches("105", "100", tolerance=0.05)
     assert not number_matches("94", "100", tolerance=0.05)
+    # a half of [95, 120] lies in [90, 110], but only a gold range is compared by overlap
+    assert not number_matches("95 to 120", "100", tolerance=0.1)
 
 
 @pytest.mark.parametrize(
@@ -160,6 +174,12 @@ def test_units_are_read_by_their_dimension(text, unit):
 )
 def test_a_date_is_compared_at_the_golds_precision(prediction, gold, expected):
     assert date_matches(prediction, gold) is expected
+
+
+def test_a_gold_date_that_can_be_read_in_two_ways_is_right_in_both():
+    assert date_matches("5 June 1998", "05/06/1998")
+    assert date_matches("6 May 1998", "05/06/1998")
+    assert not date_matches("7 May 1998", "05/06/1998")
 
 
 def test_years_may_differ_where_the_question_says_so():
@@ -244,6 +264,11 @@ def test_a_list_is_complete_and_no_more(prediction, expected):
     assert list_matches(prediction, ["red", ["white", "silver"], "blue"]) is expected
     question = {"answers": ["red, white and blue"], "answer_kind": "list"}
     assert correctness(prediction, question, "typed") == float(expected)
+
+
+def test_a_list_without_entries_or_with_one_twice_matches_nothing():
+    assert not list_matches("", [])
+    assert not list_matches("red", ["red", "Red"])
 
 
 def test_a_name_with_and_in_it_is_one_entry():
@@ -364,6 +389,26 @@ def test_unknown_ways_and_kinds_are_refused():
         correctness("x", {"answers": ["x"]}, "fuzzy")
     with pytest.raises(RewardError, match="answer_kind 'colour' of question q1"):
         correctness("x", {"id": "q1", "answers": ["y"], "answer_kind": "colour"}, "typed")
+
+
+def test_every_way_has_the_limit_on_length_and_takes_the_best_gold_answer():
+    for match in ("exact", "typed", "contains", "f1"):
+        assert correctness("x" * 200, {"answers": ["x" * 200]}, match) == 1.0
+        assert correctness("x" * 201, {"answers": ["x" * 201]}, match) == 0.0
+    two = {"question": "Which city is it?", "answers": ["Paname", "City of Light"]}
+    assert correctness("It must be Paname", two, "contains") == 1.0
+    assert correctness("of light", two, "f1") == pytest.approx(0.8)
+
+
+def test_a_denial_and_the_question_itself_earn_nothing():
+    for guess in ("not Paris", "Paris or Rome"):
+        assert correctness(guess, {"answers": ["Paris"]}, "f1") == 0.0
+    asked = {"question": "Is the red one meant?", "answers": ["red"]}
+    assert correctness("Is the red one meant?", asked, "f1") == 0.0
+    assert correctness("Is the red one meant?", asked, "contains") == 0.0
+    # a gold answer that is the question's words is an answer all the same: 2 * 1 / (1 + 2)
+    words = {"question": "Red blue?", "answers": ["red blue"]}
+    assert correctness("red", words, "f1") == pytest.approx(2 / 3)
 
 
 def test_f1_gives_part_of_the_reward_but_not_for_the_questions_own_words():

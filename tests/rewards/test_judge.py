@@ -350,9 +350,11 @@ def test_what_cannot_be_an_answer_is_never_sent(service):
     judge = make(service)
     for turns in ([], [{"text": "<answer> x", "action": {"type": "invalid"}}]):
         assert score({"turns": turns}, QUESTION, Rewards(), judge=judge)["accuracy"] == 0.0
-    assert score(episode("x" * 300), QUESTION, Rewards(), judge=judge)["accuracy"] == 0.0
+    assert score(episode("x" * 201), QUESTION, Rewards(), judge=judge)["accuracy"] == 0.0
     assert score(episode("x"), {"answers": [""]}, Rewards(), judge=judge)["total"] is None
     assert service.requests == []
+    score(episode("x" * 200), QUESTION, Rewards(), judge=judge)  # the longest that can be one
+    assert len(service.requests) == 1
 
 
 def test_a_failed_judge_leaves_the_episode_unscored(service):

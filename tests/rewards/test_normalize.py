@@ -44,6 +44,7 @@ from rewards.normalize import contains_phrase, normalize_answer
         ("$5", "5"),
         ("the king of the hill", "King of Hill"),
         ("☀️", "☀"),
+        ("☀\ufe00", "☀"),
     ],
 )
 def test_spelling_alone_makes_no_difference(one, other):

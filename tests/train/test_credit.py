@@ -36,7 +36,14 @@ def test_thrift_is_worth_nothing_where_all_are_alike_and_stays_within_the_group(
 
 @pytest.mark.parametrize(
     ("n_tokens", "is_cut", "expected"),
-    [(60, False, 0.0), (80, False, 0.0), (90, False, -0.5), (100, False, -1.0), (40, True, -1.0)],
+    [
+        (60, False, 0.0),
+        (80, False, 0.0),
+        (90, False, -0.5),
+        (100, False, -1.0),
+        (140, False, -1.0),
+        (40, True, -1.0),
+    ],
 )
 def test_the_punishment_of_length_grows_within_the_buffer(n_tokens, is_cut, expected):
     assert overlong_penalty(n_tokens, budget=100, buffer=20, is_cut=is_cut) == expected

@@ -93,6 +93,9 @@ def test_an_advantage_a_turn_and_the_first_turn_without_loss():
     assert first_masked_turn(two, [1, 1, 0, 0, 0, 1]) is None
     assert first_masked_turn(two, [1, 1, 0, 0, 0, 0]) == 1
     assert first_masked_turn(two, [0] * 6) == 0
+    longer = episode()
+    longer.turns[1].token_ids = [3, 4]  # 5 and 6: a turn is known by its first token
+    assert turn_advantages(longer, [0.1, 0.1, 0.1, 0.1, 0.1, 0.9, 0.8]) == [0.1, 0.9]
     two.advantages, two.masked_from = [0.123456, -1.0], 1
     row = two.to_dict(step=1)
     assert (row["advantages"], row["masked_from"]) == ([0.1235, -1.0], 1)

@@ -206,6 +206,26 @@ def test_greedy_does_not_depend_on_seed_or_group(make_engine, questions):
     assert one == two[::2] == two[1::2]
 
 
+def test_greedy_says_the_most_likely_token_that_may_be_said(make_engine, questions):
+    engine = make_engine(script=None, max_completion_tokens=20)
+    [episode] = engine.rollout(questions[4:5], greedy=True)  # without a picture
+    ids = torch.tensor([episode.prompt_ids + episode.completion_ids])
+    with torch.no_grad():
+        logits = engine.model.eval()(input_ids=ids).logits[0, len(episode.prompt_ids) - 1 : -1]
+    logits[:, list(engine._suppressed)] = -torch.inf
+    [turn] = episode.turns
+    assert len(turn.token_ids) > 1
+    assert logits.argmax(dim=-1).tolist() == turn.token_ids
+
+
+def test_a_script_may_say_the_first_token_of_the_vocabulary(make_engine, questions):
+    engine = make_engine(script=lambda question, turn: "!!", max_new_tokens_per_turn=4)
+    [episode] = engine.rollout(questions[4:5])
+    ids = engine.processor.tokenizer("!!")["input_ids"]
+    assert 0 in ids
+    assert episode.turns[0].token_ids[: len(ids)] == ids
+
+
 def test_waves_give_the_same_tokens_as_one_batch(make_engine, questions):
     whole = tokens(make_engine().rollout(questions, group_size=4))
     waves = tokens(make_engine(max_rows=5).rollout(questions, group_size=4))

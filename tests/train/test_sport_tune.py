@@ -65,6 +65,8 @@ def test_the_batch_is_the_sampled_tokens_chosen_first(pairs, policy):
         assert ids == pair.prompt_ids + side
         # the loss is on the step alone, not on the policy's earlier turns
         assert batch["input_ids"][row][batch["completion_mask"][row].bool()].tolist() == side
+    for mask in ("attention_mask", "completion_mask"):
+        assert batch[mask].unique().tolist() == [0, 1]
     n_patches = sum(int(t) * int(h) * int(w) for t, h, w in batch["image_grid_thw"])
     assert len(batch["pixel_values"]) == n_patches
     assert len(batch["image_grid_thw"]) == 2 * sum(len(pairs[i].images) for i in chosen)

@@ -33,6 +33,25 @@ def test_positions_of_a_whole_sequence_equal_get_rope_index(policy):
     assert after == 15
 
 
+def test_positions_of_three_pictures_by_hand():
+    ids = [1, 9, 9, 2, 9, 3, 9, 9]
+    positions, after = mrope_positions(ids, [(1, 1, 2), (1, 1, 1), (1, 1, 2)], 9, merge_size=1)
+    # a picture of two columns: one row, columns 1 and 2; behind it the longer side counts
+    assert positions.tolist() == [
+        [0, 1, 1, 3, 4, 5, 6, 6],
+        [0, 1, 1, 3, 4, 5, 6, 6],
+        [0, 1, 2, 3, 4, 5, 6, 7],
+    ]
+    assert after == 8
+
+
+def test_text_alone_takes_one_step_a_token():
+    for image_token_id in (9, None):
+        positions, after = mrope_positions([1, 2], [], image_token_id, start=5)
+        assert positions.tolist() == [[5, 6]] * 3
+        assert after == 7
+
+
 def test_positions_can_be_computed_piece_by_piece(policy):
     model, _ = policy
     image_token_id = model.config.image_token_id
