@@ -9,8 +9,9 @@ from __future__ import annotations
 import resource
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -80,39 +81,53 @@ def drill_disk(task: Task, whole: Whole, folder: Path, kind: str) -> Row:
         folder: to work in.
         kind: of `kind_of_disk`.
     """
-    drill = _on_tmpfs if kind == TMPFS else _limited
-    return drill(task, whole.folder, folder)
-
-
-def _on_tmpfs(task: Task, whole: Path, folder: Path) -> Row:
     started, problems, shown = time.monotonic(), [], ""
-    n_bytes = sum(path.stat().st_blocks * 512 for path in whole.rglob("*") if path.is_file())
+    narrow = _tmpfs if kind == TMPFS else _file_limit
     for fill in FILLS:
         logs = folder / f"logs-{fill}"
-        with small_disk(folder / f"disk-{fill}", int(fill * n_bytes)) as disk:
-            command = task.command(disk)
-            ended = run(command, logs / "full.log")
-            problems += _judge(task, disk, ended, fill)
-            shown = shown or " ".join(ended.errors).replace(str(disk), "")
-            make_room(disk)
-            problems += _judge_after(task, whole, disk, run(command, logs / "room.log"), fill)
+        with narrow(whole.folder / task.leaf, folder / f"disk-{fill}", fill) as disk:
+            command = task.command(disk.folder)
+            ended = run(command, logs / "full.log", preload=disk.preload)
+            problems += _judge(task, disk.folder, ended, fill)
+            shown = shown or " ".join(ended.errors).replace(str(disk.folder), "")
+            disk.widen()
+            ended = run(command, logs / "room.log")
+            problems += _judge_after(task, whole.folder, disk.folder, ended, fill)
     return _row(task, shown, time.monotonic() - started, problems)
 
 
-def _limited(task: Task, whole: Path, folder: Path) -> Row:
-    started, problems, shown = time.monotonic(), [], ""
-    largest = max(path.stat().st_size for path in (whole / task.leaf).rglob("*") if path.is_file())
-    for fill in FILLS:
-        place, logs = folder / f"limit-{fill}", folder / f"logs-{fill}"
-        place.mkdir(parents=True)
-        limit = int(fill * largest)
-        command = task.command(place)
-        setter = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (limit, limit))
-        ended = run(command, logs / "full.log", preload=setter)
-        problems += _judge(task, place, ended, fill)
-        shown = shown or " ".join(ended.errors).replace(str(place), "")
-        problems += _judge_after(task, whole, place, run(command, logs / "room.log"), fill)
-    return _row(task, shown, time.monotonic() - started, problems)
+@dataclass(frozen=True)
+class Disk:
+    """A place that takes little.
+
+    Attributes:
+        folder: for a command to write in.
+        preload: runs in the command's process before it starts.
+        widen: makes room; without `preload` the next command has it.
+    """
+
+    folder: Path
+    preload: Callable[[], None] | None
+    widen: Callable[[], None]
+
+
+@contextmanager
+def _tmpfs(whole: Path, folder: Path, fill: float) -> Iterator[Disk]:
+    """One that holds a share of the undisturbed output."""
+    n_bytes = sum(path.stat().st_blocks * 512 for path in whole.rglob("*") if path.is_file())
+    with small_disk(folder, int(fill * n_bytes)) as place:
+        yield Disk(place, None, partial(make_room, place))
+
+
+@contextmanager
+def _file_limit(whole: Path, folder: Path, fill: float) -> Iterator[Disk]:
+    """One where no file may grow beyond a share of the undisturbed output's largest."""
+    largest = max(path.stat().st_size for path in whole.rglob("*") if path.is_file())
+    limit = int(fill * largest)
+    folder.mkdir(parents=True)
+    yield Disk(
+        folder, partial(resource.setrlimit, resource.RLIMIT_FSIZE, (limit, limit)), lambda: None
+    )
 
 
 def _judge(task: Task, place: Path, ended: Ended, fill: float) -> list[str]:

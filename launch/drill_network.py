@@ -23,7 +23,7 @@ QUERIES = (
 )  # fmt: skip
 TOP_K = 3
 ASK_S = 1.0
-N_BAD = 24
+N_BAD = 12
 STALL_S = 4.0
 BEHIND_PROXY = (
     "environment.timeout_s=3.0", "environment.retries=0", "tracking.log_trajectories=16",
@@ -206,7 +206,7 @@ def has_fault(episode: dict[str, Any]) -> bool:
 
 
 def _drill_evaluation(start: Path, folder: Path, port: int, dice: random.Random) -> Row:
-    with Proxy(port, dice, n_sound=6, n_bad=N_BAD // 2, stall_s=STALL_S) as proxy:
+    with Proxy(port, dice, n_sound=6, n_bad=N_BAD, stall_s=STALL_S) as proxy:
         settings = (f"environment.retrieval={proxy.url}", *BEHIND_PROXY, "environment.eval_size=32")
         command = obm("eval", start, *settings, "--batch", "4", "--output", folder / "eval")
         ended = Running(command, folder / "log").wait()

@@ -16,7 +16,6 @@ a study happens to merge first would look dearer than the rest.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -24,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from train.files import write_json
+from train.start_cost import COST_NAME, read_cost
 
-COST_NAME = "cost.json"
 CLOCKS = ("time_s", "processor_s")
 COMPILED = ("compile_s", "compile_processor_s")
 
@@ -138,12 +137,3 @@ def keep_merge_cost(output: Path, record: Mapping[str, Any], cost: Mapping[str, 
                 clock: round(sum(entry[clock] for entry in entries.values()), 3) for clock in CLOCKS
             }
     write_json(output / COST_NAME, parts)
-
-
-def read_cost(path: Path) -> dict[str, Any]:
-    """A cost file, or nothing where there is none or it is broken: costs decide no result."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
-        return {}
-    return found if isinstance(found, dict) else {}

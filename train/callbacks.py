@@ -20,7 +20,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from transformers import TrainerCallback
 
 from rewards.compose import score_each
@@ -308,14 +308,22 @@ class EvaluationCallback(TrainerCallback):
         trainer.evaluate_policy = self.evaluate
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The floor: before any update."""
-        if state.global_step == 0:
+        """The floor, before any update; and the end, of a run that is continued to where it is."""
+        is_over = state.global_step >= state.max_steps
+        if state.global_step == 0 or (is_over and not self._was_evaluated(state.global_step)):
             self.evaluate()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Asks for an evaluation after this step's log."""
         if state.global_step % self.every == 0 or state.global_step >= state.max_steps:
             control.should_evaluate = True
+
+    def _was_evaluated(self, step: int) -> bool:
+        """Whether the run was, before this start; only the first process has read its lines."""
+        lines = self.recorder.earlier_lines
+        found = [any(line["step"] == step and line["phase"] == "eval" for line in lines)]
+        broadcast_object_list(found)
+        return found[0]
 
     def evaluate(self) -> dict[str, float]:
         """Runs and records one evaluation; every process must call it."""

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from train.callbacks import DeviceClock
 from train.files import write_json
-from train.start_cost import FILE, cost_with_stage
+from train.start_cost import COST_NAME, cost_with_stage
 
 
 class Cost:
@@ -49,7 +49,7 @@ class Cost:
 
     def write(self, folder: Path) -> None:
         """Writes cost.json."""
-        write_json(folder / FILE, {"device_s": self.device_s, "parts": self.rounded})
+        write_json(folder / COST_NAME, {"device_s": self.device_s, "parts": self.rounded})
 
     @property
     def device_s(self) -> float:
@@ -64,4 +64,4 @@ class Cost:
             init: folder or hub id of the start.
             stage: name of the entry, `sport` or `sft`.
         """
-        write_json(policy / FILE, cost_with_stage(init, stage, self.device_s))
+        write_json(policy / COST_NAME, cost_with_stage(init, stage, self.device_s))

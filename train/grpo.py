@@ -417,6 +417,16 @@ class SearchGRPOTrainer(GRPOTrainer):
 
     # ---------------------------------------------------------------- one step: the loss
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Goes through the rows once; a run killed behind its last step has none left to do.
+
+        transformers 5.23 looks at the number of steps only after a step, and would do one more.
+        """
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
         """TRL's step, timed: what is neither generation nor update is forward and backward."""
 

@@ -10,7 +10,6 @@ import argparse
 import logging
 import os
 import sys
-import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -31,10 +30,11 @@ from train.estimate import (
 from train.files import write_json
 from train.given import Given, check_pulls, check_start, choose_frozen, make_anchor, read_given
 from train.leash import end_with_starter
+from train.libraries import be_quiet, keep_to_ourselves
 from train.lock import locked
 from train.resume import Start, convert, find_start
-from train.run_folder import prepare_folder
-from train.settings import build_grpo_config, describe_step
+from train.run_folder import check_same_run, is_done, prepare_folder
+from train.settings import build_grpo_config, describe_step, resolved_grpo
 from train.watchdog import Watchdog, progress
 
 logger = logging.getLogger(__name__)
@@ -51,7 +51,8 @@ def train(argv: Sequence[str] | None = None) -> int:
     level = logging.INFO if is_main else logging.ERROR
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("train").setLevel(level)
-    _quiet_libraries()
+    keep_to_ourselves()
+    be_quiet()
     end_with_starter()
     try:
         path = Path(options.config) if options.config else shipped_config("demo")
@@ -135,6 +136,12 @@ def run_training(config: Config, resume: bool = False, overwrite: bool = False) 
             check_start(init)
             if start is not None:
                 check_pickles(start.path)
+        if resume and is_done(folder, resolved_grpo(config)["max_steps"]):
+            if rank == 0:
+                check_same_run(folder, config, given.frozen)
+                logger.info("%s is done, there is nothing to go on with", folder)
+            return folder
+        if rank == 0:
             with writing(folder):
                 prepare_folder(folder, config, init, resume, overwrite, given.frozen)
         return _train_in(config, folder, init, resume, start, given)
@@ -261,15 +268,6 @@ def keep_only_ours(trainer: Any) -> None:
 
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
-
-
-def _quiet_libraries() -> None:
-    """Notes that a user can do nothing about: deprecations between the libraries we pin."""
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|torch)\b")
-    # a filter, since this library sets its own level when it is imported
-    logging.getLogger("bm25s").addFilter(lambda record: record.levelno >= logging.ERROR)
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
 def _share_cores(n_processes: int) -> None:

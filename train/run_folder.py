@@ -60,8 +60,7 @@ def prepare_folder(
     """
     if _holds_anything(folder):
         if resume:
-            _refuse_other_run(folder, config)
-            check_same_heads(folder, frozen)
+            check_same_run(folder, config, frozen)
         elif overwrite:
             if not (folder / "config.yaml").exists():
                 raise ConfigError(
@@ -134,8 +133,31 @@ def own_files(config: Config) -> dict[str, str]:
     return hashes
 
 
-def _refuse_other_run(folder: Path, config: Config) -> None:
-    """A continuation with other data, rewards or hyperparameters would be neither run."""
+def is_done(folder: Path, n_steps: int) -> bool:
+    """Whether a run ended, not before this many steps, and its policy is still there.
+
+    Args:
+        folder: the run folder.
+        n_steps: of the settings to go on with; negative where epochs decide, which is never done.
+    """
+    path = folder / "done.json"
+    if n_steps < 0 or not path.is_file():
+        return False
+    done = json.loads(path.read_text(encoding="utf-8"))
+    return int(done["step"]) >= n_steps and (folder / str(done["policy"])).is_dir()
+
+
+def check_same_run(folder: Path, config: Config, frozen: FrozenHeads | None) -> None:
+    """A continuation with other data, rewards, heads or hyperparameters would be neither run.
+
+    Raises:
+        ConfigError: this one would have other settings than the run in the folder.
+    """
+    _check_same_settings(folder, config)
+    check_same_heads(folder, frozen)
+
+
+def _check_same_settings(folder: Path, config: Config) -> None:
     path = folder / "config.yaml"
     if not path.exists():
         raise ConfigError(f"output: {folder} holds no config.yaml, so there is nothing to resume")

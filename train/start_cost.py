@@ -14,7 +14,7 @@ from typing import Any
 
 from train.frozen import FrozenHeads
 
-FILE = "cost.json"
+COST_NAME = "cost.json"
 
 
 def cost_of_start(init: str, frozen: FrozenHeads | None = None) -> dict[str, Any]:
@@ -27,9 +27,9 @@ def cost_of_start(init: str, frozen: FrozenHeads | None = None) -> dict[str, Any
     Returns:
         Nothing where nothing is recorded.
     """
-    cost = _read(Path(init) / FILE)
+    cost = _read_parts(Path(init))
     if frozen is not None and frozen.map is not None:
-        cost |= _read(Path(frozen.map).parent / FILE)
+        cost |= _read_parts(Path(frozen.map).parent)
     return cost
 
 
@@ -47,11 +47,16 @@ def cost_with_stage(init: str, stage: str, device_s: float) -> dict[str, Any]:
     return {**before, stage: {"device_s": device_s}}
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_cost(path: Path) -> dict[str, Any]:
     """A cost file, or nothing where there is none or it is broken: costs decide no result."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError):
         return {}
-    # the cost.json of a stage's own run folder is no start's
-    return found if isinstance(found, dict) and "device_s" not in found else {}
+    return found if isinstance(found, dict) else {}
+
+
+def _read_parts(folder: Path) -> dict[str, Any]:
+    """Costs of a start by part; the cost.json of a stage's own run folder is no start's."""
+    found = read_cost(folder / COST_NAME)
+    return {} if "device_s" in found else found

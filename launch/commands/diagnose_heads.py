@@ -64,14 +64,32 @@ def run(options: argparse.Namespace) -> int:
         return 0
     if section.device == "cuda":
         _require_gpu()
-    with measured() as cost:
-        record = diagnose_start(config, start, layout)
-    write_map(record, folder, cost=cost)
+    record = make_map(config, start, folder)
     from compare.conflict_map import map_table
 
     print("\n".join(map_table(record)))
     print(f"wrote {folder / NAME}.json")
     return 0
+
+
+def make_map(config: Config, start: str, folder: Path) -> dict[str, Any]:
+    """Diagnoses a start and writes its map, with what it took beside it.
+
+    Args:
+        config: the experiment.
+        start: folder or hub id.
+        folder: of the map.
+
+    Returns:
+        The content of conflict.json.
+    """
+    from train.heads import head_layout
+    from train.policy import load_config
+
+    with measured() as cost:
+        record = diagnose_start(config, start, head_layout(load_config(start)))
+    write_map(record, folder, cost=cost)
+    return record
 
 
 def diagnose_start(config: Config, start: str, layout: HeadLayout) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,16 +22,21 @@ class Plan:
     def __init__(self, study: Study, overrides: list[str]) -> None:
         self.study = study
         self._overrides = overrides
-        self._maps: dict[tuple[str, ...], str] = {}
-        self._map_owners: dict[str, str] = {}
         self._configs = {arm.name: self._load(arm) for arm in study.arms}
+        self._map_owners = map_owners(study, self._configs)
+        for arm in study.arms:
+            self._place_map(arm, self._configs[arm.name])
         self._join_kinds()
 
     def config(self, arm: Arm, seed: int | None = None) -> Config:
         """Settings of an arm, or of its training with a seed."""
         if seed is None:
             return self._configs[arm.name]
-        return self._load(arm, seed)
+        config = self._load(arm, seed)
+        self._place_map(arm, config)
+        if config.freeze_heads.source == "random":
+            config.freeze_heads.seed = seed  # other heads with every seed: many controls
+        return config
 
     def start(self, arm: Arm) -> Path | str:
         """The checkpoint that the arm starts from."""
@@ -100,16 +106,11 @@ class Plan:
             own["seed"] = seed
         merge = {"merge": arm.merge} if arm.merge else {}
         settings = [*flatten(self.study.overrides), *flatten(arm.settings), *self._overrides]
-        config = load_config(self.study.config, [*settings, *flatten(merge), *flatten(own)])
-        frozen = config.freeze_heads
-        if frozen.source in ("cast", "anti") and frozen.map is None:
-            start = flatten({"start": [arm.init, arm.merge, arm.models], **asdict(config.conflict)})
-            owner = self._maps.setdefault(tuple(start), arm.name)
-            self._map_owners[arm.name] = owner
-            frozen.map = str(self.map_folder(owner).resolve() / "conflict.json")
-        elif frozen.source == "random" and seed is not None:
-            frozen.seed = seed  # other heads with every seed: a draw is one of many controls
-        return config
+        return load_config(self.study.config, [*settings, *flatten(merge), *flatten(own)])
+
+    def _place_map(self, arm: Arm, config: Config) -> None:
+        if owner := self.map_owner(arm):
+            config.freeze_heads.map = str(self.map_folder(owner).resolve() / "conflict.json")
 
     def _join_kinds(self) -> None:
         """Arms that share a folder of statistics have all kinds made that any of them needs."""
@@ -123,6 +124,24 @@ class Plan:
             joined: list[Any] = sorted(kinds.get(config.calibration.output, ()))
             if joined:
                 config.calibration.kinds = joined
+
+
+def map_owners(study: Study, configs: Mapping[str, Config]) -> dict[str, str]:
+    """Arm -> arm whose conflict map it freezes heads by, of those that bring no map of their own.
+
+    Args:
+        study: its arms; one start and one way to diagnose it make one map, the first arm's.
+        configs: settings by arm.
+    """
+    first: dict[tuple[str, ...], str] = {}
+    owners = {}
+    for arm in study.arms:
+        config = configs[arm.name]
+        frozen = config.freeze_heads
+        if frozen.source in ("cast", "anti") and frozen.map is None:
+            start = flatten({"start": [arm.init, arm.merge, arm.models], **asdict(config.conflict)})
+            owners[arm.name] = first.setdefault(tuple(start), arm.name)
+    return owners
 
 
 def flatten(mapping: dict[str, Any], prefix: str = "") -> list[str]:

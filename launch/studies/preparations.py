@@ -41,14 +41,9 @@ def map_steps(plan: Plan, stages: Stages) -> Iterator[Step]:
 
 
 def _make_map(config: Config, start: str, target: Path) -> None:
-    from launch.commands.diagnose_heads import diagnose_start, write_map
-    from launch.preparation_cost import measured
-    from train.heads import head_layout
-    from train.policy import load_config
+    from launch.commands.diagnose_heads import make_map
 
-    with measured() as cost:
-        record = diagnose_start(config, start, head_layout(load_config(start)))
-    write_map(record, target, cost=cost)
+    make_map(config, start, target)
 
 
 def publish_maps(plan: Plan, command: str) -> None:

@@ -21,7 +21,8 @@ LOCAL = {"", "localhost", "0.0.0.0", "::", socket.gethostname()}
 LOOKUPS = ("socket.getaddrinfo", "socket.gethostbyname", "socket.gethostbyname_ex")
 SENDS = ("socket.connect", "socket.sendto", "socket.sendmsg")
 CLEARED = (
-    "WANDB_MODE", "WANDB_API_KEY", "WANDB_DISABLED", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE",
+    "WANDB_MODE", "WANDB_API_KEY", "WANDB_DISABLED", "WANDB_ERROR_REPORTING",
+    "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE",
     "HF_DATASETS_OFFLINE", "HF_TOKEN", "DO_NOT_TRACK", "HF_HUB_DISABLE_TELEMETRY",
 )  # fmt: skip
 """What a tester may have set, and a stranger has not."""

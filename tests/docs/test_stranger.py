@@ -5,12 +5,15 @@ two processes that is killed and goes on, a comparison, a page of its episodes. 
 of docs/recipes.md.
 """
 
+import base64
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+import zlib
 from contextlib import suppress
 from pathlib import Path
 
@@ -18,11 +21,11 @@ import pytest
 import yaml
 
 from launch.cli import main
+from launch.drill_tasks import newest_step
 from tests.docs.blocks import ROOT, all_commands, blocks
 from tests.docs.network import Network, is_local
 from tests.docs.stranger import dtype_of, make_models
 from tests.docs.walker import _free_port
-from train.resume import whole_checkpoints
 from train.run import train
 from train.watchdog import read_heartbeats
 
@@ -38,6 +41,7 @@ SMALL = {
     "compare": {"eval_every": 1, "smoothing": 1, "bootstrap": 50},
 }  # fmt: skip
 """Over all.yaml: what makes minutes seconds."""
+STEPS_BEFORE_KILL = 4
 
 
 @pytest.fixture
@@ -131,7 +135,8 @@ def test_with_everything_of_ones_own_a_killed_training_goes_on_and_nothing_leave
     run = Path("runs/all")
     killed = start()
     try:
-        wait_for(lambda: whole_checkpoints(run), killed)
+        # some steps, so that there are searches and answers to look at
+        wait_for(lambda: newest_step(run) >= STEPS_BEFORE_KILL, killed)
         wait_for(lambda: len(read_heartbeats(run / "heartbeat")) == 2, killed)
     finally:
         os.kill(killed.pid, signal.SIGKILL)  # the launcher alone: its processes know nothing of it
@@ -148,13 +153,13 @@ def test_with_everything_of_ones_own_a_killed_training_goes_on_and_nothing_leave
     for beat in beats:
         os.kill(beat.pid, signal.SIGKILL)
     wait_for(lambda: not any(Path(f"/proc/{beat.pid}/exe").exists() for beat in beats))
-    n_done = int(whole_checkpoints(run)[-1][0].name.rpartition("-")[2])
+    n_done = newest_step(run)
     code, output = finish(start("--resume", f"grpo.max_steps={n_done + 1}"))
     assert code == 0, output[-3000:]
     check_run(n_done + 1)
 
     run_verbs("compare", "view")
-    assert "What is the capital of this place?" in Path("runs/all-view.html").read_text()
+    assert "What is the capital of this place?" in texts_of(Path("runs/all-view.html"))
     assert Path("runs/all-report/compare.html").is_file()
     assert network.sent() == []
     assert list(run.glob("wandb/offline-run-*")), "W&B was to write, and to write here"
@@ -171,10 +176,16 @@ def check_run(n_steps):
     # the first 80 % of ten rows, which are counted from one
     assert {row["question_id"] for row in episodes} <= {str(i) for i in range(1, 9)}
     hits = {hit for row in episodes for turn in row["turns"] for hit in turn["hits"]}
-    assert hits <= {"at", "it"}  # of the stranger's server, where an early kill leaves any
+    assert hits == {"at", "it"}  # of the stranger's server
     brief = [row["rewards"]["brevity"] for row in episodes if row["answer"] == "Vienna"]
-    assert set(brief) <= {1.0}
-    assert Path("server.log").read_text().count("POST /retrieve") >= 1
+    assert set(brief) == {1.0}
+    assert Path("server.log").read_text().count("POST /retrieve") >= n_steps
+
+
+def texts_of(page):
+    """The index of a viewer page, which lies in it as deflated JSON."""
+    block = re.search(r'<script type="text/plain" id="index">([^<]+)</script>', page.read_text())
+    return zlib.decompress(base64.b64decode(block[1]), -zlib.MAX_WBITS).decode()
 
 
 def wait_for(is_there, process=None, limit_s=240):

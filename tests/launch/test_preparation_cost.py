@@ -13,9 +13,9 @@ from launch.preparation_cost import (
     keep_merge_cost,
     measured,
     measured_without_compiling,
-    read_cost,
     shard_cost_name,
 )
+from train.start_cost import read_cost
 
 ONE = {"time_s": 2.0, "processor_s": 3.0}
 TWO = {"time_s": 4.0, "processor_s": 7.0}

@@ -187,6 +187,42 @@ def test_a_resumed_run_equals_an_uninterrupted_one(write_config, tmp_path, step,
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
+def test_a_run_that_was_killed_behind_its_last_checkpoint_only_ends(write_config, tmp_path):
+    path = write_config()
+    whole = run_with(path)
+    part = stop_after(whole, 4, tmp_path / "part")
+    run_with(path, f"output={part}", resume=True)
+    assert lines_of(part) == lines_of(whole)
+    assert json.loads((part / "done.json").read_text())["step"] == 4
+    weights = "checkpoints/checkpoint-4/model.safetensors"
+    assert [found.name for found in (part / "checkpoints").glob("*-5")] == []
+    assert (part / weights).read_bytes() == (whole / weights).read_bytes()
+
+
+def test_a_run_that_is_shortened_to_its_checkpoint_is_evaluated_there(write_config, tmp_path):
+    path = write_config()
+    part = stop_after(run_with(path, "compare.eval_every=4"), 2, tmp_path / "part")
+    run_with(path, "compare.eval_every=4", "grpo.max_steps=2", f"output={part}", resume=True)
+    lines = [(line["step"], line["phase"]) for line in lines_of(part)]
+    assert lines == [(0, "eval"), (1, "train"), (2, "train"), (2, "eval")]
+
+
+def test_going_on_with_a_run_that_is_done_touches_nothing(write_config, tmp_path, caplog):
+    path = write_config()
+    folder = run_with(path, "grpo.max_steps=2")
+    before = {found: found.stat().st_mtime_ns for found in folder.rglob("*") if found.is_file()}
+    with caplog.at_level("INFO"):
+        run_with(path, "grpo.max_steps=2", resume=True)
+    assert "is done, there is nothing to go on with" in caplog.text
+    after = {found: found.stat().st_mtime_ns for found in folder.rglob("*") if found.is_file()}
+    assert {k for k in after if not k.name.startswith(".")} == set(before)
+    assert all(after[found] == before[found] for found in before)
+    with pytest.raises(ConfigError, match=r"grpo\.learning_rate"):
+        run_with(path, "grpo.max_steps=2", "grpo.learning_rate=0.01", resume=True)
+    run_with(path, "grpo.max_steps=3", resume=True)  # more of it
+    assert json.loads((folder / "done.json").read_text())["step"] == 3
+
+
 def test_an_existing_run_is_refused_and_the_three_ways_on_are_named(write_config, tmp_path):
     path = write_config()
     (tmp_path / "run").mkdir()
