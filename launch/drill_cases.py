@@ -24,7 +24,6 @@ from launch.drill_damage import (
     overlapping,
     pickle_named_safetensors,
     pickled_array,
-    pickled_eval,
     pickled_weights,
     questions,
     search_index,
@@ -95,8 +94,8 @@ CASES = (
     Case(
         "config.json with other sizes than the weights, evaluated", other_sizes, ("vlm",)
     ),
-    Case("pickle in the place of safetensors, merged", pickled_weights, ("pickle",)),
-    Case("pickle in the place of safetensors, evaluated", pickled_eval, ("safetensors",)),
+    Case("pickle in the place of safetensors, merged", pickled_weights("agent"), ("pickle",)),
+    Case("pickle in the place of safetensors, evaluated", pickled_weights("vlm"), ("safetensors",)),
     Case("pickle named model.safetensors", pickle_named_safetensors, ("agent/model",)),
     Case(
         "statistics truncated",

@@ -96,6 +96,7 @@ def shard(spoil: Callable[[bytes, random.Random], bytes]) -> Callable[[Place], l
 
 
 def truncated(content: bytes, dice: random.Random) -> bytes:
+    """The content up to a random byte."""
     return content[: dice.randrange(len(content))]
 
 
@@ -113,15 +114,18 @@ def misspelt(content: bytes, dice: random.Random) -> bytes:
 
 
 def huge(content: bytes, dice: random.Random) -> bytes:
+    """A header that says of itself that it has 2^60 bytes."""
     return struct.pack("<Q", 2**60) + content[8:]
 
 
 def deep(content: bytes, dice: random.Random) -> bytes:
+    """A header of nothing but nested brackets."""
     header = b"[" * NESTED + b"]" * NESTED
     return struct.pack("<Q", len(header)) + header + content[8:]
 
 
 def overlapping(content: bytes, dice: random.Random) -> bytes:
+    """Two tensors that claim the same bytes."""
     n_header = struct.unpack("<Q", content[:8])[0]
     header = json.loads(content[8 : 8 + n_header])
     names = [name for name in header if name != "__metadata__"]
@@ -136,6 +140,8 @@ def overlapping(content: bytes, dice: random.Random) -> bytes:
 
 
 def index_json(weight_map: dict[str, object]) -> Callable[[Place], list[str]]:
+    """An agent whose shard index says this of its tensors."""
+
     def make(place: Place) -> list[str]:
         folder = place.checkpoint("agent")
         content = json.dumps({"metadata": {}, "weight_map": weight_map})
@@ -175,21 +181,21 @@ def config_json(
     return make
 
 
-def pickled_weights(place: Place) -> list[str]:
-    folder = place.checkpoint("agent")
-    (folder / "model.safetensors").unlink()
-    place.write(folder / "pytorch_model.bin", place.pickle())
-    return place.merge(f"models.agent={folder}")
+def pickled_weights(role: str) -> Callable[[Place], list[str]]:
+    """One of the trio with pickled weights alone: an agent to merge, or a VLM to evaluate."""
 
+    def make(place: Place) -> list[str]:
+        folder = place.checkpoint(role)
+        (folder / "model.safetensors").unlink()
+        place.write(folder / "pytorch_model.bin", place.pickle())
+        return place.evaluate(role) if role == "vlm" else place.merge(f"models.{role}={folder}")
 
-def pickled_eval(place: Place) -> list[str]:
-    folder = place.checkpoint("vlm")
-    (folder / "model.safetensors").unlink()
-    place.write(folder / "pytorch_model.bin", place.pickle())
-    return place.evaluate("vlm")
+    return make
 
 
 def statistics(spoil: Callable[[Place, bytes], bytes]) -> Callable[[Place], list[str]]:
+    """A calibration whose statistics of the agent are spoiled."""
+
     def make(place: Place) -> list[str]:
         path = place.copy("calibration") / "agent" / "stats.safetensors"
         place.write(path, spoil(place, path.read_bytes()))
@@ -200,25 +206,29 @@ def statistics(spoil: Callable[[Place, bytes], bytes]) -> Callable[[Place], list
 
 
 def not_a_number(content: bytes) -> bytes:
+    """The last float32 of the content is a NaN."""
     return content[:-4] + struct.pack("<f", float("nan"))
 
 
-def train_command(start: Path, output: Path, *more: str) -> list[str]:
+def train_from(start: Path, output: Path, *more: str) -> list[str]:
+    """Trains a start into an output."""
     settings = (f"models.init={start}", f"output={output}", *more)
     rows = "grpo.per_device_train_batch_size=16"
     return obm("train", *TRAINING, rows, *settings)
 
 
 def cut_start(place: Place) -> list[str]:
+    """A merged start that lacks its end, trained."""
     path = place.copy("start") / "model.safetensors"
     place.write(path, truncated(path.read_bytes(), place.dice))
-    return train_command(path.parent, place.output)
+    return train_from(path.parent, place.output)
 
 
 def hostile_record(place: Place) -> list[str]:
+    """A merged start whose merge.json is nothing but brackets, trained."""
     path = place.copy("start") / "merge.json"
     place.write(path, "[" * NESTED)
-    return train_command(path.parent, place.output)
+    return train_from(path.parent, place.output)
 
 
 def checkpoint_of(place: Place, name: str, content: Callable[[bytes], bytes]) -> list[str]:
@@ -227,7 +237,7 @@ def checkpoint_of(place: Place, name: str, content: Callable[[bytes], bytes]) ->
     (run_folder / "done.json").unlink(missing_ok=True)
     found = sorted(run_folder.glob(f"checkpoints/*/{name}"))[-1]
     place.write(found, content(found.read_bytes()))
-    return train_command(place.base / "start", run_folder, "--resume")
+    return train_from(place.base / "start", run_folder, "--resume")
 
 
 def hostile_optimizer(place: Place) -> list[str]:
@@ -248,6 +258,8 @@ def hostile_optimizer(place: Place) -> list[str]:
 
 
 def settings_file(text: str, *more: str) -> Callable[[Place], list[str]]:
+    """A merge whose settings are this text; CANARY stands for the canary's path."""
+
     def make(place: Place) -> list[str]:
         path = place.folder / "hostile.yaml"
         place.write(path, text.replace("CANARY", str(place.canary)))
@@ -257,6 +269,8 @@ def settings_file(text: str, *more: str) -> Callable[[Place], list[str]]:
 
 
 def questions(rows: Sequence[object], *, raw: bytes = b"") -> Callable[[Place], list[str]]:
+    """An evaluation on a table of these rows, and of bytes behind them."""
+
     def make(place: Place) -> list[str]:
         path = place.folder / "questions.jsonl"
         lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
@@ -280,6 +294,8 @@ def search_index(spoil: Callable[[Place, Path], None]) -> Callable[[Place], list
 
 
 def cut_file(name: str) -> Callable[[Place, Path], None]:
+    """The second half of a file is missing."""
+
     def spoil(place: Place, folder: Path) -> None:
         content = (folder / name).read_bytes()
         place.write(folder / name, content[: len(content) // 2])
@@ -300,6 +316,7 @@ def pickled_array(place: Place, folder: Path) -> None:
 
 
 def pickle_named_safetensors(place: Place) -> list[str]:
+    """An agent whose model.safetensors is a pickle."""
     folder = place.checkpoint("agent")
     place.write(folder / "model.safetensors", place.pickle())
     return place.merge(f"models.agent={folder}")

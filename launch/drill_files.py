@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from launch.drill_cases import CASES, Case
-from launch.drill_damage import Place, train_command
+from launch.drill_damage import Place, train_from
 from launch.drill_process import Ended, Row, Running, listing, obm, run_sound
 
 CASE_LIMIT_S = 300.0
@@ -25,7 +25,7 @@ CASE_LIMIT_S = 300.0
 def prepare_files(base: Path, *, with_training: bool = True) -> None:
     """A training and a search index that cases copy; made once."""
     if with_training and not (base / "run").exists():
-        command = train_command(base / "start", base / "run", "grpo.max_steps=1")
+        command = train_from(base / "start", base / "run", "grpo.max_steps=1")
         run_sound(command, base / "logs" / "run.log")
     if not (base / "index").exists():
         corpus = base / "corpus.jsonl"
