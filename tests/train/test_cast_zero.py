@@ -1,6 +1,6 @@
 """Gated heads after twenty steps of two processes, bit by bit: ZeRO-1, 2, 3, LoRA, bf16, DPO.
 
-Six starts of DeepSpeed; three minutes on two quiet cores.
+All in one launch; a minute on two quiet cores.
 """
 
 import json
@@ -42,26 +42,48 @@ freeze_heads: cast(top=50%, map={map})
 """
 
 
-def deepspeed(script, *arguments):
-    """Two processes; returns what the launcher said."""
+ADAPTER = ("deepspeed=zero3", "lora.r=4", "grpo.learning_rate=1e-2")
+TRAININGS = {**{stage: (f"deepspeed={stage}",) for stage in ("zero1", "zero2", "zero3")},
+             "adapter": ADAPTER}  # fmt: skip
+CASES = [(stage, "float32", adapter) for stage in (1, 2, 3) for adapter in (False, True)] + [
+    (stage, "bfloat16", False) for stage in (1, 2, 3)
+]
+"""Stage, dtype and whether there is an adapter, for gated_engines.py."""
+DPO_HEADS = [[0, 0], [0, 1], [0, 3]]
+
+
+@pytest.fixture(scope="module")
+def launched(tiny_checkpoints, tmp_path_factory):
+    """All of it in two processes of one launch; the folder, and what was said."""
+    folder = tmp_path_factory.mktemp("gated")
+    here = Path(__file__).parent
+    programs = [_training(folder / name, tiny_checkpoints["vlm"], overrides)
+                for name, overrides in TRAININGS.items()]  # fmt: skip
+    programs.append([here / "gated_engines.py", json.dumps(CASES)])
+    _save_grouped(folder / "start", load_processor(tiny_checkpoints["agent"]))
+    zero3 = ROOT / "configs" / "deepspeed" / "zero3.json"
+    programs.append([here / "gated_processes.py", folder / "start", zero3, folder / "policy",
+                     json.dumps(DPO_HEADS)])  # fmt: skip
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    programs = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     result = subprocess.run(
-        ["deepspeed", "--num_gpus", "2", "--master_port", port, str(script), *arguments],
-        env={**os.environ, "PATH": programs, "OMP_NUM_THREADS": "1", "CXX": "/nonexistent"},
+        ["deepspeed", "--num_gpus", "2", "--master_port", port, here / "one_after_another.py",
+         json.dumps([list(map(str, words)) for words in programs])],
+        env={**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "CXX": "/nonexistent"},
         capture_output=True,
         text=True,
         timeout=580,
         check=False,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    return result
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-20000:]
+    return folder, result.stdout
 
 
-def train(tmp_path, init, *overrides):
-    """A run with the two highest of four heads gated; returns the folder of its policy."""
+def _training(folder, init, overrides):
+    """Command of a run with the two highest of four heads gated."""
+    folder.mkdir()
     conflict = {
         "schema_version": 1,
         "heads": [
@@ -70,11 +92,26 @@ def train(tmp_path, init, *overrides):
             for head in range(2)
         ],
     }
-    (tmp_path / "map.json").write_text(json.dumps(conflict))
-    path = tmp_path / "settings.yaml"
-    path.write_text(SETTINGS.format(output=tmp_path / "run", init=init, map=tmp_path / "map.json"))
-    deepspeed(ROOT / "launch" / "train.sh", "--config", str(path), *overrides)
-    run = tmp_path / "run"
+    (folder / "map.json").write_text(json.dumps(conflict))
+    path = folder / "settings.yaml"
+    path.write_text(SETTINGS.format(output=folder / "run", init=init, map=folder / "map.json"))
+    return [ROOT / "launch" / "train.sh", "--config", path, *overrides]
+
+
+def _save_grouped(folder, tokenizer):
+    """A model with grouped keys and values, and its tokenizer."""
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
+    )  # fmt: skip
+    Qwen2ForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def policy_of(run):
+    """Folder of the policy that a run of `_training` ended with."""
     assert json.loads((run / "frozen_heads.json").read_text())["heads"] == [list(h) for h in HEADS]
     done = json.loads((run / "done.json").read_text())
     assert done["step"] == 20
@@ -111,39 +148,31 @@ def assert_gated(start, policy, heads, free):
 
 
 @pytest.mark.parametrize("stage", ["zero1", "zero2", "zero3"])
-def test_gated_heads_keep_every_bit_under_zero(tiny_checkpoints, tmp_path, stage):
+def test_gated_heads_keep_every_bit_under_zero(tiny_checkpoints, launched, stage):
     start, _ = load_policy(tiny_checkpoints["vlm"])
-    folder = train(tmp_path, tiny_checkpoints["vlm"], f"deepspeed={stage}")
-    policy, _ = load_policy(folder)
+    policy, _ = load_policy(policy_of(launched[0] / stage / "run"))
     assert_gated(start, policy, HEADS, [(0, 0), (1, 1)])
 
 
-def test_gated_heads_keep_every_bit_in_every_stage_whole_bf16_and_with_adapters():
+def test_gated_heads_keep_every_bit_in_every_stage_whole_bf16_and_with_adapters(launched):
     """Heads 0.0, 0.1 and 1.3 of 2 x 4; 0 and 1 share key-value head 0, 2 and 3 head 1.
 
     Of an adapter the weight with its product counts; in bf16 the masters are float32.
     """
-    cases = [(stage, "float32", adapter) for stage in (1, 2, 3) for adapter in (False, True)]
-    cases += [(stage, "bfloat16", False) for stage in (1, 2, 3)]
-    program = Path(__file__).with_name("gated_engines.py")
-    lines = deepspeed(program, json.dumps(cases)).stdout.splitlines()
+    lines = launched[1].splitlines()
     found = [json.loads(line)["changed"] for line in lines if line.startswith('{"changed"')]
-    assert len(found) == len(cases)
+    assert len(found) == len(CASES)
     of_layer = (
         {"q_proj": [2, 3], "k_proj": [1], "v_proj": [1], "o_proj": [2, 3]},
         {"q_proj": [0, 1, 2], "k_proj": [0, 1], "v_proj": [0, 1], "o_proj": [0, 1, 2]},
     )
     expected = {f"{i}.{name}": heads for i in (0, 1) for name, heads in of_layer[i].items()}
-    for case, changed in zip(cases, found, strict=True):
+    for case, changed in zip(CASES, found, strict=True):
         assert changed == expected, case
 
 
-def test_a_run_with_an_adapter_under_zero3(tiny_checkpoints, tmp_path):
-    folder = train(
-        tmp_path, tiny_checkpoints["vlm"], "deepspeed=zero3", "lora.r=4",
-        "grpo.learning_rate=1e-2",
-    )  # fmt: skip
-    factors = load_file(folder / "adapter_model.safetensors")
+def test_a_run_with_an_adapter_under_zero3(tiny_checkpoints, launched):
+    factors = load_file(policy_of(launched[0] / "adapter" / "run") / "adapter_model.safetensors")
     start, _ = load_policy(tiny_checkpoints["vlm"])
     size = start.model.language_model.layers[0].self_attn.head_dim
     for layer in (0, 1):
@@ -156,28 +185,13 @@ def test_a_run_with_an_adapter_under_zero3(tiny_checkpoints, tmp_path):
                 assert (part == 0).all() if (layer, head) in HEADS else (part != 0).any()
 
 
-def test_dpo_with_grouped_keys_keeps_every_bit_under_zero3(tiny_checkpoints, tmp_path):
+def test_dpo_with_grouped_keys_keeps_every_bit_under_zero3(launched):
     """Heads 0 and 1 share key-value head 0: both gated, so it is, too. Of heads 2, 3 one is."""
-    tokenizer = load_processor(tiny_checkpoints["agent"])
-    torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
-    )  # fmt: skip
-    start = Qwen2ForCausalLM(config)
-    start.save_pretrained(tmp_path / "start")
-    tokenizer.save_pretrained(tmp_path / "start")
-    heads = [[0, 0], [0, 1], [0, 3]]
-    result = deepspeed(
-        Path(__file__).with_name("gated_processes.py"),
-        str(tmp_path / "start"), str(ROOT / "configs" / "deepspeed" / "zero3.json"),
-        str(tmp_path / "policy"), json.dumps(heads),
-    )  # fmt: skip
+    folder, output = launched
     # rows and columns of 3 heads of 8 x 32 and 3 x 8 biases; one key-value head, 2 x (8 x 32 + 8)
     n_numbers = 3 * (2 * 8 * 32 + 8) + 2 * (8 * 32 + 8)
-    assert f"20 steps, {n_numbers} numbers gated" in result.stdout
-    policy, _ = load_policy(tmp_path / "policy")
+    assert f"20 steps, {n_numbers} numbers gated" in output
+    start, policy = (load_policy(folder / name)[0] for name in ("start", "policy"))
     assert_gated(start, policy, [(0, 0), (0, 1)], [(0, 2), (1, 0), (1, 3)])
     before, after = parts_of(start, 0, 3), parts_of(policy, 0, 3)
     for name in ("q", "q bias", "o"):

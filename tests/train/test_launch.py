@@ -67,6 +67,16 @@ def deepspeed(*arguments: str, script: Path = SCRIPT, n: int = 2) -> subprocess.
     return launch("deepspeed", *where, str(script), *arguments)
 
 
+def one_after_another(*programs: list[str], n: int = 2) -> subprocess.CompletedProcess:
+    """Programs of `train.sh`'s kind in the processes of one launch."""
+    script = Path(__file__).with_name("one_after_another.py")
+    result = deepspeed(
+        json.dumps([list(map(str, words)) for words in programs]), script=script, n=n
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result
+
+
 def lines_of(folder: Path) -> list[dict]:
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     clocks = ("time_s", "device_s", "eval/time_s", "step_time")
@@ -108,12 +118,35 @@ def zero2_run(tiny_checkpoints, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def zero3_run(tiny_checkpoints, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("zero3")
-    path = write_config(folder, tiny_checkpoints["vlm"], rows=8)
-    result = deepspeed("--config", str(path), "deepspeed=zero3")
-    assert result.returncode == 0, result.stderr[-3000:]
-    return path, folder / "run"
+def more_runs(zero2_run, tiny_checkpoints, tmp_path_factory):
+    """What else two processes do, in one launch; a folder of their outputs, and what they said."""
+    path, folder = zero2_run
+    outputs = tmp_path_factory.mktemp("more")
+    keep_checkpoint(shutil.copytree(folder, outputs / "resumed"), 1)
+    train = [SCRIPT, "--config", path]
+    stages = [
+        [*train, f"deepspeed={stage}", f"output={outputs / stage}"]
+        for stage in ("zero3", "zero1", "zero2_offload", "zero3_offload")
+    ]
+    resumed = [*train, "deepspeed=zero2", f"output={outputs / 'resumed'}", "--resume"]
+    uneven = [Path(__file__).with_name("uneven_processes.py"), tiny_checkpoints["vlm"],
+              ROOT / "configs" / "deepspeed" / "zero3.json", outputs / "uneven"]  # fmt: skip
+    return outputs, one_after_another(resumed, *stages, uneven)
+
+
+@pytest.fixture(scope="module")
+def one_process(zero2_run, more_runs, tmp_path_factory):
+    """One process goes on with runs of two, in one launch; their folder, and what was said."""
+    path, folder = zero2_run
+    outputs = tmp_path_factory.mktemp("one")
+    keep_checkpoint(shutil.copytree(folder, outputs / "zero2"), 1)
+    keep_checkpoint(shutil.copytree(more_runs[0] / "zero3", outputs / "zero3"), 2)
+    common = [SCRIPT, "--config", path, "--resume", "grpo.per_device_train_batch_size=16"]
+    return outputs, one_after_another(
+        [*common, "deepspeed=zero2", f"output={outputs / 'zero2'}", "grpo.max_steps=2"],
+        [*common, "deepspeed=zero3", f"output={outputs / 'zero3'}"],
+        n=1,
+    )
 
 
 @pytest.mark.timeout(300)
@@ -125,9 +158,11 @@ def test_two_processes_train_as_one_would(zero2_run, tiny_checkpoints, tmp_path)
     assert_same_training(lines_of(alone), lines_of(folder))
 
 
-def test_under_deepspeed_the_update_and_the_gather_have_timers(zero2_run, zero3_run):
+@pytest.mark.timeout(300)
+def test_under_deepspeed_the_update_and_the_gather_have_timers(zero2_run, more_runs):
     """DeepSpeed steps inside its own backward; that part is no part of the loss' time."""
-    for (_, folder), stages in ((zero2_run, ["optimizer"]), (zero3_run, ["optimizer", "gather"])):
+    zero2, zero3 = zero2_run[1], more_runs[0] / "zero3"
+    for folder, stages in ((zero2, ["optimizer"]), (zero3, ["optimizer", "gather"])):
         text = (folder / "metrics.jsonl").read_text()
         train = [row for row in map(json.loads, text.splitlines()) if row["phase"] == "train"]
         assert train
@@ -146,84 +181,50 @@ def assert_equal_arithmetic(one: list[dict], two: list[dict]) -> None:
             assert first["grad_norm"] == pytest.approx(second["grad_norm"], rel=1e-4)
 
 
-@pytest.mark.timeout(300)
-@pytest.mark.parametrize("stage", ["zero1", "zero2_offload", "zero3_offload"])
-def test_every_stage_trains_to_the_numbers_of_zero2(zero2_run, tmp_path, stage):
+@pytest.mark.parametrize("stage", ["zero1", "zero2_offload", "zero3", "zero3_offload"])
+def test_every_stage_trains_to_the_numbers_of_zero2(zero2_run, more_runs, stage):
     """No compiler is in reach: offload, too, keeps torch's AdamW."""
-    path, folder = zero2_run
-    result = deepspeed("--config", str(path), f"deepspeed={stage}", f"output={tmp_path / 'run'}")
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert_equal_arithmetic(lines_of(folder), lines_of(tmp_path / "run"))
+    assert_equal_arithmetic(lines_of(zero2_run[1]), lines_of(more_runs[0] / stage))
 
 
-def test_zero3_trains_to_the_numbers_of_zero2_and_saves_whole_weights(zero2_run, zero3_run):
-    (_, folder), (_, sharded) = zero2_run, zero3_run
-    assert_equal_arithmetic(lines_of(folder), lines_of(sharded))
-    done = json.loads((sharded / "done.json").read_text())
+def test_zero3_saves_whole_weights(more_runs):
+    folder = more_runs[0] / "zero3"
+    done = json.loads((folder / "done.json").read_text())
     from train.policy import load_policy
 
-    model, _ = load_policy(sharded / done["policy"])
+    model, _ = load_policy(folder / done["policy"])
     assert all(parameter.numel() for parameter in model.parameters())
 
 
-@pytest.mark.timeout(300)
-def test_two_processes_resume_to_the_same_numbers(zero2_run, tmp_path):
-    path, folder = zero2_run
-    part = tmp_path / "part"
-    shutil.copytree(folder, part)
-    keep_checkpoint(part, 1)
-    result = deepspeed("--config", str(path), "deepspeed=zero2", f"output={part}", "--resume")
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert "resuming at step 1" in result.stderr
-    assert lines_of(part) == lines_of(folder)
+def test_two_processes_resume_to_the_same_numbers(zero2_run, more_runs):
+    outputs, result = more_runs
+    assert f"resuming at step 1 of {outputs / 'resumed'}" in result.stderr
+    assert lines_of(outputs / "resumed") == lines_of(zero2_run[1])
 
 
 @pytest.mark.timeout(600)
-def test_another_number_of_processes_goes_on_to_the_same_numbers(zero2_run, tmp_path):
+def test_another_number_of_processes_goes_on_to_the_same_numbers(zero2_run, one_process):
     """Two processes, then one, then two again."""
     path, folder = zero2_run
-    part = tmp_path / "part"
-    shutil.copytree(folder, part)
-    keep_checkpoint(part, 1)
-    common = ("--config", str(path), "deepspeed=zero2", f"output={part}", "--resume")
-    result = deepspeed(*common, n=1)
-    assert result.returncode == 2
-    assert "set it to 16" in result.stderr
-    result = deepspeed(*common, "grpo.per_device_train_batch_size=16", "grpo.max_steps=2", n=1)
-    assert result.returncode == 0, result.stderr[-3000:]
+    outputs, result = one_process
+    part = outputs / "zero2"
     assert "converting checkpoint-1 from 2 processes" in result.stderr
-    result = deepspeed(*common)
+    result = deepspeed("--config", str(path), "deepspeed=zero2", f"output={part}", "--resume")
     assert result.returncode == 0, result.stderr[-3000:]
     assert "converting checkpoint-2 from 1 processes" in result.stderr
     assert_same_training(lines_of(folder), lines_of(part))
 
 
-@pytest.mark.timeout(300)
-def test_another_number_of_processes_goes_on_under_zero3(zero3_run, tmp_path):
-    path, folder = zero3_run
-    part = tmp_path / "part"
-    shutil.copytree(folder, part)
-    keep_checkpoint(part, 2)
-    result = deepspeed(
-        "--config", str(path), "deepspeed=zero3", f"output={part}", "--resume",
-        "grpo.per_device_train_batch_size=16", n=1,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert "resuming at step 2" in result.stderr
-    assert_same_training(lines_of(folder), lines_of(part))
+def test_another_number_of_processes_goes_on_under_zero3(more_runs, one_process):
+    outputs, result = one_process
+    assert f"resuming at step 2 of {outputs / 'zero3'}" in result.stderr
+    assert_same_training(lines_of(more_runs[0] / "zero3"), lines_of(outputs / "zero3"))
 
 
-@pytest.mark.timeout(300)
-def test_processes_with_unlike_episodes_do_not_wait_for_each_other(tiny_checkpoints, tmp_path):
+def test_processes_with_unlike_episodes_do_not_wait_for_each_other(more_runs):
     """ZeRO-3: other numbers of turns, pictures on one side only, rows to train on one side only."""
-    program = Path(__file__).with_name("uneven_processes.py")
-    settings = ROOT / "configs" / "deepspeed" / "zero3.json"
-    result = deepspeed(
-        tiny_checkpoints["vlm"], str(settings), str(tmp_path / "out"), script=program
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
     for rank in (0, 1):
-        assert f"process {rank} trained 2 steps" in result.stdout
+        assert f"process {rank} trained 2 steps" in more_runs[1].stdout
 
 
 @pytest.mark.timeout(300)
