@@ -23,7 +23,7 @@ ARGS ?=
 export PYTHONSAFEPATH := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install demo test test-vllm bench bench-merge bench-serve bench-rollout bench-rewards lint atlas tune study-floor study-ceiling study-ablation study-transfer study-neighbours study-cold study-zero study-cast study-worlds soak drill results results-paper results-check dist mutation walk clean
+.PHONY: help install demo test coverage test-vllm bench bench-merge bench-serve bench-rollout bench-rewards lint atlas tune study-floor study-ceiling study-ablation study-transfer study-neighbours study-cold study-zero study-cast study-worlds soak drill results results-paper results-check dist mutation walk clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1: /p' Makefile
@@ -146,6 +146,11 @@ dist: $(STAMP) ## wheel and source distribution in dist/, the wheel made from th
 
 walk: ## a newcomer's path from a clean clone, timed, into docs/quickstart.md (a quarter of an hour)
 	$(PYTHON) tests/docs/walk.py docs/quickstart.md
+
+coverage: $(STAMP) ## which lines the tests run, docs/results/coverage.* (twenty minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadscope --cov \
+	  --cov-report=json:.cache/coverage.json $(ARGS)
+	$(BIN)/python tests/house/coverage_table.py .cache/coverage.json
 
 mutation: $(STAMP) ## small errors put into important functions: the tests have to notice, docs/results/mutation.* (a quarter of an hour)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/mutation/run.py --output docs/results $(ARGS)
