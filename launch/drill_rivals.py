@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -82,4 +83,6 @@ def _words(ends: Sequence[Ended], place: Path) -> str:
         return "both ended well, one after the other"
     losers = [ended for ended in ends if ended.code]
     error = " ".join(" ".join(ended.errors) for ended in losers).replace(str(place), "")
+    # the rest of a busy folder's error is this machine's: its name, the hour, the whole command
+    error = re.sub(r" on \S+ since .*", "; wait for it, or ...", error)
     return f"one won; the other: {error.removeprefix('error: ')[:160]}"
