@@ -351,6 +351,11 @@ EQUIVALENT: dict[tuple[str, str], str] = {
     ): "where it counts, nought is divided by it",
     (
         "environments.vectors:_keep_best",
+        "np.partition(scores, -k, axis=1) -> np.partition(scores, +k, axis=1)",
+    ): "numpy's selection by vector instructions leaves no higher score at that place; a lower one "
+    "keeps more, which the sort cuts",
+    (
+        "environments.vectors:_keep_best",
         "4 * k -> 5 * k",
     ): "only from which length on the same is found in another way",
     (
