@@ -23,7 +23,7 @@ ARGS ?=
 export PYTHONSAFEPATH := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install demo test coverage test-vllm bench bench-merge bench-serve bench-rollout bench-rewards lint atlas tune study-floor study-ceiling study-ablation study-transfer study-neighbours study-cold study-zero study-cast study-worlds soak drill results results-paper results-check dist mutation walk clean
+.PHONY: help install demo test coverage test-vllm bench bench-merge bench-serve bench-rollout bench-rewards lint atlas tune study-floor study-ceiling study-ablation study-transfer study-neighbours study-cold study-zero study-cast study-worlds soak drill results results-all results-paper results-check dist mutation walk clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1: /p' Makefile
@@ -132,6 +132,15 @@ results: $(STAMP) ## the small tables of docs/results again: trio, retrieval, im
 	$(BIN)/obm atlas report
 	$(BIN)/obm atlas table
 	$(BIN)/obm atlas images
+
+results-all: ## every study and bench again, one after another, then the figures of the pages (eight hours)
+	$(MAKE) results tune study-floor study-ceiling study-ablation study-transfer study-neighbours study-cold \
+	  study-cast study-worlds study-zero results-paper soak drill coverage mutation \
+	  bench bench-merge bench-rollout bench-serve bench-rewards
+	$(BIN)/obm study floor-sar
+	$(BIN)/obm diagnose --output docs/results
+	$(BIN)/obm bench calibration
+	$(MAKE) results-check ARGS=--write
 
 results-paper: $(STAMP) ## the paper's table on the embedded trio, docs/results/paper-table.* (twelve minutes)
 	$(BIN)/obm study paper $(ARGS)
