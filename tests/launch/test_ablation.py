@@ -195,5 +195,5 @@ def test_the_shipped_ablation_describes_its_axes():
     text = describe_study(study, Options("c", parallel=1))
     assert "density: 0.05, 0.1, 0.25 (reference), 0.5, 0.75, 1.0" in text
     assert "saliency: diagonal (reference), inverse, magnitude" in text
-    # a reference and 5 + 3 + 2 + 4 + 5 + 2 + 2 + 1 + 2 + 4 + 2 neighbours, with three seeds
-    assert "99 evaluations, no training; 1 at a time" in text
+    # a reference and 5 + 3 + 2 + 4 + 5 + 2 + 2 + 1 + 2 + 4 + 2 neighbours, with five seeds
+    assert "165 evaluations, no training; 1 at a time" in text

@@ -114,6 +114,7 @@ def zero2_run(tiny_checkpoints, tmp_path_factory):
     path = write_config(folder, tiny_checkpoints["vlm"], rows=8)
     result = deepspeed("--config", str(path), "deepspeed=zero2")
     assert result.returncode == 0, result.stderr[-3000:]
+    (folder / "said").write_text(result.stdout + result.stderr)
     return path, folder / "run"
 
 
@@ -156,6 +157,13 @@ def test_two_processes_train_as_one_would(zero2_run, tiny_checkpoints, tmp_path)
     alone = run_training(load_config(path))
     assert any(line.get("dynamic_sampling/replaced", 0) > 0 for line in lines_of(folder))
     assert_same_training(lines_of(alone), lines_of(folder))
+
+
+def test_without_a_terminal_a_training_prints_a_line_a_step(zero2_run):
+    said = (zero2_run[1].parent / "said").read_text()
+    steps = [line for line in said.splitlines() if line.startswith("step ")]
+    assert [line.split("  ")[0] for line in steps] == [f"step {n}/3" for n in (1, 2, 3)]
+    assert "\x1b" not in said
 
 
 @pytest.mark.timeout(300)

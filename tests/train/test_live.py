@@ -226,16 +226,6 @@ def test_a_training_on_a_terminal_and_what_watch_says_of_it(training, tmp_path):
     assert "\x1b" not in shown
 
 
-@pytest.mark.slow
-def test_without_a_terminal_a_training_prints_a_line_a_step(training):
-    ended = subprocess.run(
-        training, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": ROOT}, check=True
-    )
-    steps = [line for line in ended.stderr.splitlines() if line.startswith("step ")]
-    assert [line.split("  ")[0] for line in steps] == [f"step {n}/4" for n in (1, 2, 3, 4)]
-    assert "\x1b" not in ended.stderr + ended.stdout
-
-
 def test_watch_follows_a_run_that_goes_on_and_ends_with_q(tmp_path):
     """Read as it is written: a line cut short, a resumed run that begins anew at step 1."""
     metrics = tmp_path / "metrics.jsonl"
