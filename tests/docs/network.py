@@ -22,6 +22,8 @@ LOOKUPS = ("socket.getaddrinfo", "socket.gethostbyname", "socket.gethostbyname_e
 SENDS = ("socket.connect", "socket.sendto", "socket.sendmsg")
 CLEARED = (
     "WANDB_MODE", "WANDB_API_KEY", "WANDB_DISABLED", "WANDB_ERROR_REPORTING",
+    # of a run in this process: a child would share its service, which knows no kill of a child
+    "WANDB_SERVICE",
     "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE",
     "HF_DATASETS_OFFLINE", "HF_TOKEN", "DO_NOT_TRACK", "HF_HUB_DISABLE_TELEMETRY",
 )  # fmt: skip
