@@ -8,7 +8,7 @@ import warnings
 
 
 def keep_to_ourselves() -> None:
-    """Nobody is told that this machine trains: no usage reports of TRL and transformers.
+    """Nobody is told that this machine trains: no usage reports of TRL and W&B.
 
     TRL's trainers report to huggingface.co what they train, W&B to its maker how its client fares,
     offline runs included. Must be called before the libraries are imported; a variable that the

@@ -156,6 +156,9 @@ def test_the_installed_package_wins_over_look_alikes(run, installed):
 
 
 def test_a_study_and_a_training_are_planned_from_anywhere(run):
+    demo = run("obm", "demo", "--dry-run")
+    assert demo.returncode == 0, demo.stderr
+    assert "obm" in demo.stdout
     study = run("obm", "study", "demo", "--dry-run")
     assert study.returncode == 0, study.stderr
     training = run("obm", "train", "--dry-run", "--config", "demo")

@@ -1,6 +1,7 @@
 """The bench of the rollout: both sides do the same work, and the report has every figure of it."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -147,7 +148,11 @@ def test_the_bench_runs_both_sides_on_the_same_tokens_and_reports_every_stage(
 ):
     def small_plan(policies, growth):
         tasks = [t for t in plan(policies, growth, SMALL) if t.works[0].get("results") != "shared"]
-        return [task for task in tasks if task.part == "headline"]
+        return [
+            replace(task, works=tuple({**task.works[0], "group": group} for group in (2, 3)))
+            for task in tasks
+            if task.part == "headline"
+        ]
 
     monkeypatch.setattr(bench_rollout, "plan", small_plan)
     monkeypatch.setattr(bench_rollout, "STEPS", {})
@@ -158,7 +163,8 @@ def test_the_bench_runs_both_sides_on_the_same_tokens_and_reports_every_stage(
     assert code in (0, 1), err  # so small a step need not meet a target
     record = json.loads((output / "bench-rollout.json").read_text())
     assert {"command", "commit", "hardware", "versions", "targets", "runs"} <= record.keys()
-    assert [run["side"] for run in record["runs"]] == ["trl", "ours"]
+    assert [run["side"] for run in record["runs"]] == ["trl", "trl", "ours", "ours"]
+    assert [run["work"]["group"] for run in record["runs"]] == [2, 3, 2, 3]
     for trl, ours in pairs(record["runs"]):
         group = ours["work"]["group"]
         assert trl["done"] == ours["done"]
