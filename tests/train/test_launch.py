@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from configs.schema import load_config
-from train.run import run_training
+from train.run import run_training, train
 from train.watchdog import HANG_EXIT_CODE, read_heartbeats
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -211,13 +211,16 @@ def test_two_processes_resume_to_the_same_numbers(zero2_run, more_runs):
 
 
 @pytest.mark.timeout(600)
-def test_another_number_of_processes_goes_on_to_the_same_numbers(zero2_run, one_process):
+def test_another_number_of_processes_goes_on_to_the_same_numbers(zero2_run, one_process, capsys):
     """Two processes, then one, then two again."""
     path, folder = zero2_run
     outputs, result = one_process
     part = outputs / "zero2"
     assert "converting checkpoint-1 from 2 processes" in result.stderr
-    result = deepspeed("--config", str(path), "deepspeed=zero2", f"output={part}", "--resume")
+    common = ("--config", str(path), "deepspeed=zero2", f"output={part}", "--resume")
+    assert train([*common]) == 2  # one process whose steps would be half as large
+    assert "set it to 16" in capsys.readouterr().err
+    result = deepspeed(*common)
     assert result.returncode == 0, result.stderr[-3000:]
     assert "converting checkpoint-2 from 1 processes" in result.stderr
     assert_same_training(lines_of(folder), lines_of(part))
