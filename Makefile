@@ -96,7 +96,7 @@ study-transfer: $(STAMP) ## the ceiling's starts and policies where they were no
 study-neighbours: $(STAMP) ## OBM, SAR, CAST, SPORT and a cold start trained over five seeds, docs/results/neighbours.* (an hour and a quarter)
 	$(BIN)/obm study neighbours $(ARGS)
 
-study-cold: $(STAMP) ## three seeds of the plain VLM by how much tool use it has seen, then docs/results/cold.*
+study-cold: $(STAMP) ## five seeds of the plain VLM by how much tool use it has seen, then docs/results/cold.*
 	for level in none 2; do \
 	  test -f runs/trio-$$level/vlm/config.json && continue; \
 	  mkdir -p runs/trio-$$level; \
@@ -109,7 +109,7 @@ study-cold: $(STAMP) ## three seeds of the plain VLM by how much tool use it has
 study-zero: $(STAMP) ## one training under ZeRO-1, 2, 3, offload and LoRA, two processes, docs/results/zero.* (twenty minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m launch.zero_study $(ARGS)
 
-study-cast: $(STAMP) ## GRPO from OBM with conflicting heads frozen, three seeds, docs/results/cast.* (half an hour)
+study-cast: $(STAMP) ## GRPO from OBM with conflicting heads frozen, five seeds, docs/results/cast.* (fifty minutes)
 	$(BIN)/obm study cast $(ARGS)
 
 soak: $(STAMP) ## 200 steps of two processes under ZeRO-3 with failing tools, docs/results/soak.* (a quarter of an hour)
