@@ -52,11 +52,14 @@ class MappedBM25Index:
     def __init__(self, folder: Path, snippet_words: int | None = None, mapped: bool = True):
         read_index(folder)
         mode: Any = "r" if mapped else None
-        # plain views: numba compiles once for arrays and would again for np.memmap
+        # Plain views that cannot be written to, mapped or not: numba compiles each function for one
+        # type only. Two that are compiled at once by two processes may change places in its cache.
         self._data, self._indices, self._indptr = (
             np.asarray(np.load(folder / name, mmap_mode=mode))
             for name in (DATA_FILE, INDICES_FILE, INDPTR_FILE)
         )
+        for part in (self._data, self._indices, self._indptr):
+            part.setflags(write=False)
         self._most = np.load(folder / MOST_FILE)
         self.corpus = Corpus(folder)
         self.words = SortedWords(folder)

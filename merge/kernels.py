@@ -16,10 +16,11 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from numba import njit, types
+from numba import types
 from numba.extending import overload
 
 from merge import kernels_pair
+from merge.jit import jit
 from merge.kernels_pair import ALL_TIES, N_LEADING, TRAILING_BITS
 from merge.methods import Rule
 
@@ -127,7 +128,7 @@ class Counts:
 
 # numpy's rules of division: a branch for a divisor of zero would forbid vector instructions, and a
 # chance of zero, which divides what is not kept, would raise.
-_jit = partial(njit, nogil=True, cache=True, error_model="numpy")
+_jit = partial(jit, error_model="numpy")
 
 
 # ---- a tile at a time

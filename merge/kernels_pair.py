@@ -12,8 +12,10 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic
+
+from merge.jit import jit
 
 TILE = 4096
 # A score is a non-negative fp32: its bits order as it does. Leading: 8 bits of exponent and 8 of
@@ -66,7 +68,7 @@ def _first_set(typing_context: Any, word: Any) -> Any:
 def _make_passes(weighed: bool) -> tuple[Any, Any]:
     """Compiles the passes over scores; `weighed`: v[j] * delta^2 instead of |delta|."""
 
-    @njit(nogil=True, cache=True, error_model="numpy")
+    @jit(error_model="numpy")
     def fill_bins(base, task, vector, bins):  # type: ignore[no-untyped-def]
         """Leading bits of the scores of a tile."""
         for i in range(bins.size):
@@ -75,7 +77,7 @@ def _make_passes(weighed: bool) -> tuple[Any, Any]:
             score = np.float32(vector[i] * np.float32(delta * delta)) if weighed else abs(delta)
             bins[i] = np.uint16(_as_bits(score) >> np.uint32(TRAILING_BITS))
 
-    @njit(nogil=True, cache=True, error_model="numpy")
+    @jit(error_model="numpy")
     def fill_hits(base, task, vector, wanted, hits, low):  # type: ignore[no-untyped-def]
         """Marks the changed entries of a tile whose score has the wanted leading bits.
 
@@ -100,7 +102,7 @@ _PLAIN_BINS, _PLAIN_HITS = _make_passes(False)
 _WEIGHED_BINS, _WEIGHED_HITS = _make_passes(True)
 
 
-@njit(nogil=True, cache=True)
+@jit()
 def _count_unchanged(base, task):  # type: ignore[no-untyped-def]
     n_zero = np.uint32(0)
     for i in range(base.size):
@@ -110,7 +112,7 @@ def _count_unchanged(base, task):  # type: ignore[no-untyped-def]
     return np.int64(n_zero)
 
 
-@njit(nogil=True, cache=True)
+@jit()
 def histogram(base, tasks, n_columns, vectors, weighed, leading, unchanged):  # type: ignore[no-untyped-def]
     """As `kernels.histogram`, for scores of single tasks; all arrays as there."""
     bins_tile, nothing = np.empty(TILE, np.uint16), np.empty(TILE, np.float32)
@@ -148,7 +150,7 @@ def histogram(base, tasks, n_columns, vectors, weighed, leading, unchanged):  # 
         unchanged[k] += n_zero
 
 
-@njit(nogil=True, cache=True)
+@jit()
 def refine(base, tasks, n_columns, vectors, weighed, wanted_bins, trailing):  # type: ignore[no-untyped-def]
     """As `kernels.refine`, for scores of single tasks; all arrays as there."""
     hits = np.zeros(TILE, np.uint8)
@@ -189,7 +191,7 @@ def refine(base, tasks, n_columns, vectors, weighed, wanted_bins, trailing):  # 
 def _make_marks(weighed: bool) -> Any:
     """Compiles the pass that compares the scores of both tasks with their brackets."""
 
-    @njit(nogil=True, cache=True, error_model="numpy")
+    @jit(error_model="numpy")
     def mark(base, one, two, v, w, lowest, highest, hits, above):  # type: ignore[no-untyped-def]
         """Marks with bit k the entries of a tile where task k scores inside its bracket."""
         low_one, low_two, high_one, high_two = lowest[0], lowest[1], highest[0], highest[1]
@@ -221,7 +223,7 @@ def _make_marks(weighed: bool) -> Any:
 _MARK_PLAIN, _MARK_WEIGHED = _make_marks(False), _make_marks(True)
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@jit(error_model="numpy")
 def _score_bits(base, task, vector, weighed, i):  # type: ignore[no-untyped-def]
     origin = _as_float(np.uint32(base[i]) << np.uint32(16))
     delta = np.float32(_as_float(np.uint32(task[i]) << np.uint32(16)) - origin)
@@ -230,7 +232,7 @@ def _score_bits(base, task, vector, weighed, i):  # type: ignore[no-untyped-def]
     return _as_bits(abs(delta))
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@jit(error_model="numpy")
 def select(base, tasks, n_columns, vectors, weighed, lowest, highest, above, inside, found):  # type: ignore[no-untyped-def]
     """As `kernels.select`, for scores of two tasks; all arrays as there."""
     hits = np.zeros(TILE, np.uint8)
@@ -287,7 +289,7 @@ def select(base, tasks, n_columns, vectors, weighed, lowest, highest, above, ins
 def _make_merge(trims: bool, weighed: bool, elects: bool, averages: bool) -> Any:
     """Compiles the loop of one rule: trim to a threshold, weigh by inputs, elect, average."""
 
-    @njit(nogil=True, cache=True, error_model="numpy")
+    @jit(error_model="numpy")
     def merge(base, one, two, v, w, thresholds, limits, scales, weights, out, counts, squares):  # type: ignore[no-untyped-def]
         """Merges a tile: what scores above `limits` is kept, what equals `thresholds` is counted.
 
@@ -379,7 +381,7 @@ OBM_SUM = _make_merge(True, True, True, False)
 OBM_MEAN = _make_merge(True, True, True, True)
 
 
-@njit(nogil=True, cache=True)
+@jit()
 def any_not_finite(stored):  # type: ignore[no-untyped-def]
     """Whether bf16 bits hold NaN or infinity."""
     bad = np.uint16(0)
@@ -388,7 +390,7 @@ def any_not_finite(stored):  # type: ignore[no-untyped-def]
     return np.int64(bad)
 
 
-@njit(nogil=True, cache=True)
+@jit()
 def _just_below(threshold):  # type: ignore[no-untyped-def]
     """The largest fp32 below, so that `>` keeps what ties; scores are not negative."""
     if threshold <= 0:
@@ -396,7 +398,7 @@ def _just_below(threshold):  # type: ignore[no-untyped-def]
     return _as_float(np.uint32(_as_bits(threshold) - np.uint32(1)))
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@jit(error_model="numpy")
 def _place_of_tie(base, task, vector, weighed, threshold, number):  # type: ignore[no-untyped-def]
     """Index behind the tie of this number, counted from 1."""
     for i in range(base.size):
@@ -409,7 +411,7 @@ def _place_of_tie(base, task, vector, weighed, threshold, number):  # type: igno
     return base.size
 
 
-@njit(nogil=True, cache=True)
+@jit()
 def _merge_part(  # type: ignore[no-untyped-def]
     rule, base, one, two, v, w, thresholds, limits, scales, weights, out, counts, squares
 ):
@@ -423,7 +425,7 @@ def _merge_part(  # type: ignore[no-untyped-def]
         OBM_MEAN(base, one, two, v, w, thresholds, limits, scales, weights, out, counts, squares)
 
 
-@njit(nogil=True, cache=True)
+@jit()
 def apply(  # type: ignore[no-untyped-def]
     base, tasks, n_columns, vectors, rule, thresholds, ties, scales, weights, out, counts, squares
 ):

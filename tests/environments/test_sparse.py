@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numba import typeof
 
 from environments import sparse
 from environments.atlas.entities import HEADLINE_RELATIONS, load_entities
@@ -75,6 +76,14 @@ def test_the_size_of_the_shards_and_packing_change_nothing(atlas, tmp_path):
     source = write_corpus(tmp_path / "corpus.jsonl.gz", atlas_rows())
     build_bm25(source, tmp_path / "index", shard_rows=10_000)
     assert files_of(tmp_path / "index") == files_of(atlas)
+
+
+def test_numba_sees_one_type_of_array_in_memory_and_on_disk(atlas):
+    inside, outside = MappedBM25Index(atlas, mapped=False), MappedBM25Index(atlas)
+    for name in ("_data", "_indices", "_indptr"):
+        one, other = getattr(inside, name), getattr(outside, name)
+        assert typeof(one) == typeof(other)
+        assert not typeof(one).mutable
 
 
 def test_matrix_and_passages_stay_on_disk(atlas):
