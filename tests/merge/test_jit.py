@@ -1,5 +1,9 @@
 """Kernels that processes compile at the same moment: each finds its own code again."""
 
+from concurrent.futures import ThreadPoolExecutor
+from itertools import permutations
+from threading import Semaphore
+
 import numba
 import numpy as np
 import pytest
@@ -8,42 +12,55 @@ from numba.core.caching import IndexDataCacheFile
 from merge import kernels, kernels_pair
 from merge.jit import CacheFile, jit
 
+STEPS = ("_load_index", "_save_index", "_save_data")
+ORDERS = sorted(set(permutations("000111")))
+"""Who takes the next step, when two processes save: three steps each."""
 
-def save_in_step(make, folder):
-    """Two processes: both read the index before either writes; the first one's code comes last."""
-    one, two = (make(str(folder), "kernel-1.py311", "stamp") for _ in range(2))
-    read, write = one._load_index, one._save_data
 
-    def read_then_wait():
-        found = read()
-        one._save_data = write_late
-        return found
+def save_in_order(make, folder, order):
+    """Two processes save one signature each; what a later one finds under both."""
+    files = [make(str(folder), "kernel-1.py311", "stamp") for _ in range(2)]
+    turns = [Semaphore(0), Semaphore(0)]
+    taken = Semaphore(0)
 
-    def write_late(name, data):
-        # the other process reads what this one read, and writes index and code in between
-        index = two._load_index
-        two._load_index = dict
-        two.save("float32", "code for float32")
-        two._load_index = index
-        write(name, data)
+    def wait_before(step, who):
+        def take(*arguments):
+            turns[who].acquire()
+            result = step(*arguments)
+            taken.release()
+            return result
 
-    one._load_index = read_then_wait
-    # where the code is written first, before the index is read
-    one._save_data = write_late
-    one.save("uint16", "code for uint16")
-    return {key: two.load(key) for key in ("uint16", "float32")}
+        return take
+
+    for who, file in enumerate(files):
+        for name in STEPS:
+            setattr(file, name, wait_before(getattr(file, name), who))
+    with ThreadPoolExecutor(2) as pool:
+        saved = [pool.submit(file.save, who, f"code {who}") for who, file in enumerate(files)]
+        for who in map(int, order):
+            turns[who].release()
+            assert taken.acquire(timeout=10)
+        for each in saved:
+            each.result()
+    later = make(str(folder), "kernel-1.py311", "stamp")
+    return [later.load(0), later.load(1)]
 
 
 def test_numba_itself_gives_one_signature_the_code_of_another(tmp_path):
     """If this fails numba has mended it, and merge/jit.py can go."""
-    assert save_in_step(IndexDataCacheFile, tmp_path)["float32"] == "code for uint16"
+    folders = [tmp_path / "".join(order) for order in ORDERS]
+    for folder in folders:
+        folder.mkdir()
+    found = [save_in_order(IndexDataCacheFile, folder, folder.name) for folder in folders]
+    assert ["code 1", None] in found or [None, "code 0"] in found
 
 
-def test_no_order_of_writes_gives_the_code_of_another_signature(tmp_path):
-    found = save_in_step(CacheFile, tmp_path)
-    assert found["float32"] in ("code for float32", None)
-    assert found["uint16"] in ("code for uint16", None)
-    assert set(found.values()) != {None}
+@pytest.mark.parametrize("order", ORDERS, ids="".join)
+def test_no_order_of_writes_gives_the_code_of_another_signature(order, tmp_path):
+    found = save_in_order(CacheFile, tmp_path, order)
+    assert found[0] in ("code 0", None)
+    assert found[1] in ("code 1", None)
+    assert found != [None, None]
 
 
 def test_other_source_has_other_files(tmp_path):
@@ -64,7 +81,7 @@ def make_adder(amount):
     return add
 
 
-def test_a_later_process_compiles_nothing():
+def test_what_is_compiled_is_found_again():
     values = np.ones(3, np.float32)
     assert make_adder(2)(values).tolist() == [3, 3, 3]
     again = make_adder(2)
@@ -72,13 +89,9 @@ def test_a_later_process_compiles_nothing():
     assert sum(again.stats.cache_hits.values()) == 1
 
 
-@pytest.mark.skipif(numba.config.DISABLE_JIT, reason="numba is told not to compile")
 @pytest.mark.parametrize("module", [kernels, kernels_pair])
 def test_every_kernel_has_such_a_cache(module):
-    compiled = [
-        value
-        for value in vars(module).values()
-        if isinstance(value, numba.core.dispatcher.Dispatcher)
-    ]
+    dispatcher = numba.core.dispatcher.Dispatcher
+    compiled = [value for value in vars(module).values() if isinstance(value, dispatcher)]
     assert compiled
     assert all(isinstance(each._cache._cache_file, CacheFile) for each in compiled)
