@@ -23,6 +23,8 @@ WORKERS ?= 3
 ARGS ?=
 
 export PYTHONSAFEPATH := 1
+# Without bytecode every process would compile the libraries anew: a quarter of a training's start.
+unexport PYTHONDONTWRITEBYTECODE
 export TOKENIZERS_PARALLELISM := false
 
 .PHONY: help install demo test coverage test-vllm bench bench-merge bench-serve bench-rollout bench-rewards lint atlas tune study-floor study-ceiling study-ablation study-transfer study-neighbours study-cold study-zero study-cast study-worlds soak drill results results-all results-paper results-check dist mutation walk clean

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-from train.libraries import keep_to_ourselves
+from train.libraries import keep_to_ourselves, load_quickly
 
 VERBS = {
     "demo": "the whole story on the embedded world: calibrate, merge, evaluate, train, compare",
@@ -65,6 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         near = difflib.get_close_matches(verb, VERBS, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(VERBS)}"
         return _fail(f"there is no verb {verb!r}; {hint}")
+    load_quickly()
     keep_to_ourselves()
     module = importlib.import_module(f"launch.commands.{verb}")
     # Intermixed, so that overrides may stand before, between and after the options.

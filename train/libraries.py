@@ -1,7 +1,8 @@
-"""How the libraries below behave: silent about what a user cannot change, and sending nothing."""
+"""How the libraries below behave: quick to load, silent, and sending nothing."""
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import warnings
@@ -16,6 +17,16 @@ def keep_to_ourselves() -> None:
     """
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+
+
+def load_quickly() -> None:
+    """The garbage collector looks less often: what an import makes stays, and is no garbage.
+
+    With Python's 700 new objects between two looks, half a million objects of torch, transformers
+    and TRL are gone through a thousand times: a fifth of a training's start. A step of training
+    makes more than 10 000, so no garbage of one step outlives the next.
+    """
+    gc.set_threshold(10_000, 10, 10)
 
 
 def be_quiet() -> None:

@@ -30,7 +30,7 @@ from train.estimate import (
 from train.files import write_json
 from train.given import Given, check_pulls, check_start, choose_frozen, make_anchor, read_given
 from train.leash import end_with_starter
-from train.libraries import be_quiet, keep_to_ourselves
+from train.libraries import be_quiet, keep_to_ourselves, load_quickly
 from train.lock import locked
 from train.resume import Start, convert, find_start
 from train.run_folder import check_same_run, is_done, prepare_folder
@@ -51,6 +51,7 @@ def train(argv: Sequence[str] | None = None) -> int:
     level = logging.INFO if is_main else logging.ERROR
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("train").setLevel(level)
+    load_quickly()
     keep_to_ourselves()
     be_quiet()
     end_with_starter()

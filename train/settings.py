@@ -47,6 +47,17 @@ GRPO_DEFAULTS: dict[str, Any] = {
     "disable_tqdm": True,
 }
 
+# Further names of TRL's GRPOConfig that are known without it: importing it takes seconds, which a dry
+# run, the plan of a study and `obm watch` need not wait for.
+KNOWN_NAMES = frozenset(GRPO_DEFAULTS) | {
+    "adam_beta1", "adam_beta2", "adam_epsilon", "bf16", "delta", "entropy_coef", "epsilon",
+    "epsilon_high", "fp16", "gradient_checkpointing", "importance_sampling_level",
+    "mask_truncated_completions", "min_p", "num_iterations", "num_train_epochs",
+    "repetition_penalty", "save_only_model", "scale_rewards", "shuffle_dataset",
+    "steps_per_generation", "tf32", "top_entropy_quantile", "top_k", "top_p", "use_cpu",
+    "warmup_steps", "weight_decay",
+}  # fmt: skip
+
 RESERVED = {
     "output_dir": "set `output`",
     "seed": "set the top-level `seed`",
@@ -66,11 +77,10 @@ def resolved_grpo(config: Config) -> dict[str, Any]:
     Raises:
         ConfigError: an unknown key, or one that another section decides.
     """
-    known = _grpo_names()
     for name in config.grpo:
         if name in RESERVED:
             raise ConfigError(f"grpo.{name}: decided elsewhere; {RESERVED[name]}")
-        if name not in known:
+        if name not in KNOWN_NAMES and name not in (known := _grpo_names()):
             near = difflib.get_close_matches(name, known, n=1)
             fix = f"did you mean '{near[0]}'?" if near else "see TRL's GRPOConfig for the names"
             raise ConfigError(f"grpo.{name}: unknown key; {fix}")

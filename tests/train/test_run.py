@@ -2,11 +2,13 @@
 
 import json
 import shutil
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from trl import GRPOConfig
 
 from configs.errors import ConfigError
 from configs.schema import load_config
@@ -15,7 +17,7 @@ from tests.house.metric_names import undescribed
 from train.followed import follow
 from train.given import check_start
 from train.run import run_training, train
-from train.settings import GRPO_DEFAULTS, describe_step, resolved_grpo
+from train.settings import GRPO_DEFAULTS, KNOWN_NAMES, describe_step, resolved_grpo
 
 # an untrained policy earns nothing; the entropy bonus makes every step move it all the same
 SETTINGS = """
@@ -287,6 +289,10 @@ def test_the_file_overrides_the_defaults(write_config):
     settings = resolved_grpo(load_config(write_config()))
     assert settings["num_generations"] == 4
     assert settings["loss_type"] == GRPO_DEFAULTS["loss_type"]
+
+
+def test_the_names_that_are_known_without_trl_are_trls():
+    assert {item.name for item in fields(GRPOConfig) if item.init} >= KNOWN_NAMES
 
 
 def test_completions_are_counted_over_processes(write_config):
