@@ -8,8 +8,8 @@ batch has been averaged, so it is smaller; and it looks back some 1 / (1 - beta_
 Its pattern over entries is what serves.
 
 DeepSpeed keeps its optimizer in pickles, cut up over processes. They are read by torch's restricted
-unpickler (`weights_only`), which runs no code of the file; three classes of DeepSpeed's that the
-files name are replaced by empty ones. Tensors are mapped, not loaded: one parameter is in memory.
+unpickler (`weights_only`), which runs no code of the file; what the files name of DeepSpeed's is
+replaced by empty classes. Tensors are mapped, not loaded: one parameter is in memory.
 """
 
 import json
@@ -42,6 +42,10 @@ class _Empty:
         self.arguments = arguments
 
 
+STAGES = {"disabled": 0, "optimizer_states": 1, "gradients": 2, "weights": 3}
+"""Members of DeepSpeed's ZeroStageEnum."""
+
+
 class _Stage(_Empty):
     pass
 
@@ -57,7 +61,13 @@ class _Fragment(_Empty):
     numel: int
 
 
+def _member(owner: type, name: str) -> _Empty:
+    """Stands for `getattr`, by which Python 3.11.0 to 3.11.3 name the members of an enum."""
+    return owner(STAGES[name]) if owner is _Stage and name in STAGES else _Empty(owner, name)
+
+
 STAND_INS = [
+    (_member, "builtins.getattr"),
     (_Stage, "deepspeed.runtime.zero.config.ZeroStageEnum"),
     (_Scaler, "deepspeed.runtime.fp16.loss_scaler.LossScaler"),
     (_Scaler, "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler"),
@@ -162,7 +172,9 @@ def open_adam(folder: str | Path) -> AdamStates:
     paths = sorted(states.glob(FILES), key=lambda path: int(path.name.split("_")[3]))
     ranks = [_load(path)["optimizer_state_dict"] for path in paths]
     stage = ranks[0]["zero_stage"]
-    stage = int(stage.arguments[0]) if isinstance(stage, _Stage) else int(stage)
+    stage = stage.arguments[0] if isinstance(stage, _Stage) else stage
+    if stage not in STAGES.values():
+        raise MergeError(f"{paths[0]}: its zero_stage is none of {sorted(STAGES.values())}")
     counts = ranks[0]["partition_count"]
     n_ranks = max(counts) if isinstance(counts, list) else int(counts)
     numbers = [int(path.name.split("_")[3]) for path in paths]

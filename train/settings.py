@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,8 +48,8 @@ GRPO_DEFAULTS: dict[str, Any] = {
     "disable_tqdm": True,
 }
 
-# Further names of TRL's GRPOConfig that are known without it: importing it takes seconds, which a dry
-# run, the plan of a study and `obm watch` need not wait for.
+# Names of TRL's GRPOConfig that are known without it: importing it takes seconds, which a dry run,
+# the plan of a study and `obm watch` need not wait for.
 KNOWN_NAMES = frozenset(GRPO_DEFAULTS) | {
     "adam_beta1", "adam_beta2", "adam_epsilon", "bf16", "delta", "entropy_coef", "epsilon",
     "epsilon_high", "fp16", "gradient_checkpointing", "importance_sampling_level",
@@ -241,6 +242,19 @@ def prepare_deepspeed(has_gpu: bool) -> None:
         # an optional shared-memory collective that DeepSpeed would compile with g++ at start;
         # gloo does the same work
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if sys.version_info < (3, 11, 4):
+        name_enums_by_value()
+
+
+def name_enums_by_value() -> None:
+    """Checkpoints hold a member of an enum as class and value, in every Python alike.
+
+    Python 3.11.0 to 3.11.3 pickle it as `getattr(class, name)`, and a file that names `getattr` can
+    run code: the check before resuming would refuse our own checkpoint.
+    """
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    ZeroStageEnum.__reduce_ex__ = lambda self, protocol: (type(self), (self.value,))
 
 
 def _free_port() -> int:

@@ -23,6 +23,8 @@ from launch.commands.doctor import requirements
 from launch.licences import NOT_INSTALLED, NOT_STATED, licence_of, licences_page
 from tests.docs.blocks import ROOT, read
 
+pytestmark = pytest.mark.slow
+
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 TOOL = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
 PACKAGES = sorted({name.partition(".")[0] for name in TOOL["packages"]})
@@ -57,7 +59,8 @@ def built(tmp_path_factory):
     (source / "runs/big.safetensors").write_bytes(b"weights")
     build("build_sdist", source, folder)
     with tarfile.open(folder / f"{NAME}.tar.gz") as archive:
-        archive.extractall(folder / "unpacked", filter="data")
+        archive.extraction_filter = getattr(tarfile, "data_filter", None)  # not before 3.11.4
+        archive.extractall(folder / "unpacked")
     build("build_wheel", folder / "unpacked" / NAME, folder)
     return folder
 

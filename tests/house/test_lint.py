@@ -7,6 +7,8 @@ import pytest
 
 from tests.docs.blocks import ROOT
 
+pytestmark = pytest.mark.slow
+
 
 def run_tool(*words):
     done = subprocess.run(

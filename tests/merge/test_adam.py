@@ -109,6 +109,45 @@ def test_a_file_that_is_missing_is_named(checkpoints, tmp_path):
         open_adam(copied)
 
 
+class NamedByGetattr:
+    """A member of an enum, as Python 3.11.0 to 3.11.3 pickle it."""
+
+    def __init__(self, name):
+        self.name = name
+
+    def __reduce__(self):
+        from deepspeed.runtime.zero.config import ZeroStageEnum
+
+        return getattr, (ZeroStageEnum, self.name)
+
+
+def test_a_checkpoint_of_an_early_python_3_11_is_read(checkpoints, tmp_path):
+    copied = tmp_path / "zero3"
+    shutil.copytree(checkpoints / "zero3", copied)
+    expected = dict(open_adam(checkpoints / "zero3").moments())
+    name_stage(copied, "weights")
+    adam = open_adam(copied)
+    assert adam.stage == 3
+    assert all(torch.equal(moment, expected[name]) for name, moment in adam.moments())
+
+
+def test_what_a_file_asks_of_getattr_is_not_looked_up(checkpoints, tmp_path):
+    copied = tmp_path / "zero3"
+    shutil.copytree(checkpoints / "zero3", copied)
+    name_stage(copied, "__subclasses__")
+    with pytest.raises(
+        MergeError, match=r"rank_0\S*\.pt: its zero_stage is none of \[0, 1, 2, 3\]"
+    ):
+        open_adam(copied)
+
+
+def name_stage(folder, name):
+    for path in folder.rglob("*_optim_states.pt"):
+        content = torch.load(path, weights_only=False)
+        content["optimizer_state_dict"]["zero_stage"] = NamedByGetattr(name)
+        torch.save(content, path)
+
+
 class Hostile:
     """Runs a command when it is unpickled."""
 

@@ -15,6 +15,8 @@ from configs.schema import load_config
 from train.run import run_training, train
 from train.watchdog import HANG_EXIT_CODE, read_heartbeats
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "launch" / "train.sh"
 

@@ -8,6 +8,7 @@ from configs.errors import ConfigError
 from configs.schema import load_config
 from train.checkpoint_files import check_pickles, measure_files
 from train.resume import Saved, Start, convert, find_start, state_name, whole_checkpoints
+from train.settings import name_enums_by_value
 
 
 @pytest.fixture
@@ -175,6 +176,23 @@ def test_a_function_within_deepspeed_is_not_taken_for_a_class_of_its_own(tmp_pat
             continue
         with pytest.raises(ConfigError, match=f"names {name}"):
             check_pickles(tmp_path)
+
+
+def test_a_checkpoint_names_no_getattr_in_any_python(tmp_path, monkeypatch):
+    """As Python 3.11.0 to 3.11.3 pickle an enum it would, and could not be gone on with."""
+    import torch
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    path = tmp_path / "zero_optim_states.pt"
+    early = lambda self, protocol: (getattr, (type(self), self._name_))  # noqa: E731
+    monkeypatch.setattr(ZeroStageEnum, "__reduce_ex__", early)
+    torch.save({"zero_stage": ZeroStageEnum.weights}, path)
+    with pytest.raises(ConfigError, match=r"because it names builtins\.getattr"):
+        check_pickles(tmp_path)
+    name_enums_by_value()
+    torch.save({"zero_stage": ZeroStageEnum.weights}, path)
+    check_pickles(tmp_path)
+    assert torch.load(path, weights_only=False)["zero_stage"] is ZeroStageEnum.weights
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut", b"cos\nsystem\n(S'true'\ntR."])
