@@ -64,6 +64,7 @@ def after_a_step(stage: int, dtype: str, config: Qwen2Config) -> dict[str, int |
 
 
 def main() -> None:
+    gc.freeze()  # what the libraries made holds no tensor of ours, and need not be gone through
     config = Qwen2Config(**json.loads(sys.argv[1]))
     torch.manual_seed(0)
     for stage, dtype in json.loads(sys.argv[2]):
