@@ -101,7 +101,7 @@ class ColourImageIndex:
 
     Args:
         ids, titles: one a view; views of one entry share their id.
-        images: the views.
+        images: the views, or their features, float32 [views, 380].
         thumbnails: entry id -> small picture shown with a hit, or None.
         turns: look at a picture turned by quarters and mirrored, too; such a likeness counts as
             TURN_PENALTY times as far, since for many flags the way up is all that tells them apart.
@@ -113,7 +113,7 @@ class ColourImageIndex:
         self,
         ids: Sequence[str],
         titles: Sequence[str],
-        images: Sequence[Image.Image],
+        images: Sequence[Image.Image] | np.ndarray,
         thumbnails: dict[str, Image.Image] | None = None,
         turns: bool = False,
     ):
@@ -124,7 +124,13 @@ class ColourImageIndex:
         self.titles = [dict(zip(ids, titles, strict=True))[entry] for entry in entries]
         self.thumbnails = thumbnails or {}
         self._entry_of_view = np.array([position[i] for i in ids])
-        self._views = np.stack([colour_features(image) for image in images])
+        self.views = (
+            images
+            if isinstance(images, np.ndarray)
+            else np.stack([colour_features(image) for image in images])
+        )
+        if len(self.views) != len(ids):
+            raise ValueError(f"{len(ids)} ids for {len(self.views)} views")
         self._remembered: dict[bytes, np.ndarray] = {}
 
     def __len__(self) -> int:
@@ -165,7 +171,7 @@ class ColourImageIndex:
         return of_entry
 
     def _nearest_view(self, image: Image.Image) -> np.ndarray:
-        distance = np.abs(self._views - colour_features(image)).sum(1)
+        distance = np.abs(self.views - colour_features(image)).sum(1)
         of_entry = np.full(len(self.ids), np.inf)
         np.minimum.at(of_entry, self._entry_of_view, distance)
         return of_entry

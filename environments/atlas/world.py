@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
+from safetensors.numpy import load_file
 
 from environments.atlas.distortions import as_chalk, as_grey, as_sketch, cut
 from environments.atlas.editions import AS_IT_IS, Edition
@@ -26,6 +29,7 @@ from environments.retrieval import SNIPPET_WORDS, BM25TextIndex, ColourImageInde
 # outline alone, which a thumbnail sees only where it lies as in the photo: they need more views.
 N_VIEWS = {"flags": 4, "maps": 8}
 _VIEW_SEED = 7_000_003
+VIEWS_FILE = Path(__file__).parent / "data" / "flag_views.safetensors"
 ROBUST_VIEWS = (
     as_grey,
     as_sketch,
@@ -76,6 +80,8 @@ def _build_text_index(edition: Edition, snippet_words: int | None) -> BM25TextIn
 def _build_image_index(
     n_views: int | None, domains: tuple[str, ...], robust: bool
 ) -> ColourImageIndex:
+    """Views of the default index are shipped: drawing them takes two seconds a process."""
+    shipped = n_views is None and domains == ("flags",) and not robust
     ids, titles, images = [], [], []
     thumbnails: dict[str, Image.Image] = {}
     for domain in domains:
@@ -86,15 +92,23 @@ def _build_image_index(
             size = (PHOTO_SIZE, PHOTO_SIZE)
             flat = Image.fromarray(picture).resize(size, Image.Resampling.BOX)
             thumbnails.setdefault(iso, flat)
-            views = [flat]
             n_warped = (n_views or N_VIEWS[domain]) - 1
-            views += [render_photo(picture, _VIEW_SEED + i, 0.4) for i in range(n_warped)]
+            n_drawn = 1 + n_warped + (len(ROBUST_VIEWS) if robust else 0)
+            ids += [iso] * n_drawn
+            titles += [entity.name] * n_drawn
+            if shipped:
+                continue
+            images.append(flat)
+            images += [render_photo(picture, _VIEW_SEED + i, 0.4) for i in range(n_warped)]
             if robust:
-                views += [distort(Image.fromarray(picture)) for distort in ROBUST_VIEWS]
-            ids += [iso] * len(views)
-            titles += [entity.name] * len(views)
-            images += views
-    return ColourImageIndex(ids, titles, images, thumbnails, turns=robust)
+                images += [distort(Image.fromarray(picture)) for distort in ROBUST_VIEWS]
+    views = load_file(VIEWS_FILE)["views"] if shipped else images
+    return ColourImageIndex(ids, titles, views, thumbnails, turns=robust)
+
+
+def draw_views() -> np.ndarray:
+    """Features of the default image index as `obm atlas views` ships them, float32 [views, 380]."""
+    return load_image_index(n_views=N_VIEWS["flags"]).views
 
 
 def load_environment(

@@ -4,7 +4,8 @@ build   trains base, agent and VLM from seeds (under half an hour on two cores);
 report  what each checkpoint can do: recognition, reading, closed-book answers, search;
 table   recall@1 and @3 of the text and the image index;
 worlds  every mode (scenes, maps, counterfactual, news): what the tools allow, what policies do;
-images  recall@1 of pictures that come turned, cut, compressed or drawn in another style.
+images  recall@1 of pictures that come turned, cut, compressed or drawn in another style;
+views   what the image index knows of every flag, drawn once and shipped.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ EXAMPLES = (
     "obm atlas table --output runs/retrieval",
     "obm atlas worlds --start trained=runs/obm-s0/checkpoints/checkpoint-30",
     "obm atlas images --output runs/image-recall",
+    "obm atlas views --output runs/flag_views.safetensors",
 )
 TRIO = ("base", "agent", "vlm")
 TOOL_USE = ("none", "format", "1", "2", "5")
@@ -34,12 +36,13 @@ RETRIEVAL_TARGETS = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What to do and where to write."""
-    parser.add_argument("action", choices=("build", "report", "table", "worlds", "images"))
+    parser.add_argument("action", choices=("build", "report", "table", "worlds", "images", "views"))
     parser.add_argument(
         "--output",
         metavar="PATH",
         help="build: a folder (default: runs/trio); report, table, worlds, images: a file name "
-        "without suffix (default: docs/results/trio, retrieval, worlds, image-recall)",
+        "without suffix (default: docs/results/trio, retrieval, worlds, image-recall); views: a "
+        "file (default: the one that is shipped)",
     )
     parser.add_argument(
         "--checkpoints",
@@ -80,6 +83,7 @@ def run(options: argparse.Namespace) -> int:
         "table": _table,
         "worlds": _worlds,
         "images": _images,
+        "views": _views,
     }
     return actions[options.action](options)
 
@@ -198,6 +202,20 @@ def _images(options: argparse.Namespace) -> int:
     output.parent.mkdir(parents=True, exist_ok=True)
     write_json(output.with_suffix(".json"), record)
     write_text(output.with_suffix(".md"), describe_images(record))
+    return 0
+
+
+def _views(options: argparse.Namespace) -> int:
+    from safetensors.numpy import save_file
+
+    from environments.atlas.world import VIEWS_FILE, draw_views
+
+    output = Path(options.output or VIEWS_FILE)
+    views = draw_views()
+    unfinished = output.with_name(f".{output.name}.tmp")
+    save_file({"views": views}, unfinished)
+    unfinished.replace(output)
+    print(f"{len(views)} views: {output}")
     return 0
 
 

@@ -11,7 +11,12 @@ from environments.atlas.passages import load_passages, passage_id
 from environments.atlas.photos import render_photo, render_two_flags, render_unfamiliar_flag
 from environments.atlas.questions import KINDS, list_questions, load_questions, main_colour
 from environments.atlas.recall import INDEXES, measure_images, recall
-from environments.atlas.world import load_image_index, load_text_index, measure_retrieval
+from environments.atlas.world import (
+    draw_views,
+    load_image_index,
+    load_text_index,
+    measure_retrieval,
+)
 from environments.errors import EnvironmentSetupError
 from environments.retrieval import BM25TextIndex, ColourImageIndex, cut_snippet
 from environments.tools import Hit
@@ -207,6 +212,19 @@ def test_a_distortion_leaves_a_picture_of_its_colours():
 def test_the_default_index_is_that_of_the_shipped_checkpoints():
     """Its features in sum, as they were when these were trained."""
     index = load_image_index()
-    assert (len(index), index._views.shape, index.turns) == (223, (892, 380), False)
+    assert (len(index), index.views.shape, index.turns) == (223, (892, 380), False)
     # another processor may round a pixel of a photo otherwise
-    assert float(index._views.sum(dtype=np.float64)) == pytest.approx(2426.71436493, rel=1e-6)
+    assert float(index.views.sum(dtype=np.float64)) == pytest.approx(2426.71436493, rel=1e-6)
+
+
+def test_the_shipped_views_are_those_that_would_be_drawn():
+    """JPEG and resizing may round otherwise in another version of Pillow."""
+    shipped, drawn = load_image_index().views, draw_views()
+    assert shipped.shape == drawn.shape
+    np.testing.assert_allclose(shipped, drawn, atol=1e-3)
+    assert np.abs(np.diff(shipped, axis=0)).sum(1).min() > 0.01  # what rounds is far below
+
+
+def test_views_of_another_number_than_their_ids_are_no_index():
+    with pytest.raises(ValueError, match="3 ids for 2 views"):
+        ColourImageIndex(["a", "b", "c"], ["a", "b", "c"], np.zeros((2, 380), np.float32))
