@@ -49,8 +49,7 @@ demo: $(STAMP) ## calibrate, merge with four methods, evaluate, train two arms, 
 	$(BIN)/obm demo $(ARGS)
 
 test: $(STAMP) ## every test, two-process launch included (15 minutes at most)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) \
-	  --dist loadscope --no-loadscope-reorder $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadscope $(ARGS)
 
 test-vllm: $(STAMP) $(VLLM)/.installed ## the vLLM back end against a real server on the CPU (3 to 6 minutes, 3.5 GB of disk)
 	OMP_NUM_THREADS=1 OBM_VLLM=$(CURDIR)/$(VLLM) $(BIN)/python -m pytest -q tests/train/test_vllm.py $(ARGS)
@@ -162,8 +161,8 @@ walk: ## a newcomer's path from a clean clone, timed, into docs/quickstart.md (a
 	$(PYTHON) tests/docs/walk.py docs/quickstart.md
 
 coverage: $(STAMP) ## which lines the tests run, docs/results/coverage.* (twenty minutes)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) \
-	  --dist loadscope --no-loadscope-reorder --cov --cov-report=json:.cache/coverage.json $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadscope --cov \
+	  --cov-report=json:.cache/coverage.json $(ARGS)
 	$(BIN)/python tests/house/coverage_table.py .cache/coverage.json
 
 mutation: $(STAMP) ## small errors put into important functions: the tests have to notice, docs/results/mutation.* (a quarter of an hour)
