@@ -174,7 +174,10 @@ def open_adam(folder: str | Path) -> AdamStates:
     stage = ranks[0]["zero_stage"]
     stage = stage.arguments[0] if isinstance(stage, _Stage) else stage
     if stage not in STAGES.values():
-        raise MergeError(f"{paths[0]}: its zero_stage is none of {sorted(STAGES.values())}")
+        raise MergeError(
+            f"{paths[0]}: its zero_stage is none of {sorted(STAGES.values())}; it is no checkpoint "
+            "of DeepSpeed, or damaged: copy it again"
+        )
     counts = ranks[0]["partition_count"]
     n_ranks = max(counts) if isinstance(counts, list) else int(counts)
     numbers = [int(path.name.split("_")[3]) for path in paths]

@@ -7,6 +7,8 @@ import logging
 import os
 import warnings
 
+USUAL_THRESHOLD = gc.get_threshold()
+
 
 def keep_to_ourselves() -> None:
     """Nobody is told that this machine trains: no usage reports of TRL and W&B.
@@ -20,13 +22,20 @@ def keep_to_ourselves() -> None:
 
 
 def load_quickly() -> None:
-    """The garbage collector looks less often: what an import makes stays, and is no garbage.
+    """The garbage collector looks less often, until `run_as_usual`: what an import makes stays.
 
     With Python's 700 new objects between two looks, half a million objects of torch, transformers
-    and TRL are gone through a thousand times: a fifth of a training's start. A step of training
-    makes more than 10 000, so no garbage of one step outlives the next.
+    and TRL are gone through a thousand times: a fifth of a training's start.
     """
-    gc.set_threshold(10_000, 10, 10)
+    gc.set_threshold(10_000, *USUAL_THRESHOLD[1:])
+
+
+def run_as_usual() -> None:
+    """The libraries are there. A model's tensors may hang in cycles, which only the collector ends.
+
+    A training step of a tiny model makes fewer new objects than `load_quickly` waits for.
+    """
+    gc.set_threshold(*USUAL_THRESHOLD)
 
 
 def be_quiet() -> None:

@@ -24,6 +24,8 @@ from transformers import (
 from transformers.models.qwen2_5_vl.processing_qwen2_5_vl import Qwen2_5_VLProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from train.libraries import run_as_usual
+
 VISION_MODEL_TYPES = ("qwen2_vl", "qwen2_5_vl")
 
 # What the stock Qwen2.5-VL folder says about videos; written so that AutoProcessor finds a complete
@@ -181,6 +183,7 @@ def load_policy(folder: str | Path, dtype: torch.dtype = torch.float32) -> tuple
             output_loading_info=True,
         )  # fmt: skip
     check_complete(folder, found["missing_keys"])
+    run_as_usual()
     return model, processor
 
 
