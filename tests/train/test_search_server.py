@@ -4,13 +4,14 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from transformers import TrainerCallback
 
 from environments.episode import SearchEnvironment
-from environments.remote import connect
+from environments.remote import COOL_DOWN_S, connect
 
 pytest.importorskip("starlette", reason="the extra `serve` is not installed")
 pytest.importorskip("uvicorn", reason="the extra `serve` is not installed")
@@ -52,6 +53,8 @@ class Outage(TrainerCallback):
             self.server.kill()
         if state.global_step == BACK_AFTER:
             self.server.start()
+            # the two steps left can be shorter than the client's pause after a failure
+            time.sleep(COOL_DOWN_S)
 
 
 @pytest.mark.slow
@@ -77,9 +80,5 @@ def test_training_goes_on_while_the_server_is_down_and_after(make_trainer, mixed
         server.kill()
     assert trainer.state.global_step == N_STEPS
     failing = [line["search/service_failure_rate"] for line in trainer.metric_lines[:N_STEPS]]
-    # a cool-down of two seconds may reach into the first step after the return
-    assert failing[:KILLED_AFTER] == [0.0] * KILLED_AFTER
-    assert all(rate > 0 for rate in failing[KILLED_AFTER:BACK_AFTER])
-    assert failing[-1] == 0.0
-    assert [n > 0 for n in found[:4]] == [True, True, False, False]
-    assert found[-1] > 0
+    assert [rate > 0 for rate in failing] == [False, False, True, True, False, False]
+    assert [n > 0 for n in found] == [True, True, False, False, True, True]
