@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from compare.pairs import separated
+from compare.verdict import signed
 from train.evaluation import BEHAVIOURS
 
 Rows = list[list[str]]
@@ -99,10 +100,10 @@ def _differences(summary: Summary) -> Iterator[str]:
 def _difference_cell(pair: Mapping[str, Any] | None) -> str:
     if pair is None:
         return "-"
-    text = f"{pair['mean']:+.3f}"
+    text = signed(pair["mean"], 3)
     if pair["low"] is None:
         return text
-    text += f" [{pair['low']:+.3f}, {pair['high']:+.3f}]"
+    text += f" [{signed(pair['low'], 3)}, {signed(pair['high'], 3)}]"
     text = f"**{text}**" if separated(pair) else text
     return f"{text} {pair['probability']:.2f}, p {pair['p_value']:.2g}"
 

@@ -130,8 +130,8 @@ def _against(own: Mapping[str, Mapping[str, Any]]) -> str:
     groups: dict[str, list[str]] = {ABOVE: [], BELOW: [], OPEN: [], UNKNOWN: []}
     for name, pair in own.items():
         low, high = pair["low"], pair["high"]
-        limits = "" if low is None else f" [{_signed(low)}, {_signed(high)}]"
-        groups[_side(pair)].append(f"{MEASURES[name]} {_signed(pair['mean'])}{limits}")
+        limits = "" if low is None else f" [{signed(low)}, {signed(high)}]"
+        groups[_side(pair)].append(f"{MEASURES[name]} {signed(pair['mean'])}{limits}")
     words = {
         ABOVE: "better",
         BELOW: "worse",
@@ -141,9 +141,9 @@ def _against(own: Mapping[str, Mapping[str, Any]]) -> str:
     return "; ".join(f"{words[s]}: {', '.join(texts)}" for s, texts in groups.items() if texts)
 
 
-def _signed(value: float) -> str:
+def signed(value: float, digits: int = 2) -> str:
     """With its sign; nothing that rounds to zero is below it."""
-    return f"{value if abs(value) >= 0.005 else 0.0:+.2f}"
+    return f"{round(value, digits) + 0.0:+.{digits}f}"
 
 
 def floor_verdict(record: Mapping[str, Any], label: Label) -> Verdict | None:
@@ -311,8 +311,12 @@ def _ceiling_sentence(
         f"Within {arms[reference]['last_step']} steps {label(reference)} reaches a ceiling of "
         f"{text(reference)}"
     )
-    if rival > own:
+    if max(own, rival) <= ROUNDING:
+        return f"{start}, and no other start reaches more."
+    if rival > own + ROUNDING:
         return f"{start}; the highest mean is that of {label(best)}, {text(best)}."
+    if own <= rival + ROUNDING:
+        return f"{start}, the highest mean, and {label(best)} the same."
     return f"{start}, the highest mean; the next is {label(best)} with {text(best)}."
 
 
@@ -321,6 +325,8 @@ def _cost_sentence(summary: Mapping[str, Any], reference: str, label: Label) -> 
     if target["value"] is None or target["arm"] == reference:
         return []
     own = arms[reference]
+    if target["value"] <= ROUNDING:
+        return [f"The ceiling of {label(target['arm'])} is 0: steps to it say nothing."]
     height = f"{target['value']:.2f}" if target["value"] >= 0.01 else f"{target['value']:.3f}"
     goal = f"the ceiling of {label(target['arm'])} ({height})"
     steps, seconds = own.get("steps_to_target"), own.get("device_s_to_target")
@@ -377,7 +383,8 @@ def _tiles(
         tiles.append((f"{value:.2f}", f"{name}: {words}{beside}"))
     target = summary["target"]
     steps = own.get("steps_to_target")
-    if steps is not None and target["value"] is not None and target["arm"] != reference:
+    is_goal = target["value"] is not None and target["value"] > ROUNDING
+    if steps is not None and is_goal and target["arm"] != reference:
         tiles.append((f"{steps:.0f}", f"steps to the ceiling of {label(target['arm'])}"))
     return tiles
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from compare.verdict import comparison_verdict, each_against, floor_verdict
+from compare.verdict import comparison_verdict, each_against, floor_verdict, signed
 from tests.compare.pages import comparison, floor, pair
 
 
@@ -75,6 +75,29 @@ def test_the_cost_to_the_target_is_told_with_and_without_device_time():
     assert "in 1 of 3 seeds" in text_of(comparison_verdict(summary, str))
     summary["arms"]["obm"]["steps_to_target"] = 0.0
     assert "obm starts at or above" in text_of(comparison_verdict(summary, str))
+
+
+def test_a_study_in_which_nothing_learns_names_no_best_start():
+    verdict = comparison_verdict(comparison({"obm": 0.0, "vlm": 0.0, "ties": 0.0}), str)
+    text = text_of(verdict)
+    assert verdict.headline == "obm is not separated from any other start after training."
+    assert "no other start reaches more" in text
+    assert "highest mean" not in text
+    assert "The ceiling of vlm is 0: steps to it say nothing." in text
+    assert not any("steps to the ceiling" in words for _, words in verdict.tiles)
+
+
+def test_an_equal_mean_is_not_beaten():
+    text = text_of(comparison_verdict(comparison({"obm": 0.5, "vlm": 0.1, "ties": 0.5}), str))
+    assert "0.50 [0.45, 0.55], the highest mean, and ties the same." in text
+
+
+def test_nothing_that_rounds_to_zero_has_a_minus():
+    assert [signed(value) for value in (-0.0, -0.004, 0.004, -0.006, 0.016)] == [
+        "+0.00", "+0.00", "+0.00", "-0.01", "+0.02",
+    ]  # fmt: skip
+    assert signed(-0.0004, 3) == "+0.000"
+    assert signed(-0.0006, 3) == "-0.001"
 
 
 def test_two_to_five_sentences_and_none_where_nothing_is_to_compare():
