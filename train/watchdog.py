@@ -178,7 +178,8 @@ class Watchdog:
             self._write("done" if exception[0] is None else "failed")
 
     def _watch(self) -> None:
-        while not self._is_over.wait(self.poll_s):
+        is_over = False
+        while not is_over:  # the first time at once: a run can die before the first pause is over
             try:
                 self._write(progress.stages[-1])
                 if self.timeout_s is not None and self._is_hanging():
@@ -186,6 +187,7 @@ class Watchdog:
             # a full disk or a lost mount must not end a run that trains
             except (OSError, ValueError) as error:
                 logger.warning("heartbeat: %s", error)
+            is_over = self._is_over.wait(self.poll_s)
 
     def _write(self, stage: str) -> None:
         """Replaces this process' file; readers see it whole."""

@@ -282,6 +282,7 @@ def test_two_arms_stand_side_by_side_on_the_same_question_and_step(browser, page
         tab.screenshot("viewer-side-desktop")
         view.select_option("[data-pane=b] .pane-head select", label="vlm-s1")
         until(view, "location.hash.includes('run2=vlm-s1')")
+        until(view, "document.querySelector('#view').dataset.address?.includes('run2=vlm-s1')")
         view.click("[data-pane=b] [aria-label='Earlier step']")
         until(view, "location.hash.includes('step2=10')")
         view.keyboard.press("x")
@@ -292,7 +293,7 @@ def test_two_arms_stand_side_by_side_on_the_same_question_and_step(browser, page
         view.click(".row >> nth=3")
         until(view, "!location.hash.includes('question2=two%2F4')")
         assert opened(view)["question"] == "two/4"
-        assert "Two questions" in view.inner_text("#view")
+        wait_for_episode(view, "Two questions")
         assert tab.errors == []
 
 

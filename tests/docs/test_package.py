@@ -49,11 +49,14 @@ def built(tmp_path_factory):
     folder = tmp_path_factory.mktemp("dist")
     source = folder / "source"
     for name in (*PACKAGES, "tests"):
-        shutil.copytree(ROOT / name, source / name)
+        # other tests may be writing bytecode there
+        shutil.copytree(
+            ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "*.tmp")
+        )
     for name in BESIDE:
         shutil.copy(ROOT / name, source / name)
     # what a checkout that was worked in holds
-    (source / "merge/__pycache__").mkdir(exist_ok=True)
+    (source / "merge/__pycache__").mkdir()
     (source / "merge/__pycache__/old.cpython-311.pyc").write_bytes(b"stale")
     (source / "runs").mkdir()
     (source / "runs/big.safetensors").write_bytes(b"weights")

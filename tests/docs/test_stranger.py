@@ -34,7 +34,7 @@ FILES = {block.file_name: block.text for block in blocks(RECIPES) if block.file_
 SMALL = {
     "calibration": {"samples": 2, "batch_size": 2, "vlm_kinds": ["look"]},
     "grpo": {
-        "max_steps": 50, "num_generations": 4, "per_device_train_batch_size": 4, "save_steps": 1,
+        "max_steps": 1000, "num_generations": 4, "per_device_train_batch_size": 4, "save_steps": 1,
         "max_completion_length": 240, "temperature": 1.0,
         "generation_kwargs": {"max_new_tokens": 8},
     },

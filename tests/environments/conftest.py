@@ -1,19 +1,9 @@
-"""Property tests with the same examples in every run, and servers for tests over real HTTP."""
+"""Servers for tests over real HTTP."""
 
 import threading
 import time
 
 import pytest
-from hypothesis import HealthCheck, settings
-
-settings.register_profile(
-    "steady",
-    deadline=None,
-    derandomize=True,
-    database=None,
-    suppress_health_check=[HealthCheck.too_slow],
-)
-settings.load_profile("steady")
 
 
 @pytest.fixture

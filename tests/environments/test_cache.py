@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import sqlite3
 import threading
+from concurrent.futures import Future
 
 import pytest
 from hypothesis import given
@@ -342,15 +343,23 @@ def test_equal_questions_of_many_threads_are_asked_once(folder):
     assert len(engine.calls) == 1
 
 
-def test_a_failure_reaches_every_thread_that_waited_and_the_next_call_asks_anew(folder):
-    gate = threading.Barrier(2, timeout=10)
+def test_a_failure_reaches_every_thread_that_waited_and_the_next_call_asks_anew(
+    folder, monkeypatch
+):
+    gate, is_followed = threading.Barrier(2, timeout=10), threading.Event()
+
+    class Watched(Future):
+        def result(self, timeout=None):
+            is_followed.set()
+            return super().result(timeout)
 
     class Failing(Engine):
         def search(self, queries, k):
             gate.wait()
-            threading.Event().wait(0.2)
+            assert is_followed.wait(10)
             raise ConnectionError("down")
 
+    monkeypatch.setattr("environments.cache.Future", Watched)
     index = cached(folder, Failing())
     errors = []
 

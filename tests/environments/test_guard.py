@@ -106,8 +106,8 @@ def test_a_back_end_in_memory_is_asked_once(pauses):
 def test_one_deadline_holds_for_all_attempts():
     service = Service(*[OSError()] * 100, seconds=0.05)
     start = time.perf_counter()
-    result = guard(service, "text", 0.3, retries=100, backoff_s=0.02)
-    assert time.perf_counter() - start < 2
+    result = guard(service, "text", 1.0, retries=100, backoff_s=0.02)
+    assert time.perf_counter() - start < 3
     assert result.fault == "infrastructure"
     assert 1 < len(service.times) < 10
 

@@ -303,7 +303,7 @@ def test_beyond_the_queue_the_answer_is_429_and_the_server_lives_on(serve):
 
 def test_a_request_that_waits_too_long_is_given_up_and_not_searched(serve):
     index = SlowIndex()
-    url = serve(make_app(index, None, limits=Limits(answer_s=0.3)))
+    url = serve(make_app(index, None, limits=Limits(answer_s=2.0)))
 
     def ask(query):
         return requests.post(url + "/retrieve", json={"queries": [query]}).status_code

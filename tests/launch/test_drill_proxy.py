@@ -56,8 +56,8 @@ class Loaded(random.Random):
 @pytest.mark.parametrize("fate", FATES)
 def test_each_fate_is_one_error_and_the_healed_network_answers(server, fate, monkeypatch):
     monkeypatch.setattr("environments.remote.COOL_DOWN_S", 0.0)
-    with Proxy(server, Loaded(fate), n_sound=1, n_bad=1, stall_s=0.6) as proxy:
-        index = RemoteTextIndex(SearchServer(proxy.url, timeout_s=0.4, retries=0))
+    with Proxy(server, Loaded(fate), n_sound=1, n_bad=1, stall_s=3.0) as proxy:
+        index = RemoteTextIndex(SearchServer(proxy.url, timeout_s=2.0, retries=0))
         [[first]] = index.search(["a"], 1)
         with pytest.raises(SearchServerError):
             index.search(["a"], 1)

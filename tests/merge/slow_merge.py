@@ -4,8 +4,8 @@
     python tests/merge/slow_merge.py '{"merge": {...}, "pause_s": 0.01, "kills": 10, "seed": 0}'
 
 The second form starts the merge again and again, each time in a process of its own, and ends each
-by SIGKILL at a random moment, until it has killed as often as told; then it lets the merge finish,
-and prints for each kill how many tensors were finished then.
+by SIGKILL at a random moment, every other one while it writes, until it has killed as often as
+told; then it lets the merge finish, and prints for each kill how many tensors were finished then.
 """
 
 import json
@@ -60,14 +60,20 @@ def kill_repeatedly(settings: dict) -> list[int]:
     place = Path(settings["merge"]["output"])
     part = place.with_name(f".{place.name}.part")
     begin = time.monotonic()
-    os.waitpid(start(settings), 0)
-    undisturbed_s = time.monotonic() - begin
+    child = start(settings)
+    while not (part / journal.JOURNAL_NAME).exists() and not place.exists():
+        time.sleep(0.001)
+    starting_s = time.monotonic() - begin
+    os.waitpid(child, 0)
+    writing_s = time.monotonic() - begin - starting_s
     finished: list[int] = []
     while len(finished) < settings["kills"]:
         if place.exists():
             shutil.rmtree(place)  # from the beginning again
         child = start(settings)
-        time.sleep(generator.uniform(0, 0.4 * undisturbed_s))
+        is_writing = len(finished) % 2 == 1
+        after, longest_s = (starting_s, 0.4 * writing_s) if is_writing else (0.0, starting_s)
+        time.sleep(after + generator.uniform(0, longest_s))
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         if os.WIFSIGNALED(status):

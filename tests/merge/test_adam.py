@@ -19,7 +19,7 @@ from tests.merge import deepspeed_checkpoints as trained
 
 ROOT = Path(__file__).parents[2]
 # two processes that import torch and DeepSpeed
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1000)]
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def checkpoints(tmp_path_factory):
         )
         for rank, log in enumerate(logs)
     ]  # fmt: skip
-    codes = [process.wait(timeout=300) for process in processes]
+    codes = [process.wait(timeout=900) for process in processes]
     assert codes == [0, 0], (folder / "log0").read_text()[-2000:]
     return folder
 

@@ -212,7 +212,7 @@ def test_an_overwrite_that_is_broken_off_keeps_the_old_merge(make_trio, tmp_path
 
 
 def test_an_interrupted_merge_goes_on(make_trio, tmp_path):
-    process = start_slowly(make_trio(), tmp_path / "out", 0.05)
+    process = start_slowly(make_trio(), tmp_path / "out", 0.2)
     wait_until_finished(tmp_path / PART, 3)
     process.send_signal(signal.SIGINT)
     _, log = process.communicate(timeout=60)
@@ -230,7 +230,7 @@ def test_an_interrupted_merge_goes_on(make_trio, tmp_path):
 
 
 def test_a_second_merge_into_the_same_output_is_refused(make_trio, tmp_path):
-    process = start_slowly(make_trio(), tmp_path / "out", 0.05)
+    process = start_slowly(make_trio(), tmp_path / "out", 0.1)
     wait_until_finished(tmp_path / PART, 3)
     with pytest.raises(MergeError, match="out: another merge is writing it; wait for it, or"):
         run(make_trio(), tmp_path / "out", method="linear")

@@ -24,6 +24,7 @@ class Watchdog(train.run.Watchdog):
 
     def __enter__(self):
         self.started.append(self)
+        self.poll_s = 1.0  # what a process last showed is never older than its three seconds
         return super().__enter__()
 
 

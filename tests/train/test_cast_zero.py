@@ -17,7 +17,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from train.policy import load_policy, load_processor
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1000)]
 
 ROOT = Path(__file__).resolve().parents[2]
 HEADS = [(0, 1), (1, 0)]
@@ -74,7 +74,7 @@ def launched(tiny_checkpoints, tmp_path_factory):
         env={**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "CXX": "/nonexistent"},
         capture_output=True,
         text=True,
-        timeout=580,
+        timeout=900,
         check=False,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-20000:]

@@ -56,7 +56,7 @@ def launch(*command: str, **variables: str) -> subprocess.CompletedProcess:
         env={**environment, **variables},
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=900,
         check=False,
     )
 
@@ -152,7 +152,7 @@ def one_process(zero2_run, more_runs, tmp_path_factory):
     )
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(1000)
 def test_two_processes_train_as_one_would(zero2_run, tiny_checkpoints, tmp_path):
     _, folder = zero2_run
     path = write_config(tmp_path, tiny_checkpoints["vlm"], rows=16)
@@ -168,7 +168,7 @@ def test_without_a_terminal_a_training_prints_a_line_a_step(zero2_run):
     assert "\x1b" not in said
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(1000)
 def test_under_deepspeed_the_update_and_the_gather_have_timers(zero2_run, more_runs):
     """DeepSpeed steps inside its own backward; that part is no part of the loss' time."""
     zero2, zero3 = zero2_run[1], more_runs[0] / "zero3"
@@ -212,7 +212,7 @@ def test_two_processes_resume_to_the_same_numbers(zero2_run, more_runs):
     assert lines_of(outputs / "resumed") == lines_of(zero2_run[1])
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1000)
 def test_another_number_of_processes_goes_on_to_the_same_numbers(zero2_run, one_process, capsys):
     """Two processes, then one, then two again."""
     path, folder = zero2_run
@@ -240,12 +240,12 @@ def test_processes_with_unlike_episodes_do_not_wait_for_each_other(more_runs):
         assert f"process {rank} trained 2 steps" in more_runs[1].stdout
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(1000)
 def test_a_hang_ends_the_run_and_names_process_and_stage(tiny_checkpoints, tmp_path):
     program = Path(__file__).with_name("broken_process.py")
     path = write_config(tmp_path, tiny_checkpoints["vlm"], rows=8)
     result = deepspeed(
-        "sleep", "--config", str(path), "deepspeed=zero3", "hang_timeout_s=60", script=program
+        "sleep", "--config", str(path), "deepspeed=zero3", "hang_timeout_s=240", script=program
     )
     assert result.returncode == HANG_EXIT_CODE, result.stderr[-3000:]
     [error] = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
@@ -256,13 +256,15 @@ def test_a_hang_ends_the_run_and_names_process_and_stage(tiny_checkpoints, tmp_p
     assert "in break_down" in stacks
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(1000)
 def test_a_process_that_dies_takes_the_others_along(tiny_checkpoints, tmp_path):
     program = Path(__file__).with_name("broken_process.py")
     path = write_config(tmp_path, tiny_checkpoints["vlm"], rows=8)
     result = deepspeed("die", "--config", str(path), "deepspeed=zero2", script=program)
     assert result.returncode == 256 - signal.SIGKILL, result.stderr[-3000:]
-    for beat in read_heartbeats(tmp_path / "run" / "heartbeat"):
+    beats = read_heartbeats(tmp_path / "run" / "heartbeat")
+    assert [beat.rank for beat in beats] == [0, 1]
+    for beat in beats:
         assert not Path(f"/proc/{beat.pid}").exists()
 
 

@@ -119,15 +119,15 @@ def test_the_end_gives_the_rows_back_and_keeps_the_last_status(on_terminal):
 def test_however_it_ends_the_terminal_is_clean(on_terminal, how):
     """SIGKILL and os._exit run no code of ours: the guard gives the rows back."""
     body = {
-        "exception": "print('within', flush=True); time.sleep(.3); raise ValueError('broken')",
-        "exit": "print('within', flush=True); time.sleep(.3); import os; os._exit(3)",
+        "exception": "print('within', flush=True); input(); raise ValueError('broken')",
+        "exit": "print('within', flush=True); input(); import os; os._exit(3)",
     }.get(how, "print('within', flush=True)\ntime.sleep(60)")
     terminal = on_terminal(body)
     terminal.read_until(lambda screen: shows("within")(screen) and shows("obm-s0")(screen))
-    if how == "ctrl-c":
-        terminal.press("\x03")
     if how == "kill":
         terminal.kill(signal.SIGKILL)
+    else:
+        terminal.press("\x03" if how == "ctrl-c" else "\n")
     screen = terminal.read_to_end()
     assert terminal.process.returncode != 0
     assert screen.region == (0, screen.rows - 1)

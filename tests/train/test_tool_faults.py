@@ -104,7 +104,7 @@ def assert_nothing_is_lost(trainer, n=8):
 def test_thirty_percent_errors_are_the_services_fault_and_training_goes_on(make_trainer):
     rng = np.random.default_rng(0)
     service = Service(lambda number: "reset" if rng.random() < 0.3 else None)
-    trainer, _ = train(make_trainer, service, steps=3)
+    trainer, _ = train(make_trainer, service, steps=3, timeout_s=60.0)
     assert trainer.state.global_step == 3
     assert_nothing_is_lost(trainer)
     assert 0.15 < service.n_failures / service.n_calls < 0.45
@@ -153,7 +153,7 @@ def test_a_service_that_dies_and_comes_back_costs_only_the_steps_in_between(make
         trainer_box.append(original(**settings))
         return trainer_box[0]
 
-    trainer, _ = train(remembering, service, steps=3, script=die_and_return)
+    trainer, _ = train(remembering, service, steps=3, script=die_and_return, timeout_s=60.0)
     assert logged(trainer, "search/service_failure_rate") == [0.0, 1.0, 0.0]
     assert trainer.state.global_step == 3
     assert_nothing_is_lost(trainer)

@@ -63,11 +63,13 @@ def test_stages_nest():
 
 
 def test_heartbeats_say_the_stage_and_the_step(tmp_path):
-    with Watchdog(tmp_path, 1, 2, timeout_s=None, step=lambda: 7) as watchdog:
-        watchdog.poll_s = 0.05
-        with progress.stage("reward"):
-            watchdog._write(progress.stages[-1])
-            [shown] = read_heartbeats(tmp_path / "heartbeat")
+    with progress.stage("reward"), Watchdog(tmp_path, 1, 2, timeout_s=None, step=lambda: 7) as dog:
+        assert dog.poll_s == 15.0
+        deadline = time.monotonic() + 10  # it shows itself before the first pause is over
+        while not (beats := read_heartbeats(tmp_path / "heartbeat")):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        [shown] = beats
     assert (shown.rank, shown.stage, shown.step) == (1, "reward", 7)
     [last] = read_heartbeats(tmp_path / "heartbeat")
     assert last.stage == "done"
@@ -76,12 +78,12 @@ def test_heartbeats_say_the_stage_and_the_step(tmp_path):
 
 
 def test_waiting_for_a_process_that_makes_progress_is_no_hang(tmp_path):
-    watchdog = Watchdog(tmp_path, 0, 2, timeout_s=0.2)
+    watchdog = Watchdog(tmp_path, 0, 2, timeout_s=5)
     watchdog.folder.mkdir()
     progress.since = time.time() - 10
     watchdog._write("sync")
     assert watchdog._is_hanging()
-    other = Watchdog(tmp_path, 1, 2, timeout_s=0.2)
+    other = Watchdog(tmp_path, 1, 2, timeout_s=5)
     progress.since = time.time()
     other._write("tools")
     progress.since = time.time() - 10
