@@ -9,7 +9,8 @@ Differs from TRL 1.16 in what it would get wrong or slow here:
   placeholder can not lose its picture and no process waits for another's images;
 * log-probs are computed at the policy's own tokens only (`train.scoring`), and not at all for
   groups in which every episode got the same reward: their gradient is zero;
-* a resumed run continues the same random numbers and the same generation buffer.
+* a resumed run continues the same random numbers and the same generation buffer
+  (`train.resumable`).
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,8 +25,7 @@ import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
 from PIL import Image
-from transformers.trainer_utils import rotate_checkpoints
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOConfig
 from trl.models import unwrap_model_for_generation
 
 from configs.sections import Algorithm
@@ -37,13 +36,11 @@ from rewards.judge import make_judge
 from rewards.trajectory import get
 from train import credit, scoring
 from train.anchor import SaliencyAnchor
-from train.checkpoint_files import measure_files
-from train.disk import writing
 from train.episode_metrics import episode_sums
 from train.episodes import Script
 from train.groups import Groups
 from train.policy import causal_model, reference_from
-from train.resume import Saved, forget_saved, state_name
+from train.resumable import ResumableGRPOTrainer
 from train.settings import refuse_unused_sampling
 from train.timing import OptimizerStage, clock, speeds, time_forward, timed
 from train.trajectories import Trajectory, first_masked_turn, turn_advantages
@@ -52,7 +49,7 @@ from train.watchdog import progress
 from train.worlds import engine_class
 
 
-class SearchGRPOTrainer(GRPOTrainer):
+class SearchGRPOTrainer(ResumableGRPOTrainer):
     """Trains a policy on search episodes.
 
     Args:
@@ -417,16 +414,6 @@ class SearchGRPOTrainer(GRPOTrainer):
 
     # ---------------------------------------------------------------- one step: the loss
 
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """Goes through the rows once; a run killed behind its last step has none left to do.
-
-        transformers 5.23 looks at the number of steps only after a step, and would do one more.
-        """
-        if self.state.global_step >= self.state.max_steps:
-            self.control.should_training_stop = True
-            return
-        super()._run_epoch(*args, **kwargs)
-
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
         """TRL's step, timed: what is neither generation nor update is forward and backward."""
 
@@ -535,7 +522,7 @@ class SearchGRPOTrainer(GRPOTrainer):
         largest = self.accelerator.gather(difference.reshape(1)).max().item()
         self._metrics["train"]["sampling/logp_difference_max"].append(largest)
 
-    # ---------------------------------------------------------------- log, evaluate, resume
+    # ---------------------------------------------------------------- log, evaluate, go on
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds seconds per stage and step (of this process) and speeds to TRL's metrics."""
@@ -565,80 +552,14 @@ class SearchGRPOTrainer(GRPOTrainer):
         )
         return metrics
 
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """No card per checkpoint: the run folder itself says how it was made."""
+    def rollout_state(self) -> dict[str, Any]:
+        """The counters from which sampling draws its random numbers and the log its tokens."""
+        return {"n_rollouts": self.engine.n_rollouts, "n_policy_tokens": self.n_policy_tokens}
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Writes a checkpoint; older ones go only once it is whole, so that a kill costs none."""
-        folder, limit = Path(self.args.output_dir), self.args.save_total_limit
-        checkpoint = folder / f"checkpoint-{self.state.global_step}"
-        with progress.stage("save"), writing(checkpoint):
-            if self.accelerator.is_main_process:
-                forget_saved(checkpoint)
-            self.accelerator.wait_for_everyone()
-            self.args.save_total_limit = None
-            try:
-                super()._save_checkpoint(model, trial)
-            finally:
-                self.args.save_total_limit = limit
-            self._save_rollout_state()
-            if self.args.should_save:
-                rotate_checkpoints(str(folder), save_total_limit=limit)
-
-    def _save_rollout_state(self) -> None:
-        """What TRL's checkpoint lacks, one file a process."""
-        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        args, n_processes = self.args, self.accelerator.num_processes
-        is_boundary = self._step % (args.steps_per_generation * self.num_iterations) == 0
-        state = {
-            "n_rollouts": self.engine.n_rollouts,
-            "n_policy_tokens": self.n_policy_tokens,
-            # inside a buffer the rest of its episodes is still to be trained on
-            "buffer": None if is_boundary else self._buffered_inputs,
-        }
-        torch.save(state, folder / state_name(self.accelerator.process_index))
-        self.accelerator.wait_for_everyone()
-        # last of all: with it the checkpoint is whole
-        if self.accelerator.is_main_process:
-            rows = args.per_device_train_batch_size * n_processes
-            plugin = args.deepspeed_plugin
-            Saved(
-                n_processes=n_processes,
-                is_boundary=is_boundary,
-                per_rollout=args.generation_batch_size,
-                per_step=rows * args.gradient_accumulation_steps,
-                zero_stage=plugin.zero_stage if plugin else 0,
-                files=measure_files(folder),
-            ).write(folder)
-        self.accelerator.wait_for_everyone()
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Loads the weights of a checkpoint, strictly.
-
-        transformers 5.23 saves Qwen2.5-VL under the hub's tensor names, but resumes by the names
-        in memory and only warns that nothing fits: training would go on from the start's weights.
-        """
-        core = self.accelerator.unwrap_model(self.model)
-        if self.is_deepspeed_enabled or hasattr(core, "get_base_model"):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-            return
-        saved = type(core).from_pretrained(resume_from_checkpoint, dtype=core.dtype)
-        core.load_state_dict(saved.state_dict())
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None:
-            return
-        path = Path(checkpoint) / state_name(self.accelerator.process_index)
-        if not path.is_file():  # of a run with fewer processes, at a boundary: all files are alike
-            path = path.with_name(state_name(0))
-        # of classes the buffer holds the pictures' own alone
-        with torch.serialization.safe_globals([EncodedImage]):
-            state = torch.load(path, weights_only=True)
+    def restore_rollout(self, state: dict[str, Any]) -> None:
+        """Counts on from a checkpoint."""
         self.engine.n_rollouts = state["n_rollouts"]
         self.n_policy_tokens = state["n_policy_tokens"]
-        self._buffered_inputs = state["buffer"]
-        self._step = self.state.global_step * self.args.gradient_accumulation_steps
         self._last_logged_step = self.state.global_step
         self._last_logged_tokens = self.n_policy_tokens
 

@@ -1,0 +1,121 @@
+"""A GRPO trainer whose runs can be killed and go on to the same numbers.
+
+TRL's checkpoint lacks the state of the rollout and the rest of a generation buffer; it is written
+beside it, and rollout.json last of all: with it the checkpoint is whole (`train.resume` looks for
+the newest). Mends also what transformers 5.23 does to a resumed run: one step too many behind the
+last, and Qwen2.5-VL's weights not loaded.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.trainer_utils import rotate_checkpoints
+from trl import GRPOTrainer
+
+from train.checkpoint_files import measure_files
+from train.disk import writing
+from train.resume import Saved, forget_saved, state_name
+from train.vision import EncodedImage
+from train.watchdog import progress
+
+
+class ResumableGRPOTrainer(GRPOTrainer):
+    """TRL's trainer with checkpoints that are whole, or not there.
+
+    A subclass says what its rollout needs to go on (`rollout_state`, `restore_rollout`).
+    """
+
+    def rollout_state(self) -> dict[str, Any]:
+        """What this process' rollout needs to go on; plain numbers, tensors and containers."""
+        raise NotImplementedError
+
+    def restore_rollout(self, state: dict[str, Any]) -> None:
+        """Takes back what `rollout_state` gave; weights, optimizer and step are there already."""
+        raise NotImplementedError
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Goes through the rows once; a run killed behind its last step has none left to do.
+
+        transformers 5.23 looks at the number of steps only after a step, and would do one more.
+        """
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """No card per checkpoint: the run folder itself says how it was made."""
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Writes a checkpoint; older ones go only once it is whole, so that a kill costs none."""
+        folder, limit = Path(self.args.output_dir), self.args.save_total_limit
+        checkpoint = folder / f"checkpoint-{self.state.global_step}"
+        with progress.stage("save"), writing(checkpoint):
+            if self.accelerator.is_main_process:
+                forget_saved(checkpoint)
+            self.accelerator.wait_for_everyone()
+            self.args.save_total_limit = None
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self.args.save_total_limit = limit
+            self._save_rollout_state()
+            if self.args.should_save:
+                rotate_checkpoints(str(folder), save_total_limit=limit)
+
+    def _save_rollout_state(self) -> None:
+        """What TRL's checkpoint lacks, one file a process."""
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        args, n_processes = self.args, self.accelerator.num_processes
+        is_boundary = self._step % (args.steps_per_generation * self.num_iterations) == 0
+        state = {
+            **self.rollout_state(),
+            # inside a buffer the rest of its episodes is still to be trained on
+            "buffer": None if is_boundary else self._buffered_inputs,
+        }
+        torch.save(state, folder / state_name(self.accelerator.process_index))
+        self.accelerator.wait_for_everyone()
+        # last of all: with it the checkpoint is whole
+        if self.accelerator.is_main_process:
+            rows = args.per_device_train_batch_size * n_processes
+            plugin = args.deepspeed_plugin
+            Saved(
+                n_processes=n_processes,
+                is_boundary=is_boundary,
+                per_rollout=args.generation_batch_size,
+                per_step=rows * args.gradient_accumulation_steps,
+                zero_stage=plugin.zero_stage if plugin else 0,
+                files=measure_files(folder),
+            ).write(folder)
+        self.accelerator.wait_for_everyone()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Loads the weights of a checkpoint, strictly.
+
+        transformers 5.23 saves Qwen2.5-VL under the hub's tensor names, but resumes by the names
+        in memory and only warns that nothing fits: training would go on from the start's weights.
+        """
+        core = self.accelerator.unwrap_model(self.model)
+        if self.is_deepspeed_enabled or hasattr(core, "get_base_model"):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        saved = type(core).from_pretrained(resume_from_checkpoint, dtype=core.dtype)
+        core.load_state_dict(saved.state_dict())
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Also the state of the rollout, and the episodes that are still to be trained on."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        path = Path(checkpoint) / state_name(self.accelerator.process_index)
+        if not path.is_file():  # of a run with fewer processes, at a boundary: all files are alike
+            path = path.with_name(state_name(0))
+        # of classes the buffer holds the pictures' own alone
+        with torch.serialization.safe_globals([EncodedImage]):
+            state = torch.load(path, weights_only=True)
+        self._buffered_inputs = state.pop("buffer")
+        self._step = self.state.global_step * self.args.gradient_accumulation_steps
+        self.restore_rollout(state)
