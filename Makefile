@@ -57,7 +57,7 @@ test-vllm: $(STAMP) $(VLLM)/.installed ## the vLLM back end against a real serve
 $(VLLM)/.installed: tests/train/vllm_server/install.sh tests/train/vllm_server/requirements.txt
 	PYTHON=$(PYTHON) sh tests/train/vllm_server/install.sh $(VLLM)
 
-bench: $(STAMP) ## measure what the results state: start-up of the console script, retrieval
+bench: $(STAMP) ## processor time of every verb's --help
 	OMP_NUM_THREADS=1 $(BIN)/obm bench $(ARGS)
 
 bench-merge: $(STAMP) ## merge 0.5B, 1.5B and 7B beside mergekit and a raw copy (half an hour, 25 GB of disk)
@@ -65,6 +65,7 @@ bench-merge: $(STAMP) ## merge 0.5B, 1.5B and 7B beside mergekit and a raw copy 
 
 bench-rewards: $(STAMP) ## a million answers checked, and what tricks earn (two minutes)
 	OMP_NUM_THREADS=1 $(BIN)/obm bench rewards $(ARGS)
+
 bench-serve: $(STAMP) ## the search server beside Search-R1's at 1, 8 and 64 clients, a million passages (ten minutes)
 	$(BIN)/obm bench serve $(ARGS)
 

@@ -18,7 +18,7 @@ from compare.errors import CompareError
 
 PANELS = {
     "eval/accuracy": "Held-out accuracy",
-    "reward": "Training reward",
+    "train/reward": "Training reward",
     "eval/search_rate_text": "Text searches",
     "eval/search_rate_image": "Image searches",
 }

@@ -662,7 +662,8 @@ class Tracking:
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
     """`auto` = online with a login, offline without"""
     log_trajectories: Annotated[int, NotNegative] = 8
-    """trajectories per logged step in the W&B table"""
+    """episodes of a training step that trajectories.jsonl keeps (of an evaluation: all), and of an
+    evaluation in the W&B table"""
     live: Literal["auto", "off"] = "auto"
     """`auto` = the run's status in the last rows of the terminal, where there is one, else a line a
     step; `off` = a line a step everywhere"""
@@ -719,7 +720,7 @@ class Config:
     rollout: Rollout = field(default_factory=Rollout)
     """back end of the rollout"""
     grpo: dict[str, Any] = field(default_factory=dict)
-    """handed untouched to TRL's GRPOConfig"""
+    """settings of TRL's GRPOConfig, over the defaults that docs/algorithms.md names"""
     algorithm: Algorithm = field(default_factory=Algorithm)
     """what TRL lacks"""
     deepspeed: str | None = None

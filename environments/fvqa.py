@@ -10,7 +10,7 @@ pictures, in whose place stands an inert stub that drops what it is given (the p
 form differs between versions of Pillow, and their titles are what a search needs).
 
 The entries are stored under the hash of the question's own picture, which only the data set holds:
-`obm cache import --fvqa CACHE.pkl --questions fvqa_train.parquet`.
+`obm cache import FOLDER CACHE.pkl --fvqa fvqa_train.parquet`.
 """
 
 from __future__ import annotations

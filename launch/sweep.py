@@ -54,23 +54,24 @@ def sweep(
             cannot be merged; before anything is measured.
     """
     from compare.tuning import expand_grid, lay_over
-    from launch.tasks import check_merges, make_task
+    from launch.tasks import away_from_test, check_merges, make_task
 
     grid = read_pairs(pairs, config)
     settings = expand_grid(grid)
     if by_agreement and len(settings) < 2:
         raise LaunchError("--agreement compares settings; give --sweep at least two")
-    config_used = _away_from_test(config)
+    config_used = away_from_test(config, "sweep")
     configs = [lay_over(config_used, setting, WHERE) for setting in settings]
     tasks = [
         make_task(_words(setting), own) for setting, own in zip(settings, configs, strict=True)
     ]
     check_merges(tasks, output.parent)
     section = config_used.environment
-    print(
-        f"sweep: {len(tasks)} settings, each merged and asked {section.eval_size} "
-        f"{section.eval_split} questions"
-    )
+    benchmark = section.eval_benchmark
+    asked = f"{section.eval_size} {section.eval_split} questions"
+    if benchmark is not None and benchmark.name != "atlas":
+        asked = f"the questions of {benchmark.source or benchmark.name}"
+    print(f"sweep: {len(tasks)} settings, each merged and asked {asked}")
     if dry_run:
         print("\n".join(f"  {task.name}" for task in tasks))
         return config
@@ -135,14 +136,6 @@ def _read_values(key: str, text: str) -> list[Any]:
     # layers=0,1 tries layer 0 and layer 1, which are text like 4-7
     is_text = get_type_hints(Merge).get(key) is str
     return parts if is_text else [parse_yaml(part, where) for part in parts]
-
-
-def _away_from_test(config: Config) -> Config:
-    """A setting that was chosen on test questions could not be judged by them."""
-    if config.environment.eval_split != "test":
-        return config
-    print("sweep: settings are chosen on dev; environment.eval_split=test is left for the result")
-    return replace(config, environment=replace(config.environment, eval_split="dev"))
 
 
 def _measure(

@@ -125,6 +125,19 @@ def check_merges(tasks: Iterable[Task], scratch: Path) -> None:
             merge_checkpoints(task.config, scratch / f".{task.key[:16]}", dry_run=True)
 
 
+def away_from_test(config: Config, verb: str) -> Config:
+    """Settings for choosing a merge, which could not be judged by the questions it was chosen on.
+
+    Questions of an `environment.eval_benchmark` are asked as they are.
+    """
+    section = config.environment
+    is_of_atlas = section.eval_benchmark is None or section.eval_benchmark.name == "atlas"
+    if section.eval_split != "test" or not is_of_atlas:
+        return config
+    print(f"{verb}: settings are chosen on dev; environment.eval_split=test is left for the result")
+    return replace(config, environment=replace(section, eval_split="dev"))
+
+
 def _stamp(path: Path) -> list[Any] | None:
     if not path.exists():
         return None

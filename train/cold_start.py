@@ -78,7 +78,9 @@ def run_cold_start(config: Config, *, overwrite: bool = False) -> Path:
     init = resolve_model(config.models.init or "")
     folder = Path(config.output)
     frozen = choose_frozen(config, init)
-    prepare_folder(folder, config, init, resume=False, overwrite=overwrite, frozen=frozen)
+    prepare_folder(
+        folder, config, init, resume=False, overwrite=overwrite, frozen=frozen, can_resume=False
+    )
     cost = Cost()
     questions = training_questions(config)
     model, processor = load_policy(init)

@@ -104,6 +104,21 @@ def is_vision_model(folder: str | Path) -> bool:
     return load_config(folder).model_type in VISION_MODEL_TYPES
 
 
+def check_policy_type(folder: str | Path) -> None:
+    """Refuses vision-language models that `merge` knows and the rollout does not.
+
+    Raises:
+        PolicyLoadError: names the architecture and those that are known.
+    """
+    config = load_config(folder)
+    sees = any(hasattr(config, name) for name in ("vision_config", "vision_tower"))
+    if sees and config.model_type not in VISION_MODEL_TYPES:
+        raise PolicyLoadError(
+            f"{folder}: {config.model_type} can be merged, but not evaluated or trained here; "
+            f"policies that see pictures are {', '.join(VISION_MODEL_TYPES)}"
+        )
+
+
 def load_config(folder: str | Path) -> Any:
     """transformers' config of a checkpoint folder, a hub id or `owner/name@revision`.
 
@@ -146,9 +161,11 @@ def load_processor(folder: str | Path) -> Any:
         folder: local checkpoint folder, hub id or `owner/name@revision`.
 
     Raises:
-        PolicyLoadError: the folder has no tokenizer files.
+        PolicyLoadError: the folder has no tokenizer files, or is of a vision-language
+            architecture that can be merged only.
     """
     _require_checkpoint(folder)
+    check_policy_type(folder)
     is_vision = is_vision_model(folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
@@ -173,7 +190,8 @@ def load_policy(folder: str | Path, dtype: torch.dtype = torch.float32) -> tuple
         tokenizer) for a text model.
 
     Raises:
-        PolicyLoadError: the folder is missing or holds no readable weights.
+        PolicyLoadError: the folder is missing or holds no readable weights; see also
+            `load_processor`.
     """
     processor = load_processor(folder)
     auto_class = AutoModelForImageTextToText if is_vision_model(folder) else AutoModelForCausalLM

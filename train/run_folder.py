@@ -52,8 +52,19 @@ def prepare_folder(
     resume: bool,
     overwrite: bool,
     frozen: FrozenHeads | None = None,
+    *,
+    can_resume: bool = True,
 ) -> None:
     """Creates the run folder, or checks the one that shall go on.
+
+    Args:
+        folder: of the run.
+        config: its settings.
+        init: folder of its start.
+        resume: go on with what is there.
+        overwrite: delete what is there.
+        frozen: heads that stay as they are.
+        can_resume: the stage has `--resume`, for the message.
 
     Raises:
         ConfigError: it is in use, or holds a run with other settings.
@@ -69,9 +80,10 @@ def prepare_folder(
                 )
             _empty(folder)
         else:
+            go_on = "go on with --resume, " if can_resume else ""
             raise ConfigError(
-                f"output: {folder} exists already; go on with --resume, choose another name with "
-                "output=..., or delete it with --overwrite"
+                f"output: {folder} exists already; {go_on}choose another name with output=..., or "
+                "delete it with --overwrite"
             )
     folder.mkdir(parents=True, exist_ok=True)
     clear_heartbeats(folder)

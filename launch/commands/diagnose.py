@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 EXAMPLES = (
     "obm diagnose --config configs/demo.yaml",
-    "obm diagnose --model trained=runs/obm-s0/final --output runs/geometry --rank 64",
+    "obm diagnose --model rl=runs/obm-s0/checkpoints/checkpoint-30 --output runs/geometry",
 )
 NAME = "geometry"
 SUB_VERBS = {"heads": "launch.commands.diagnose_heads"}
@@ -105,7 +105,7 @@ def tuned_models(config: Config, further: list[str]) -> dict[str, str]:
     for argument in further:
         name, equals, source = argument.partition("=")
         if not (name and equals and source) or name == "base" or "/" in name:
-            raise LaunchError(f"--model {argument}: write NAME=DIR, such as trained=runs/obm/final")
+            raise LaunchError(f"--model {argument}: write NAME=DIR, such as rl=checkpoints/rl")
         models[name] = resolve_model(source)
     if not models:
         raise LaunchError("nothing to diagnose; set models.vlm or models.agent, or give --model")

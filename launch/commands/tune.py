@@ -68,7 +68,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Check the grid, tune, rank, write."""
-    config = read_config(options)
+    from launch.tasks import away_from_test
+
+    config = away_from_test(read_config(options), "tune")
     entries = read_grid(Path(options.grid), config, uneven=options.uneven)
     output = Path(options.output)
     written = [output.with_suffix(suffix) for suffix in (".json", ".csv", ".md")]

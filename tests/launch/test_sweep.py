@@ -133,6 +133,15 @@ def test_test_questions_choose_nothing(measured, tmp_path, capsys):
     assert "chosen on dev" in capsys.readouterr().out
 
 
+def test_questions_of_ones_own_are_asked_as_they_are_and_named(measured, tmp_path, capsys):
+    own = "environment.eval_benchmark={name: table, source: mine.jsonl}"
+    sweep(ties("environment.eval_split=test", own), ["density=0.1,0.2"], tmp_path / "out")
+    assert {task.config.environment.eval_split for task in measured} == {"test"}
+    said = capsys.readouterr().out
+    assert "asked the questions of mine.jsonl" in said
+    assert "dev" not in said
+
+
 def test_the_same_sweep_again_measures_nothing_and_a_wider_one_the_rest(measured, tmp_path):
     sweep(ties(), ["density=0.1,0.2"], tmp_path / "out")
     sweep(ties(), ["density=0.1,0.2"], tmp_path / "out")

@@ -77,10 +77,11 @@ def test_weights_that_a_grid_does_not_name_are_one_whatever_the_settings_say(tmp
 
 
 def test_the_best_settings_become_recipes_that_a_study_reads(obm, tmp_path, monkeypatch):
-    asked = []
+    asked, splits = [], set()
 
     def measure(self, task):
         merge = task.config.merge
+        splits.add(task.config.environment.eval_split)
         asked.append((merge.method, merge.density))
         accuracy = merge.density / 2 if merge.method == "ties" else 0.75 - merge.density / 2
         parts = ("searched", "entity", "passage", "accuracy")
@@ -93,9 +94,12 @@ def test_the_best_settings_become_recipes_that_a_study_reads(obm, tmp_path, monk
     arguments = (
         "tune", "--grid", tmp_path / "grid.yaml", "--output", tmp_path / "results",
         "--recipes", tmp_path / "recipes.yaml", "--parallel", "1", f"output={tmp_path / 'run'}",
+        "environment.eval_split=test",
     )  # fmt: skip
     code, out, _ = obm(*arguments)
     assert code == 0
+    assert "tune: settings are chosen on dev" in out
+    assert splits == {"dev"}
     assert "best mine: vlm 1, agent 1.5, density 0.5; score 0.250" in out
     assert asked == [("ties", 0.2), ("ties", 0.5), ("dare", 0.5), ("dare", 1.0)]
     recipes = yaml.safe_load((tmp_path / "recipes.yaml").read_text())

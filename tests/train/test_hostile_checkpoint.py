@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+from transformers import AutoConfig
 
 from train.policy import PolicyLoadError, load_policy
 
@@ -64,3 +65,11 @@ def test_a_pickle_in_the_place_of_the_weights_is_not_opened(folder):
     (folder / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
     with pytest.raises(PolicyLoadError, match=r"the weights cannot be read .*safetensors"):
         load_policy(folder)
+
+
+@pytest.mark.parametrize("model_type", ["llava", "qwen3_vl", "gemma3"])
+def test_a_vision_language_model_that_can_only_be_merged_is_refused_by_name(tmp_path, model_type):
+    AutoConfig.for_model(model_type).save_pretrained(tmp_path)
+    words = f"{model_type} can be merged, but not evaluated or trained here; .* qwen2_vl, "
+    with pytest.raises(PolicyLoadError, match=words):
+        load_policy(tmp_path)
