@@ -172,6 +172,15 @@ def test_another_folder_is_neither_overwritten_nor_resumed_with_other_settings(s
         run_sport(load_config(path, ["sport.tasks=7"]), resume=True)
 
 
+def test_a_cold_start_that_is_there_is_not_advised_to_go_on(settings, tmp_path):
+    path = settings()
+    (tmp_path / "run").mkdir()
+    shutil.copy(path, tmp_path / "run" / "config.yaml")
+    with pytest.raises(ConfigError, match="run exists already; choose another name") as caught:
+        run_cold_start(load_config(path))
+    assert "--resume" not in str(caught.value)
+
+
 def test_tasks_are_new_in_each_iteration_and_of_the_training_split(settings):
     config = load_config(settings(kind="two"))
     one, two, again = (make_tasks(config, n, None) for n in (1, 2, 1))
