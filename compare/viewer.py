@@ -25,9 +25,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from compare.errors import CompareError
 from compare.figure import arm_colours
 from compare.trajectory_files import TrajectoryFile
 from compare.viewer_pictures import find_pictures
+from train.disk import writing
 
 CHUNK_BYTES = 128 * 1024
 """JSON of a chunk before it is deflated: one is inflated and parsed in about 2 ms"""
@@ -350,12 +352,29 @@ def write_page(packed: Packed, path: Path, title: str) -> int:
 
     Returns:
         Its size in bytes.
+
+    Raises:
+        DiskError: the disk takes no more.
+        CompareError: the file cannot be written for another reason.
     """
+    try:
+        with writing(path):
+            return _write_whole(path, _page(packed, title))
+    except OSError as error:
+        raise CompareError(
+            f"--output {path}: cannot be written ({error.strerror}); name another file"
+        ) from error
+
+
+def _write_whole(path: Path, parts: Iterable[str]) -> int:
+    """Writes a text whole or not at all; returns its size in bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # a lone surrogate, which is no UTF-8, can stand in the title alone
+    file = temporary.open("w", encoding="utf-8", errors="xmlcharrefreplace", newline="\n")
     try:
-        with temporary.open("w", encoding="utf-8", newline="\n") as file:
-            file.writelines(_page(packed, title))
+        with file:
+            file.writelines(parts)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

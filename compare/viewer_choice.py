@@ -66,11 +66,11 @@ def parse_steps(text: str) -> tuple[tuple[int, int | None], ...]:
     """
     ranges: list[tuple[int, int | None]] = []
     for part in filter(None, (part.strip() for part in text.split(","))):
-        match = re.fullmatch(r"(\d+)(-(\d*))?", part)
+        match = re.fullmatch(r"(\d{1,18})(-(\d{0,18}))?", part)
         low = int(match[1]) if match else 0
         high = low if not match or match[2] is None else int(match[3]) if match[3] else None
         if match is None or (high is not None and high < low):
-            raise CompareError(f"--steps {part}: write steps as 0,30-60 or 100-")
+            raise CompareError(f"--steps {part[:40]}: write steps as 0,30-60 or 100-")
         ranges.append((low, high))
     return tuple(ranges)
 

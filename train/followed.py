@@ -42,7 +42,7 @@ def follow(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[Visit]]:
     """Visits of each followed question, by step, with what changed since the one before.
 
     Args:
-        rows: lines of trajectories.jsonl; others than followed ones are left out.
+        rows: lines of trajectories.jsonl, checked; others than followed ones are left out.
     """
     found: dict[str, list[Visit]] = {}
     for row in rows:
@@ -66,11 +66,11 @@ def _visit(row: Mapping[str, Any]) -> Visit:
     ]
     return Visit(
         step=row["step"],
-        answer=row["answer"],
+        answer=row.get("answer"),
         stop_reason=row["stop_reason"],
         reward=(row["rewards"] or {}).get("total"),
         searches=tuple(searches),
-        text="".join(turn["text"] + (turn["observation"] or "") for turn in row["turns"]),
+        text="".join(turn["text"] + (turn.get("observation") or "") for turn in row["turns"]),
     )
 
 

@@ -7,6 +7,7 @@ is decided by tracking.follow and environment.data_seed, so two arms of a compar
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,13 +33,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Print a block for each question."""
-    from compare.trajectory_files import read_lines
+    from compare.trajectory_files import check_row, read_lines
     from train.followed import follow
 
     path = Path(options.run) / "trajectories.jsonl"
-    if not path.is_file():
+    if not os.path.isfile(path):  # which, unlike Path's, takes a name that is too long for none
         raise LaunchError(f"{options.run} holds no trajectories.jsonl; name a run folder")
-    rows = [row for _, row in read_lines(path) if row is not None and row.get("followed")]
+    rows = []
+    for number, row in read_lines(path):
+        if row is not None and row.get("followed"):
+            check_row(row, f"{path}:{number}")
+            rows.append(row)
     prompts = {row["question_id"]: row["prompt"] for row in rows}
     found = follow(rows)
     if options.question:
@@ -47,8 +52,10 @@ def run(options: argparse.Namespace) -> int:
         known = f"; it follows {', '.join(prompts)}" if prompts else "; set tracking.follow above 0"
         raise LaunchError(f"{path} has no evaluation of a followed question as asked{known}")
     for question_id, visits in found.items():
-        print(f"{question_id}  {prompts[question_id].splitlines()[-1]}")
-        print("\n".join(_block(visits, options.text)), end="\n\n")
+        last = (prompts[question_id].splitlines() or [""])[-1]
+        text = "\n".join([f"{question_id}  {last}", *_block(visits, options.text)])
+        # a lone surrogate, which JSON can hold and UTF-8 cannot, shows as ?
+        print(text.encode("utf-8", "replace").decode(), end="\n\n")
     return 0
 
 

@@ -58,9 +58,15 @@ def run(options: argparse.Namespace) -> int:
     choice = Choice.parse(options.phase, options.steps, options.questions, options.limit)
     paths = [find_file(place) for place in options.runs]
     output = Path(options.output or paths[0].parent / "view.html")
-    if output.exists() and not options.overwrite:
+    try:
+        is_there, is_folder = output.exists(), output.is_dir()
+    except OSError as error:  # such as a name that is too long
+        raise LaunchError(
+            f"--output {output}: cannot be written ({error.strerror}); name another file"
+        ) from error
+    if is_there and not options.overwrite:
         raise LaunchError(f"{output} exists; pass --overwrite or another --output")
-    if output.is_dir():
+    if is_folder:
         raise LaunchError(f"{output} is a folder; name a file, such as {output}/view.html")
     files = read_files(paths, choice)
     packed = pack(files, with_pictures=not options.no_pictures)

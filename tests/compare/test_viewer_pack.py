@@ -221,6 +221,7 @@ def test_line_separators_of_unicode_do_not_end_a_line(tmp_path):
             json.dumps(line(turns=[{"text": "x", "action": {}, "tokens": ["x"], "logprobs": []}])),
             "turn 0 has 1 tokens and 0 logprobs",
         ),
+        ('{"a":' * 5000, r":2: not read \(maximum recursion depth .*restore or remove the line"),
     ],
 )
 def test_a_bad_line_is_one_error_with_its_place_and_nothing_is_written(
@@ -232,6 +233,74 @@ def test_a_bad_line_is_one_error_with_its_place_and_nothing_is_written(
     assert main(["view", str(tmp_path)]) == 2
     assert capsys.readouterr().err.startswith("error: ")
     assert [path.name for path in tmp_path.iterdir()] == ["trajectories.jsonl"]
+
+
+BAD_VALUES = [
+    ({"seed": {}}, "'seed' is dict"),
+    ({"seed": 10**400}, "'seed' is too large a number"),
+    ({"step": True}, "'step' is bool"),
+    ({"arm": []}, "'arm' is list"),
+    ({"answer": ["a"]}, "'answer' is list"),
+    ({"rewards": {"total": "x"}}, "'rewards' holds str"),
+    ({"rewards": {"total": 10**400}}, "'rewards' holds too large a number"),
+    ({"rewards": None}, "'rewards' is null"),
+    ({"images": [{}]}, "'images' holds dict"),
+    ({"gold": 3}, "'gold' is int"),
+    ({"gold": {"hits": 3}}, "'gold': 'hits' is int"),
+    ({"gold": {"answers": "ab"}}, "'gold': 'answers' is str"),
+    ({"question": {"answers": 3}}, "'question': 'answers' is int"),
+    ({"measured": 3}, "'measured' is int"),
+    ({"advantages": 3}, "'advantages' is int"),
+    ({"masked_from": float("nan")}, "'masked_from' is float"),
+]
+BAD_TURNS = [
+    ({"hits": 3}, "'hits' is int"),
+    ({"tokens": 3}, "'tokens' is int"),
+    ({"tokens": ["a"], "logprobs": ["x"]}, "'logprobs' holds str"),
+    ({"tokens": ["a"], "logprobs": [1e307]}, "'logprobs' holds too large a number"),
+    ({"images": 3}, "'images' is int"),
+    ({"fault": {}}, "'fault' is dict"),
+    ({"n_tokens": "3"}, "'n_tokens' is str"),
+    ({"observation": 3}, "'observation' is int"),
+    ({"retries": float("nan")}, "'retries' is float"),
+    ({"action": {}}, "'action': 'type' is missing"),
+    ({"action": {"type": "search"}}, "'action': 'query' is missing"),
+    ({"action": {"type": "parallel", "calls": 3}}, "'action': 'calls' is int"),
+    ({"action": {"type": "parallel", "calls": [3]}}, "call 0 is not a JSON object"),
+    ({"action": {"type": "parallel", "calls": [{}]}}, "call 0: 'type' is missing"),
+    ({"action": {"type": "answer", "text": float("nan")}}, "'action' holds a number that is none"),
+]
+
+
+@pytest.mark.parametrize(("bad", "message"), BAD_VALUES)
+def test_a_value_of_another_shape_is_named(tmp_path, bad, message):
+    write_lines(tmp_path, [line(), line(5) | bad])
+    with pytest.raises(CompareError, match=f"trajectories.jsonl:2: {message}; restore the line"):
+        read_file(tmp_path / "trajectories.jsonl", Choice())
+
+
+@pytest.mark.parametrize(("bad", "message"), BAD_TURNS)
+def test_a_turn_of_another_shape_is_named(tmp_path, bad, message):
+    turns = [{"text": "x", "action": {"type": "answer", "text": "a"}, **bad}]
+    write_lines(tmp_path, [line(), line(5, turns=turns)])
+    with pytest.raises(CompareError, match=f"trajectories.jsonl:2: turn 0: {message}"):
+        read_file(tmp_path / "trajectories.jsonl", Choice())
+    assert main(["view", str(tmp_path)]) == 2
+    assert not (tmp_path / "view.html").exists()
+
+
+def test_what_may_be_missing_may_be_null_and_every_call_of_the_policy_is_read(tmp_path):
+    actions = [
+        {"type": "image_search", "region": [0, 0, 0.5, 1]}, {"type": "visit", "url": "u"},
+        {"type": "invalid", "reason": "r"}, {"type": "of a later version", "boxes": [[1], {}]},
+    ]  # fmt: skip
+    actions.append({"type": "parallel", "calls": actions[:2]})
+    nulls = {"observation": None, "images": None, "hits": None, "tokens": None, "seconds": None}
+    turns = [{"text": "", "action": action, **nulls} for action in actions]
+    rewards = {"total": None, "accuracy": float("nan"), "format": True}
+    row = line(rewards=rewards, turns=turns, gold=None, arm=None, answer=None, advantages=[None])
+    write_lines(tmp_path, [row])
+    assert main(["view", str(tmp_path)]) == 0
 
 
 def test_a_file_is_found_by_folder_or_name(tmp_path):
@@ -249,8 +318,8 @@ def test_a_file_is_found_by_folder_or_name(tmp_path):
 
 def test_steps_are_numbers_and_ranges():
     assert parse_steps("0, 30-60,100-") == ((0, 0), (30, 60), (100, None))
-    for bad in ("x", "5-3", "-5", "1--2"):
-        with pytest.raises(CompareError, match="write steps as"):
+    for bad in ("x", "5-3", "-5", "1--2", "1" * 5000, "1-" + "2" * 5000):
+        with pytest.raises(CompareError, match=r"--steps .{1,40}: write steps as"):
             parse_steps(bad)
 
 
@@ -306,6 +375,27 @@ def test_names_of_runs_do_not_write_into_the_page(tmp_path):
     assert "alert(1)</script>" not in text
 
 
+@pytest.mark.parametrize("output", ["file/x.html", "x" * 300 + ".html", "x" * 250, "/proc/x"])
+def test_an_output_that_cannot_be_written_is_said(tmp_path, capsys, output):
+    run = write_lines(tmp_path / "run", [line()])
+    (tmp_path / "file").write_text("mine")
+    assert main(["view", str(run), "--output", str(tmp_path / output)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: --output {tmp_path / output}: cannot be written (")
+    assert error.endswith("; name another file\n")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == [
+        "file", "run", "trajectories.jsonl"
+    ]  # fmt: skip
+
+
+def test_a_lone_surrogate_in_a_name_is_written(tmp_path):
+    run = write_lines(tmp_path / "run", [])
+    text = json.dumps(line() | {"arm": "a\ud800"})
+    (run / "trajectories.jsonl").write_text(text + "\n")
+    assert main(["view", str(run)]) == 0
+    assert "<title>Episodes of a&#55296;-s0</title>" in (run / "view.html").read_text("utf-8")
+
+
 def test_what_cannot_be_shown_is_said(tmp_path, capsys):
     run = write_lines(tmp_path / "run", [line()])
     empty = write_lines(tmp_path / "empty", [], end='{"torn')
@@ -315,6 +405,7 @@ def test_what_cannot_be_shown_is_said(tmp_path, capsys):
         ([run, "--steps", "7"], "no episode is as --phase, --steps and --questions ask"),
         ([run, "--limit", "0"], "--limit 0: give a number of 1 or more"),
         ([run, "--output", tmp_path, "--overwrite"], "is a folder; name a file"),
+        (["x" * 300], "cannot be read (File name too long); name a run folder"),
     ):
         assert main(["view", *map(str, arguments)]) == 2
         assert message in capsys.readouterr().err

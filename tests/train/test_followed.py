@@ -17,6 +17,7 @@ def line(step, question_id="q1", answer="Rome", total=0.1, queries=("capital of 
         {"text": "<answer>", "action": {"type": "answer", "text": answer}, "observation": None},
     ]  # fmt: skip
     return {
+        "schema_version": 2, "images": [],
         "step": step, "phase": "eval", "question_id": question_id, "prompt": "Instruction.\nWhere?",
         "turns": turns, "stop_reason": "answer", "answer": answer, "rewards": {"total": total},
         "followed": True, **extra,
@@ -106,3 +107,49 @@ def test_what_cannot_be_followed_is_said(run_folder, tmp_path_factory, capsys):
     empty = tmp_path_factory.mktemp("empty")
     assert main(["follow", str(empty)]) == 2
     assert "no trajectories.jsonl" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"question_id": None}, "'question_id' is null"),
+        ({"prompt": None}, "'prompt' is null"),
+        ({"step": "1"}, "'step' is str"),
+        ({"answer": 3}, "'answer' is int"),
+        ({"rewards": {"total": "x"}}, "'rewards' holds str"),
+        ({"turns": [{"text": "", "action": {"type": 3}}]}, "turn 0: 'action': 'type' is int"),
+        (
+            {"turns": [{"text": "", "action": {"type": "answer"}, "observation": 3}]},
+            "turn 0: 'observation' is int",
+        ),
+    ],
+)
+def test_a_bad_line_of_a_followed_question_is_named(tmp_path, capsys, bad, message):
+    path = tmp_path / "trajectories.jsonl"
+    path.write_text(json.dumps(line(0)) + "\n" + json.dumps({**line(5), **bad}) + "\n")
+    assert main(["follow", str(tmp_path)]) == 2
+    out, error = capsys.readouterr()
+    assert out == ""
+    assert error == f"error: {path}:2: {message}; restore the line\n"
+
+
+@pytest.mark.parametrize("name", ["question_id", "prompt", "turns", "rewards", "step"])
+def test_a_followed_line_without_a_key_is_named(tmp_path, capsys, name):
+    path = tmp_path / "trajectories.jsonl"
+    path.write_text(json.dumps({k: v for k, v in line(0).items() if k != name}) + "\n")
+    assert main(["follow", str(tmp_path)]) == 2
+    assert f"{path}:1: {name!r} is missing; is this a" in capsys.readouterr().err
+
+
+def test_what_a_line_may_lack_is_not_asked_for(tmp_path, capsys):
+    row = line(0, prompt="", question_id="q\ud800")
+    row["turns"] = [{"text": "x", "action": {"type": "answer", "text": "\ud800"}}]
+    del row["answer"]
+    (tmp_path / "trajectories.jsonl").write_text(json.dumps(row) + "\n")
+    assert main(["follow", str(tmp_path), "--text"]) == 0
+    assert capsys.readouterr().out.startswith("q?  \n")
+
+
+def test_a_name_that_is_too_long_is_no_run(capsys):
+    assert main(["follow", "x" * 300]) == 2
+    assert "holds no trajectories.jsonl" in capsys.readouterr().err
