@@ -24,32 +24,32 @@ TOO_LARGE = 1e300
 MAX_DEPTH = 8
 """Lists and objects within each other in an action; an environment's have two at most."""
 
-_Kinds = type | tuple[type, ...]
-_NUMBER: tuple[type, ...] = (int, float)
-_SCALAR: tuple[type, ...] = (str, int, float, bool)
+_Kinds = set[type]
+_NUMBER: _Kinds = {int, float}
+_SCALAR: _Kinds = {str, int, float, bool}
 # What a line and its turns must have; what they may have, or have as null; what lists and objects
 # among these hold. Later code relies on it and asks no more.
 _TYPES: dict[str, _Kinds] = {
-    "step": int, "phase": str, "question_id": str, "prompt": str, "turns": list, "images": list,
-    "stop_reason": str, "rewards": dict,
+    "step": {int}, "phase": {str}, "question_id": {str}, "prompt": {str}, "turns": {list},
+    "images": {list}, "stop_reason": {str}, "rewards": {dict},
 }  # fmt: skip
 _OPTIONAL: dict[str, _Kinds] = {
-    "arm": str, "seed": int, "kind": str, "answer": str, "advantages": list, "masked_from": int,
-    "gold": dict, "question": dict, "measured": dict,
+    "arm": {str}, "seed": {int}, "kind": {str}, "answer": {str}, "advantages": {list},
+    "masked_from": {int}, "gold": {dict}, "question": {dict}, "measured": {dict},
 }  # fmt: skip
-_GOLD_TYPES: dict[str, _Kinds] = {"answers": list, "hits": list}
-_TURN_TYPES: dict[str, _Kinds] = {"text": str, "action": dict}
+_GOLD_TYPES: dict[str, _Kinds] = {"answers": {list}, "hits": {list}}
+_TURN_TYPES: dict[str, _Kinds] = {"text": {str}, "action": {dict}}
 _TURN_OPTIONAL: dict[str, _Kinds] = {
-    "n_tokens": int, "logprob": _NUMBER, "entropy": _NUMBER, "observation": str,
-    "n_observation_tokens": int, "images": list, "hits": list, "is_error": bool, "fault": str,
-    "seconds": _NUMBER, "retries": int, "tokens": list, "logprobs": list,
+    "n_tokens": {int}, "logprob": _NUMBER, "entropy": _NUMBER, "observation": {str},
+    "n_observation_tokens": {int}, "images": {list}, "hits": {list}, "is_error": {bool},
+    "fault": {str}, "seconds": _NUMBER, "retries": {int}, "tokens": {list}, "logprobs": {list},
 }  # fmt: skip
 _ITEMS: dict[str, _Kinds] = {
-    "images": str, "rewards": (*_NUMBER, bool, type(None)), "advantages": (*_NUMBER, type(None)),
-    "tokens": str, "logprobs": _NUMBER, "hits": _SCALAR, "answers": _SCALAR,
+    "images": {str}, "rewards": {*_NUMBER, bool, type(None)}, "advantages": {*_NUMBER, type(None)},
+    "tokens": {str}, "logprobs": _NUMBER, "hits": _SCALAR, "answers": _SCALAR,
 }  # fmt: skip
 _CALL_TYPES: dict[str, dict[str, _Kinds]] = {
-    "search": {"query": str}, "image_search": {"region": (str, list)},
+    "search": {"query": {str}}, "image_search": {"region": {str, list}},
 }  # fmt: skip
 """What a call of a type must have beside it."""
 
@@ -160,7 +160,7 @@ def _check_turn(turn: dict[str, Any], where: str) -> None:
             f"{where} has {len(tokens)} tokens and {len(logprobs)} logprobs; restore the line"
         )
     action = turn["action"]
-    _check_types(action, {"type": str}, f"{where}: 'action'")
+    _check_types(action, {"type": {str}}, f"{where}: 'action'")
     if not _is_plain(action):
         raise CompareError(
             f"{where}: 'action' holds a number that is none, or is nested deep; restore the line"
@@ -168,11 +168,11 @@ def _check_turn(turn: dict[str, Any], where: str) -> None:
     _check_types(action, _CALL_TYPES.get(action["type"], {}), f"{where}: 'action'")
     if action["type"] != "parallel":
         return
-    _check_types(action, {"calls": list}, f"{where}: 'action'")
+    _check_types(action, {"calls": {list}}, f"{where}: 'action'")
     for number, call in enumerate(action["calls"]):
         if not isinstance(call, dict):
             raise CompareError(f"{where}: call {number} is not a JSON object; restore the line")
-        _check_types(call, {"type": str}, f"{where}: call {number}")
+        _check_types(call, {"type": {str}}, f"{where}: call {number}")
         _check_types(call, _CALL_TYPES.get(call["type"], {}), f"{where}: call {number}")
 
 
@@ -199,9 +199,8 @@ def _check_items(name: str, values: Any, where: str) -> None:
 
 def _is_a(value: Any, kinds: _Kinds) -> bool:
     """Of one of the types, and no number that sums of it could not be made of."""
-    if isinstance(value, bool) and kinds is not bool:
-        return isinstance(kinds, tuple) and bool in kinds
-    return isinstance(value, kinds) and not _is_too_large(value)
+    # by type itself: what JSON makes is of no subclass, but a bool, which is an int to isinstance
+    return type(value) in kinds and (type(value) not in _NUMBER or not _is_too_large(value))
 
 
 def _is_too_large(value: Any) -> bool:

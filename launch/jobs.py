@@ -24,6 +24,7 @@ from typing import Any
 
 from launch.errors import JobFailedError, LaunchError
 from train.leash import VARIABLE, name_myself
+from train.status import is_line
 
 POLL_S = 0.5
 LOG_TAIL_LINES = 25
@@ -182,7 +183,15 @@ class Follower:
         """times that the file became shorter and was read again from its start"""
 
     def new_lines(self) -> list[dict[str, Any]]:
-        """Complete lines since the last call."""
+        """Complete lines since the last call; what is no line of metrics is passed over.
+
+        Whoever watches a run must not end by what a disk or another program did to its file.
+        """
+        with suppress(OSError):  # the run may replace the file at any time
+            return self._read()
+        return []
+
+    def _read(self) -> list[dict[str, Any]]:
         if self._size() < self._offset:
             # Resuming cuts the file back to its checkpoint, overwriting starts it anew.
             self._offset = 0
@@ -193,10 +202,19 @@ class Follower:
             file.seek(self._offset)
             complete, newline, _ = file.read().rpartition(b"\n")
         self._offset += len(complete) + len(newline)
-        return [json.loads(line) for line in complete.splitlines() if line.strip()]
+        rows = map(_parsed, complete.splitlines())
+        return [row for row in rows if is_line(row)]
 
     def _size(self) -> int:
         return self._path.stat().st_size if self._path.is_file() else 0
+
+
+def _parsed(line: bytes) -> Any:
+    """None where it is no JSON."""
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return None
 
 
 def _start(job: Job, environment: dict[str, str], devices: tuple[int, ...]) -> _Running:

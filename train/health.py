@@ -7,7 +7,6 @@ once, again only every `REPEAT` steps while it holds, and anew after it was gone
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +30,8 @@ CALM = 5
 """Lines without the condition after which a warning counts as gone."""
 MEMORY = 64
 """Lines that the monitor keeps for its rules."""
+TOO_LARGE = 1e300
+"""No number of a run is."""
 
 NO_SIGNAL = 0.999
 """Share of groups in which every episode got the same reward."""
@@ -296,7 +297,7 @@ def _gradient(history: Sequence[Line], settings: Settings) -> Words:
             "go back to the last checkpoint with a lower grpo.learning_rate; in half precision "
             "use bf16, not fp16",
         )
-    earlier = [line["grad_norm"] for line in history[:-1] if _is_number(line.get("grad_norm"))]
+    earlier = [line["grad_norm"] for line in history[:-1] if is_number(line.get("grad_norm"))]
     usual = median(earlier) if len(earlier) >= MIN_FOR_MEDIAN else 0.0
     if usual <= 0 or newest.get("grad_norm", 0.0) <= GRADIENT_SPIKE * usual:
         return None
@@ -361,12 +362,12 @@ RULES: dict[str, Callable[[Sequence[Line], Settings], Words]] = {
 def _holds(history: Sequence[Line], name: str, is_so: Callable[[float], bool]) -> bool:
     """True if each of the last WINDOW lines has the metric and fulfils the condition."""
     values = [line.get(name) for line in history[-WINDOW:]]
-    return len(values) == WINDOW and all(_is_number(v) and is_so(v) for v in values)  # type: ignore[arg-type]
+    return len(values) == WINDOW and all(is_number(v) and is_so(v) for v in values)  # type: ignore[arg-type]
 
 
 def _mean(history: Sequence[Line], name: str) -> float | None:
     """Mean over the window; None where the metric is missing."""
-    values = [line[name] for line in history[-WINDOW:] if _is_number(line.get(name))]
+    values = [line[name] for line in history[-WINDOW:] if is_number(line.get(name))]
     return fmean(values) if values else None
 
 
@@ -374,8 +375,9 @@ def _shares(history: Sequence[Line], stage: str) -> list[float] | None:
     """The stage's share of each step in the window; None where the timers are missing."""
     shares = []
     for line in history[-WINDOW:]:
-        step = sum(line.get(f"time/{part}_s") or 0.0 for part in WHOLE_STEP)
-        if not step or f"time/{stage}_s" not in line:
+        names = [f"time/{part}_s" for part in WHOLE_STEP]
+        step = sum(line[name] for name in names if is_number(line.get(name)))
+        if not step or not is_number(line.get(f"time/{stage}_s")):
             return None
         shares.append(line[f"time/{stage}_s"] / step)
     return shares if len(shares) == WINDOW else None
@@ -385,10 +387,11 @@ def _steps(history: Sequence[Line]) -> str:
     return f"the last {min(WINDOW, len(history))} steps logged"
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+def is_number(value: Any) -> bool:
+    """Whether it can be drawn and reckoned with: sums and products of such stay finite."""
+    return isinstance(value, int | float) and -TOO_LARGE < value < TOO_LARGE
 
 
 def _is_bad(value: Any) -> bool:
     """metrics.jsonl writes null for what is not finite."""
-    return value is None or not math.isfinite(value)
+    return not is_number(value)

@@ -6,14 +6,13 @@
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
-from train.health import HealthWarning, Line
+from train.health import HealthWarning, Line, is_number
 
 N_RECENT = 48
 """Training lines kept: those of the sparkline and of the time left."""
@@ -61,7 +60,7 @@ class Status:
         Steps of a run that was cut back and resumed may come again.
         """
         step, since_start = line.get("step"), line.get("time_s")
-        if not isinstance(step, int) or not is_number(since_start):
+        if not is_line(line) or step is None or not is_number(since_start):
             return
         if line.get("phase") == "eval":
             self.floor = self.floor or line
@@ -114,6 +113,16 @@ def evaluations_left(step: int, max_steps: int, every: int) -> int:
     return max_steps // every - step // every + (max_steps % every != 0)
 
 
-def is_number(value: Any) -> bool:
-    """Whether it can be drawn."""
-    return isinstance(value, int | float) and math.isfinite(value)
+def is_line(row: Any) -> bool:
+    """Whether a row of a metrics.jsonl has a line's shape: its step, its phase, numbers or null."""
+    if not isinstance(row, Mapping):
+        return False
+    step, phase = row.get("step", 0), row.get("phase", "")
+    if type(step) is not int or not is_number(step) or not isinstance(phase, str):
+        return False
+    # a NaN is a number that was not finite; a whole one of 400 digits is none of a run's
+    return all(
+        value is None or isinstance(value, float) or is_number(value)
+        for name, value in row.items()
+        if name != "phase"
+    )

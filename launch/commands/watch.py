@@ -7,6 +7,7 @@ or you press q or Ctrl-C. Where the output is no terminal it is printed once.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from pathlib import Path
@@ -71,7 +72,8 @@ class WatchedRun:
         from configs.schema import load_config
         from launch.jobs import Follower
 
-        if not (folder / "config.yaml").is_file():
+        # unlike Path's, this takes a name that is too long for none
+        if not os.path.isfile(folder / "config.yaml"):
             raise LaunchError(f"{folder} holds no config.yaml; name the folder of a training run")
         self._folder = folder
         self._config = load_config(folder / "config.yaml")
@@ -95,7 +97,7 @@ class WatchedRun:
             self._status, self._monitor = self._start()
         for line in lines:
             self._status.take(line)
-            if line["phase"] == "train":
+            if line.get("phase") == "train" and "step" in line:
                 self._monitor.check(line)
         self._status.warnings = self._monitor.active
         self._read_heartbeats()
@@ -110,13 +112,22 @@ class WatchedRun:
         return max(0.0, time.time() - path.stat().st_mtime) if is_going and path.is_file() else 0.0
 
     def _read_heartbeats(self) -> None:
+        from train.status import is_number
         from train.watchdog import FOLDER, read_heartbeats
 
         try:
             beats = read_heartbeats(self._folder / FOLDER)
-        except (OSError, ValueError, TypeError):  # replaced while we read, or of another version
+        except (
+            OSError,
+            ValueError,
+            TypeError,
+            RecursionError,
+        ):  # replaced while we read, or of another version
             return
-        if not beats:
+        # of another program or cut: no sign of life is better than the end of the watching
+        if not beats or not all(
+            isinstance(beat.stage, str) and is_number(beat.seen) for beat in beats
+        ):
             return
         first = beats[0]
         self._status.stage, self._status.memory_gb = first.stage, first.memory_gb or None

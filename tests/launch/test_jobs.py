@@ -77,6 +77,36 @@ def test_a_file_that_was_cut_back_is_read_from_its_start(tmp_path):
     assert follower.new_lines() == [{"step": 3}]
 
 
+BAD_LINES = [
+    b"{torn", b'"a', b"\xff\xfe{}", b"\x00", b"[1]", b"null", b"[" * 5000, b'{"step": "1"}',
+    b'{"step": null}', b'{"step": true}', b'{"step": 1.0}', b'{"step": 1, "phase": 3}',
+    b'{"step": 1, "eval/accuracy": "x"}', b'{"step": 1, "loss": [1]}', b'{"step": 1, "loss": {}}',
+    b'{"step": 1' + b"0" * 400 + b"}", b'{"step": 1, "loss": 1' + b"0" * 400 + b"}",
+    b'{"step": 1' + b"0" * 5000 + b"}",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("bad", BAD_LINES, ids=lambda bad: repr(bad[:30]))
+def test_a_bad_line_is_passed_over_and_those_around_it_are_read(tmp_path, bad):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1, "loss": null}\n' + bad + b'\n{"step": 2, "phase": "eval"}\n')
+    follower = jobs.Follower(path, from_start=True)
+    assert follower.new_lines() == [{"step": 1, "loss": None}, {"step": 2, "phase": "eval"}]
+    assert follower.new_lines() == []
+
+
+def test_a_bad_line_of_a_job_ends_nothing(scripted, tmp_path):
+    code = WRITE_LINES.replace('json.dumps({"step"', '"[1]\\n\\xff\\n" + json.dumps({"step"')
+    seen, done = [], []
+    run_jobs(
+        [make_job(tmp_path, "a", code)],
+        on_line=lambda job, line: seen.append(line["step"]),
+        on_done=lambda job, seconds: done.append(job.name),
+    )
+    assert seen == [0, 1, 2]
+    assert done == ["a"]
+
+
 def test_at_most_so_many_run_at_once(scripted, tmp_path):
     code = (
         "import pathlib, sys, time, os\n"

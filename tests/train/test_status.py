@@ -1,14 +1,16 @@
 """What a run's status says: time left, changes since the floor, its rows on any width."""
 
+import json
 from io import BytesIO, StringIO, TextIOWrapper
 
 import pytest
 from rich.console import Console
 from rich.text import Text
 
-from train.health import HealthWarning
+from launch.cli import main
+from train.health import HealthWarning, Settings, find_warnings
 from train.panel import JOINT, _cells, duration, fit, sparkline
-from train.status import Status, evaluations_left
+from train.status import Status, evaluations_left, is_line, is_number
 
 TRAIN = {
     "phase": "train", "reward": 0.4, "rewards/accuracy/mean": 0.25, "search/rate_image": 0.125,
@@ -96,6 +98,49 @@ def test_a_line_with_a_mean_over_nothing_is_left_out_and_breaks_nothing():
     assert "reward" in drawn(status)
     status.take({"step": 4})
     assert status.step == 3
+
+
+HOSTILE = ["x", [1], {}, 10**400, -(10**400), 1e308, -1e308, float("nan"), True, None]
+
+
+@pytest.mark.parametrize("value", HOSTILE, ids=lambda value: str(value)[:8])
+@pytest.mark.parametrize("phase", ["train", "eval"])
+def test_a_value_of_any_kind_is_drawn_or_left_out(phase, value):
+    good = evaluation(5, 90.0, 6.0, 0.4) if phase == "eval" else TRAIN | {"step": 5, "time_s": 90.0}
+    for name in [*good, "eval/time_s", "reward", "grad_norm"]:
+        status = a_status(4)
+        line = good | {"phase": phase, name: value}
+        status.take(line)
+        is_taken = is_line(line) and is_number(line["step"]) and is_number(line["time_s"])
+        assert ("step 5/9" in plain(drawn(status))) == (is_taken and line["step"] == 5)
+
+
+@pytest.mark.parametrize("value", HOSTILE, ids=lambda value: str(value)[:8])
+def test_rules_take_a_metric_of_any_kind(value):
+    settings = Settings(max_completion_tokens=320, max_new_tokens=40, beta=0.001)
+    names = [*TRAIN, "loss", "grad_norm", "kl", "entropy", "frac_reward_zero_std"]
+    for name in names:
+        lines = [{**TRAIN, "grad_norm": 1.0, "loss": 0.1, name: value} for _ in range(12)]
+        found = [warning.code for warning in find_warnings(lines, settings)]
+        is_odd = name in ("loss", "grad_norm") and value is not True
+        assert ("gradient" in found) == is_odd
+
+
+@pytest.mark.parametrize("line", [b"{", b"\xff", b"[1]", b'{"step": "x"}', b'{"phase": "train"}'])
+def test_watch_passes_a_bad_line_over(tmp_path, capsys, line):
+    (tmp_path / "config.yaml").write_text("output: x\n")
+    good = [json.dumps({**TRAIN, "step": n, "time_s": 9.0 * n}).encode() for n in (1, 2)]
+    (tmp_path / "metrics.jsonl").write_bytes(b"\n".join([good[0], line, good[1], b""]))
+    (tmp_path / "heartbeat").mkdir()
+    beat = {"rank": 0, "stage": 3, "step": 1, "since": 0.0, "seen": "x", "host": "h", "pid": 1}
+    (tmp_path / "heartbeat" / "rank_0.json").write_text(json.dumps(beat))
+    assert main(["watch", str(tmp_path), "--once"]) == 0
+    assert "step 2/" in capsys.readouterr().out
+
+
+def test_watch_takes_a_name_that_is_too_long_for_no_run(capsys):
+    assert main(["watch", "x" * 300, "--once"]) == 2
+    assert "holds no config.yaml; name the folder" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- the panel
