@@ -112,6 +112,10 @@ class Building:
         self.shards.append(shard)
         self._save()
 
+    def discard(self) -> None:
+        """Removes the folder of a build that has nothing to go on from."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
     def publish(self, description: dict[str, Any]) -> None:
         """Writes index.json, removes the shards and renames the folder to its name."""
         for path in self.folder.glob("shard-*"):
@@ -191,9 +195,12 @@ def check_output(output: Path, part: Path, source: Path, overwrite: bool) -> Non
     """
     if not output.name:
         raise EnvironmentSetupError(f"--output '{output}' names no folder of its own; name one")
+    corpus = Path(os.path.realpath(source))  # unlike resolve, it takes links in a ring
     for folder in (output, part):
-        if folder.resolve() in source.resolve().parents:
+        if Path(os.path.realpath(folder)) in corpus.parents:
             raise EnvironmentSetupError(f"{folder}: holds the source {source}; choose another one")
+    if output.is_symlink() and not output.exists():
+        raise EnvironmentSetupError(f"{output}: is a link to nowhere; choose another --output")
     if not output.exists():
         return
     if not output.is_dir():
@@ -231,10 +238,10 @@ def _build(
         except BaseException:
             # nothing to go on from, and the same command shall work once the source is mended
             if not building.shards:
-                shutil.rmtree(building.folder, ignore_errors=True)
+                building.discard()
             raise
         if not building.n_rows:
-            shutil.rmtree(building.folder, ignore_errors=True)
+            building.discard()
             raise EnvironmentSetupError(f"{source.path}: there is nothing to index in it")
         lines = np.concatenate([np.zeros(1, np.int64), *building.load(".lines.npy")])
         np.save(building.folder / OFFSETS_FILE, np.cumsum(lines))

@@ -116,10 +116,12 @@ class JsonLines:
     def _row(self, line: bytes, position: int) -> Row:
         try:
             return read_row(json.loads(line), self.needs_image)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            # not its repr: that of a decoding error holds the whole line
+            reason = f"{type(error).__name__}: {error}"
             wanted = '"id", "title" and "image"' if self.needs_image else '"title" and "text"'
             raise EnvironmentSetupError(
-                f"{self.path}: the line at byte {position} is no passage ({error!r}); "
+                f"{self.path}: the line at byte {position} is no passage ({reason}); "
                 f'write one JSON object a line with {wanted}, or with "contents"'
             ) from error
 
@@ -128,9 +130,12 @@ def read_row(row: dict[str, Any], needs_image: bool = False) -> Row:
     """A row of either layout; without an `id` it gets "".
 
     Raises:
+        TypeError: it is no object.
         KeyError: it has neither layout.
         ValueError: a field is no text, or one that cannot be stored.
     """
+    if not isinstance(row, dict):
+        raise TypeError("it is no object")
     identity = _text(row, "id" if "id" in row else "_id", "")
     if needs_image:
         read = Row(identity, _text(row, "title"), _text(row, "text", ""), _text(row, "image"))

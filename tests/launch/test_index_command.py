@@ -28,6 +28,7 @@ def check_refused(obm, folder, says, *arguments):
     code, out, error = obm("index", *arguments)
     assert (code, out, error.count("\n")) == (2, "", 1)
     assert error.startswith("error: ")
+    assert len(error) < 1000
     for words in says:
         assert words in error
     assert everything(folder) == before
@@ -78,6 +79,8 @@ def test_overwrite_takes_an_empty_folder_and_a_damaged_index(obm, tmp_path):
         ("file/x", "Not a directory); choose another --output"),
         ("x" * 300, "File name too long); choose another --output"),
         ("/proc/x", "cannot be written ("),
+        ("ring", "ring: is a link to nowhere"),
+        ("nowhere", "nowhere: is a link to nowhere"),
         ("", "names no folder of its own"),
     ],
 )
@@ -85,6 +88,8 @@ def test_overwrite_takes_an_empty_folder_and_a_damaged_index(obm, tmp_path):
 def test_an_output_that_cannot_be_is_named(obm, tmp_path, monkeypatch, output, says, overwrite):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("mine")
+    (tmp_path / "ring").symlink_to("ring")
+    (tmp_path / "nowhere").symlink_to("nosuch")
     (tmp_path / "a.jsonl").write_bytes(lines(GOOD))
     check_refused(
         obm, tmp_path, [says], "bm25", "a.jsonl", "--output", output, *["--overwrite"] * overwrite
@@ -112,6 +117,9 @@ def test_an_output_that_cannot_be_is_named(obm, tmp_path, monkeypatch, output, s
         ("c.jsonl", lines({"text": "a", "_id": []}), '"_id" is []'),
         ("c.jsonl", lines({"contents": None}), '"contents" is null'),
         ("c.jsonl", lines({"contents": 10**400, "text": None}), '"text" is null'),
+        ("c.jsonl", b"[1]\n", "TypeError: it is no object"),
+        ("c.jsonl", b'{"text": "' + b"\xff" * 99_999, "UnicodeDecodeError: 'utf-8' codec"),
+        ("c.jsonl", lines({"text": "..."}), "the corpus has no words to index"),
         ("c.jsonl", b"", "there is nothing to index in it"),
     ],
 )
