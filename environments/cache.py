@@ -141,7 +141,9 @@ class ResultCache:
             (self.folder / "images").mkdir(parents=True, exist_ok=True)
             self._execute("SELECT 1")
         except (OSError, sqlite3.Error) as error:
-            raise CacheError(f"{self.folder}: no usable cache folder ({error})") from error
+            raise CacheError(
+                f"{self.folder}: no usable cache folder ({error}); name another one"
+            ) from error
 
     @property
     def database(self) -> Path:

@@ -23,6 +23,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from sys import float_info
 from typing import Any
 
 from environments.cache import CacheError, Question, Record, ResultCache, image_file
@@ -268,8 +269,9 @@ def _check_value(value: Any) -> None:
             for hit in hits:
                 score, image = hit["score"], hit["image"]
                 _check_fields({k: v for k, v in hit.items() if k not in ("score", "image")}, _HIT)
-                if not isinstance(score, int | float) or isinstance(score, bool):
-                    raise ValueError("the score of a hit is no number")
+                is_number = type(score) in (int, float)
+                if not is_number or not -float_info.max <= score <= float_info.max:
+                    raise ValueError("the score of a hit is no finite number")
                 if image is not None and not re.fullmatch(r"[0-9a-f]{64}", image):
                     raise ValueError("the picture of a hit is no hash")
         case {"page": dict(page), **rest} if not rest:

@@ -28,6 +28,12 @@ def folder(tmp_path):
     return tmp_path / "cache"
 
 
+@pytest.fixture
+def export(obm, folder):
+    """An export beside the cache."""
+    obm("cache", "export", folder, f"{folder}-export")
+
+
 def test_a_cache_goes_from_machine_to_machine(obm, folder, tmp_path):
     code, out, _ = obm("cache", "export", str(folder), str(tmp_path / "x.tar.gz"))
     assert (code, out) == (0, f"2 records and 1 pictures in {tmp_path / 'x.tar.gz'}\n")
@@ -51,6 +57,8 @@ def test_prune_says_what_it_dropped(obm, folder):
         (["stats", "nowhere"], "there is no cache"),
         (["export", "FOLDER"], "needs a second path"),
         (["import", "FOLDER", "nothing.tar"], "does not exist"),
+        (["import", "/etc/passwd/x", "FOLDER-export"], "no usable cache folder ("),
+        (["import", "x" * 300, "FOLDER-export"], "File name too long"),
         (["prune", "FOLDER", "--older-than", "soon"], "12h or 30d"),
         (["stats", "x" * 300], "there is no cache"),
         (["export", "FOLDER", "/proc/x"], "/proc/x: cannot be written ("),
@@ -61,6 +69,7 @@ def test_prune_says_what_it_dropped(obm, folder):
         (["import", "FOLDER", "x.pkl", "--fvqa", "q", "--k", "1" * 21], "--k has to be from 1"),
     ],
 )
+@pytest.mark.usefixtures("export")
 def test_a_mistake_is_one_clear_line(arguments, says, obm, folder):
     code, _, error = obm("cache", *[a.replace("FOLDER", str(folder)) for a in arguments])
     assert code == 2
