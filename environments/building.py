@@ -8,6 +8,7 @@ step is a rename, so that a folder with an `index.json` is always a complete ind
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -25,6 +26,7 @@ from environments.errors import EnvironmentSetupError
 FORMAT = 1
 INDEX_FILE = "index.json"
 PROGRESS_FILE = "progress.json"
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 MakeShard = Callable[[list[Row], Path], list[Row]]
 """(rows, path without suffix) -> the rows as they shall stand in the corpus; writes its files."""
@@ -79,27 +81,40 @@ class Building:
             yield
 
     def resume(self, restart: bool) -> None:
-        """Reads how far an earlier build came.
+        """Reads how far an earlier build came; one without a complete shard has nothing to lose.
 
         Raises:
-            EnvironmentSetupError: that was a build of something else.
+            EnvironmentSetupError: that was a build of something else, or its progress is damaged.
         """
         path = self.folder / PROGRESS_FILE
         if restart or not path.exists():
             self._save()
             return
-        progress = json.loads(path.read_text(encoding="utf-8"))
-        if progress["identity"] != self.identity:
+        try:
+            progress = json.loads(path.read_text(encoding="utf-8"))
+            identity, shards = progress["identity"], list(progress["shards"])
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise EnvironmentSetupError(
+                f"{path}: no progress of a build ({error!r}); pass --overwrite to start anew"
+            ) from error
+        if not shards:
+            self._save()
+            return
+        if identity != self.identity:
             raise EnvironmentSetupError(
                 f"{self.output}: an unfinished build of another source or with other settings "
                 "lies there; pass --overwrite to start anew"
             )
-        self.shards = progress["shards"]
+        self.shards = shards
 
     def add(self, shard: dict[str, int]) -> None:
         """Records a shard whose files are complete."""
         self.shards.append(shard)
         self._save()
+
+    def discard(self) -> None:
+        """Removes the folder of a build that has nothing to go on from."""
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def publish(self, description: dict[str, Any]) -> None:
         """Writes index.json, removes the shards and renames the folder to its name."""
@@ -146,20 +161,65 @@ def build(
         `output`.
 
     Raises:
-        EnvironmentSetupError: an index is there, or an unfinished one of something else; a bad row;
-            a disk that takes no more.
+        EnvironmentSetupError: an index is there, or an unfinished one of something else; what is
+            there is no index, or holds the source; a bad row; a disk that takes no more.
     """
-    if output.exists() and not overwrite:
-        raise EnvironmentSetupError(f"{output} exists; pass --overwrite or another folder")
     identity = {"source": source.identity(), "shard_rows": shard_rows, **settings}
     building = Building(output, identity)
     try:
+        check_output(output, building.folder, source.path, overwrite)
         return _build(building, source, make_shard, finish, settings, shard_rows, overwrite)
     except OSError as error:
+        fix = "choose another --output"
+        if error.errno in NO_ROOM:
+            fix = "free space, then run the same command again"
         raise EnvironmentSetupError(
             f"{error.filename or building.folder}: cannot be written ({error.strerror or error}); "
-            "free space, then run the same command again"
+            f"{fix}"
         ) from error
+
+
+def check_output(output: Path, part: Path, source: Path, overwrite: bool) -> None:
+    """Checks that the output may be written, before anything is.
+
+    Args:
+        output: folder that the index becomes.
+        part: folder where it is built.
+        source: the corpus; must not lie in either.
+        overwrite: whether an earlier index may be replaced.
+
+    Raises:
+        EnvironmentSetupError: it is a file, holds the source, or exists (unless `overwrite` and it
+            is empty or an earlier index).
+        OSError: its name is not one that the disk takes.
+    """
+    if not output.name:
+        raise EnvironmentSetupError(f"--output '{output}' names no folder of its own; name one")
+    corpus = Path(os.path.realpath(source))  # unlike resolve, it takes links in a ring
+    for folder in (output, part):
+        if Path(os.path.realpath(folder)) in corpus.parents:
+            raise EnvironmentSetupError(f"{folder}: holds the source {source}; choose another one")
+    if output.is_symlink() and not output.exists():
+        raise EnvironmentSetupError(f"{output}: is a link to nowhere; choose another --output")
+    if not output.exists():
+        return
+    if not output.is_dir():
+        raise EnvironmentSetupError(f"{output}: is a file; choose another --output")
+    if not overwrite:
+        raise EnvironmentSetupError(f"{output} exists; pass --overwrite or another folder")
+    if any(output.iterdir()) and not _is_index(output):
+        raise EnvironmentSetupError(
+            f"{output}: is no index (no readable {INDEX_FILE}), so it is not overwritten; choose "
+            "another --output, or remove it yourself"
+        )
+
+
+def _is_index(folder: Path) -> bool:
+    """Whether a build made the folder; its files may be damaged, that is why one builds again."""
+    try:
+        return "format" in dict(json.loads((folder / INDEX_FILE).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, RecursionError):
+        return False
 
 
 def _build(
@@ -173,8 +233,15 @@ def _build(
 ) -> Path:
     with building.lock():
         building.resume(restart=overwrite)
-        _make_shards(building, source, make_shard, shard_rows)
+        try:
+            _make_shards(building, source, make_shard, shard_rows)
+        except BaseException:
+            # nothing to go on from, and the same command shall work once the source is mended
+            if not building.shards:
+                building.discard()
+            raise
         if not building.n_rows:
+            building.discard()
             raise EnvironmentSetupError(f"{source.path}: there is nothing to index in it")
         lines = np.concatenate([np.zeros(1, np.int64), *building.load(".lines.npy")])
         np.save(building.folder / OFFSETS_FILE, np.cumsum(lines))

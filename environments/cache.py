@@ -26,7 +26,7 @@ import sqlite3
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass
@@ -141,7 +141,9 @@ class ResultCache:
             (self.folder / "images").mkdir(parents=True, exist_ok=True)
             self._execute("SELECT 1")
         except (OSError, sqlite3.Error) as error:
-            raise CacheError(f"{self.folder}: no usable cache folder ({error})") from error
+            raise CacheError(
+                f"{self.folder}: no usable cache folder ({error}); name another one"
+            ) from error
 
     @property
     def database(self) -> Path:
@@ -280,13 +282,25 @@ class ResultCache:
 
     def put(self, record: Record, replace: bool) -> bool:
         """Stores a record; False if the key was there and stays."""
-        q = record.question
-        verb = "REPLACE" if replace else "IGNORE"
-        _, n_changed = self._execute(
-            f"INSERT OR {verb} INTO results VALUES (?, ?, ?, ?, ?, ?, ?)",
-            *(q.key, q.tool, q.provider, q.query, q.k, record.value, record.created),
-        )
+        _, n_changed = self._execute(_insert(replace), *_values(record))
         return n_changed > 0
+
+    def put_all(self, records: Iterable[Record], replace: bool) -> int:
+        """Stores all records or, if one cannot be, none; returns how many are new or replaced."""
+        with self._lock:
+            connection = self._open()
+            connection.execute("BEGIN IMMEDIATE")
+            try:
+                n_changed = sum(
+                    connection.execute(_insert(replace), _values(record)).rowcount
+                    for record in records
+                )
+                connection.execute("COMMIT")
+            except BaseException:
+                if connection.in_transaction:  # a full disk may have ended it already
+                    connection.execute("ROLLBACK")
+                raise
+        return n_changed
 
     def records(self) -> Iterator[Record]:
         """Every record, by key."""
@@ -316,10 +330,13 @@ class ResultCache:
         SQLite waits for other processes; a lock lets the threads of this one take turns.
         """
         with self._lock:
-            if self._connection is None or self._pid != os.getpid():  # never share one over a fork
-                self._connection, self._pid = self._connect(), os.getpid()
-            cursor = self._connection.execute(statement, values)
+            cursor = self._open().execute(statement, values)
             return cursor.fetchall(), cursor.rowcount
+
+    def _open(self) -> sqlite3.Connection:
+        if self._connection is None or self._pid != os.getpid():  # never share one over a fork
+            self._connection, self._pid = self._connect(), os.getpid()
+        return self._connection
 
     def _connect(self) -> sqlite3.Connection:
         connection = sqlite3.connect(
@@ -349,7 +366,7 @@ class ResultCache:
 
     def image_path(self, name: str) -> Path:
         """File of a picture."""
-        return self.folder / "images" / name[:2] / f"{name}.png"
+        return image_file(self.folder, name)
 
     def save_image(self, image: Image) -> str:
         """Stores a picture without loss; returns its name."""
@@ -379,3 +396,19 @@ class ResultCache:
 
     def _lacks_images(self, value: str) -> bool:
         return any(not self.image_path(name).is_file() for name in image_names(value))
+
+
+def image_file(folder: Path, name: str) -> Path:
+    """File of a picture in a cache's folder."""
+    return folder / "images" / name[:2] / f"{name}.png"
+
+
+def _insert(replace: bool) -> str:
+    verb = "REPLACE" if replace else "IGNORE"
+    return f"INSERT OR {verb} INTO results VALUES (?, ?, ?, ?, ?, ?, ?)"
+
+
+def _values(record: Record) -> tuple[Any, ...]:
+    """A record as a row of the table."""
+    q = record.question
+    return q.key, q.tool, q.provider, q.query, q.k, record.value, record.created

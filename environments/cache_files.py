@@ -14,14 +14,19 @@ import io
 import json
 import os
 import re
+import shutil
+import sqlite3
 import tarfile
 import time
+import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from sys import float_info
 from typing import Any
 
-from environments.cache import CacheError, Question, Record, ResultCache
+from environments.cache import CacheError, Question, Record, ResultCache, image_file
 from environments.content import canonical, image_names, sha256, write_whole
 
 RECORDS = "results.jsonl"
@@ -29,6 +34,9 @@ TOOLS = ("text_search", "image_search", "visit")
 MAX_IMAGE_BYTES = 64_000_000
 ORPHAN_AGE_S = 3600.0
 """Pictures younger than this may belong to a result that is just being written."""
+MAX_K = 2**31 - 1
+END_OF_TIME = 253_402_300_800.0
+"""The year 10000, which no date reaches."""
 _IMAGE_FILE = re.compile(r"images/([0-9a-f]{2})/([0-9a-f]{64})\.png")
 _HIT = {"id": str, "title": str, "text": str, "url": str}
 _PAGE = {"title": str, "text": str, "url": str}
@@ -48,14 +56,37 @@ def export_cache(cache: ResultCache, target: Path) -> Counter[str]:
         Numbers of `records` and `images`.
 
     Raises:
-        CacheError: the target exists, or a picture is missing.
+        CacheError: the target exists or cannot be written, or a picture is missing. Nothing is left
+            then.
     """
-    if target.exists():
-        raise CacheError(f"{target} exists; name another one")
-    if not target.name.endswith((".tar", ".tar.gz", ".tgz")):
-        return _export(cache, lambda name, content: write_whole(target / name, content))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    part = target.with_name(f".part-{target.name}")
+    try:
+        if target.exists():
+            raise CacheError(f"{target} exists; name another one")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        part = target.with_name(f".part-{target.name}")
+        if target.name.endswith((".tar", ".tar.gz", ".tgz")):
+            return _export_tar(cache, part, target)
+        return _export_folder(cache, part, target)
+    except OSError as error:
+        reason = error.strerror or error
+        if isinstance(error, FileExistsError):
+            reason = f"{error.filename} is no folder"
+        raise CacheError(
+            f"{target}: cannot be written ({reason}); name another one, or free space"
+        ) from error
+
+
+def _export_folder(cache: ResultCache, part: Path, target: Path) -> Counter[str]:
+    shutil.rmtree(part, ignore_errors=True)  # what a kill left
+    try:
+        counts = _export(cache, lambda name, content: write_whole(part / name, content))
+        os.replace(part, target)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return counts
+
+
+def _export_tar(cache: ResultCache, part: Path, target: Path) -> Counter[str]:
     packed = "w" if target.name.endswith(".tar") else "w:gz"
     try:
         with tarfile.open(part, packed) as tar:  # type: ignore[call-overload]
@@ -107,6 +138,21 @@ def record_line(record: Record) -> str:
 # ---------------------------------------------------------------- import
 
 
+@dataclass(frozen=True)
+class Export:
+    """An export that has been looked through and may be taken over.
+
+    Attributes:
+        source: the folder or tar file.
+        records: all of them.
+        images: names of the pictures that come along.
+    """
+
+    source: Path
+    records: list[Record]
+    images: set[str]
+
+
 def import_cache(cache: ResultCache, source: Path, replace: bool = False) -> Counter[str]:
     """Takes over an export, all of it or, if anything in it is wrong, nothing.
 
@@ -117,6 +163,19 @@ def import_cache(cache: ResultCache, source: Path, replace: bool = False) -> Cou
 
     Returns:
         Numbers of `records` (new or replaced), `kept` and `images`.
+
+    Raises:
+        CacheError: names the entry and what is wrong with it.
+    """
+    return take_over(cache, read_export(source, cache.folder), replace)
+
+
+def read_export(source: Path, folder: Path) -> Export:
+    """Looks through an export; writes nothing.
+
+    Args:
+        source: the folder or tar file.
+        folder: of the cache that shall take it over; pictures may be there already.
 
     Raises:
         CacheError: names the entry and what is wrong with it.
@@ -135,16 +194,37 @@ def import_cache(cache: ResultCache, source: Path, replace: bool = False) -> Cou
         images.add(match[2])
     for record in records:
         for image in image_names(record.value):
-            if image not in images and not cache.image_path(image).is_file():
+            if image not in images and not image_file(folder, image).is_file():
                 raise CacheError(f"{source}: lacks the picture {image}; export it again")
-    for name, content in _entries(source):
-        match = _IMAGE_FILE.fullmatch(name)
-        if match is not None and match[2] in images and sha256(content) == match[2]:
-            write_whole(cache.image_path(match[2]), content)
-    counts = Counter(records=0, kept=0, images=len(images))
-    for record in records:
-        counts["records" if cache.put(record, replace) else "kept"] += 1
-    return counts
+    return Export(source, records, images)
+
+
+def take_over(cache: ResultCache, export: Export, replace: bool = False) -> Counter[str]:
+    """Writes what `read_export` found into a cache; pictures first, so that no record lacks one.
+
+    Args:
+        cache: where to.
+        export: of the same folder.
+        replace: as for `import_cache`.
+
+    Returns:
+        As `import_cache`.
+
+    Raises:
+        CacheError: the cache cannot be written; no record is in it then.
+    """
+    try:
+        for name, content in _entries(export.source):
+            match = _IMAGE_FILE.fullmatch(name)
+            if match is not None and match[2] in export.images and sha256(content) == match[2]:
+                write_whole(cache.image_path(match[2]), content)
+        n_new = cache.put_all(export.records, replace)
+    except (OSError, sqlite3.Error) as error:
+        raise CacheError(
+            f"{cache.folder}: cannot be written ({error}); nothing was taken over; free space or "
+            "name another folder"
+        ) from error
+    return Counter(records=n_new, kept=len(export.records) - n_new, images=len(export.images))
 
 
 def read_records(content: bytes, source: Path) -> Iterator[Record]:
@@ -156,7 +236,7 @@ def read_records(content: bytes, source: Path) -> Iterator[Record]:
     for number, line in enumerate(content.splitlines(), 1):
         try:
             yield _record(json.loads(line))
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             reason = error if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
             raise CacheError(
                 f"{source}/{RECORDS}, line {number}: no record of a cache ({reason}); "
@@ -171,8 +251,13 @@ def _record(row: Any) -> Record:
         raise ValueError(f"knows no tool '{row['tool']}'")
     if not isinstance(row["provider"], dict) or not isinstance(row["query"], str):
         raise ValueError("provider or query is of another type")
-    if type(row["k"]) is not int or not isinstance(row["created"], int | float):
-        raise ValueError("k or created is no number")
+    row["query"].encode()  # half a surrogate pair, which JSON can write, is a UnicodeEncodeError
+    least = 0 if row["tool"] == "visit" else 1
+    if type(row["k"]) is not int or not least <= row["k"] <= MAX_K:
+        raise ValueError(f"k is no whole number from {least} to {MAX_K}")
+    # NaN is in no range
+    if type(row["created"]) not in (int, float) or not 0 <= row["created"] < END_OF_TIME:
+        raise ValueError("created is no Unix time from 1970 to the year 9999")
     _check_value(row["value"])
     question = Question(row["tool"], canonical(row["provider"]), row["query"], row["k"])
     return Record(question, canonical(row["value"]), float(row["created"]))
@@ -184,8 +269,9 @@ def _check_value(value: Any) -> None:
             for hit in hits:
                 score, image = hit["score"], hit["image"]
                 _check_fields({k: v for k, v in hit.items() if k not in ("score", "image")}, _HIT)
-                if not isinstance(score, int | float) or isinstance(score, bool):
-                    raise ValueError("the score of a hit is no number")
+                is_number = type(score) in (int, float)
+                if not is_number or not -float_info.max <= score <= float_info.max:
+                    raise ValueError("the score of a hit is no finite number")
                 if image is not None and not re.fullmatch(r"[0-9a-f]{64}", image):
                     raise ValueError("the picture of a hit is no hash")
         case {"page": dict(page), **rest} if not rest:
@@ -207,16 +293,16 @@ def _entries(source: Path) -> Iterator[tuple[str, bytes]]:
     Raises:
         CacheError: no export, a link, a special file or a file beyond all measure.
     """
-    if source.is_dir():
-        for path in sorted(source.rglob("*")):
-            name = path.relative_to(source).as_posix()
-            if path.is_symlink() or not (path.is_file() or path.is_dir()):
-                raise CacheError(f"{source}: '{name}' is no plain file; remove it")
-            if path.is_file():
-                _check_size(source, name, path.stat().st_size)
-                yield name, path.read_bytes()
-        return
     try:
+        if source.is_dir():
+            for path in sorted(source.rglob("*")):
+                name = path.relative_to(source).as_posix()
+                if path.is_symlink() or not (path.is_file() or path.is_dir()):
+                    raise CacheError(f"{source}: '{name}' is no plain file; remove it")
+                if path.is_file():
+                    _check_size(source, name, path.stat().st_size)
+                    yield name, path.read_bytes()
+            return
         with tarfile.open(source, "r:*") as tar:
             for member in tar:
                 name = str(PurePosixPath(member.name))
@@ -228,7 +314,7 @@ def _entries(source: Path) -> Iterator[tuple[str, bytes]]:
                 file = tar.extractfile(member)
                 assert file is not None
                 yield name, file.read()
-    except (OSError, tarfile.TarError, EOFError) as error:
+    except (OSError, tarfile.TarError, EOFError, zlib.error) as error:
         raise CacheError(
             f"{source}: neither a folder nor a tar file of a cache ({error}); "
             "name what obm cache export wrote"

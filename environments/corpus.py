@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 import mmap
+import os
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,7 +71,7 @@ class JsonLines:
     """
 
     def __init__(self, path: Path, needs_image: bool = False):
-        if not path.is_file():
+        if not os.path.isfile(path):  # a name that is too long is none
             raise EnvironmentSetupError(f"{path}: no such file; name a .jsonl or .jsonl.gz")
         self.path = path
         self.needs_image = needs_image
@@ -88,17 +91,23 @@ class JsonLines:
         """Rows, each with the position after it (in unpacked bytes).
 
         Raises:
-            EnvironmentSetupError: a line is no row; names the place.
+            EnvironmentSetupError: a line is no row, or the file cannot be read; names the place.
         """
-        with self.path.open("rb") as raw:
-            self._raw = raw
-            packed = self.path.suffix == ".gz"
-            file = cast(IO[bytes], gzip.GzipFile(fileobj=raw)) if packed else raw
-            file.seek(position)
-            for line in file:
-                position += len(line)
-                if line.strip():
-                    yield self._row(line, position - len(line)), position
+        packed = self.path.suffix == ".gz"
+        try:
+            with self.path.open("rb") as raw:
+                self._raw = raw
+                file = cast(IO[bytes], gzip.GzipFile(fileobj=raw)) if packed else raw
+                file.seek(position)
+                for line in file:
+                    position += len(line)
+                    if line.strip():
+                        yield self._row(line, position - len(line)), position
+        except (OSError, EOFError, zlib.error) as error:
+            kind = "gzip file, packed again" if packed else "file that can be read"
+            raise EnvironmentSetupError(
+                f"{self.path}: cannot be read beyond byte {position} ({error}); name a whole {kind}"
+            ) from error
 
     def bytes_read(self) -> int:
         """How far the file on disk has been read, for a progress bar."""
@@ -107,10 +116,12 @@ class JsonLines:
     def _row(self, line: bytes, position: int) -> Row:
         try:
             return read_row(json.loads(line), self.needs_image)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            # not its repr: that of a decoding error holds the whole line
+            reason = f"{type(error).__name__}: {error}"
             wanted = '"id", "title" and "image"' if self.needs_image else '"title" and "text"'
             raise EnvironmentSetupError(
-                f"{self.path}: the line at byte {position} is no passage ({error!r}); "
+                f"{self.path}: the line at byte {position} is no passage ({reason}); "
                 f'write one JSON object a line with {wanted}, or with "contents"'
             ) from error
 
@@ -119,12 +130,31 @@ def read_row(row: dict[str, Any], needs_image: bool = False) -> Row:
     """A row of either layout; without an `id` it gets "".
 
     Raises:
+        TypeError: it is no object.
         KeyError: it has neither layout.
+        ValueError: a field is no text, or one that cannot be stored.
     """
-    identity = str(row.get("id", row.get("_id", "")))
+    if not isinstance(row, dict):
+        raise TypeError("it is no object")
+    identity = _text(row, "id" if "id" in row else "_id", "")
     if needs_image:
-        return Row(identity, str(row["title"]), str(row.get("text", "")), str(row["image"]))
-    if "contents" in row and "text" not in row:
-        title, _, text = str(row["contents"]).partition("\n")
-        return Row(identity, title, text)
-    return Row(identity, str(row.get("title", "")), str(row["text"]))
+        read = Row(identity, _text(row, "title"), _text(row, "text", ""), _text(row, "image"))
+        if "\0" in cast(str, read.image):
+            raise ValueError('"image" has a NUL, which no path has')
+    elif "contents" in row and "text" not in row:
+        title, _, text = _text(row, "contents").partition("\n")
+        read = Row(identity, title, text)
+    else:
+        read = Row(identity, _text(row, "title", ""), _text(row, "text"))
+    for field in (read.id, read.title, read.text, read.image or ""):
+        field.encode()  # half a surrogate pair, which JSON can write, is a UnicodeEncodeError
+    return read
+
+
+def _text(row: dict[str, Any], key: str, default: str | None = None) -> str:
+    """A field as text; a number is taken as it is written, anything else is a mistake."""
+    value = row[key] if default is None else row.get(key, default)
+    is_number = isinstance(value, int) or (isinstance(value, float) and math.isfinite(value))
+    if not isinstance(value, str) and (isinstance(value, bool) or not is_number):
+        raise ValueError(f'"{key}" is {json.dumps(value)[:80]}, and has to be text')
+    return str(value)

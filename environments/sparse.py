@@ -309,7 +309,11 @@ def _finish(building: Building) -> dict[str, Any]:
     places = _merge_words(building)
     n_words = sum(1 for _ in (building.folder / WORDS_FILE).open("rb"))
     if not n_words:
-        raise EnvironmentSetupError(f"{building.output}: the corpus has no words to index")
+        building.discard()
+        raise EnvironmentSetupError(
+            f"{building.identity['source']['path']}: the corpus has no words to index; name one "
+            "with text"
+        )
     frequency = np.zeros(n_words, np.int64)
     for place, by_word in zip(places, building.load(".postings.npy"), strict=True):
         frequency[place] += by_word

@@ -9,7 +9,10 @@ prune   drops old records, records without their pictures, and pictures that not
 from __future__ import annotations
 
 import argparse
+import os
 import re
+import sqlite3
+from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -60,18 +63,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Open the cache and do it."""
     from environments.cache import ResultCache
+    from environments.cache_files import MAX_K
 
     folder = Path(options.cache)
-    if options.action != "import" and not (folder / "results.sqlite").is_file():
+    if options.action != "import" and not os.path.isfile(folder / "results.sqlite"):
         raise LaunchError(f"{folder}: there is no cache; name the folder of environment.cache")
     if options.action in ("export", "import") and not options.file:
         raise LaunchError(f"obm cache {options.action} needs a second path: what to write or read")
-    cache = ResultCache(folder)
-    actions = {"export": _export, "import": _import, "stats": _stats, "prune": _prune}
+    if not 1 <= options.k <= MAX_K:
+        raise LaunchError(f"--k has to be from 1 to {MAX_K}, not {options.k}")
+    actions = {"export": _export, "stats": _stats, "prune": _prune}
     try:
-        print(actions[options.action](cache, options))
-    finally:
-        cache.close()
+        if options.action == "import":
+            print(_import(folder, options))
+        else:
+            with closing(ResultCache(folder)) as cache:
+                print(actions[options.action](cache, options))
+    except sqlite3.Error as error:
+        raise LaunchError(
+            f"{folder / 'results.sqlite'}: cannot be read ({error}); import an export of it into a "
+            "new folder"
+        ) from error
     return 0
 
 
@@ -82,20 +94,27 @@ def _export(cache: ResultCache, options: argparse.Namespace) -> str:
     return f"{counts['records']} records and {counts['images']} pictures in {options.file}"
 
 
-def _import(cache: ResultCache, options: argparse.Namespace) -> str:
+def _import(folder: Path, options: argparse.Namespace) -> str:
+    """Opens the cache last: for a source that is refused none is made."""
+    from environments.cache import ResultCache
+
     source = Path(options.file)
-    if not source.exists():
-        raise LaunchError(f"{source} does not exist")
+    for path in (source, Path(options.fvqa or source)):
+        if not os.path.exists(path):
+            raise LaunchError(f"{path} does not exist; name a file that is there")
     if options.fvqa:
-        return _import_fvqa(cache, source, options)
+        with closing(ResultCache(folder)) as cache:
+            return _import_fvqa(cache, source, options)
     if source.suffix in (".pkl", ".pickle", ".pt"):
         raise LaunchError(
             f"{source}: pickles are not imported, since they may run any program; for FVQA's "
             "published image searches add --fvqa with the data set's Parquet file"
         )
-    from environments.cache_files import import_cache
+    from environments.cache_files import read_export, take_over
 
-    counts = import_cache(cache, source, options.replace)
+    export = read_export(source, folder)
+    with closing(ResultCache(folder)) as cache:
+        counts = take_over(cache, export, options.replace)
     return f"{counts['records']} records taken over, {counts['kept']} were there already"
 
 
@@ -151,4 +170,7 @@ def _seconds(age: str | None) -> float | None:
 
 
 def _day(moment: float) -> str:
-    return datetime.fromtimestamp(moment, UTC).date().isoformat()
+    try:
+        return datetime.fromtimestamp(moment, UTC).date().isoformat()
+    except (ValueError, OverflowError, OSError):  # of a cache that was filled by other hands
+        return "no date"

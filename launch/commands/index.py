@@ -24,6 +24,8 @@ EXAMPLES = (
     "obm index images photos.jsonl --output runs/photos --model openai/clip-vit-base-patch32",
 )
 SHARD_ROWS = {"bm25": 100_000, "dense": 4096, "images": 1024}
+MAX_TITLE_WEIGHT = 1000
+"""The title is written so often before it is split into words: more would fill the memory."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -72,8 +74,19 @@ def run(options: argparse.Namespace) -> int:
     from environments.building import read_index
 
     output = Path(options.output)
-    if options.shard_rows is not None and options.shard_rows < 1:
-        raise LaunchError("--shard-rows has to be 1 or more")
+    for name, least in (
+        ("shard_rows", 1),
+        ("title_weight", 0),
+        ("max_tokens", 1),
+        ("thumbnails", 0),
+    ):
+        value = getattr(options, name)
+        if value is not None and value < least:
+            raise LaunchError(f"--{name.replace('_', '-')} has to be {least} or more, not {value}")
+    if options.title_weight > MAX_TITLE_WEIGHT:
+        raise LaunchError(
+            f"--title-weight has to be {MAX_TITLE_WEIGHT} or less, not {options.title_weight}"
+        )
     if options.kind == "dense" and not options.model:
         raise LaunchError("dense needs --model, a text encoder's folder or hub id")
     start = time.monotonic()

@@ -1,5 +1,6 @@
 """Export and import of a cache, and what an import does not believe."""
 
+import gzip
 import io
 import json
 import os
@@ -9,7 +10,7 @@ import tarfile
 import pytest
 from PIL import Image
 
-from environments.cache import CacheError, ResultCache
+from environments.cache import CacheError, Question, Record, ResultCache
 from environments.cache_files import (
     ORPHAN_AGE_S,
     cache_stats,
@@ -81,6 +82,28 @@ def test_an_export_overwrites_nothing(cache, tmp_path):
     (tmp_path / "out").mkdir()
     with pytest.raises(CacheError, match="exists"):
         export_cache(cache, tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["out", "out.tar", "out.tar.gz"])
+def test_an_export_that_fails_leaves_nothing(name, cache, tmp_path):
+    (image,) = (cache.folder / "images").rglob("*.png")
+    cache.save_image(Image.new("RGB", (2, 2), "blue"))
+    image.unlink()
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(CacheError, match="lacks pictures"):
+        export_cache(cache, tmp_path / name)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("suffix", ["", ".tar", ".tar.gz"])
+@pytest.mark.parametrize("name", ["/proc/x", "FILE/x", "x" * 300, "FILE/deep/x"])
+def test_a_target_that_cannot_be_written_is_named(name, suffix, cache, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    target = tmp_path / (name.replace("FILE", "file") + suffix)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(CacheError, match=r"cannot be written \(.*\); name another one"):
+        export_cache(cache, target)
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_an_import_keeps_what_is_there_unless_told_otherwise(cache, tmp_path):
@@ -165,13 +188,29 @@ def test_links_in_a_folder_are_refused(cache, tmp_path):
         {"query": 3},
         {"k": "2"},
         {"k": True},
+        {"k": -5},
+        {"tool": "text_search", "k": 0},
+        {"k": 10**21},
+        {"k": 2**31},
         {"created": None},
+        {"created": True},
+        {"created": float("nan")},
+        {"created": float("inf")},
+        {"created": -1e300},
+        {"created": 1e300},
+        {"created": 10**400},
+        {"created": -1},
+        {"query": "\ud800"},
         {"value": {}},
         {"value": {"hits": {}}},
         {"value": {"hits": [{}]}},
         {"value": {"hits": [{"id": "1", "title": "t", "text": "", "url": "", "score": 1}]}},
         {"value": {"hits": [{"id": "1", "title": "t", "text": "", "url": "", "score": "1",
                              "image": None}]}},
+        {"value": {"hits": [{"id": "1", "title": "t", "text": "", "url": "", "score": 10**400,
+                             "image": None}]}},
+        {"value": {"hits": [{"id": "1", "title": "t", "text": "", "url": "", "image": None,
+                             "score": float("nan")}]}},
         {"value": {"hits": [{"id": "1", "title": "t", "text": "", "url": "", "score": 1,
                              "image": "../../etc/passwd"}]}},
         {"value": {"hits": [{"id": "1", "title": None, "text": "", "url": "", "score": 1,
@@ -194,6 +233,45 @@ def test_a_record_of_another_shape_is_refused_with_its_line(change, cache, tmp_p
     assert contents(other) == {}
 
 
+def test_the_dates_and_numbers_at_the_edge_are_taken(cache, tmp_path):
+    export_cache(cache, tmp_path / "out")
+    file = tmp_path / "out" / "results.jsonl"
+    row = next(r for r in map(json.loads, file.open()) if r["tool"] == "text_search")
+    edges = [{"created": 0}, {"created": 253402300799, "k": 2**31 - 1}, {"k": 1}]
+    rows = [{**row, "query": str(i), **edge} for i, edge in enumerate(edges)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    other = ResultCache(tmp_path / "other")
+    assert import_cache(other, tmp_path / "out")["records"] == 3
+
+
+def test_records_are_stored_all_or_none(cache, tmp_path):
+    export_cache(cache, tmp_path / "out")
+    other = ResultCache(tmp_path / "other")
+    records = list(cache.records())
+    question = Question("visit", "{}", "q", 10**21)
+    with pytest.raises(OverflowError):
+        other.put_all([*records, Record(question, "{}", 0.0)], replace=True)
+    assert contents(other) == {}
+    # the cache is not left in the middle of a transaction
+    assert other.put_all(records, replace=False) == 5
+    assert other.put_all(records, replace=False) == 0
+    assert other.put_all(records, replace=True) == 5
+
+
+def test_a_cache_that_takes_no_more_is_named_and_gets_no_record(cache, tmp_path):
+    export_cache(cache, tmp_path / "out")
+    other = ResultCache(tmp_path / "other")
+    size = other._execute("PRAGMA page_count")[0][0][0]
+    other._execute(f"PRAGMA max_page_count = {size}")
+    file = tmp_path / "out" / "results.jsonl"
+    rows = [json.loads(line) for line in file.open()]
+    long = [{**rows[0], "query": f"{i} " * 5000} for i in range(20)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows + long))
+    with pytest.raises(CacheError, match=r"other: cannot be written \(.*full\)"):
+        import_cache(other, tmp_path / "out")
+    assert contents(other) == {}
+
+
 def test_a_key_cannot_be_forged(cache, tmp_path):
     # the file has no keys: they follow from what was asked
     export_cache(cache, tmp_path / "out")
@@ -209,7 +287,16 @@ def test_a_picture_that_a_record_shows_must_come_along(cache, tmp_path):
     assert import_cache(cache, tmp_path / "out")["kept"] == 5  # here it is already
 
 
-@pytest.mark.parametrize("content", [b"", b"no tar", b"\x1f\x8b broken gzip"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"no tar",
+        b"\x1f\x8b broken gzip",
+        gzip.compress(bytes(range(256)) * 99)[:-12],
+        gzip.compress(b"a" * 9999)[:12] + b"\xff" * 99,
+    ],
+)
 def test_what_is_no_export_is_refused(content, cache, tmp_path):
     (tmp_path / "x.tar").write_bytes(content)
     with pytest.raises(CacheError, match="neither a folder nor a tar"):
