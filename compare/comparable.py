@@ -15,7 +15,7 @@ from typing import Any
 
 from compare.errors import CompareError
 from compare.runs import Run, cut_to_common_steps
-from configs.sections import Algorithm, Environment, FreezeHeads, Lora, Rewards
+from configs.sections import Algorithm, Config, Environment, FreezeHeads, Lora, Rewards
 
 _FREE_ENVIRONMENT = {"timeout_s", "retries", "backoff_s"}
 _FREE_GRPO = {
@@ -31,6 +31,9 @@ _MODELS = ("reference", "freeze_vision")
 _ROLLOUT = ("backend", "importance_correction", "importance_cap")
 STEPS = "compare.steps"
 """Not a setting: the steps at which the runs were evaluated."""
+
+_RECORDED = ("world_size", "hardware", "device")
+"""Not settings either, but of environment.json; older runs did not record them all."""
 
 Settings = dict[str, Any]
 """Setting as the command line writes it -> value; kinds of settings lie apart."""
@@ -76,6 +79,31 @@ def check_comparable(runs: Sequence[Run], allow: Sequence[str] = ()) -> dict[str
     return {"allowed": [key for key in allow if key in used], "differences": differences}
 
 
+def check_allowed(allow: Sequence[str], runs: Sequence[Run]) -> None:
+    """Refuse keys that no setting has, as a slip of the hand makes them.
+
+    Args:
+        allow: settings that may differ; see `check_comparable`.
+        runs: whose settings may be those of an older version.
+
+    Raises:
+        CompareError: names the first such key.
+    """
+    known = [asdict(Config(output="")), *(run.config for run in runs)]
+    for key in allow:
+        section, _, name = key.rstrip(".").partition(".")
+        if key == STEPS or section in (*_RECORDED, "own_files"):
+            continue
+        found = [config[section] for config in known if section in config]
+        # what there is in grpo is TRL's to say
+        is_open = not name or section == "grpo"
+        if not found or not (is_open or any(name.partition(".")[0] in (s or ()) for s in found)):
+            raise CompareError(
+                f"--allow {key}: no such setting; name a key as in config.yaml, for example "
+                "grpo.learning_rate, or a section"
+            )
+
+
 def find_differences(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """Every setting that must agree and does not; data and evaluation first."""
     trained = [run for run in runs if run.is_trained]
@@ -118,8 +146,7 @@ def _rewards(run: Run) -> Settings:
 
 def _budget(run: Run) -> Settings:
     settings = _section(run, "grpo", leave_out=_FREE_GRPO | _OF_THE_SEED)
-    # older runs did not record them all
-    for key in ("world_size", "hardware", "device"):
+    for key in _RECORDED:
         if run.provenance.get(key) is not None:
             settings[key] = run.provenance[key]
     return settings
@@ -161,7 +188,7 @@ def _differences(
         values: dict[str, list[str]] = {}
         for run, one in zip(runs, settings, strict=True):
             text = json.dumps(_plain(one.get(key)), sort_keys=True)
-            if key not in one and key in ("world_size", "hardware", "device"):
+            if key not in one and key in _RECORDED:
                 continue
             values.setdefault(text, []).append(str(run.folder))
         if len(values) > 1:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from compare.runs import Run
+from compare.shapes import is_finite
 
 RECORDED, WALL = "recorded", "wall time"
 
@@ -137,7 +138,7 @@ def _from_stages(run: Run) -> tuple[dict[str, float] | None, str]:
 def _seconds(marker: Path) -> float | None:
     try:
         content = json.loads(marker.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
+    except (OSError, ValueError, RecursionError):
         return None
     seconds = content.get("seconds") if isinstance(content, dict) else None
-    return float(seconds) if isinstance(seconds, int | float) else None
+    return float(seconds) if is_finite(seconds) else None

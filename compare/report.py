@@ -8,11 +8,12 @@ they were made from. docs/metrics.md defines each.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ from compare.summary import summarise
 from compare.tables import markdown_table, overview_rows, sections
 
 SUFFIXES = ("json", "csv", "md", "html", "png", "svg")
+MAX_NAME_BYTES = 200
+"""A file name holds 255, of which suffixes take some."""
 
 
 def write_report(
@@ -81,17 +84,12 @@ def write_report(
     if not runs:
         raise CompareError("nothing to compare; name at least one run folder")
     output = Path(output)
-    paths = {suffix: output / f"{name}.{suffix}" for suffix in SUFFIXES}
-    present = [path for path in paths.values() if path.exists()]
-    if present and not overwrite:
-        raise CompareError(
-            f"{present[0]} exists; pass --overwrite, another --output or another --name"
-        )
+    paths = _free_paths(output, name, overwrite=overwrite)
     shown = [read_record(file) for file in beside]
     arms = group_runs(runs)
     for option, arm in (("--reference", reference), ("--budget-arm", budget_arm)):
-        if arm is not None and arm not in arms:
-            raise CompareError(f"{option} {arm}: no such arm; there are {', '.join(arms)}")
+        if arm is not None:
+            check_arm(option, arm, arms)
     kept = [run for members in arms.values() for run in members]
     if partial:
         cut_to_common_steps(kept)
@@ -108,9 +106,9 @@ def write_report(
     summary |= _provenance(arms, command=command, smoothing=smoothing)
     summary |= {"comparable": comparable, "bootstrap": bootstrap}
     caption = _caption(summary)
-    output.mkdir(parents=True, exist_ok=True)
     temporary = {suffix: output / f".{name}.tmp.{suffix}" for suffix in SUFFIXES}
     try:
+        output.mkdir(parents=True, exist_ok=True)
         temporary["json"].write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
         table = _csv(arms)
         temporary["csv"].write_text(table, encoding="utf-8")
@@ -125,10 +123,57 @@ def write_report(
         )  # fmt: skip
         for suffix in SUFFIXES:
             os.replace(temporary[suffix], paths[suffix])
+    except OSError as error:
+        raise _not_writable(output, error) from error
     finally:
         for path in temporary.values():
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # where no folder could be made
+                path.unlink()
     return summary
+
+
+def check_arm(option: str, arm: str, arms: Iterable[str]) -> None:
+    """Refuse an option that names an arm of no run.
+
+    Raises:
+        CompareError: it is not among `arms`; says which there are.
+    """
+    known = list(dict.fromkeys(arms))
+    if arm not in known:
+        raise CompareError(f"{option} {arm}: no such arm; there are {', '.join(known)}")
+
+
+def _free_paths(output: Path, name: str, *, overwrite: bool) -> dict[str, Path]:
+    """The report's files by suffix.
+
+    Raises:
+        CompareError: no file can have that name, or one is there.
+    """
+    if name in ("", ".", "..") or "/" in name or os.sep in name:
+        raise CompareError(f"--name {name!r}: not the name of a file; --output says in what folder")
+    if len(os.fsencode(name)) > MAX_NAME_BYTES:
+        raise CompareError(
+            f"--name {name[:20]}...: has more than {MAX_NAME_BYTES} bytes; write a shorter one"
+        )
+    paths = {suffix: output / f"{name}.{suffix}" for suffix in SUFFIXES}
+    try:
+        present = [path for path in paths.values() if path.exists()]
+    except OSError as error:
+        raise _not_writable(output, error) from error
+    if present and not overwrite:
+        raise CompareError(
+            f"{present[0]} exists; pass --overwrite, another --output or another --name"
+        )
+    for path in present:
+        if path.is_dir():
+            raise CompareError(f"{path} is a folder; pass another --output or another --name")
+    return paths
+
+
+def _not_writable(output: Path, error: OSError) -> CompareError:
+    return CompareError(
+        f"--output {output}: cannot be written ({error.strerror}); name a folder that can be made"
+    )
 
 
 def text_table(summary: dict[str, Any]) -> str:

@@ -25,6 +25,18 @@ from compare.page_studies import ablation_sections, floor_sections, transfer_sec
 from compare.verdict import Verdict, comparison_verdict, floor_verdict, reference_of
 
 KINDS = ("comparison", "floor", "ablation", "transfer", "merge")
+_UNSHOWABLE = (
+    ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError,
+)  # fmt: skip
+"""What making a page of wrong values ends in."""
+_TYPES: Mapping[str, Mapping[str, type]] = {
+    "comparison": {"target": dict, "target.arm": str, "arms": dict},
+    "floor": {"reference": str, "arms": dict, "seeds": list},
+    "ablation": {"reference": str, "arms": dict, "seeds": list, "axes": list},
+    "transfer": {"worlds": dict, "arms": dict, "seeds": list},
+    "merge": {"parents": dict, "groups": dict, "totals": dict, "tensors": dict},
+}
+"""What the parts are of which a page is made."""
 
 
 @dataclass(frozen=True)
@@ -66,13 +78,17 @@ def read_record(path: str | Path) -> Record:
     """Read a json file that a page can show.
 
     Raises:
-        CompareError: no such file, no JSON, or content that no page knows.
+        CompareError: no such file, no JSON, or content that no page knows or can show.
     """
     path = Path(path)
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise CompareError(f"--with {path}: cannot be read ({error.strerror})") from error
+        raise CompareError(
+            f"--with {path}: cannot be read ({error.strerror}); name a report's json"
+        ) from error
+    except RecursionError as error:
+        raise CompareError(f"--with {path}: is nested too deep; name a report's json") from error
     except ValueError as error:
         raise CompareError(f"--with {path}: not JSON ({error}); name a report's json") from error
     kind = kind_of(data)
@@ -81,9 +97,45 @@ def read_record(path: str | Path) -> Record:
             f"--with {path}: not a file that a page shows; name the json of a comparison, of "
             "`obm study` floor, ablation or transfer, or a merge.json"
         )
+    for key, wanted in _TYPES[kind].items():
+        value = data
+        for part in key.split("."):
+            value = value.get(part)
+        if not isinstance(value, wanted) or (key == "arms" and not value):
+            found = "empty" if value == {} else type(value).__name__
+            raise CompareError(
+                f"--with {path}: {key} is {found}, which no {kind} has; restore the file, or leave "
+                "it out"
+            )
     beside = path.with_suffix(".csv")
-    csv = beside.read_text(encoding="utf-8") if kind == "comparison" and beside.is_file() else None
-    return Record(kind, path.parent.name if kind == "merge" else path.stem, data, csv)
+    csv = _read_csv(beside) if kind == "comparison" and beside.is_file() else None
+    record = Record(kind, path.parent.name if kind == "merge" else path.stem, data, csv)
+    _check_shown(record, path)
+    return record
+
+
+def _read_csv(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not a text file"
+        raise CompareError(
+            f"{path}: cannot be read ({reason}); restore it, or take it away"
+        ) from error
+
+
+def _check_shown(record: Record, path: Path) -> None:
+    """Refuse a record that no page can be made of, before anything is written.
+
+    What a page uses lies many levels deep, so it is made once to find out.
+    """
+    try:
+        render(build_page([record], title=""))
+    except _UNSHOWABLE as error:
+        raise CompareError(
+            f"--with {path}: cannot be shown as a {record.kind} ({type(error).__name__}: {error}); "
+            "restore the file, or leave it out"
+        ) from error
 
 
 def write_report_page(

@@ -12,16 +12,27 @@ What must agree between them is in `compare.comparable`.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from compare.errors import CompareError
+from compare.shapes import (
+    check_arm,
+    check_config,
+    check_cost,
+    check_line,
+    check_metrics,
+    check_provenance,
+    check_seed,
+    check_stats,
+    read_object,
+)
+from compare.trajectory_files import read_lines
+from configs.errors import ConfigError
+from configs.reader import read_yaml
 
 SINCE_START = ("step", "time_s", "device_s", "tokens")
 WANDB_PREFIX = "wandb://"
@@ -61,7 +72,10 @@ class Run:
         """
         values = [line.get(metric) for line in self.evaluations]
         if any(value is None for value in values):
-            raise CompareError(f"{self.folder}: not every evaluation has eval/{metric}")
+            raise CompareError(
+                f"{self.folder}: not every evaluation has eval/{metric}; leave the run out, or "
+                "train it again"
+            )
         return [float(value) for value in values if value is not None]
 
     def metrics(self) -> set[str]:
@@ -77,24 +91,22 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a `metrics.jsonl`; a torn last line, as a killed run leaves it, is dropped.
 
     Raises:
-        CompareError: any other line is not a JSON object.
+        CompareError: any other line is not a JSON object, or holds what a training does not write.
     """
-    lines = path.read_text(encoding="utf-8").splitlines()
     records = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            if number == len(lines):
-                break
-            raise CompareError(
-                f"{path}:{number}: not JSON ({error}); restore it or run again"
-            ) from error
-        if not isinstance(record, dict):
-            raise CompareError(f"{path}:{number}: not a JSON object")
-        records.append(record)
+    try:
+        for number, record in read_lines(path):
+            if record is not None:
+                check_line(record, f"{path}:{number}")
+                records.append(record)
+    except OSError as error:
+        raise CompareError(
+            f"{path}: cannot be read ({error.strerror}); restore it, or leave the run out"
+        ) from error
+    except RecursionError as error:
+        raise CompareError(
+            f"{path}: a line is nested too deep; restore it, or leave the run out"
+        ) from error
     return records
 
 
@@ -126,16 +138,17 @@ def read_run(source: str | Path, *, partial: bool = False) -> Run:
             f"{folder}: neither metrics.jsonl (a training run), eval.json (`obm eval`) nor "
             "run-*.wandb (W&B offline) there"
         )
-    recipe = _read_json(folder / "merge.json")
+    recipe = folder / "merge.json"
+    environment, cost = folder / "environment.json", folder / "start_cost.json"
     return build_run(
         folder,
         _read_config(folder / "config.yaml"),
         read_metrics(folder / "metrics.jsonl"),
-        provenance=_read_json(folder / "environment.json"),
+        provenance=check_provenance(_read_json(environment), environment),
         start={
-            "merged": (folder / "merge.json").is_file(),
-            "stats": sorted(recipe.get("stats") or {}),
-            "cost": _read_json(folder / "start_cost.json") or None,
+            "merged": recipe.is_file(),
+            "stats": check_stats(_read_json(recipe), recipe),
+            "cost": check_cost(_read_json(cost), cost) or None,
         },
         is_finished=(folder / "done.json").is_file(),
         partial=partial,
@@ -236,16 +249,17 @@ def cut_to_common_steps(runs: Sequence[Run]) -> None:
 
 
 def _read_zero_shot(folder: Path) -> Run:
-    record = _read_json(folder / "eval.json")
+    path = folder / "eval.json"
+    record = read_object(path)
     for key in ("arm", "config", "metrics"):
         if key not in record:
-            raise CompareError(f"{folder / 'eval.json'}: no {key!r}; write it with `obm eval`")
+            raise CompareError(f"{path}: no {key!r}; write it with `obm eval`")
     return Run(
         folder=folder,
-        arm=str(record["arm"]),
-        seed=int(record.get("seed") or 0),
-        config=record["config"],
-        evaluations=[{"step": 0, **record["metrics"]}],
+        arm=check_arm(record["arm"], path),
+        seed=check_seed(record.get("seed"), path),
+        config=check_config(record["config"], path),
+        evaluations=[{"step": 0, **check_metrics(record["metrics"], path)}],
         provenance={key: record[key] for key in ("commit", "hardware") if key in record},
         is_trained=False,
     )
@@ -253,26 +267,16 @@ def _read_zero_shot(folder: Path) -> Run:
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CompareError(
-            f"{path}: cannot be read ({error.strerror}); a run keeps its settings there"
-        ) from error
-    except yaml.YAMLError as error:
-        raise CompareError(f"{path}: not YAML ({error})") from error
-    if not isinstance(config, dict):
-        raise CompareError(f"{path}: not a mapping of settings")
-    return config
+        config = read_yaml(path)
+    except ConfigError as error:
+        raise CompareError(f"{error}; a run keeps its settings there") from error
+    if not config:
+        raise CompareError(f"{path}: holds no settings; restore it, or leave the run out")
+    return check_config(config, path)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise CompareError(f"{path}: not JSON ({error})") from error
-    return record if isinstance(record, dict) else {}
+    return read_object(path) if path.is_file() else {}
 
 
 def _strip_prefix(record: dict[str, Any]) -> dict[str, Any]:

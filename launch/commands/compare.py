@@ -61,15 +61,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace a report of that name")
 
 
+def check_counts(options: argparse.Namespace) -> None:
+    """Refuse a smoothing or a number of resamples below 1.
+
+    Raises:
+        CompareError: names the option.
+    """
+    from compare.errors import CompareError
+
+    for name in ("smoothing", "bootstrap"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise CompareError(
+                f"--{name} {value}: must be at least 1; leave it out for what the runs' settings "
+                "say"
+            )
+
+
 def run(options: argparse.Namespace) -> int:
     """Read, compare, write, print the table."""
-    from compare.report import text_table, write_report
+    from compare.comparable import check_allowed
+    from compare.report import check_arm, text_table, write_report
     from compare.runs import read_run
     from launch.arguments import command_line
 
+    check_counts(options)
     runs = [read_run(folder, partial=options.partial) for folder in options.runs]
     # What the command line leaves open, the runs' own settings say.
     settings = runs[0].config.get("compare") or {}
+    check_allowed(options.allow, runs)
+    if options.target_arm is not None:
+        check_arm("--target-arm", options.target_arm, [run.arm for run in runs])
     if options.wandb_report:
         from compare.wandb_report import load_reports
 
@@ -80,9 +102,9 @@ def run(options: argparse.Namespace) -> int:
         command=command_line(),
         name=options.name,
         title=options.title,
-        target_arm=options.target_arm or settings.get("target_arm", "vlm"),
-        smoothing=options.smoothing or settings.get("smoothing", 3),
-        bootstrap=options.bootstrap or settings.get("bootstrap", 2000),
+        target_arm=options.target_arm or settings.get("target_arm") or "vlm",
+        smoothing=options.smoothing or settings.get("smoothing") or 3,
+        bootstrap=options.bootstrap or settings.get("bootstrap") or 2000,
         reference=options.reference,
         budget_arm=options.budget_arm or settings.get("budget_arm"),
         allow=options.allow,

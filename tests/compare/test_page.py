@@ -191,6 +191,48 @@ def test_files_are_known_by_their_content(tmp_path):
         read_record(tmp_path / "gone.json")
 
 
+def wrong_values():
+    """(kind, content) with one value of each place set to 3, and with all values of a key."""
+    made = {
+        "comparison": pages.comparison(ARMS), "floor": pages.floor(ARMS),
+        "ablation": pages.ablation(), "transfer": pages.transfer(), "merge": pages.merge(),
+    }  # fmt: skip
+    keys = {
+        "comparison": ("target", "arms"), "floor": ("reference", "arms", "seeds", "differences"),
+        "ablation": ("axes", "arms", "reference", "seeds"), "transfer": ("worlds", "arms", "seeds"),
+        "merge": ("parents", "groups", "tensors", "totals"),
+    }  # fmt: skip
+    for kind, data in made.items():
+        for key in keys[kind]:
+            yield kind, data | {key: 3}
+            if isinstance(data[key], dict) and key != "worlds":  # of those only the names are shown
+                yield kind, data | {key: dict.fromkeys(data[key], 3)}
+        if kind != "merge":
+            yield kind, data | {"arms": {}}
+            arms = {arm: dict.fromkeys(parts, 3) for arm, parts in data["arms"].items()}
+            yield kind, data | {"arms": arms}
+
+
+@pytest.mark.parametrize(("kind", "data"), wrong_values())
+def test_a_file_of_the_right_keys_and_wrong_values_is_refused(tmp_path, kind, data):
+    path = tmp_path / "wrong.json"
+    path.write_text(json.dumps(data))
+    assert kind_of(data) == kind
+    with pytest.raises(CompareError, match=rf"--with .*wrong\.json: .*{kind}.*; restore the file"):
+        read_record(path)
+
+
+def test_a_file_that_is_nested_too_deep_or_no_text_is_refused(tmp_path):
+    path = tmp_path / "x.json"
+    path.write_text("[" * 100_000)
+    with pytest.raises(CompareError, match=r"--with .*x\.json: is nested too deep; "):
+        read_record(path)
+    path.write_text(json.dumps(pages.comparison(ARMS)))
+    path.with_suffix(".csv").write_bytes(b"arm\xff")
+    with pytest.raises(CompareError, match=r"x\.csv: cannot be read \(not a text file\); "):
+        read_record(path)
+
+
 def test_a_large_study_stays_below_five_megabytes(tmp_path):
     arms = {f"arm{i}": 0.1 + 0.04 * i for i in range(20)}
     summary = pages.comparison(arms, target="arm0", n_points=200, n_seeds=10)

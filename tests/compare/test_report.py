@@ -2,14 +2,18 @@
 
 import csv
 import json
+import subprocess
+from pathlib import Path
 
 import pytest
 
+from compare.comparable import check_allowed
 from compare.errors import CompareError
 from compare.figure import arm_colours
 from compare.report import text_table, write_report
 from compare.runs import group_runs, read_run
 from compare.summary import summarise
+from launch.cli import main
 
 # Smoothed over three: 0, .15, .2, .3, .4 and .3, .35, .4, .5, .6
 SLOW = [0.0, 0.3, 0.3, 0.3, 0.6]
@@ -140,3 +144,69 @@ def test_an_arm_keeps_its_colour_whatever_it_is_drawn_with():
     assert arm_colours(["obm", "vlm"])["obm"] == arm_colours(["new", "obm"])["obm"]
     colours = arm_colours(["obm", "vlm", "task_arithmetic", "ties", "dare", "vlm-none", "vlm-2%"])
     assert len(set(colours.values())) == 7
+
+
+REFUSED = [
+    *[(["--smoothing", n], f"--smoothing {n}: must be at least 1") for n in ("0", "-1")],
+    *[(["--bootstrap", n], f"--bootstrap {n}: must be at least 1") for n in ("0", "-5")],
+    (["--target-arm", "nosuch"], "--target-arm nosuch: no such arm; there are obm"),
+    (["--target-arm", ""], "--target-arm : no such arm"),
+    *[(["--allow", key], f"--allow {key}: no such setting") for key in (
+        "nosuch", "", "rewards.nosuch", "seed.nosuch", "environment.nosuch.kinds",
+    )],
+    *[(["--name", name], f"--name {name!r}: not the name of a file")
+      for name in ("", ".", "..", "a/b", "../x")],
+    (["--name", "x" * 300], "--name xxxxxxxxxxxxxxxxxxxx...: has more than 200 bytes"),
+    *[(["--output", place], f"--output {place}: cannot be written (") for place in (
+        "/etc/passwd", "/etc/passwd/x", "/proc/x", "x" * 300,
+    )],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("options", "words"), REFUSED)
+def test_an_option_without_sense_is_one_line_and_writes_nothing(
+    make_run, tmp_path, monkeypatch, capsys, options, words
+):
+    run = make_run("obm", 0, [0.1, 0.5])
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    assert main(["compare", str(run), "--output", "report", *options]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {words}")
+    assert said.count("\n") == 1
+    assert "; " in said
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["grpo", "grpo.learning_rate", "grpo.beta", "algorithm", "algorithm.", "rewards.format",
+     "compare.steps", "reward_functions", "own_files", "world_size", "merge.density", "seed",
+     "environment.timeout_s"],
+)  # fmt: skip
+def test_every_setting_may_be_allowed_to_differ(make_run, key):
+    check_allowed([key], [read_run(make_run("obm", 0, [0.1]))])
+
+
+def test_a_folder_in_the_place_of_a_file_is_not_written_over(runs, tmp_path):
+    (tmp_path / "compare.md").mkdir()
+    with pytest.raises(CompareError, match=r"compare\.md is a folder; pass another --output"):
+        write_report(runs, tmp_path, command="c", overwrite=True)
+    assert [path.name for path in tmp_path.glob("compare.*")] == ["compare.md"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [([], "no folder of runs; usage: "), (["nosuch"], "nosuch: no such folder; "),
+     (["empty"], "empty: holds no runs; "), (["file"], "file: no such folder; ")],
+)  # fmt: skip
+def test_the_script_says_what_folder_it_needs(tmp_path, arguments, words):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("")
+    script = Path(__file__).parents[2] / "launch/compare.sh"
+    done = subprocess.run(
+        ["bash", str(script), *arguments], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {words}")
+    assert done.stderr.count("\n") == 1
