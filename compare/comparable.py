@@ -95,9 +95,10 @@ def check_allowed(allow: Sequence[str], runs: Sequence[Run]) -> None:
         if key == STEPS or section in (*_RECORDED, "own_files"):
             continue
         found = [config[section] for config in known if section in config]
+        names = {one for values in found if isinstance(values, dict) for one in values}
         # what there is in grpo is TRL's to say
         is_open = not name or section == "grpo"
-        if not found or not (is_open or any(name.partition(".")[0] in (s or ()) for s in found)):
+        if not found or not (is_open or name.partition(".")[0] in names):
             raise CompareError(
                 f"--allow {key}: no such setting; name a key as in config.yaml, for example "
                 "grpo.learning_rate, or a section"

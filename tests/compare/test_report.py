@@ -152,7 +152,7 @@ REFUSED = [
     (["--target-arm", "nosuch"], "--target-arm nosuch: no such arm; there are obm"),
     (["--target-arm", ""], "--target-arm : no such arm"),
     *[(["--allow", key], f"--allow {key}: no such setting") for key in (
-        "nosuch", "", "rewards.nosuch", "seed.nosuch", "environment.nosuch.kinds",
+        "nosuch", "", "rewards.nosuch", "seed.nosuch", "output.a", "environment.nosuch.kinds",
     )],
     *[(["--name", name], f"--name {name!r}: not the name of a file")
       for name in ("", ".", "..", "a/b", "../x")],
@@ -167,7 +167,7 @@ REFUSED = [
 def test_an_option_without_sense_is_one_line_and_writes_nothing(
     make_run, tmp_path, monkeypatch, capsys, options, words
 ):
-    run = make_run("obm", 0, [0.1, 0.5])
+    run = make_run("obm", 3, [0.1, 0.5])
     monkeypatch.chdir(tmp_path)
     before = sorted(tmp_path.rglob("*"))
     assert main(["compare", str(run), "--output", "report", *options]) == 2
