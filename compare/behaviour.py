@@ -39,16 +39,24 @@ def count_behaviours(path: Path) -> dict[int, Counter[str]]:
     A line that is torn or no episode is left out.
     """
     counts: dict[int, Counter[str]] = {}
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         for line in file:
             try:
                 episode = json.loads(line)
-            except json.JSONDecodeError:
+                if episode["phase"] == "eval":
+                    step, kinds = int(episode["step"]), _searches(episode)
+                    name = behaviour(kinds["image_search"], kinds["search"])
+                    counts.setdefault(step, Counter())[name] += 1
+            # no text, no JSON, nested too deep, or of another shape
+            except (
+                ValueError,
+                TypeError,
+                LookupError,
+                ArithmeticError,
+                AttributeError,
+                RecursionError,
+            ):
                 continue
-            if isinstance(episode, dict) and episode.get("phase") == "eval":
-                kinds = _searches(episode)
-                name = behaviour(kinds["image_search"], kinds["search"])
-                counts.setdefault(int(episode["step"]), Counter())[name] += 1
     return counts
 
 

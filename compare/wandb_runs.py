@@ -27,6 +27,7 @@ from typing import Any
 
 from compare.errors import CompareError
 from compare.runs import WANDB_PREFIX, Run, build_run
+from compare.shapes import check_config, check_line
 
 PHASES = ("train", "eval")
 NOT_SETTINGS = ("_wandb", "wandb_version", "arm", "record")
@@ -128,11 +129,14 @@ def _make_run(source: Path | str, history: History, partial: bool) -> Run:
     config = {key: value for key, value in history.config.items() if key not in NOT_SETTINGS}
     if "environment" not in config or "grpo" not in config:
         raise CompareError(f"{source}: its W&B config is not that of a training by `obm train`")
-    record = history.record
+    check_config(config, source)
+    record, lines = history.record, lines_of(history.rows)
+    for line in lines:
+        check_line(line, f"{source}: step {line['step']}")
     return build_run(
         source,
         config,
-        lines_of(history.rows),
+        lines,
         provenance=record.get("environment") or {},
         start={
             "merged": record.get("merged"), "stats": [], "cost": record.get("start_cost"),

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from compare.behaviour import add_behaviour
+from compare.behaviour import add_behaviour, count_behaviours
 from compare.runs import read_run
 
 IMAGE, TEXT = {"type": "image_search", "region": None}, {"type": "search", "query": "q"}
@@ -43,6 +43,20 @@ def test_shares_are_counted_where_the_evaluation_did_not_report_them(folder):
         "behaviour/none": 0.2,
     }  # fmt: skip
     assert "behaviour/both" not in second
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [b"[1]\n", b'"x"\n', b'{"phase": "eval", "step": "\xff"}\n', b'{"phase": "eval"}\n',
+     b'{"phase": "eval", "step": 0, "turns": 3}\n',
+     b'{"phase": "eval", "step": 0, "turns": [3]}\n',
+     b'{"phase": "eval", "step": 1e400}\n', b"[" * 5000 + b"\n"],
+)  # fmt: skip
+def test_a_line_that_is_no_episode_is_left_out(folder, broken):
+    path = folder / "trajectories.jsonl"
+    whole = count_behaviours(path)
+    path.write_bytes(broken + path.read_bytes() + b'{"phase": "eval", "prompt": "\xc3')
+    assert count_behaviours(path) == whole
 
 
 def test_shares_that_were_reported_stay(folder):
