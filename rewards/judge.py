@@ -80,7 +80,7 @@ class Judge:
         audit_share: float = 0.05,
         max_chars: int = MAX_ANSWER_CHARS,
     ) -> None:
-        self.url = _checked_url(url)
+        self.url = checked_url(url)
         if not model:
             raise RewardError("rewards.judge_model is empty; name the model that judges")
         self.model = model
@@ -245,8 +245,17 @@ def make_judge(weights: Any) -> Judge | None:
     )
 
 
-def _checked_url(url: str) -> str:
-    parts = urlsplit(url)
+def checked_url(url: str) -> str:
+    """The address without a slash at its end.
+
+    Raises:
+        RewardError: no address, or one with a key in it.
+    """
+    try:
+        parts = urlsplit(url)
+        _ = parts.port
+    except ValueError:  # an open bracket, a port above 65535
+        parts = urlsplit("")
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise RewardError("rewards.judge is no address; write e.g. http://127.0.0.1:8000/v1")
     if parts.username or parts.password or parts.query or parts.fragment:

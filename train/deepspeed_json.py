@@ -15,6 +15,8 @@ from typing import Any
 from configs.errors import ConfigError
 from configs.schema import SHIPPED_DEEPSPEED
 
+NULLABLE = ("offload_optimizer", "offload_param", "optimizer")
+"""Sections that a file may set to null, as if they were not there."""
 FOLDER = Path(__file__).resolve().parent.parent / "configs" / "deepspeed"
 
 
@@ -43,17 +45,57 @@ def read_deepspeed(path: str | Path) -> dict[str, Any]:
     """Content of a DeepSpeed settings file.
 
     Raises:
-        ConfigError: not a JSON object.
+        ConfigError: not a JSON object, or one whose sections are not DeepSpeed's.
     """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(
             f"deepspeed: {path} cannot be read as JSON ({error}); correct it"
         ) from error
     if not isinstance(content, dict):
         raise ConfigError(f"deepspeed: {path} is no JSON object; see configs/deepspeed/zero2.json")
+    _check_sections(content, path)
     return content
+
+
+def _check_sections(content: dict[str, Any], path: str | Path) -> None:
+    """Holds what the plan and the check for a compiler read against DeepSpeed's own types."""
+
+    def section(above: dict[str, Any], name: str, key: str) -> dict[str, Any]:
+        found = above.get(name, {})
+        if found is None and name in NULLABLE:
+            return {}
+        if not isinstance(found, dict):
+            raise ConfigError(
+                f"deepspeed: {path}: {key} is {_shown(found)}, not an object; "
+                "see configs/deepspeed/zero2.json"
+            )
+        return found
+
+    zero = section(content, "zero_optimization", "zero_optimization")
+    stage = zero.get("stage", 0)
+    if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
+        raise ConfigError(
+            f"deepspeed: {path}: zero_optimization.stage is {_shown(stage)}; write 0, 1, 2 or 3"
+        )
+    for name in ("offload_optimizer", "offload_param"):
+        key = f"zero_optimization.{name}"
+        device = section(zero, name, key).get("device", "none")
+        if device not in ("none", "cpu", "nvme"):
+            raise ConfigError(
+                f"deepspeed: {path}: {key}.device is {_shown(device)}; write none, cpu or nvme"
+            )
+    optimizer = section(content, "optimizer", "optimizer")
+    section(optimizer, "params", "optimizer.params")
+
+
+def _shown(value: Any) -> str:
+    """A value as JSON has it, cut to what a message can hold."""
+    if isinstance(value, dict | list):
+        return "an object" if isinstance(value, dict) else "a list"
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:60]}..."
 
 
 def compiled_optimizer(settings: dict[str, Any]) -> str | None:

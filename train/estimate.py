@@ -7,16 +7,14 @@ config.json or a card (`train.shapes`), the arithmetic from `train.memory` and `
 from __future__ import annotations
 
 import argparse
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from configs.errors import ConfigError
 from train import plan as assumed
-from train.deepspeed_json import deepspeed_path
+from train.deepspeed_json import deepspeed_path, read_deepspeed
 from train.duration import seconds
 from train.memory import (
     Memory,
@@ -43,6 +41,10 @@ QUESTION_TOKENS, TEMPLATE_TOKENS = 30, 40
 """A question, and what the chat template puts around it."""
 MOST_SERVER_GPUS = 64
 """No proposal is larger."""
+MOST_PROCESSES = 65536
+"""Of a plan, and accelerators of a server; far above the largest clusters."""
+MOST_TOKENS = 100_000_000
+"""Of a prompt."""
 LORA_RANK = 32
 """Of the adapter that is proposed where nothing else helps."""
 
@@ -70,9 +72,27 @@ def add_estimate_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def estimate_arguments(options: argparse.Namespace) -> dict[str, Any]:
-    """Those of a parsed command line, as keyword arguments of `describe_estimate`."""
+    """Those of a parsed command line, as keyword arguments of `describe_estimate`.
+
+    Raises:
+        ConfigError: a number out of range.
+    """
+    # a server that shares the trainer's accelerators has none beside them
+    check_number("--server-gpus", options.server_gpus, 0, MOST_PROCESSES)
+    if options.prompt_tokens is not None:
+        check_number("--prompt-tokens", options.prompt_tokens, 1, MOST_TOKENS)
     names = ("machine", "prompt_tokens", "server_gpus")
     return {name: getattr(options, name) for name in names}
+
+
+def check_number(option: str, value: int, low: int, high: int) -> None:
+    """Holds the number of an option against its range.
+
+    Raises:
+        ConfigError: it lies outside.
+    """
+    if not low <= value <= high:
+        raise ConfigError(f"{option}: {value} is out of range; use a number from {low} to {high}")
 
 
 @dataclass(frozen=True)
@@ -112,7 +132,7 @@ def find_machine(text: str, n_processes: int) -> tuple[Machine, int]:
         The machine and the number of processes: that of the name, if it has one.
 
     Raises:
-        ConfigError: unknown name, or two numbers that contradict each other.
+        ConfigError: unknown name, a number out of range, or two that contradict each other.
     """
     match = re.fullmatch(r"(\w+?)(?:x([1-9]\d*))?", text.lower())
     if match is None or match[1] not in MACHINES:
@@ -120,7 +140,12 @@ def find_machine(text: str, n_processes: int) -> tuple[Machine, int]:
             f"--machine: '{text}' is not known; choose one of {', '.join(MACHINES)}, with a number "
             "of accelerators where it matters (h100x8)"
         )
-    named = int(match[2]) if match[2] else n_processes
+    digits = match[2] or str(n_processes)
+    if len(digits) > len(str(MOST_PROCESSES)) or int(digits) > MOST_PROCESSES:
+        raise ConfigError(
+            f"--machine: '{text}' has too many accelerators; name {MOST_PROCESSES} at most"
+        )
+    named = int(digits)
     if n_processes not in (1, named):
         raise ConfigError(
             f"--machine: '{text}' has {named} accelerators but {n_processes} processes are asked "
@@ -222,9 +247,9 @@ def _sharding(config: Config) -> dict[str, Any]:
     path = deepspeed_path(config.deepspeed)
     if path is None:
         return {"zero": 0, "has_deepspeed": False}
-    zero = json.loads(Path(path).read_text(encoding="utf-8")).get("zero_optimization") or {}
+    zero = read_deepspeed(path).get("zero_optimization", {})
     return {
-        "zero": zero.get("stage", 0),
+        "zero": int(zero.get("stage", 0)),
         "offload_optimizer": _is_offloaded(zero.get("offload_optimizer")),
         "offload_parameters": _is_offloaded(zero.get("offload_param")),
     }
@@ -313,14 +338,14 @@ def describe_estimate(
     A model whose shape is not known here is no mistake: the text says why there is no estimate.
 
     Raises:
-        ConfigError: an unknown machine.
+        ConfigError: an unknown machine, or settings that contradict each other.
     """
     accelerator, n_processes = find_machine(machine, n_processes)
     try:
         _, origin = find_shape(_local(config.models.init), config.models.vlm)
-        plan = plan_of(config, n_processes, prompt_tokens, server_gpus)
     except ConfigError as error:
         return f"no estimate of memory and time: {error}"
+    plan = plan_of(config, n_processes, prompt_tokens, server_gpus)
     found = estimate(plan, accelerator)
     return "\n".join(
         [

@@ -108,7 +108,7 @@ def new_status(config: Config, earlier_lines: Sequence[Mapping[str, Any]] = ()) 
 
     n_steps = resolved_grpo(config)["max_steps"]
     name = f"{config.arm_name}-s{config.seed}"
-    status = Status(name, max(0, n_steps), config.compare.eval_every)
+    status = Status(name, n_steps, config.compare.eval_every)
     for line in earlier_lines:
         status.take(line)
     status.is_fresh = True

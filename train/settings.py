@@ -7,20 +7,28 @@ at import, so a dry run is quick.
 from __future__ import annotations
 
 import difflib
-import json
 import os
 import sys
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict
 
+from configs.checks import convert
 from configs.errors import ConfigError
+from configs.sections import Between, NotNegative
 from train.deepspeed_json import deepspeed_path, read_deepspeed, require_compiler
 
 if TYPE_CHECKING:
     from trl import GRPOConfig
 
     from configs.schema import Config
+
+
+class Generation(TypedDict):
+    """What the rollout reads of `generation_kwargs`."""
+
+    max_new_tokens: Annotated[int, Between(1, 1e9)]
+
 
 GRPO_DEFAULTS: dict[str, Any] = {
     "learning_rate": 1e-4,
@@ -48,16 +56,80 @@ GRPO_DEFAULTS: dict[str, Any] = {
     "disable_tqdm": True,
 }
 
-# Names of TRL's GRPOConfig that are known without it: importing it takes seconds, which a dry run,
-# the plan of a study and `obm watch` need not wait for.
-KNOWN_NAMES = frozenset(GRPO_DEFAULTS) | {
-    "adam_beta1", "adam_beta2", "adam_epsilon", "bf16", "delta", "entropy_coef", "epsilon",
-    "epsilon_high", "fp16", "gradient_checkpointing", "importance_sampling_level",
-    "mask_truncated_completions", "min_p", "num_iterations", "num_train_epochs",
-    "repetition_penalty", "save_only_model", "scale_rewards", "shuffle_dataset",
-    "steps_per_generation", "tf32", "top_entropy_quantile", "top_k", "top_p", "use_cpu",
-    "warmup_steps", "weight_decay",
+Count = Annotated[int, Between(1, 1e9)]
+Size = Annotated[int, Between(0, 1e9)]
+Share = Annotated[float, Between(0, 1)]
+Above = Annotated[float, Between(0, above=True)]
+NoLess = Annotated[float, NotNegative]
+Beta = Annotated[float, Between(0, 0.999999)]
+
+# Type and range of TRL's settings, known without it: importing it takes seconds, which a dry run,
+# the plan of a study and `obm watch` need not wait for. Null where TRL and our arithmetic take it;
+# whole numbers end where no run gets to and torch still counts.
+KINDS: dict[str, Any] = {
+    # length of a run, shape of a step
+    "max_steps": Count,
+    "num_train_epochs": Above,
+    "num_generations": Annotated[int, Between(2, 1e9)],  # one alone has no advantage
+    "per_device_train_batch_size": Count,
+    "gradient_accumulation_steps": Count,
+    "generation_batch_size": Count | None,
+    "steps_per_generation": Count | None,
+    "num_iterations": Count,
+    "shuffle_dataset": bool | None,
+    "dataloader_num_workers": Size,
+    # sampling
+    "max_completion_length": Count,
+    "generation_kwargs": Generation | None,
+    "temperature": Above,
+    "top_p": Annotated[float, Between(0, 1, above=True)],
+    "top_k": Size,
+    "min_p": Share | None,
+    "repetition_penalty": Above,
+    # loss
+    "loss_type": Literal["grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo"],
+    "beta": NoLess,
+    "delta": NoLess | None,
+    "epsilon": NoLess,
+    "epsilon_high": NoLess | None,
+    "entropy_coef": float,
+    "top_entropy_quantile": Share,
+    "importance_sampling_level": Literal["token", "sequence"],
+    "scale_rewards": Literal["group", "batch", "none", True, False],
+    "mask_truncated_completions": bool,
+    # optimizer
+    "optim": str,
+    "learning_rate": NoLess,
+    "lr_scheduler_type": Literal[
+        "linear", "cosine", "cosine_with_restarts", "polynomial", "constant",
+        "constant_with_warmup", "inverse_sqrt", "reduce_lr_on_plateau", "cosine_with_min_lr",
+        "cosine_warmup_with_min_lr", "warmup_stable_decay", "greedy",
+    ],
+    "warmup_steps": NoLess,  # below 1 a share of the run
+    "weight_decay": NoLess,
+    "adam_beta1": Beta,
+    "adam_beta2": Beta,
+    "adam_epsilon": NoLess,
+    "max_grad_norm": NoLess,
+    # precision and memory
+    "bf16": bool | None,
+    "fp16": bool,
+    "tf32": bool | None,
+    "use_cpu": bool,
+    "activation_checkpointing": bool | None,
+    "gradient_checkpointing": bool,
+    # files and words
+    "logging_steps": Above,  # below 1 a share of the run, as save_steps
+    "save_strategy": Literal["no", "steps", "epoch", "best"],
+    "save_steps": Above,
+    "save_total_limit": Size | None,
+    "save_only_model": bool,
+    "report_to": str | None,
+    "log_completions": bool,
+    "log_multimodal": bool,
+    "disable_tqdm": bool | None,
 }  # fmt: skip
+KNOWN_NAMES = frozenset(KINDS)
 
 RESERVED = {
     "output_dir": "set `output`",
@@ -76,7 +148,8 @@ def resolved_grpo(config: Config) -> dict[str, Any]:
     """The `grpo:` section over the defaults.
 
     Raises:
-        ConfigError: an unknown key, or one that another section decides.
+        ConfigError: an unknown key, one that another section decides, or a value that is no
+            setting of its key.
     """
     for name in config.grpo:
         if name in RESERVED:
@@ -85,6 +158,7 @@ def resolved_grpo(config: Config) -> dict[str, Any]:
             near = difflib.get_close_matches(name, known, n=1)
             fix = f"did you mean '{near[0]}'?" if near else "see TRL's GRPOConfig for the names"
             raise ConfigError(f"grpo.{name}: unknown key; {fix}")
+        _check_value(name, config.grpo[name])
     settings = {**GRPO_DEFAULTS, **config.grpo}
     if "gradient_checkpointing" in config.grpo:  # the older name of the same switch
         settings.pop("activation_checkpointing")
@@ -96,6 +170,21 @@ def resolved_grpo(config: Config) -> dict[str, Any]:
     if config.rollout.backend == "vllm":
         _check_for_server(config, settings)
     return settings
+
+
+def _check_value(name: str, value: Any) -> None:
+    """Holds a value against `KINDS`; TRL gets it as it was written.
+
+    Raises:
+        ConfigError: wrong type, out of range or unknown choice.
+    """
+    kind = KINDS.get(name, Any)
+    if name == "report_to" and isinstance(value, list):
+        kind = list[str]
+    try:
+        convert(value, kind, f"grpo.{name}", lambda key: "")
+    except ConfigError as error:  # which file set it is not known here
+        raise ConfigError(str(error).removeprefix(":")) from None
 
 
 def _check_for_server(config: Config, settings: dict[str, Any]) -> None:
@@ -123,12 +212,15 @@ def _check_for_server(config: Config, settings: dict[str, Any]) -> None:
 
 
 def zero_stage(config: Config) -> int:
-    """Stage of ZeRO that the DeepSpeed settings ask for; 0 without DeepSpeed."""
+    """Stage of ZeRO that the DeepSpeed settings ask for; 0 without DeepSpeed.
+
+    Raises:
+        ConfigError: see `train.deepspeed_json.read_deepspeed`.
+    """
     path = deepspeed_path(config.deepspeed)
     if path is None:
         return 0
-    settings = json.loads(Path(path).read_text(encoding="utf-8"))
-    return int(settings.get("zero_optimization", {}).get("stage", 0))
+    return int(read_deepspeed(path).get("zero_optimization", {}).get("stage", 0))
 
 
 def _evaluation(config: Config) -> str:
@@ -138,6 +230,30 @@ def _evaluation(config: Config) -> str:
         split = section.eval_benchmark.split
         return f"benchmark {section.eval_benchmark.name}{f', split {split}' if split else ''}"
     return f"{section.eval_size} questions of {section.eval_split}"
+
+
+def check_addresses(config: Config) -> None:
+    """Holds the addresses of services against what their clients take; asks nobody.
+
+    Raises:
+        ConfigError: one that is no address.
+    """
+    section, judge = config.environment, config.rewards.judge
+    try:
+        if section.retrieval:
+            from environments.remote import SearchServer
+
+            SearchServer(section.retrieval)
+        if judge:
+            from rewards.judge import checked_url
+
+            checked_url(judge)
+        if config.rollout.backend == "vllm":
+            from train.vllm_client import VLLMClient
+
+            VLLMClient(config.rollout.url)
+    except (ValueError, RuntimeError) as error:  # what the clients raise for it
+        raise ConfigError(str(error)) from error
 
 
 def count_completions(grpo: dict[str, Any], n_processes: int) -> tuple[int, int]:
@@ -152,9 +268,12 @@ def describe_step(config: Config, n_processes: int) -> list[tuple[str, str]]:
     """The arithmetic of one optimizer step, as (name, value) pairs for a dry run.
 
     Raises:
-        ConfigError: the completions of a step cannot be cut into whole groups.
+        ConfigError: the completions of a step cannot be cut into whole groups, DeepSpeed's settings
+            cannot be read, or an address is none.
     """
     grpo = resolved_grpo(config)
+    zero_stage(config)
+    check_addresses(config)
     per_device, group = grpo["per_device_train_batch_size"], grpo["num_generations"]
     accumulated = grpo.get("steps_per_generation") or grpo["gradient_accumulation_steps"]
     completions, per_step = count_completions(grpo, n_processes)
@@ -214,7 +333,7 @@ def build_grpo_config(
             settings["deepspeed"] = {**read_deepspeed(path), "checkpoint": {"load_universal": True}}
     try:
         return GRPOConfig(output_dir=str(checkpoints), seed=config.seed, **settings)
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise ConfigError(f"grpo: {error}") from error
 
 

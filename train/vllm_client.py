@@ -107,13 +107,17 @@ class VLLMClient:
     def __init__(
         self, url: str, *, timeout_s: float = 300.0, retries: int = 3, wait_s: float = 0.5
     ) -> None:
-        parts = urlsplit(url)
+        try:
+            parts = urlsplit(url)
+            port = parts.port
+        except ValueError:  # an open bracket, a port above 65535
+            parts, port = urlsplit(""), None
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise VLLMError(f"rollout.url: '{url}' is no server; write http://host:port")
         self.url = url.rstrip("/")
         self.timeout_s, self.retries, self.wait_s = timeout_s, retries, wait_s
         self.model = ""
-        self._host, self._port, self._path = parts.hostname, parts.port, parts.path.rstrip("/")
+        self._host, self._port, self._path = parts.hostname, port, parts.path.rstrip("/")
         is_tls = parts.scheme == "https"
         self._connect = http.client.HTTPSConnection if is_tls else http.client.HTTPConnection
         self._local = threading.local()

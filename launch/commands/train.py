@@ -11,7 +11,12 @@ import os
 import sys
 
 from launch.arguments import add_config_arguments, config_path, read_config
-from train.estimate import add_estimate_arguments, estimate_arguments
+from train.estimate import (
+    MOST_PROCESSES,
+    add_estimate_arguments,
+    check_number,
+    estimate_arguments,
+)
 
 EXAMPLES = (
     "obm train --config configs/demo.yaml --dry-run",
@@ -38,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Check the settings here, then hand over to the launcher."""
+    check_number("--num-processes", options.num_processes, 1, MOST_PROCESSES)
     config = read_config(options)
     if options.dry_run:
         from train.run import describe_run

@@ -265,7 +265,12 @@ def split_batch(config: Config, n_processes: int) -> Config:
 
 
 def describe_trainings(plan: Plan, stages: Stages, options: Options) -> list[str]:
-    """What a dry run says: what will be reused, what is left, how long that may take."""
+    """What a dry run says: what will be reused, what is left, how long that may take.
+
+    Raises:
+        ConfigError: settings of an arm that the study itself would refuse.
+    """
+    plan.check()
     trainings = list(list_trainings(plan, stages))
     if not trainings:
         return []

@@ -201,6 +201,15 @@ def test_changed_settings_are_refused_or_made_again(study_file, scripted_stages)
     assert "train obm-s0" in scripted_stages
 
 
+@pytest.mark.parametrize("value", ["abc", "null", "0", ".nan"])
+def test_a_dry_run_refuses_what_the_study_would_refuse(study_file, scripted_stages, value):
+    wrong = Options("c", overrides=[f"grpo.max_steps={value}"])
+    for tell in (describe_study, run_study):
+        with pytest.raises(ConfigError, match=r"grpo\.max_steps: "):
+            tell(load_study(study_file), wrong)
+    assert not scripted_stages
+
+
 def test_a_changed_recipe_makes_what_follows_from_it_again(study_file, scripted_stages, tmp_path):
     run_ceiling(load_study(study_file), Options("c"))
     scripted_stages.clear()

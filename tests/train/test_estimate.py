@@ -349,3 +349,10 @@ def test_a_machine_may_name_the_number_of_processes():
         find_machine("h100x8", 4)
     with pytest.raises(ConfigError, match="a100, h100"):
         find_machine("tpu", 1)
+
+
+@pytest.mark.parametrize("number", ["99999999999999999999", "65537", "9" * 5000])
+def test_a_machine_of_too_many_accelerators_is_refused(number):
+    with pytest.raises(ConfigError, match=r"^--machine: .* too many accelerators; name 65536"):
+        find_machine(f"h100x{number}", 1)
+    assert find_machine("h100x65536", 1) == (H100, 65536)
