@@ -7,7 +7,6 @@ key is an error.
 
 import re
 import reprlib
-from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ _CORE = (
 )
 MAX_VALUES = 100_000
 """of a settings file, aliases written out"""
-_UNREADABLE = (ValueError, LookupError, ArithmeticError, AttributeError, TypeError)
+_MISFITS = (ValueError, LookupError, ArithmeticError, AttributeError, TypeError)
 """what PyYAML lets through where text does not fit its tag, as in `!!int abc` or `!!bool abc`"""
 _REPLACED = {tag for tag, _, _ in _CORE} | {"tag:yaml.org,2002:timestamp"}
 
@@ -35,22 +34,23 @@ _REPLACED = {tag for tag, _, _ in _CORE} | {"tag:yaml.org,2002:timestamp"}
 class _Loader(yaml.SafeLoader):
     """SafeLoader with YAML 1.2 scalars and no repeated keys."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
         seen = set()
-        for key_node, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+        for key_node, _ in node.value:
             if not isinstance(key_node, yaml.ScalarNode):
-                continue  # a list or a mapping: refused below, as no key of a dict
+                continue  # a list or a mapping, which is refused as a key later
             if key_node.value in seen and key_node.value != "<<":
                 raise yaml.constructor.ConstructorError(
                     None, None, f"key '{key_node.value}' appears twice", key_node.start_mark
                 )
             seen.add(key_node.value)
-        return super().construct_mapping(node, deep)
+        return node
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
             return super().construct_object(node, deep)
-        except _UNREADABLE as error:
+        except _MISFITS as error:
             tag = node.tag.removeprefix("tag:yaml.org,2002:")
             problem = f"{reprlib.repr(node.value)} cannot be read as {tag}"
             raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from error

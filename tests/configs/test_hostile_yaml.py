@@ -31,6 +31,11 @@ def test_plain_anchors_and_merge_keys_stay_what_they_were():
     assert parse_yaml("2e-6", "x") == 2e-6
 
 
+def test_a_key_that_a_merge_key_also_brings_is_there_once():
+    text = "one: {two: {three: &three {<<: {key: 1}, key: 2}}}\ntop: {<<: *three}\n"
+    assert parse_yaml(text, "x.yaml") == {"one": {"two": {"three": {"key": 2}}}, "top": {"key": 2}}
+
+
 @pytest.mark.parametrize("text", ["&a [*a]", "a: &a {b: {c: *a}}"])
 def test_a_value_that_holds_itself_is_refused(text):
     with pytest.raises(ConfigError, match="an alias stands within its own anchor"):
