@@ -1,8 +1,10 @@
 """The output folder: its files, may it be written, what comes along, and moving it into place."""
 
 import json
+import math
 import os
 import re
+import reprlib
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -109,9 +111,11 @@ def parse_size(size: str | int) -> int:
         MergeError: It is no such thing.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?) *(KB|MB|GB|TB|)", str(size).strip().upper())
-    if match is None or float(match[1]) == 0:
-        raise MergeError(f"merge.shard_size: {size!r} is no size; write one such as 5GB or 500MB")
-    return int(float(match[1]) * UNITS.get(match[2], 1))
+    n_bytes = float(match[1]) * UNITS.get(match[2], 1) if match else 0.0
+    if n_bytes == 0 or math.isinf(n_bytes):
+        shown = reprlib.repr(size)  # of hundreds of digits, if it is beyond a float
+        raise MergeError(f"merge.shard_size: {shown} is no size; write one such as 5GB or 500MB")
+    return int(n_bytes)
 
 
 def _output(tensor: PlannedTensor) -> OutputTensor:
