@@ -68,7 +68,7 @@ def load_functions(sections: Sequence[Any]) -> list[RewardFunction]:
     for number, section in enumerate(sections):
         place = get(section, "function")
         file, name = split_place(place, number)
-        path = Path(file).expanduser().resolve()
+        path = _find_file(file, place)
         if path not in modules:
             modules[path] = _run_file(path, place)
         call = getattr(modules[path], name, None)
@@ -194,10 +194,19 @@ def _number(value: Any, function: RewardFunction, question: Mapping[str, Any]) -
     _fail(function.place, where, "return None where there is nothing to say")
 
 
+def _find_file(file: str, place: str) -> Path:
+    try:
+        path = Path(file).expanduser().resolve()
+        is_file = path.is_file()
+    except (OSError, ValueError, RuntimeError):  # too long, a NUL, the home of nobody
+        is_file = False
+    if not is_file:
+        _fail(place, f"no such file (looked in {Path.cwd()})", "check the path")
+    return path
+
+
 def _run_file(path: Path, place: str) -> Any:
     """The file as a module; those beside it can be imported, after all that is installed."""
-    if not path.is_file():
-        _fail(place, f"no such file (looked in {Path.cwd()})", "check the path")
     name = f"reward_functions_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None

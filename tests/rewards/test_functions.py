@@ -172,6 +172,12 @@ def test_a_file_that_is_not_there_and_a_name_twice_are_refused(tmp_path):
         load_functions([place, place])
 
 
+@pytest.mark.parametrize("file", ["~nobody-of-this-name/x.py", "a\0b.py", "a" * 300 + ".py"])
+def test_a_path_that_no_file_can_have_is_one_clear_error(file):
+    with pytest.raises(RewardError, match=r"x?\.py:brevity: no such file .*; check the path"):
+        load_functions([{"function": f"{file}:brevity", "weight": 1.0}])
+
+
 def test_a_column_that_no_question_has_is_found_before_anything_runs():
     check_columns([own(lambda t, level, extra=1, **columns: [])], QUESTIONS)
     with pytest.raises(
