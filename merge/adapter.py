@@ -75,8 +75,12 @@ def find_adapter(source: str | Path) -> Path:
     Raises:
         MergeError: Neither is there.
     """
-    folder = Path(source).expanduser()
-    if (folder / SETTINGS_NAME).is_file():
+    try:
+        folder = Path(source).expanduser()
+        is_adapter = (folder / SETTINGS_NAME).is_file()
+    except (OSError, RuntimeError) as error:  # too long a name; the home of nobody
+        raise MergeError(f"{source}: cannot be a folder ({error}); check the path") from error
+    if is_adapter:
         return folder
     done = folder / "done.json"
     if done.is_file():
@@ -159,8 +163,8 @@ def merge_adapter(
     check_output(output, {"base": checkpoint}, sum(file.n_bytes for file in files), overwrite)
     part = output.with_name(f".{output.name}.part")
     shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
     try:
+        part.mkdir(parents=True)
         tensors: dict[str, Any] = {}
         for file in files:
             layout = [(tensor.name, tensor.dtype, tensor.shape) for tensor in file.tensors]

@@ -140,10 +140,19 @@ def check_output(
     for role, parent in parents.items():
         if output.resolve() in (parent.folder.resolve(), *parent.folder.resolve().parents):
             raise MergeError(f"{output}: is or holds the {role} itself; choose another output")
-    if output.is_file():
-        raise MergeError(f"{output}: is a file; choose another output")
-    existing = next(p for p in (output, *output.absolute().parents) if p.exists())
+    if not output.name:  # the current folder, or the root
+        raise MergeError(f"{output}: has no name of its own; choose another output")
     part = output.with_name(f".{output.name}.part")
+    try:
+        existing = next(p for p in (output, *output.absolute().parents) if p.exists())
+        part.exists()  # its name is the longer one
+    except OSError as error:  # too long a name, no access
+        raise MergeError(
+            f"{output}: cannot be written ({error.strerror}); choose another output"
+        ) from error
+    if not existing.is_dir():
+        reason = "is a file" if existing == output else f"lies below {existing}, which is a file"
+        raise MergeError(f"{output}: {reason}; choose another output")
     n_there = sum(path.stat().st_blocks * 512 for path in part.glob("*.safetensors"))
     n_free = shutil.disk_usage(existing).free + n_there
     if n_free < n_bytes:

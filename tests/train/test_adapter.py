@@ -219,6 +219,18 @@ def test_a_damaged_run_folder_is_one_clear_error(tmp_path, text):
         find_adapter(tmp_path)
 
 
+@pytest.mark.parametrize("source", ["~nobody-of-this-name/x", "a" * 300])
+def test_a_path_that_no_folder_can_have_is_one_clear_error(source):
+    with pytest.raises(MergeError, match=r"cannot be a folder \(.*\); check the path"):
+        find_adapter(source)
+
+
+@pytest.mark.parametrize("name", ["a" * 300, "a" * 252])  # with .part it is too long, too
+def test_an_output_with_too_long_a_name_is_one_clear_error(save_adapter, tmp_path, name):
+    with pytest.raises(MergeError, match=r"cannot be written \(.*too long.*choose another output"):
+        merge_adapter(save_adapter(), tmp_path / name)
+
+
 def test_a_folder_that_only_looks_like_a_checkpoint_is_passed_over(tmp_path):
     for name in ("checkpoint-2", "checkpoint-10", "checkpoint-x"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
