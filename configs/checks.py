@@ -33,10 +33,10 @@ def fail(where: Where, key: str, reason: str, fix: str) -> NoReturn:
     raise ConfigError(f"{where(key)}:{key}: {reason}; {fix}")
 
 
-def nearest(name: str, names: Iterable[str]) -> str:
+def nearest(name: object, names: Iterable[str]) -> str:
     """Says which name was probably meant, or lists them all."""
     names = list(names)
-    matches = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    matches = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
     if matches:
         return f"did you mean '{matches[0]}'?"
     return f"choose one of {', '.join(names)}" if names else "remove it"
@@ -84,7 +84,7 @@ def build(value: Any, section: type, key: str, where: Where) -> Any:
     prefix = f"{key}." if key else ""
     for name in mapping:
         if name not in known:
-            fail(where, f"{prefix}{name}", "unknown key", nearest(str(name), known))
+            fail(where, f"{prefix}{name}", "unknown key", nearest(name, known))
     values = {}
     for name, item in known.items():
         if name in mapping:
@@ -144,7 +144,7 @@ def _list(value: Any, inner: Any, key: str, where: Where, default: Any) -> list[
 def _choice(value: Any, choices: tuple[Any, ...], key: str, where: Where) -> Any:
     if value not in choices:
         names = ", ".join(map(str, choices))
-        fail(where, key, f"'{value}' is not one of {names}", nearest(str(value), map(str, choices)))
+        fail(where, key, f"'{value}' is not one of {names}", nearest(value, map(str, choices)))
     return value
 
 
@@ -166,7 +166,7 @@ def _scalar(value: Any, kind: Any, key: str, where: Where) -> Any:
     if kind is Any:
         return value
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
+        value = _as_float(value)
     # bool is a subclass of int: `seed: true` must not become seed 1
     if type(value) is not kind:
         fixes = {str: f'write "{value}" in quotes', bool: "write true or false"}
@@ -175,6 +175,14 @@ def _scalar(value: Any, kind: Any, key: str, where: Where) -> Any:
     if kind is float and not math.isfinite(value):
         fail(where, key, f"{value} is not a finite number", "give a number")
     return value
+
+
+def _as_float(value: int) -> float:
+    """Infinite where a float cannot hold the number, as YAML reads 1e999."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
 
 
 def _word(kind: type) -> str:

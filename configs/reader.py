@@ -6,7 +6,7 @@ key is an error.
 """
 
 import re
-from collections.abc import Hashable
+import reprlib
 from pathlib import Path
 from typing import Any
 
@@ -26,26 +26,41 @@ _CORE = (
 )
 MAX_VALUES = 100_000
 """of a settings file, aliases written out"""
+_MISFITS = (ValueError, LookupError, ArithmeticError, AttributeError, TypeError)
+"""what PyYAML lets through where text does not fit its tag, as in `!!int abc` or `!!bool abc`"""
 _REPLACED = {tag for tag, _, _ in _CORE} | {"tag:yaml.org,2002:timestamp"}
 
 
 class _Loader(yaml.SafeLoader):
     """SafeLoader with YAML 1.2 scalars and no repeated keys."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
         seen = set()
         for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                continue  # a list or a mapping, which is refused as a key later
             if key_node.value in seen and key_node.value != "<<":
                 raise yaml.constructor.ConstructorError(
                     None, None, f"key '{key_node.value}' appears twice", key_node.start_mark
                 )
             seen.add(key_node.value)
-        return super().construct_mapping(node, deep)
+        return node
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except _MISFITS as error:
+            tag = node.tag.removeprefix("tag:yaml.org,2002:")
+            problem = f"{reprlib.repr(node.value)} cannot be read as {tag}"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from error
 
     def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
         # the 1.1 constructor would read 010 as octal 8
         text = node.value
-        return int(text, 16) if text.startswith("0x") else int(text)
+        value = int(text, 16) if text.startswith("0x") else int(text)
+        str(value)  # a ValueError for more digits than Python writes, as for more than it reads
+        return value
 
 
 class _Dumper(yaml.SafeDumper):
@@ -71,7 +86,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # ValueError: no UTF-8, or a path that holds a NUL
         reason = getattr(error, "strerror", None) or "not a text file"
         raise ConfigError(f"{path}: cannot read the settings ({reason}); check the path") from error
     value = parse_yaml(text, str(path))
@@ -87,8 +102,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 def parse_yaml(text: str, name: str) -> Any:
     """Parses YAML text; `name` stands in the message of a ConfigError."""
-    loader = _Loader(text)
+    loader = None
     try:
+        loader = _Loader(text)
         node = loader.get_single_node()
         if node is None:
             return None
@@ -100,9 +116,13 @@ def parse_yaml(text: str, name: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         place = f" (line {mark.line + 1})" if mark else ""
         problem = getattr(error, "problem", None) or "not valid YAML"
+        if isinstance(error, yaml.reader.ReaderError):
+            place = f" (line {text.count(chr(10), 0, error.position) + 1})"
+            problem = f"the character U+{ord(text[error.position]):04X} may not stand in YAML"
         raise ConfigError(f"{name}: {problem}{place}; correct the YAML there") from error
     finally:
-        loader.dispose()
+        if loader is not None:
+            loader.dispose()
 
 
 def _count_values(node: yaml.Node, name: str, counts: dict[int, int]) -> int:

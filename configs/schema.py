@@ -6,11 +6,13 @@ Precedence: dataclass default < inherited file < file < override on the command 
 """
 
 import re
+import reprlib
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from configs.checks import Where, build, fail, nearest
 from configs.documentation import describe
@@ -58,6 +60,12 @@ __all__ = [
 
 COMMAND_LINE = "command line"
 ATLAS_PREFIX = "atlas://"
+ROLES = ("base", "vlm", "agent")
+"""What a merge calls the three models of `models`; a donor may not take their names."""
+SEARCH_TOKEN_VARIABLE = "OBM_SEARCH_TOKEN"
+"""of the server that `environment.retrieval` names; environments/remote.py reads it"""
+LARGEST_SEED = 2**32 - 1
+"""NumPy's generator, which a training seeds, takes no larger one."""
 SHIPPED_DIALECTS = ("search_r1", "mmsearch_r1", "hermes")
 """Names that the setting `environment.dialect` takes; else it is a file."""
 DIALECT_SUFFIX = ".yaml"
@@ -95,6 +103,16 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     if config.models.freeze_vision and config.lora.train_vision:
         reason = "models.freeze_vision says the opposite"
         fail(where, "lora.train_vision", reason, "remove one of the two")
+    for name in config.models.donors:
+        if name in ROLES:
+            reason = f"'{name}' is a model of its own, not a donor"
+            fail(where, f"models.donors.{name}", reason, f"set models.{name}, or rename the donor")
+    if not 0 <= config.seed <= LARGEST_SEED:
+        fix = f"use a whole number from 0 to {LARGEST_SEED}"
+        fail(where, "seed", f"{reprlib.repr(config.seed)} is out of range", fix)
+    _check_address(
+        config.environment.retrieval, "environment.retrieval", SEARCH_TOKEN_VARIABLE, where
+    )
     _check_judge(config.rewards, where)
     dialect = config.environment.dialect
     if dialect not in SHIPPED_DIALECTS and not dialect.endswith(DIALECT_SUFFIX):
@@ -115,22 +133,43 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     return config
 
 
+def _check_address(url: str | None, key: str, variable: str, where: Where) -> None:
+    """That a service can be asked there, so that a dry run says so as well.
+
+    The settings are written into the run folder, so no key may stand in them.
+    """
+    if not url:
+        return
+    try:
+        parts = urlsplit(url)
+        has_port = parts.port != 0  # a ValueError for what is no port at all
+    except ValueError:
+        parts, has_port = urlsplit(""), False
+    if parts.username or parts.password or parts.query:
+        fix = f"put it into the environment variable {variable}"
+        fail(where, key, "an address must not hold a key", fix)
+    is_web = url.lower().startswith(("http://", "https://")) and url.isprintable()
+    if not is_web or not parts.hostname or not has_port or " " in parts.netloc:
+        fail(where, key, f"{url!r} is no address of a service", "write it as http://host:port")
+
+
 def _check_judge(rewards: Rewards, where: Where) -> None:
-    """The settings are written into the run folder, so no key may stand in them."""
+    """That the judge can be asked, and by an address without a key."""
     if rewards.judge is None:
         return
     if any(mark in rewards.judge for mark in "@?#"):
         fix = "name an environment variable in rewards.judge_key_variable"
         fail(where, "rewards.judge", "an address must not hold a key", fix)
+    _check_address(rewards.judge, "rewards.judge", rewards.judge_key_variable, where)
     if not rewards.judge_model:
         fail(where, "rewards.judge_model", "nobody is named to judge", "name the service's model")
 
 
 def _read_chain(path: Path, origins: dict[str, str], children: tuple[Path, ...]) -> dict[str, Any]:
     """Reads a file on top of what it inherits; notes in `origins` which file set which key."""
+    raw = read_yaml(path)
     if path.resolve() in children:
         raise ConfigError(f"{path}:inherits: the files inherit in a circle; remove one 'inherits'")
-    raw = read_yaml(path)
     parent = raw.pop("inherits", None)
     if parent is None:
         merged: dict[str, Any] = {}

@@ -85,18 +85,56 @@ def read_dialect(path: str | Path, shipped: Mapping[str, Dialect]) -> Dialect:
     )
 
 
+class _Loader(yaml.SafeLoader):
+    """SafeLoader in which a repeated key is an error, and only true and false are booleans."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen and key.value != "<<":
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key '{key.value}' appears twice", key.start_mark
+                )
+            seen.add(key.value)
+        return node
+
+
+_BOOL = "tag:yaml.org,2002:bool"
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != _BOOL]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    _BOOL, re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+_MISFITS = (ValueError, LookupError, ArithmeticError, AttributeError, TypeError)
+"""What PyYAML lets through where text does not fit its tag, as in `!!int abc`."""
+
+
 def _read(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(path.expanduser().read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
+        text = path.expanduser().read_text(encoding="utf-8")
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: ~ of a user unknown here
         reason = getattr(error, "strerror", None) or "not a text file"
+        if isinstance(error, RuntimeError):
+            reason = "no such home folder"
         raise EnvironmentSetupError(
             f"environment.dialect: {path} cannot be read ({reason}); check the path"
         ) from error
+    try:
+        values = _Loader(text).get_single_data()
+    except RecursionError as error:
+        raise EnvironmentSetupError(
+            f"{path}: is nested too deep; correct the YAML there"
+        ) from error
+    except _MISFITS as error:
+        reason = f"a value does not fit its tag ({error})"
+        raise EnvironmentSetupError(f"{path}: {reason}; correct the YAML there") from error
     except yaml.YAMLError as error:
         line = getattr(getattr(error, "problem_mark", None), "line", None)
         at = "" if line is None else f" (line {line + 1})"
-        problem = getattr(error, "problem", None) or "not valid YAML"
+        problem = getattr(error, "problem", None) or getattr(error, "reason", "not valid YAML")
         raise EnvironmentSetupError(f"{path}: {problem}{at}; correct the YAML there") from error
     if not isinstance(values, dict):
         raise EnvironmentSetupError(f"{path}: expected keys and values; write 'like: search_r1'")

@@ -12,11 +12,12 @@ LoRA: Hu et al., arXiv 2106.09685; the factor with sqrt(r): Kalajdzievski, arXiv
 import json
 import math
 import re
+import reprlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import xxhash
@@ -40,6 +41,8 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 ADAPTED = "adapted"
 """Group of the changed tensors in merge.json; the others keep theirs."""
 _FACTOR = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
+_MODULE = r"(.*\.)?({})$"
+"""peft's rule: a pattern is the module's name or its end"""
 # Settings under which the weights are more than W + s B A.
 _UNSUPPORTED = (
     "use_dora",
@@ -72,20 +75,33 @@ def find_adapter(source: str | Path) -> Path:
     Raises:
         MergeError: Neither is there.
     """
-    folder = Path(source).expanduser()
-    if (folder / SETTINGS_NAME).is_file():
+    try:
+        folder = Path(source).expanduser()
+        is_adapter = (folder / SETTINGS_NAME).is_file()
+    except (OSError, RuntimeError) as error:  # too long a name; the home of nobody
+        raise MergeError(f"{source}: cannot be a folder ({error}); check the path") from error
+    if is_adapter:
         return folder
     done = folder / "done.json"
     if done.is_file():
-        folder = folder / json.loads(done.read_text(encoding="utf-8"))["policy"]
+        try:
+            folder = folder / json.loads(done.read_text(encoding="utf-8"))["policy"]
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise MergeError(
+                f"{done}: names no policy ({error!r}); give the adapter's own folder"
+            ) from error
         if (folder / SETTINGS_NAME).is_file():
             return folder
         raise MergeError(
             f"{folder}: is a whole policy, not an adapter; it needs no merging (lora.r was 0)"
         )
-    numbered = [path.parent for path in folder.glob(f"checkpoints/checkpoint-*/{SETTINGS_NAME}")]
+    numbered = {
+        int(path.parent.name.rpartition("-")[2]): path.parent
+        for path in folder.glob(f"checkpoints/checkpoint-*/{SETTINGS_NAME}")
+        if re.fullmatch(r"checkpoint-\d{1,18}", path.parent.name)
+    }
     if numbered:
-        return max(numbered, key=lambda path: int(path.name.rpartition("-")[2]))
+        return numbered[max(numbered)]
     raise MergeError(
         f"{source}: holds no {SETTINGS_NAME}, nor checkpoints with one; give a run's folder or an "
         "adapter's"
@@ -147,8 +163,8 @@ def merge_adapter(
     check_output(output, {"base": checkpoint}, sum(file.n_bytes for file in files), overwrite)
     part = output.with_name(f".{output.name}.part")
     shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
     try:
+        part.mkdir(parents=True)
         tensors: dict[str, Any] = {}
         for file in files:
             layout = [(tensor.name, tensor.dtype, tensor.shape) for tensor in file.tensors]
@@ -204,7 +220,49 @@ def _read_settings(folder: Path) -> dict[str, Any]:
             f"{path}: uses {', '.join(used)}, which is more than W + s B A; merge it with peft "
             "(merge_and_unload, then save_pretrained)"
         )
+    _number(path, settings, "lora_alpha")
+    for key, check in (("alpha_pattern", _number), ("rank_pattern", _rank)):
+        _check_patterns(path, key, settings.get(key) or {}, check)
+    if "r" in settings:
+        _rank(path, settings, "r")
+    if not isinstance(settings.get("use_rslora"), bool | None):
+        _fail(path, "use_rslora", settings["use_rslora"], "true or false")
     return dict(settings)
+
+
+def _check_patterns(path: Path, key: str, patterns: Any, check: Callable[..., None]) -> None:
+    """A section of peft's, module pattern -> value."""
+    if not isinstance(patterns, dict):
+        _fail(path, key, patterns, "patterns of module names, each with a number")
+    for pattern in patterns:
+        try:
+            re.compile(_MODULE.format(pattern))
+        except (re.error, RecursionError, OverflowError) as error:
+            raise MergeError(
+                f"{path}:{key}: {pattern!r} is no pattern ({error}); save the adapter again"
+            ) from error
+        check(path, patterns, pattern, f"{key}.")
+
+
+def _number(path: Path, values: Mapping[str, Any], key: str, prefix: str = "") -> None:
+    value = values.get(key)
+    try:
+        is_number = isinstance(value, int | float) and math.isfinite(value)
+    except OverflowError:
+        is_number = False
+    if not is_number or isinstance(value, bool):
+        _fail(path, prefix + key, value, "a finite number")
+
+
+def _rank(path: Path, values: Mapping[str, Any], key: str, prefix: str = "") -> None:
+    value = values[key]
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**31:
+        _fail(path, prefix + key, value, "a whole number of 1 or more")
+
+
+def _fail(path: Path, key: str, value: Any, expected: str) -> NoReturn:
+    shown = "nothing" if value is None else reprlib.repr(value)
+    raise MergeError(f"{path}:{key}: expected {expected}, got {shown}; save the adapter again")
 
 
 def _weights_file(folder: Path) -> Path:
@@ -236,17 +294,25 @@ def _pair_factors(weights: SafetensorsFile, settings: Mapping[str, Any]) -> dict
             raise MergeError(
                 f"{weights.path}: {module} has no lora_{missing}; save the adapter again"
             )
-        rank = weights.tensors[pair["A"]].shape[0]
+        shape = weights.tensors[pair["A"]].shape
+        rank = shape[0] if shape else 0
         alpha = _by_pattern(settings.get("alpha_pattern"), module, settings["lora_alpha"])
+        # the scale is by this rank: weights of another training would be merged at a wrong one
+        said = _by_pattern(settings.get("rank_pattern"), module, settings.get("r", rank))
+        if rank < 1 or said != rank:
+            raise MergeError(
+                f"{weights.path}: {module} has rank {rank}, {SETTINGS_NAME} says {said:g}; "
+                "save both again, from the same training"
+            )
         divisor = math.sqrt(rank) if settings.get("use_rslora") else rank
         plan[module] = Factors(pair["A"], pair["B"], alpha / divisor)
     return plan
 
 
 def _by_pattern(patterns: Mapping[str, float] | None, module: str, default: float) -> float:
-    """peft's rule: the first pattern that is the module's name or its end."""
+    """The value of the first pattern that fits, as peft has it."""
     for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
+        if re.match(_MODULE.format(pattern), module):
             return float(value)
     return float(default)
 

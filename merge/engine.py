@@ -102,7 +102,12 @@ def merge(
     if threads is not None and threads < 1:
         raise MergeError(f"merge.threads: {threads} is less than 1; null means one a core")
     output = Path(output).expanduser()
-    sources = {"base": base, "vlm": vlm, "agent": agent, **(donors or {})}
+    sources = {"base": base, "vlm": vlm, "agent": agent}
+    for name in donors or {}:
+        if name in sources:
+            reason = f"'{name}' is a model of its own, not a donor"
+            raise MergeError(f"models.donors.{name}: {reason}; rename the donor")
+    sources |= donors or {}
     parents = {role: Checkpoint(source, role) for role, source in sources.items()}
     actions = resolve_scope(scope, method)
     plan = make_plan(

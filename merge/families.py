@@ -47,6 +47,25 @@ _DEFAULTS = "text_defaults"
 _LAYER_NAME = re.compile(r"model\.layers\.(\d+)\.(.+)\.(weight|bias)")
 
 
+_MISFITS = (ValueError, LookupError, ArithmeticError, AttributeError, TypeError)
+"""What PyYAML lets through where text does not fit its tag, as in `!!int abc`."""
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader in which a repeated key is an error."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen and key.value != "<<":
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key '{key.value}' appears twice", key.start_mark
+                )
+            seen.add(key.value)
+        return node
+
+
 @dataclass(frozen=True)
 class Layout:
     """Prefixes of one way of naming the tensors of a family."""
@@ -185,14 +204,16 @@ def load_families(path: str | Path | None = None) -> Mapping[str, Family]:
     families: dict[str, Family] = {}
     defaults = _add(families, SHIPPED, {})
     if path is not None:
-        _add(families, Path(path).expanduser(), defaults)
+        _add(families, Path(path), defaults)
     return families
 
 
 def _add(families: dict[str, Family], path: Path, defaults: Mapping[str, Any]) -> Mapping[str, Any]:
     """Adds the families of a file, text models first; returns the defaults for text models."""
     entries = {name: _mapping(path, name, entry) for name, entry in _read(path).items()}
-    defaults = {**defaults, **entries.pop(_DEFAULTS, {})}
+    if _DEFAULTS in entries:
+        defaults = {**defaults, **entries.pop(_DEFAULTS)}
+        _family(path, _DEFAULTS, defaults)  # faulty, whether or not a family below takes them
     for name in sorted(entries, key=lambda name: "bases" in entries[name]):
         entry = entries[name]
         inherited = dict(defaults)
@@ -214,15 +235,20 @@ def _add(families: dict[str, Family], path: Path, defaults: Mapping[str, Any]) -
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise MergeError(f"{path}: cannot be read ({error.strerror}); check the path") from error
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        text = path.expanduser().read_text(encoding="utf-8")
+    except (OSError, ValueError, RuntimeError) as error:  # a NUL in the path; the home of nobody
+        reason = getattr(error, "strerror", None) or str(error)
+        raise MergeError(f"{path}: cannot be read ({reason}); check the path") from error
+    try:
+        content = _Loader(text).get_single_data()
+    except (yaml.YAMLError, RecursionError, *_MISFITS) as error:
         problem = " ".join(str(error).split())
+        if isinstance(error, _MISFITS):
+            problem = f"a value does not fit its tag: {problem}"
         raise MergeError(f"{path}: is not valid YAML ({problem}); correct it") from error
     if not isinstance(content, dict):
         raise MergeError(f"{path}: has no families; write 'model_type: {{...}}' entries")
-    return content
+    return _text_keys(path, "", content)
 
 
 def _family(path: Path, name: str, entry: Mapping[str, Any]) -> Family:
@@ -272,7 +298,14 @@ def _layout(path: Path, key: str, value: Any) -> Layout:
 def _mapping(path: Path, key: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         _fail(path, key, f"is {value!r}; write 'key: value' entries")
-    return dict(value)
+    return _text_keys(path, f"{key}.", value)
+
+
+def _text_keys(path: Path, prefix: str, entries: Mapping[Any, Any]) -> dict[str, Any]:
+    for name in entries:
+        if not isinstance(name, str):
+            _fail(path, f"{prefix}{name}", "a key must be text; put it in quotes")
+    return dict(entries)
 
 
 def _texts(path: Path, key: str, value: Any) -> tuple[str, ...]:

@@ -1,8 +1,10 @@
 """The output folder: its files, may it be written, what comes along, and moving it into place."""
 
 import json
+import math
 import os
 import re
+import reprlib
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -109,9 +111,11 @@ def parse_size(size: str | int) -> int:
         MergeError: It is no such thing.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?) *(KB|MB|GB|TB|)", str(size).strip().upper())
-    if match is None or float(match[1]) == 0:
-        raise MergeError(f"merge.shard_size: {size!r} is no size; write one such as 5GB or 500MB")
-    return int(float(match[1]) * UNITS.get(match[2], 1))
+    n_bytes = float(match[1]) * UNITS.get(match[2], 1) if match else 0.0
+    if n_bytes == 0 or math.isinf(n_bytes):
+        shown = reprlib.repr(size)  # of hundreds of digits, if it is beyond a float
+        raise MergeError(f"merge.shard_size: {shown} is no size; write one such as 5GB or 500MB")
+    return int(n_bytes)
 
 
 def _output(tensor: PlannedTensor) -> OutputTensor:
@@ -136,10 +140,19 @@ def check_output(
     for role, parent in parents.items():
         if output.resolve() in (parent.folder.resolve(), *parent.folder.resolve().parents):
             raise MergeError(f"{output}: is or holds the {role} itself; choose another output")
-    if output.is_file():
-        raise MergeError(f"{output}: is a file; choose another output")
-    existing = next(p for p in (output, *output.absolute().parents) if p.exists())
+    if not output.name:  # the current folder, or the root
+        raise MergeError(f"{output}: has no name of its own; choose another output")
     part = output.with_name(f".{output.name}.part")
+    try:
+        existing = next(p for p in (output, *output.absolute().parents) if p.exists())
+        part.exists()  # its name is the longer one
+    except OSError as error:  # too long a name, no access
+        raise MergeError(
+            f"{output}: cannot be written ({error.strerror}); choose another output"
+        ) from error
+    if not existing.is_dir():
+        reason = "is a file" if existing == output else f"lies below {existing}, which is a file"
+        raise MergeError(f"{output}: {reason}; choose another output")
     n_there = sum(path.stat().st_blocks * 512 for path in part.glob("*.safetensors"))
     n_free = shutil.disk_usage(existing).free + n_there
     if n_free < n_bytes:

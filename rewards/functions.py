@@ -19,6 +19,7 @@ import hashlib
 import importlib.util
 import inspect
 import math
+import reprlib
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -35,6 +36,9 @@ ADDED = ("efficiency", "overlong")
 """Parts that `algorithm` adds; a function may not take their names."""
 NOT_PASSED = ("image",)
 """Columns that a function gets only if it names them: a picture is decoded when it is read."""
+
+_STOPPED = (Exception, SystemExit)
+"""Whatever the user's file or function ends with; `sys.exit` would end the run in silence."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,7 @@ def load_functions(sections: Sequence[Any]) -> list[RewardFunction]:
     for number, section in enumerate(sections):
         place = get(section, "function")
         file, name = split_place(place, number)
-        path = Path(file).expanduser().resolve()
+        path = _find_file(file, place)
         if path not in modules:
             modules[path] = _run_file(path, place)
         call = getattr(modules[path], name, None)
@@ -158,13 +162,15 @@ def call_function(
     columns = {name: [question.get(name) for question in questions] for name in passed}
     try:
         returned = function.call(list(trajectories), **columns)
-    except Exception as error:  # whatever it is: the function is the user's
+    except _STOPPED as error:
         _fail(function.place, f"it stopped with {_words(error)}", "mend it; --debug shows more")
     try:
         values = list(returned)
     except TypeError:
         kind = type(returned).__name__
         _fail(function.place, f"it returned {kind}, not a list", "return one number an episode")
+    except _STOPPED as error:  # a function with `yield` runs only now
+        _fail(function.place, f"it stopped with {_words(error)}", "mend it; --debug shows more")
     if len(values) != len(trajectories):
         reason = f"it returned {len(values)} values for {len(trajectories)} episodes"
         _fail(function.place, reason, "return one number, or None, for each in order")
@@ -174,18 +180,33 @@ def call_function(
 def _number(value: Any, function: RewardFunction, question: Mapping[str, Any]) -> float | None:
     if value is None:
         return None
-    where = f"for question {question.get('id')} it returned {value!r}"
-    if not isinstance(value, Real):
+    is_number = isinstance(value, Real)
+    try:
+        number = float(value) if is_number else math.nan
+    except OverflowError:
+        number = math.inf
+    if math.isfinite(number):
+        return number
+    shown = number if is_number else reprlib.repr(value)
+    where = f"for question {question.get('id')} it returned {shown}"
+    if not is_number:
         _fail(function.place, f"{where}, which is no number", "return plain numbers (x.tolist())")
-    if not math.isfinite(value):
-        _fail(function.place, where, "return None where there is nothing to say")
-    return float(value)
+    _fail(function.place, where, "return None where there is nothing to say")
+
+
+def _find_file(file: str, place: str) -> Path:
+    try:
+        path = Path(file).expanduser().resolve()
+        is_file = path.is_file()
+    except (OSError, ValueError, RuntimeError):  # too long, a NUL, the home of nobody
+        is_file = False
+    if not is_file:
+        _fail(place, f"no such file (looked in {Path.cwd()})", "check the path")
+    return path
 
 
 def _run_file(path: Path, place: str) -> Any:
     """The file as a module; those beside it can be imported, after all that is installed."""
-    if not path.is_file():
-        _fail(place, f"no such file (looked in {Path.cwd()})", "check the path")
     name = f"reward_functions_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
@@ -196,7 +217,7 @@ def _run_file(path: Path, place: str) -> Any:
         sys.path.append(str(path.parent))
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # whatever it is: the file is the user's
+    except _STOPPED as error:
         _fail(place, f"the file does not run: {_words(error)}", "mend it; --debug shows more")
     return module
 
@@ -222,7 +243,7 @@ def _parameters(call: Callable[..., Any]) -> tuple[dict[str, bool], bool]:
     return named, takes_all
 
 
-def _words(error: Exception) -> str:
+def _words(error: BaseException) -> str:
     """The error, and the line of the user's file that it came from."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__)]
     at = getattr(error, "lineno", None) or (lines[-1] if lines else None)

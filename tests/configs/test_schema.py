@@ -437,3 +437,59 @@ def test_a_judge_needs_a_model_and_its_address_holds_no_key(write):
         text = message(path, f"rewards.judge={address}")
         assert "rewards.judge: an address must not hold a key" in text
         assert "secret" not in text
+    for address in ("http://[::1", "127.0.0.1:8000", "http://host:99999"):
+        assert "is no address of a service; write it as" in message(
+            path, f"rewards.judge='{address}'"
+        )
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["notaurl", "http://host:99999", "http://host:x", "http://[::1", "ftp://host", "http://",
+     "http://a b", " http://host"],
+)  # fmt: skip
+def test_a_search_server_needs_an_address(write, address):
+    text = message(write(f"output: x\nenvironment: {{retrieval: '{address}'}}"))
+    assert "run.yaml:environment.retrieval: " in text
+    assert "is no address of a service; write it as http://host:port" in text
+
+
+def test_the_address_of_a_search_server_holds_no_key(write):
+    path = write("output: x")
+    for address in ("http://user:secret@host", "http://host?key=secret"):
+        text = message(path, f"environment.retrieval={address}")
+        assert "an address must not hold a key; put it into the environment variable" in text
+        assert "secret" not in text
+    for address in ("http://127.0.0.1:8000", "https://host/path", "http://[::1]:80/", ""):
+        config = load_config(path, [f"environment.retrieval='{address}'"])
+        assert config.environment.retrieval == address
+
+
+@pytest.mark.parametrize("name", ["base", "vlm", "agent"])
+def test_a_donor_does_not_take_the_name_of_another_model(write, name):
+    text = message(write(f"output: x\nmodels: {{donors: {{{name}: owner/model}}}}"))
+    assert f"run.yaml:models.donors.{name}: '{name}' is a model of its own, not a donor" in text
+    assert text.endswith(f"; set models.{name}, or rename the donor")
+
+
+@pytest.mark.parametrize("sign", ["", "-"])
+def test_a_number_too_large_for_a_float_is_not_finite(write, sign):
+    text = message(write("output: x"), f"rewards.accuracy={sign}{'9' * 400}")
+    assert text == f"command line:rewards.accuracy: {sign}inf is not a finite number; give a number"
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, int("9" * 400)])
+def test_a_seed_is_one_that_numpy_takes(write, seed):
+    path = write("output: x")
+    text = message(path, f"seed={seed}")
+    assert text.startswith("command line:seed: ")
+    assert text.endswith(" is out of range; use a whole number from 0 to 4294967295")
+    assert load_config(path, ["seed=4294967295"]).seed == 2**32 - 1
+
+
+def test_an_unknown_key_need_not_be_text_to_be_refused(write):
+    assert "a key must be text; put it in quotes" in message(write("output: x\nmerge: {3: 4}"))
+
+
+def test_a_parent_with_a_name_that_no_file_can_have_is_one_error(write):
+    assert "cannot read the settings" in message(write('output: x\ninherits: "a\\0b"'))

@@ -139,11 +139,41 @@ def test_an_environment_takes_the_file(dialect, tmp_path):
         ("needs_thought: maybe", "mine.yaml:needs_thought: expected true or false, got 'maybe'"),
         ("- a", "mine.yaml: expected keys and values"),
         ("a: [", r"mine.yaml: .* \(line \d\); correct the YAML there"),
+        ("needs_thought: no", "mine.yaml:needs_thought: expected true or false, got 'no'"),
+        (
+            "think: a\nthink: b",
+            r"mine.yaml: key 'think' appears twice \(line 2\); correct the YAML",
+        ),
+        ("calls: {visit: a, visit: b}", r"mine.yaml: key 'visit' appears twice \(line 1\)"),
+        ("like: 2020-99-99", "mine.yaml: a value does not fit its tag .*; correct the YAML there"),
+        ("like: !!int a", "mine.yaml: a value does not fit its tag"),
+        ("like: !!bool a", "mine.yaml: a value does not fit its tag"),
+        ("like: !!timestamp a", "mine.yaml: a value does not fit its tag"),
+        ("like: " + "9" * 5000, "mine.yaml: a value does not fit its tag"),
+        ("like: " + "[" * 3000, "mine.yaml: is nested too deep; correct the YAML there"),
+        ("? [a, b]\n: 1", r"mine.yaml: found unhashable key \(line 1\)"),
+        ("like: \0", "mine.yaml: special characters are not allowed; correct the YAML there"),
+        ("3: a", "mine.yaml:3: unknown key"),
+        ("like: [a]", r"mine.yaml:like: there is no dialect \['a'\]"),
+        ("calls: {search: 3}", "mine.yaml:calls.search: 3 is no name of a tag"),
+        ("calls: {[a]: b}", "mine.yaml: found unhashable key"),
+        ("calls: {3: a}", "mine.yaml:calls.3: no such action"),
     ],
 )
 def test_every_mistake_names_file_key_and_fix(dialect, text, words):
     with pytest.raises(EnvironmentSetupError, match=words):
         dialect(text)
+
+
+def test_only_true_and_false_are_booleans(dialect):
+    assert dialect("needs_thought: false").needs_thought is False
+    assert dialect("calls: {visit: on}").calls["visit"] == "on"
+
+
+@pytest.mark.parametrize("path", ["~nobody-of-this-name/x.yaml", "a\0b.yaml"])
+def test_a_path_that_no_file_can_have_is_one_clear_error(path):
+    with pytest.raises(EnvironmentSetupError, match=r"cannot be read \(.*\); check the path"):
+        get_dialect(path)
 
 
 def test_a_file_that_is_not_there_is_one_clear_error():

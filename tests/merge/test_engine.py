@@ -14,6 +14,7 @@ from transformers import AutoModelForImageTextToText
 
 from merge.checkpoint import Checkpoint
 from merge.engine import merge
+from merge.errors import MergeError
 from merge.methods import METHODS
 from merge.report import figures
 from merge.shards import SafetensorsFile
@@ -391,6 +392,16 @@ def test_donors_are_added_as_the_agent_is(make_trio, builders, tmp_path, n_donor
     assert set(record["tensors"][Q]["conflicts_won"]) == {"vlm", "agent", *donors}
     card = (tmp_path / "out" / "README.md").read_text()
     assert f"licences of all {3 + n_donors} parents apply" in card
+
+
+@pytest.mark.parametrize("name", ["base", "vlm", "agent"])
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_a_donor_does_not_take_the_place_of_a_parent(make_trio, tmp_path, name, dry_run):
+    trio = make_trio()
+    words = rf"models\.donors\.{name}: '{name}' is a model of its own, not a donor; rename"
+    with pytest.raises(MergeError, match=words):
+        run(trio, tmp_path / "out", donors={name: trio.paths["agent"]}, dry_run=dry_run)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("method", ["obm", "ties", "sce", "ram_plus"])

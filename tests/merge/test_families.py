@@ -244,6 +244,14 @@ def test_an_unknown_architecture_names_the_known_ones_and_the_setting():
         ("    disk:", "    dsk:", r"tiny_vl\.layouts: has to hold 'disk'"),
         ("  norms: [pre_norm, post_norm]", "  norms: [1]", r"tiny_text\.norms: is 1; write text"),
         ("\n  norms: [pre_norm, post_norm]", " 3", r"tiny_text: is 3; write 'key: value'"),
+        ("tiny_text:", "3:", r"3: a key must be text; put it in quotes"),
+        ("  norms:", "  3: x\n  norms:", r"tiny_text\.3: a key must be text"),
+        ("disk: {", "disk: {3: x, ", r"tiny_vl\.layouts\.disk\.3: a key must be text"),
+        ("tiny_text:", "text_defaults: 3\ntiny_text:", r"text_defaults: is 3; write 'key: value'"),
+        (OWN, "text_defaults: {language_module: [a]}", r"language_module: is \['a'\]; write text"),
+        (OWN, "text_defaults: {norm: [a]}", r"text_defaults\.norm: is unknown"),
+        ("  norms:", "  norms: [a]\n  norms:", r".*key 'norms' appears twice.* line 4"),
+        ("tiny_text:", "tiny_text: {}\ntiny_text:", r".*key 'tiny_text' appears twice"),
     ],
 )
 def test_a_faulty_users_file_names_file_key_and_fix(write, old, new, message):
@@ -255,9 +263,27 @@ def test_a_faulty_users_file_names_file_key_and_fix(write, old, new, message):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("a: [", "is not valid YAML"), ("- a", "has no families"), (None, "cannot be read")],
+    [
+        ("a: [", "is not valid YAML"),
+        ("- a", "has no families"),
+        (None, "cannot be read"),
+        ("a: 2020-99-99", "is not valid YAML .a value does not fit its tag: .*; correct it"),
+        ("a: !!int b", "a value does not fit its tag"),
+        ("a: !!bool b", "a value does not fit its tag"),
+        ("a: !!timestamp b", "a value does not fit its tag"),
+        ("a: " + "9" * 5000, "a value does not fit its tag"),
+        ("a: " + "[" * 3000, "is not valid YAML .*recursion"),
+        ("? [a]\n: 1", "found unhashable key"),
+        ("a: \0", "special characters are not allowed"),
+    ],
 )
 def test_a_file_that_is_no_list_of_families(write, tmp_path, text, message):
     path = tmp_path / "gone.yaml" if text is None else write(text)
     with pytest.raises(MergeError, match=message):
+        load_families(path)
+
+
+@pytest.mark.parametrize("path", ["~nobody-of-this-name/x.yaml", "a\0b.yaml"])
+def test_a_path_that_no_file_can_have_is_one_error(path):
+    with pytest.raises(MergeError, match=r"cannot be read \(.*\); check the path"):
         load_families(path)

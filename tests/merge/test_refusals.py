@@ -385,6 +385,21 @@ def test_the_output_may_not_be_a_parent(fresh_trio, tmp_path):
     assert Checkpoint(fresh_trio.paths["vlm"], "vlm").tensors
 
 
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_an_output_that_no_folder_can_be(make_trio, tmp_path, dry_run):
+    trio, file = make_trio(), tmp_path / "file"
+    file.write_text("a file")
+    too_long = r"cannot be written \(File name too long\); "
+    for out, reason in (
+        (file / "out", "lies below .*file, which is a file; "),
+        (Path("."), "has no name of its own; "),
+        (tmp_path / ("a" * 300), too_long),
+        (tmp_path / ("a" * 252), too_long),  # of the hidden folder beside it
+    ):
+        with pytest.raises(MergeError, match=f"{reason}choose another output"):
+            run(trio, out, method="ties", dry_run=dry_run)
+
+
 def test_an_output_that_is_a_file(make_trio, tmp_path):
     (tmp_path / "out").write_text("a file")
     refuse(tmp_path, "is a file", make_trio(), overwrite=True)

@@ -250,7 +250,21 @@ def test_sizes_are_read(text, n_bytes):
     assert parse_size(text) == n_bytes
 
 
-@pytest.mark.parametrize("text", ["", "GB", "0GB", "-1GB", "5 GiB", "5,5GB", "many"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "GB",
+        "0GB",
+        "-1GB",
+        "5 GiB",
+        "5,5GB",
+        "many",
+        "9" * 400,
+        "9" * 400 + "GB",
+        "9" * 305 + "GB",
+    ],
+)
 def test_what_is_no_size_is_an_error(text):
     with pytest.raises(MergeError, match=r"merge.shard_size: .* is no size; write one such as 5GB"):
         parse_size(text)

@@ -1,6 +1,7 @@
 """Reward functions of one's own: how they are found, called and added, and their mistakes."""
 
 import math
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -107,6 +108,14 @@ def test_a_file_is_run_once_and_may_import_what_lies_beside_it(load, tmp_path):
         (lambda t: [math.inf, 1.0], "for question q1 it returned inf"),
         (lambda t: ["1", 2], "for question q1 it returned '1', which is no number"),
         (lambda t: [t[1].answer.x] * 2, "it stopped with AttributeError: .* 'x' .line"),
+        (
+            lambda t: sys.exit(3),
+            r"mine.py:brevity: it stopped with SystemExit: 3 \(line \d+\); mend",
+        ),
+        (lambda t: (e.answer.x for e in t), "it stopped with AttributeError: .* 'x' .line"),
+        (lambda t: (sys.exit(3) for e in t), "it stopped with SystemExit: 3 .line"),
+        (lambda t: [10**400, 1], "for question q1 it returned inf; return None where"),
+        (lambda t: [1, 10**5000], "for question q2 it returned inf; return None where"),
     ],
 )
 def test_what_is_no_list_of_numbers_is_one_clear_error(call, words):
@@ -133,6 +142,9 @@ def test_what_is_no_list_of_numbers_is_one_clear_error(call, words):
         ("def brevity(t, a, /): return []", "brevity", "columns are passed by name"),
         ("def brevity(t:\n", "brevity", r"the file does not run: SyntaxError: .*\(line 1\)"),
         ("\nimport nowhere_at_all\n", "brevity", r"not run: ModuleNotFoundError: .*\(line 2\)"),
+        ("import sys\n\nsys.exit(3)\n", "brevity", r"not run: SystemExit: 3 \(line 3\); mend it"),
+        ("raise SystemExit", "brevity", r"the file does not run: SystemExit: .*\(line 1\)"),
+        ("x = '\0'", "brevity", "the file does not run: "),
     ],
 )
 def test_what_is_no_function_is_one_clear_error(load, text, name, words):
@@ -158,6 +170,12 @@ def test_a_file_that_is_not_there_and_a_name_twice_are_refused(tmp_path):
     place = {"function": f"{tmp_path / 'mine.py'}:brevity", "weight": 1.0}
     with pytest.raises(RewardError, match="there is a part 'brevity' already"):
         load_functions([place, place])
+
+
+@pytest.mark.parametrize("file", ["~nobody-of-this-name/x.py", "a\0b.py", "a" * 300 + ".py"])
+def test_a_path_that_no_file_can_have_is_one_clear_error(file):
+    with pytest.raises(RewardError, match=r"x?\.py:brevity: no such file .*; check the path"):
+        load_functions([{"function": f"{file}:brevity", "weight": 1.0}])
 
 
 def test_a_column_that_no_question_has_is_found_before_anything_runs():

@@ -163,6 +163,81 @@ def test_an_adapter_that_is_more_than_a_product_is_refused(save_adapter, tmp_pat
         merge_adapter(save_adapter(**changes), tmp_path / "merged")
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"lora_alpha": "x"}, "lora_alpha: expected a finite number, got 'x'"),
+        ({"lora_alpha": [8]}, r"lora_alpha: expected a finite number, got \[8\]"),
+        ({"lora_alpha": None}, "lora_alpha: expected a finite number, got nothing"),
+        ({"lora_alpha": True}, "lora_alpha: expected a finite number, got True"),
+        ({"lora_alpha": float("nan")}, "lora_alpha: expected a finite number, got nan"),
+        ({"lora_alpha": 10**400}, "lora_alpha: expected a finite number, got 10000"),
+        ({"alpha_pattern": ["qkv"]}, r"alpha_pattern: expected patterns .*, got \['qkv'\]"),
+        ({"alpha_pattern": {"q_proj(": 3}}, r"alpha_pattern: 'q_proj\(' is no pattern \(.*\)"),
+        ({"alpha_pattern": {"(?i)q": 3}}, "alpha_pattern: '.*' is no pattern"),
+        ({"alpha_pattern": {"q_proj": "x"}}, r"alpha_pattern\.q_proj: expected a finite number"),
+        ({"rank_pattern": {"q_proj": 0}}, r"rank_pattern\.q_proj: expected a whole number of 1"),
+        ({"r": "x"}, "r: expected a whole number of 1 or more, got 'x'"),
+        ({"r": 0}, "r: expected a whole number of 1 or more, got 0"),
+        ({"r": 10**400}, "r: expected a whole number of 1 or more"),
+        ({"use_rslora": "no"}, "use_rslora: expected true or false, got 'no'"),
+    ],
+)
+def test_settings_of_another_type_are_one_clear_error(save_adapter, tmp_path, changes, words):
+    words = rf"adapter_config\.json:{words}.*; save the adapter again"
+    with pytest.raises(MergeError, match=words):
+        merge_adapter(save_adapter(**changes), tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_settings_of_another_rank_are_refused(save_adapter, tmp_path):
+    words = r"has rank 3, adapter_config\.json says {}; save both again, from the same training"
+    with pytest.raises(MergeError, match=words.format(8)):
+        merge_adapter(save_adapter(r=8), tmp_path / "merged")
+    with pytest.raises(MergeError, match="down_proj " + words.format(4)):
+        merge_adapter(save_adapter(rank_pattern={"down_proj": 4}), tmp_path / "merged")
+    merge_adapter(save_adapter(r=8, rank_pattern={".*": 3}), tmp_path / "merged")
+
+
+def test_ranks_by_module_are_those_of_peft(save_adapter, tiny_checkpoints, tmp_path):
+    settings = LoraConfig(
+        r=4, rank_pattern={"down_proj": 2}, target_modules=["q_proj", "down_proj"],
+        task_type="CAUSAL_LM",
+    )  # fmt: skip
+    folder = save_adapter(settings)
+    merge_adapter(folder, tmp_path / "merged")
+    base, _ = load_policy(tiny_checkpoints["vlm"])
+    theirs = PeftModel.from_pretrained(base, folder).merge_and_unload()
+    ours, _ = load_policy(tmp_path / "merged")
+    assert (logits_of(ours) - logits_of(theirs)).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", "{}", '{"policy": 3}', "[" * 100_000])
+def test_a_damaged_run_folder_is_one_clear_error(tmp_path, text):
+    (tmp_path / "done.json").write_text(text)
+    with pytest.raises(MergeError, match=r"done\.json: names no policy .*; give the adapter's own"):
+        find_adapter(tmp_path)
+
+
+@pytest.mark.parametrize("source", ["~nobody-of-this-name/x", "a" * 300])
+def test_a_path_that_no_folder_can_have_is_one_clear_error(source):
+    with pytest.raises(MergeError, match=r"cannot be a folder \(.*\); check the path"):
+        find_adapter(source)
+
+
+@pytest.mark.parametrize("name", ["a" * 300, "a" * 252])  # with .part it is too long, too
+def test_an_output_with_too_long_a_name_is_one_clear_error(save_adapter, tmp_path, name):
+    with pytest.raises(MergeError, match=r"cannot be written \(.*too long.*choose another output"):
+        merge_adapter(save_adapter(), tmp_path / name)
+
+
+def test_a_folder_that_only_looks_like_a_checkpoint_is_passed_over(tmp_path):
+    for name in ("checkpoint-2", "checkpoint-10", "checkpoint-x"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+        (tmp_path / "checkpoints" / name / "adapter_config.json").write_text("{}")
+    assert find_adapter(tmp_path).name == "checkpoint-10"
+
+
 def test_an_output_is_not_overwritten_without_a_word(save_adapter, tmp_path):
     folder = save_adapter()
     merge_adapter(folder, tmp_path / "merged")
