@@ -17,7 +17,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -39,7 +39,7 @@ from train.trajectories import Trajectory, gold_of
 
 __all__ = [
     "FOUR_PARTS", "HEADLINES", "cost_aware_score", "evaluate", "measure_episode", "outcome",
-    "run_evaluation", "summarize", "summarize_episodes",
+    "run_evaluation", "some_questions", "summarize", "summarize_episodes",
 ]  # fmt: skip
 
 HEADLINES = ("accuracy", "sr_img", "sr_txt", "sr_any", "calls", "cas")
@@ -193,6 +193,7 @@ def run_evaluation(
     chunks, (number, n_shards) = folder / CHUNKS, shard
     if (folder / "eval.json").exists():
         return _finished(folder, header)
+    questions = some_questions(questions)
     asker: Asks | None = None
     if not (chunks / PLAN).exists():
         asker = make_asker()  # a checkpoint that cannot be loaded leaves nothing behind
@@ -214,14 +215,25 @@ def run_evaluation(
                 pictures.add(trajectory, line)
             write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
         seen(len(chunk))
-    if n_chunks == 0:
-        raise CompareError("the evaluation has no question; widen its selection")
     with _locked(folder):
         if (folder / "eval.json").exists():  # another process was the last one
             return _finished(folder, header)
         if not all(_chunk_path(chunks, index).exists() for index in range(n_chunks)):
             return None
         return _finish(folder, n_chunks, header, bootstrap)
+
+
+def some_questions(questions: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The questions, of which the first has been read, before anything is loaded or written.
+
+    Raises:
+        CompareError: there is none.
+    """
+    stream = iter(questions)
+    first = next(stream, None)
+    if first is None:
+        raise CompareError("the evaluation has no question; widen its selection")
+    return chain([first], stream)
 
 
 def _finished(folder: Path, header: dict[str, Any]) -> dict[str, Any]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from train.disk import writing
+from train.disk import TAKES_NO_MORE, DiskError, writing
 
 
 def write_text(path: Path, text: str) -> None:
@@ -17,17 +18,22 @@ def write_text(path: Path, text: str) -> None:
         text: what it shall hold.
 
     Raises:
-        DiskError: the disk takes no more; what was there stays.
-        OSError: the folder is missing.
+        DiskError: the disk takes no more, or no file of that name; what was there stays.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     with writing(path):
         try:
             temporary.write_text(text, encoding="utf-8")
-        except OSError:
-            temporary.unlink(missing_ok=True)
-            raise
-        temporary.replace(path)
+            temporary.replace(path)
+        except OSError as error:
+            with suppress(OSError):  # where it could not be made, it may be no name at all
+                temporary.unlink()
+            if error.errno in TAKES_NO_MORE:
+                raise
+            raise DiskError(
+                f"{path}: cannot be written ({error.strerror}); name a file in a folder that is "
+                "there and may be written to"
+            ) from error
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -38,8 +44,7 @@ def write_json(path: Path, value: Any) -> None:
         value: what `json.dumps` takes.
 
     Raises:
-        DiskError: the disk takes no more; what was there stays.
-        OSError: the folder is missing.
+        DiskError: the disk takes no more, or no file of that name; what was there stays.
         TypeError: a value that JSON does not have.
     """
     write_text(path, json.dumps(value, indent=2) + "\n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,12 +35,20 @@ def read_rows(
             f"benchmark {benchmark.name} is not on the hub; set `source` to your copy "
             f"({benchmark.where})"
         )
-    path = Path(source).expanduser()
-    if path.exists():
+    missing = BenchmarkError(
+        f"benchmark {benchmark.name}: no file or folder '{source}'; check the path, or name a hub "
+        "id as owner/name"
+    )
+    try:
+        path = Path(source).expanduser()
+        is_there, is_beside = path.exists(), path.parent.is_dir()
+    except (OSError, RuntimeError) as error:  # a name too long for any file; the home of nobody
+        raise missing from error
+    if is_there:
         yield from _read_local(benchmark, path)
-    elif path.suffix in LOCAL_SUFFIXES or source.count("/") != 1 or path.parent.is_dir():
+    elif path.suffix in LOCAL_SUFFIXES or source.count("/") != 1 or is_beside:
         # a typing error in a local path must not become a download
-        raise BenchmarkError(f"benchmark {benchmark.name}: no file or folder '{source}'")
+        raise missing
     else:
         yield from _read_hub(benchmark, source)
 
@@ -72,13 +81,18 @@ def _rows_of(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     readers: dict[str, Callable[[Path], Iterator[tuple[int, Any]]]] = {
         ".jsonl": _read_jsonl, ".json": _read_json, ".parquet": _read_parquet, ".csv": _read_csv,
     }  # fmt: skip
-    for number, values in readers[file.suffix](file):
-        if not isinstance(values, dict):
-            raise BenchmarkError(
-                f"{file}, row {number}: expected columns, got {type(values).__name__}; "
-                "write one JSON object a row"
-            )
-        yield number, values
+    try:
+        for number, values in readers[file.suffix](file):
+            if not isinstance(values, dict):
+                raise BenchmarkError(
+                    f"{file}, row {number}: expected columns, got {type(values).__name__}; "
+                    "write one JSON object a row"
+                )
+            yield number, values
+    except OSError as error:
+        raise BenchmarkError(
+            f"{file}: cannot be read ({error.strerror or error}); name a file that may be read"
+        ) from error
 
 
 def _read_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
@@ -87,7 +101,7 @@ def _read_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
         for number, line in enumerate(file, 1):
             if line.strip():
                 try:
-                    yield number, json.loads(line.decode("utf-8"))
+                    yield number, json.loads(line.decode("utf-8"), object_pairs_hook=_columns)
                 # UnicodeDecodeError is a ValueError; RecursionError: nested thousands deep
                 except (ValueError, RecursionError) as error:
                     raise BenchmarkError(
@@ -98,12 +112,29 @@ def _read_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
 
 def _read_json(path: Path) -> Iterator[tuple[int, Any]]:
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
+        rows = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_columns)
     except (ValueError, RecursionError) as error:
-        raise BenchmarkError(f"{path}: not JSON ({error}); copy the file again") from error
+        raise BenchmarkError(f"{path}: not JSON ({error}); mend it or copy it again") from error
     if not isinstance(rows, list):
         raise BenchmarkError(f"{path}: expected a list of rows; name the file with the questions")
     yield from enumerate(rows, 1)
+
+
+def _columns(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; of a key that stands twice, `json` would keep the last in silence.
+
+    Raises:
+        ValueError: names the key.
+    """
+    columns = dict(pairs)
+    if len(columns) < len(pairs):
+        raise ValueError(f"the key {_first_twice([key for key, _ in pairs])!r} stands twice")
+    return columns
+
+
+def _first_twice(names: Sequence[str]) -> str | None:
+    """The first name that has stood there before."""
+    return next((name for i, name in enumerate(names) if name in names[:i]), None)
 
 
 def _read_csv(path: Path) -> Iterator[tuple[int, Any]]:
@@ -124,6 +155,9 @@ def _read_csv(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _check_header(path: Path, names: Sequence[str]) -> None:
+    twice = _first_twice([name for name in names if name])  # a spreadsheet's empty columns may
+    if twice is not None:
+        raise BenchmarkError(f"{path}: two columns are called '{twice[:60]}'; rename one of them")
     if len(names) == 1 and any(mark in names[0] for mark in ";\t"):
         raise BenchmarkError(f"{path}: one column, '{names[0][:60]}'; separate columns by commas")
 
@@ -131,6 +165,8 @@ def _check_header(path: Path, names: Sequence[str]) -> None:
 def _read_parquet(path: Path) -> Iterator[tuple[int, Any]]:
     import datasets
 
+    # what it says of a bad file it raises, too, and our error repeats it
+    logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)
     try:
         rows = datasets.load_dataset(
             "parquet", data_files=str(path), split="train", streaming=True

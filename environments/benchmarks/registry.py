@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from environments.benchmarks.reading import read_rows
-from environments.benchmarks.rows import PICTURE_COLUMN, BenchmarkError, Pictures, Row
+from environments.benchmarks.rows import MAX_SHOWN, PICTURE_COLUMN, BenchmarkError, Pictures, Row
 from environments.benchmarks.schemas import SCHEMAS, Schema
 
-_SLICE = re.compile(r"([^\[\]]*)\[(\d*%?):(\d*%?)\]")
+_SLICE = re.compile(r"([^\[\]]*)\[(\d{0,18}%?):(\d{0,18}%?)\]")
 """A split's name, which may be empty, and the part of it: `train[:80%]`, `[8:]`."""
 
 
@@ -146,7 +146,8 @@ def iterate_benchmark(name: str, selection: Selection | None = None) -> Iterator
     """Questions in the published order; a picture is decoded when it is read.
 
     Raises:
-        BenchmarkError: unknown benchmark, unreadable source, bad row, an id that comes twice.
+        BenchmarkError: unknown benchmark, unreadable source, bad row, an id that comes twice; or no
+            question fits.
     """
     benchmark, chosen = find_benchmark(name), selection or Selection()
     split, first, last = read_split(chosen.split)
@@ -155,7 +156,21 @@ def iterate_benchmark(name: str, selection: Selection | None = None) -> Iterator
     fitting: Iterator[dict[str, Any]] = (q for q in found if _is_chosen(q, chosen))
     if first or last:
         fitting = iter(_part(list(fitting), first, last))
-    return itertools.islice(fitting, chosen.limit)
+    return _some(itertools.islice(fitting, chosen.limit), name, chosen)
+
+
+def _some(
+    questions: Iterator[dict[str, Any]], name: str, chosen: Selection
+) -> Iterator[dict[str, Any]]:
+    """The questions; none at all is a mistake in the selection, or a file without rows."""
+    first = next(questions, None)
+    if first is None:
+        place = f" from {chosen.source}" if chosen.source else ""
+        raise BenchmarkError(
+            f"benchmark {name}: no question fits the selection{place}; widen it, or add rows"
+        )
+    yield first
+    yield from questions
 
 
 def read_split(text: str | None) -> tuple[str | None, str, str]:
@@ -169,7 +184,8 @@ def read_split(text: str | None) -> tuple[str | None, str, str]:
         return match[1] or None, match[2], match[3]
     if text and ("[" in text or "]" in text):
         raise BenchmarkError(
-            f"split {text!r}: not a part of a split; write train[:80%], [80%:] or [:100]"
+            f"split {text[:MAX_SHOWN]!r}: not a part of a split; "
+            "write train[:80%], [80%:] or [:100]"
         )
     return text, "", ""
 
@@ -196,13 +212,9 @@ def load_benchmark(
         **chosen: fields of `Selection`, where none is given.
 
     Raises:
-        BenchmarkError: as `iterate_benchmark`; or no question is left.
+        BenchmarkError: as `iterate_benchmark`.
     """
-    selection = selection or Selection(**chosen)
-    questions = list(iterate_benchmark(name, selection))
-    if not questions:
-        raise BenchmarkError(f"benchmark {name}: no question fits the selection; widen it")
-    return questions
+    return list(iterate_benchmark(name, selection or Selection(**chosen)))
 
 
 def count_questions(questions: Iterable[dict[str, Any]]) -> dict[str, int]:

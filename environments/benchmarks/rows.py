@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,7 +64,7 @@ class Row:
         """Text that is not empty."""
         value = self.need(column)
         if not isinstance(value, str | int):
-            self.fail(column, f"expected text, got {_shown(value)}", "mend the row")
+            self.fail(column, f"expected text, got {shown(value)}", "mend the row")
         if not str(value).strip():
             self.fail(column, "is empty", "fill it in or drop the row")
         return str(value).strip()
@@ -72,8 +73,8 @@ class Row:
         """A list of texts; one text is a list of one, empty ones are dropped."""
         value = self.get(column, [])
         items = list(value) if isinstance(value, list | tuple) else [value]
-        if not all(isinstance(item, str | int | float) for item in items):
-            self.fail(column, f"expected texts, got {_shown(value)}", "mend the row")
+        if not all(_is_text(item) for item in items):
+            self.fail(column, f"expected texts, got {shown(value)}", "mend the row")
         return [text for text in (str(item).strip() for item in items) if text]
 
     def answers(self, column: str, *lists: list[str]) -> list[str]:
@@ -100,7 +101,7 @@ class Row:
         if isinstance(value, Mapping | bytes):
             return value
         if not isinstance(value, str):
-            self.fail(column, f"expected a file name, got {_shown(value)}", "name one file")
+            self.fail(column, f"expected a file name, got {shown(value)}", "name one file")
         try:
             check_picture_file(value.strip(), self._folder, self.pictures.fetch)
         except PictureError as error:
@@ -124,7 +125,13 @@ class Row:
             self.fail(column, error.reason, error.fix)
 
 
-def _shown(value: Any) -> str:
+def _is_text(value: Any) -> bool:
+    """Whether a value can be written as text; NaN, which stands for a missing cell, cannot."""
+    return isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value))
+
+
+def shown(value: Any) -> str:
+    """A bad value and its type, as a message repeats it: cut where it is long."""
     text = repr(value)
     short = text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + "..."
     return f"{type(value).__name__} {short}"

@@ -10,9 +10,11 @@ travel with the question: a reward function of your own gets them (`rewards.func
 from __future__ import annotations
 
 import difflib
+import math
+from collections.abc import Mapping
 from typing import Any
 
-from environments.benchmarks.rows import PICTURE_COLUMN, Row
+from environments.benchmarks.rows import PICTURE_COLUMN, Row, shown
 
 NEEDED = {
     "question": "what is asked",
@@ -28,6 +30,8 @@ OPTIONAL = {
     "gold_passages": "ids of passages that state the answer",
 }
 TEXT_LISTS = ("entity_names", "gold_passages")
+ANSWER_KINDS = ("text", "number", "date", "year", "yes_no", "choice", "list", "no_answer")
+"""What `answer_kind` may say; a test holds them against `rewards.answer.KINDS`, a package apart."""
 SEPARATOR = "|"
 NEAR = 0.75
 """Likeness above which an unknown column is taken for a misspelt one."""
@@ -53,7 +57,7 @@ def read_table(row: Row, split: str) -> list[dict[str, Any]]:
             "entity": None,
             "question": row.text("question"),
             "answers": row.answers("answers", answers),
-            "answer_kind": _cell(row, "answer_kind", None),
+            "answer_kind": _answer_kind(row),
             **{column: _several(row, column) for column in TEXT_LISTS},
             "image": row.picture_cell("image"),
             PICTURE_COLUMN: "image",
@@ -63,8 +67,21 @@ def read_table(row: Row, split: str) -> list[dict[str, Any]]:
 
 def _cell(row: Row, column: str, default: str | None) -> str | None:
     """A text; an empty cell, as a .csv has it, is none."""
-    text = str(row.get(column, "")).strip()
-    return text or default
+    value = row.get(column, "")
+    if isinstance(value, Mapping | list | tuple | bytes) or (
+        isinstance(value, float) and not math.isfinite(value)
+    ):
+        row.fail(column, f"expected text, got {shown(value)}", "write a text, or leave it out")
+    return str(value).strip() or default
+
+
+def _answer_kind(row: Row) -> str | None:
+    kind = _cell(row, "answer_kind", None)
+    if kind is not None and kind not in ANSWER_KINDS:
+        row.fail(
+            "answer_kind", f"no kind {shown(kind)}", f"choose one of {', '.join(ANSWER_KINDS)}"
+        )
+    return kind
 
 
 def _several(row: Row, column: str) -> list[str]:

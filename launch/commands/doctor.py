@@ -15,6 +15,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from launch.errors import LaunchError
+
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
 
@@ -158,10 +160,18 @@ def _memory(missing: list[str]) -> str:
 
 
 def _disk(output: Path, missing: list[str]) -> str:
-    folder = output.resolve()
-    while not folder.exists():
-        folder = folder.parent
-    free_gb = shutil.disk_usage(folder).free / 1e9
+    try:
+        folder = output.resolve()
+        while not folder.exists():
+            folder = folder.parent
+        free_gb = shutil.disk_usage(folder).free / 1e9
+    except OSError as error:
+        raise LaunchError(
+            f"--output {output}: no folder of that name can be made ({error.strerror}); "
+            "name another one"
+        ) from error
+    if not folder.is_dir():
+        raise LaunchError(f"--output {output}: {folder} is a file; name a folder")
     if free_gb < DEMO_DISK_GB:
         missing.append(f"disk: {folder} has {free_gb:.1f} GB, the demo needs {DEMO_DISK_GB:.0f}")
     if not os.access(folder, os.W_OK):

@@ -77,6 +77,9 @@ def run(options: argparse.Namespace) -> int:
 
     extra = [f"environment.eval_benchmark.name={options.benchmark}"] if options.benchmark else []
     config = read_config(options, *extra)
+    shard = read_shard(options.shard)
+    if not options.checkpoint:  # as a path it would be the folder that we stand in
+        raise LaunchError("the checkpoint has no name; give a folder, a hub id or atlas://NAME")
     if options.dry_run:
         from configs.schema import resolve_model
 
@@ -85,7 +88,6 @@ def run(options: argparse.Namespace) -> int:
         return 0
     arm = options.arm or Path(options.checkpoint.rstrip("/")).name
     output = Path(options.output or Path(config.output).parent / "eval" / arm)
-    shard = read_shard(options.shard)
     with locked(output, f".lock-{shard[0]}-of-{shard[1]}"), writing(output):
         record = evaluate_checkpoint(
             config, options.checkpoint, output,
@@ -133,6 +135,7 @@ def evaluate_checkpoint(
 
     Raises:
         LaunchError: an evaluation is there already.
+        BenchmarkError, CompareError: no question to ask.
     """
     if batch < 1:
         raise LaunchError(f"--batch {batch}: give a number of 1 or more")
@@ -140,15 +143,11 @@ def evaluate_checkpoint(
         raise LaunchError("--overwrite would remove what other processes write; remove it first")
     if (output / "eval.json").exists() and not overwrite and shard[1] == 1:
         raise LaunchError(f"{output} holds an evaluation; pass --overwrite or another --output")
-    if overwrite and ((output / "eval.json").exists() or (output / "episodes").is_dir()):
-        (output / "eval.json").unlink(missing_ok=True)
-        for part in ("episodes", "pictures"):
-            shutil.rmtree(output / part, ignore_errors=True)
 
     from tqdm import tqdm
 
     from compare.benchmarks import benchmark_of, iterate_questions
-    from compare.evaluate import run_evaluation
+    from compare.evaluate import run_evaluation, some_questions
     from compare.modes import Asker
     from compare.provenance import origin
     from configs.schema import resolve_model
@@ -157,6 +156,12 @@ def evaluate_checkpoint(
 
     folder = resolve_model(checkpoint)
     benchmark = benchmark_of(config)
+    questions = some_questions(iterate_questions(config))
+    # only now: a mistake in the command must not cost the evaluation that is there
+    if overwrite and ((output / "eval.json").exists() or (output / "episodes").is_dir()):
+        (output / "eval.json").unlink(missing_ok=True)
+        for part in ("episodes", "pictures"):
+            shutil.rmtree(output / part, ignore_errors=True)
 
     def make_asker() -> Asker:
         model, processor = load_for_inference(folder)
@@ -182,7 +187,7 @@ def evaluate_checkpoint(
     }
     with tqdm(desc=f"eval {arm}", unit="question", disable=None) as bar:
         return run_evaluation(
-            iterate_questions(config),
+            questions,
             make_asker,
             output,
             plan=plan,
@@ -203,9 +208,9 @@ def read_shard(text: str | None) -> tuple[int, int]:
     """
     if text is None:
         return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text)
     if match is None or int(match[1]) >= int(match[2]):
-        raise LaunchError(f"--shard {text}: write I/N with I from 0 to N - 1, such as 0/4")
+        raise LaunchError(f"--shard {text[:60]}: write I/N with I from 0 to N - 1, such as 0/4")
     return int(match[1]), int(match[2])
 
 
@@ -251,10 +256,12 @@ def describe_questions(config: Config) -> str:
 
     Raises:
         BenchmarkError: names the first bad row.
+        CompareError: no question to ask.
     """
     from compare.benchmarks import benchmark_of, count_questions, iterate_questions
+    from compare.evaluate import some_questions
 
-    counts = count_questions(iterate_questions(config))
+    counts = count_questions(some_questions(iterate_questions(config)))
     benchmark = benchmark_of(config)
     lines = [f"benchmark {benchmark.name}, scored by {', '.join(benchmark.metrics)}"]
     return "\n".join([*lines, *(f"  {name}: {count}" for name, count in counts.items())])

@@ -33,13 +33,31 @@ def run(options: argparse.Namespace) -> int:
         return 0
     source = shipped_config(options.name)
     target = Path(options.output or source.name)
-    for path, text in _files(source, target).items():
-        if path.exists() and not options.overwrite:
-            raise LaunchError(f"{path} exists; pass --overwrite or another --output")
-        path.parent.mkdir(parents=True, exist_ok=True)
+    files = _files(source, target)
+    for path in files:
+        _check(path, options.overwrite)  # all of them before the first is written
+    for path, text in files.items():
         write_text(path, text)
         print(f"wrote {path}")
     return 0
+
+
+def _check(path: Path, overwrite: bool) -> None:
+    """Makes the folder of a file that is to be written.
+
+    Raises:
+        LaunchError: it is there already, or it cannot be made.
+    """
+    try:
+        if path.is_dir():
+            raise LaunchError(f"{path} is a folder; name a file in it as --output")
+        if path.exists() and not overwrite:
+            raise LaunchError(f"{path} exists; pass --overwrite or another --output")
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise LaunchError(
+            f"{path}: cannot be written ({error.strerror}); name another file as --output"
+        ) from error
 
 
 def _purpose(path: Path) -> str:
@@ -48,11 +66,21 @@ def _purpose(path: Path) -> str:
 
 
 def _files(source: Path, target: Path) -> dict[Path, str]:
-    """The file and those it inherits from, each beside the target under its own name."""
+    """The file and those it inherits from, each beside the target under its own name.
+
+    Raises:
+        LaunchError: the target has the name of one that it inherits from.
+    """
     text = source.read_text(encoding="utf-8")
     files = {target: text}
     inherited = re.search(r"^inherits:\s*(\S+)", text, flags=re.MULTILINE)
     if inherited:
         parent = source.parent / inherited.group(1)
-        files |= _files(parent, target.parent / parent.name)
+        further = _files(parent, target.parent / parent.name)
+        if target in further:
+            raise LaunchError(
+                f"{target}: {source.stem} inherits from {target.name}, which comes to stand "
+                "beside it; give --output another name"
+            )
+        files |= further
     return files

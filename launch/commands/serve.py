@@ -8,16 +8,21 @@ to bring it as a bearer token. Needs the extra `serve`: pip install 'obm-warmsta
 from __future__ import annotations
 
 import argparse
+import errno
 import ipaddress
 import logging
 import os
 import signal
+import socket
 from pathlib import Path
 from typing import Any
 
 from launch.errors import LaunchError
 
 LISTEN_BACKLOG = 2048
+MOST = 10**15
+"""Above every limit that makes sense; what lies beyond fits into no counter and no clock."""
+MAX_PORT = 65535
 EXAMPLES = (
     "obm serve",
     "obm serve --text runs/wiki-bm25 --text runs/wiki-e5 --images none --port 8000",
@@ -82,8 +87,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Serve until a signal comes."""
     for name in ("waiting", "batch", "topk", "body_mb", "megapixels", "answer_s", "rerank_depth"):
-        if getattr(options, name) <= 0:
-            raise LaunchError(f"--{name.replace('_', '-')} has to be above 0")
+        value = getattr(options, name)
+        if not 0 < value <= MOST:  # said so that nan is refused, too
+            raise LaunchError(
+                f"--{name.replace('_', '-')} has to be above 0 and at most {MOST:.0e}, got {value}"
+            )
+    if not 0 <= options.port <= MAX_PORT:
+        raise LaunchError(
+            f"--port has to be from 0 (any that is free) to {MAX_PORT}, got {options.port}"
+        )
     try:
         import uvicorn
 
@@ -97,8 +109,6 @@ def run(options: argparse.Namespace) -> int:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("bm25s").setLevel(logging.WARNING)
     token = os.environ.get(TOKEN_VARIABLE)
-    if not token and not _is_loopback(options.host):
-        logging.warning("%s is open to others; set %s", options.host, TOKEN_VARIABLE)
     text = _text_index(options)
     images = _image_index(options)
     if text is None and images is None:
@@ -114,8 +124,6 @@ def run(options: argparse.Namespace) -> int:
     server = uvicorn.Server(
         uvicorn.Config(
             make_app(text, images, limits=limits, token=token),
-            host=options.host,
-            port=options.port,
             log_level="warning",
             access_log=False,
             timeout_graceful_shutdown=int(options.answer_s) + 1,
@@ -123,13 +131,41 @@ def run(options: argparse.Namespace) -> int:
     )
     # uvicorn sends itself the signal again once it is done; that must not end us with an error
     signal.signal(signal.SIGTERM, lambda *_: None)
-    listener = server.config.bind_socket()
-    listener.listen(LISTEN_BACKLOG)  # whoever reads the line below may connect at once
+    listener = _listener(options.host, options.port)
+    if not token and not _is_loopback(options.host):
+        logging.warning("%s is open to others; set %s", options.host, TOKEN_VARIABLE)
     host, port = listener.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     print(f"serving on http://{shown}:{port} ({_words(text, images)})", flush=True)
     server.run(sockets=[listener])
     return 0
+
+
+def _listener(host: str, port: int) -> socket.socket:
+    """A socket that listens; not uvicorn's, which ends the process on a port that is taken.
+
+    Raises:
+        LaunchError: no such address on this machine, or the port is taken or not allowed.
+    """
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+        listener.listen(LISTEN_BACKLOG)  # whoever reads our line may connect at once
+    # UnicodeError, TypeError: a name that no address can be looked up for
+    except (OSError, UnicodeError, TypeError) as error:
+        listener.close()
+        code = getattr(error, "errno", None)
+        reason = getattr(error, "strerror", None) or "no address"
+        if code in (errno.EADDRINUSE, errno.EACCES):
+            raise LaunchError(
+                f"--port {port} on {host}: {reason}; name another one, or 0 for any that is free"
+            ) from error
+        raise LaunchError(
+            f"--host {host!r}: {reason}; name an address of this machine, such as 127.0.0.1"
+        ) from error
+    listener.set_inheritable(True)
+    return listener
 
 
 def _text_index(options: argparse.Namespace) -> Any:

@@ -4,6 +4,7 @@ import base64
 import io
 import re
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -359,3 +360,49 @@ def test_an_impossible_limit_is_one_line(capsys):
     assert "--waiting has to be above 0" in capsys.readouterr().err
     assert main(["serve", "--text", "none", "--images", "none"]) == 2
     assert "nothing to serve" in capsys.readouterr().err
+
+
+def refusal(capsys, *arguments):
+    """The one line that `obm serve` refuses these arguments with."""
+    from launch.cli import main
+
+    assert main(["serve", "--images", "none", *arguments]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    return err
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        *((name, value) for name in ("--body-mb", "--megapixels", "--answer-s")
+          for value in ("nan", "inf", "-inf", "1e308", "0")),
+        ("--waiting", "-1"),
+        ("--rerank-depth", "9" * 400),
+        ("--topk", "9" * 400),
+    ],
+)  # fmt: skip
+def test_a_limit_that_is_no_number_of_use_is_one_line(capsys, option, value):
+    assert f"{option} has to be above 0 and at most" in refusal(capsys, f"{option}={value}")
+
+
+@pytest.mark.parametrize("port", ["-1", "65536", "99999"])
+def test_a_port_that_no_machine_has_is_one_line(capsys, port):
+    assert f"to 65535, got {port}" in refusal(capsys, f"--port={port}")
+
+
+def test_a_port_that_is_taken_is_one_line(capsys):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        said = refusal(capsys, "--port", str(port))
+    assert f"--port {port} on 127.0.0.1: Address already in use; name another one" in said
+
+
+@pytest.mark.parametrize("host", ["192.0.2.1", "nosuch.invalid", "a" * 70, "::zz"])
+def test_a_host_that_is_not_this_machine_is_one_line(capsys, host):
+    said = refusal(capsys, "--host", host, "--port", "0")
+    assert f"--host '{host}': " in said
+    assert "name an address of this machine" in said

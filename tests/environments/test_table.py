@@ -7,6 +7,8 @@ from PIL import Image
 
 from environments.benchmarks.registry import load_benchmark, read_split
 from environments.benchmarks.rows import BenchmarkError
+from environments.benchmarks.table import ANSWER_KINDS
+from rewards.answer import KINDS
 
 COLOURS = ["red", "green", "blue", "white", "black", "grey", "pink", "brown", "orange", "gold"]
 
@@ -99,7 +101,9 @@ def test_a_column_or_a_fraction_tells_training_from_evaluation(rows, write):
     assert [q["answers"][0] for q in load(source, split="[2:4]", limit=1)] == COLOURS[2:3]
 
 
-@pytest.mark.parametrize("text", ["train[", "[80%]", "[a:b]", "train[:80%]x", "[-1:]"])
+@pytest.mark.parametrize(
+    "text", ["train[", "[80%]", "[a:b]", "train[:80%]x", "[-1:]", "[:" + "9" * 5000 + "]"]
+)
 def test_a_part_of_a_split_that_cannot_be_read_is_refused(text):
     with pytest.raises(BenchmarkError, match="not a part of a split; write"):
         read_split(text)
@@ -130,6 +134,12 @@ def test_a_split_that_holds_nothing_is_refused(rows, write):
         ({"answers": " | "}, "row 3, column 'answers': no usable answer"),
         ({"answers": None}, "row 3, column 'answers': missing"),
         ({"answers": {"a": 1}}, "row 3, column 'answers': expected texts"),
+        ({"answers": float("nan")}, "row 3, column 'answers': expected texts, got float nan; mend"),
+        ({"answers": ["a", float("inf")]}, "row 3, column 'answers': expected texts"),
+        ({"answer_kind": "nosuch"}, "column 'answer_kind': no kind str 'nosuch'; choose one of te"),
+        ({"answer_kind": ["number"]}, "row 3, column 'answer_kind': expected text, got list"),
+        ({"kind": float("nan")}, "row 3, column 'kind': expected text, got float nan"),
+        ({"id": {}}, "row 3, column 'id': expected text, got dict {}; write a text, or leave it"),
         ({"question": "  "}, "row 3, column 'question': is empty"),
         ({"id": "1"}, "row 3, column 'id': '1' stands in .*row 1 already"),
     ],
@@ -159,12 +169,66 @@ def test_a_misspelt_column_is_no_column_of_ones_own(rows, write, column, wrong):
         ("question;answers\na;b\n", "one column, 'question;answers'; separate columns by commas"),
         ("question,answers\na,b,c\n", "row 2: another number of cells than columns"),
         ("question,answers\na\n", "row 2: another number of cells than columns"),
+        ("question,answers,answers\na,b,c\n", "mine.csv: two columns are called 'answers'; rena"),
     ],
 )
 def test_a_bad_spreadsheet_is_one_clear_error(tmp_path, text, words):
     (tmp_path / "mine.csv").write_text(text)
     with pytest.raises(BenchmarkError, match=words):
         load(str(tmp_path / "mine.csv"))
+
+
+def test_empty_columns_of_a_spreadsheet_are_no_mistake(tmp_path):
+    (tmp_path / "mine.csv").write_text("question,answers,,\na,b,,\n")
+    assert load(str(tmp_path / "mine.csv"))[0]["answers"] == ["b"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "place"),
+    [
+        ("mine.jsonl", '{"question": "a", "answers": "b", "answers": "c"}', "mine.jsonl, row 1"),
+        ("mine.json", '[{"question": "a", "answers": "b", "answers": "c"}]', "mine.json"),
+    ],
+)
+def test_a_key_that_stands_twice_is_refused(tmp_path, name, text, place):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(BenchmarkError, match=f"{place}: .*'answers' stands twice.*; mend"):
+        load(str(tmp_path / name))
+
+
+def test_the_kinds_of_answers_are_those_that_are_scored(rows, write):
+    assert ANSWER_KINDS == KINDS
+    rows[0]["answer_kind"] = "number"
+    assert load(write(rows[:1]))[0]["answer_kind"] == "number"
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("e.jsonl", ""), ("e.csv", ""), ("e.csv", "question,answers\n"), ("e.json", "[]")],
+)
+def test_a_file_without_rows_is_named(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(BenchmarkError, match=f"no question fits the selection from .*{name}; wi"):
+        load(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("source", ["q/nosuch.jsonl", "x" * 300 + "/a.jsonl", "~nobody7/a.jsonl"])
+def test_a_file_that_is_not_there_is_named_with_what_to_do(source):
+    with pytest.raises(BenchmarkError, match=r"no file or folder '.*jsonl'; check the path"):
+        load(source)
+
+
+def test_what_is_no_file_is_named(tmp_path):
+    (tmp_path / "mine.jsonl").mkdir()
+    with pytest.raises(BenchmarkError, match=r"mine.jsonl: cannot be read \(Is a directory\)"):
+        load(str(tmp_path))
+
+
+def test_a_broken_parquet_file_is_one_line(tmp_path, capfd):
+    (tmp_path / "mine.parquet").write_bytes(b"PAR1")
+    with pytest.raises(BenchmarkError, match=r"mine.parquet: not readable as parquet .*copy it"):
+        load(str(tmp_path / "mine.parquet"))
+    assert capfd.readouterr().err == ""
 
 
 def test_a_spreadsheet_in_another_encoding_is_one_clear_error(tmp_path):

@@ -164,6 +164,44 @@ def test_a_copied_configuration_brings_what_it_inherits_from(tmp_path):
     }
 
 
+@pytest.mark.parametrize(
+    ("output", "reason"),
+    [
+        ("file/x.yaml", "cannot be written"),
+        ("/proc/x", "cannot be written"),
+        ("/proc/x/y.yaml", "cannot be written"),
+        ("folder", "is a folder; name a file in it as --output"),
+        ("x" * 300, "File name too long"),
+        ("x" * 252, "File name too long"),  # the temporary name has five more
+    ],
+)
+def test_init_writes_nothing_where_no_file_can_be(obm, tmp_path, monkeypatch, output, reason):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    code, out, err = obm("init", "maps", "--output", output, "--overwrite")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith("error: ")
+    assert reason in err
+    assert sorted(tmp_path.rglob("*")) == [tmp_path / "file", tmp_path / "folder"]
+
+
+def test_init_writes_all_files_or_none(obm, tmp_path):
+    (tmp_path / "demo.yaml").write_text("seed: 3\n")
+    code, out, err = obm("init", "maps", "--output", tmp_path / "mine.yaml")
+    assert (code, out) == (2, "")
+    assert f"{tmp_path / 'demo.yaml'} exists; pass --overwrite" in err
+    assert not (tmp_path / "mine.yaml").exists()
+
+
+def test_init_does_not_write_what_is_inherited_over_what_was_asked_for(obm, tmp_path):
+    code, out, err = obm("init", "maps", "--output", tmp_path / "demo.yaml")
+    assert (code, out) == (2, "")
+    assert "maps inherits from demo.yaml" in err
+    assert "give --output another name" in err
+    assert not list(tmp_path.iterdir())
+
+
 def test_train_becomes_the_launcher(monkeypatch):
     started = []
     monkeypatch.setattr(os, "execve", lambda *arguments: started.append(arguments))
@@ -206,3 +244,14 @@ def test_doctor_names_versions_and_what_is_missing(obm, tmp_path):
     for word in ("torch", "transformers", "cores", "memory", "disk", "devices", "W&B", "missing:"):
         assert word in out
     assert code == (0 if out.rstrip().endswith("missing: nothing") else 1)
+
+
+@pytest.mark.parametrize(
+    ("output", "reason"), [("x" * 300, "File name too long"), ("file/runs", "is a file")]
+)
+def test_doctor_refuses_a_folder_that_cannot_be(obm, tmp_path, output, reason):
+    (tmp_path / "file").touch()
+    code, out, err = obm("doctor", "--output", tmp_path / output)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith(f"error: --output {tmp_path / output}: ")
+    assert reason in err

@@ -106,6 +106,67 @@ def test_an_unknown_benchmark_is_one_clear_error(evaluate):
     assert "fvqa_test" in err or "fvqa_train" in err
 
 
+@pytest.fixture
+def refused(evaluate, tmp_path, monkeypatch):
+    """Runs `obm eval` on a table; gives the one line that it is refused with."""
+    monkeypatch.setattr("launch.models.load_for_inference", lambda folder: pytest.fail("loaded"))
+
+    def call(name, text, *arguments):
+        (tmp_path / name).write_text(text)
+        output = tmp_path / "out"
+        code, out, err = evaluate(
+            "--benchmark", "table", "--output", output, *arguments,
+            f"environment.eval_benchmark.source={tmp_path / name}",
+        )  # fmt: skip
+        assert (code, out, err.count("\n")) == (2, "", 1)
+        assert err.startswith("error: ")
+        assert not output.exists(), "something half written"
+        return err
+
+    return call
+
+
+@pytest.mark.parametrize("how", [(), ("--dry-run",)])
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("e.jsonl", ""), ("e.csv", "question,answers\n"), ("e.json", "[]")],
+)
+def test_a_file_without_questions_is_refused(refused, name, text, how):
+    assert f"{name}; widen it" in refused(name, text, *how)
+
+
+@pytest.mark.parametrize("how", [(), ("--dry-run",)])
+@pytest.mark.parametrize(
+    ("split", "words"),
+    [("[:0]", "no question fits the selection"), ("[:" + "9" * 5000 + "]", "not a part of a")],
+)
+def test_a_split_without_questions_is_refused(refused, split, words, how):
+    row = '{"question": "a", "answers": "b"}'
+    assert words in refused("q.jsonl", row, f"environment.eval_benchmark.split='{split}'", *how)
+
+
+@pytest.mark.parametrize("how", [(), ("--dry-run",)])
+def test_a_shard_beyond_counting_is_refused(refused, how):
+    assert "write I/N" in refused("e.json", "[]", "--shard", "1/" + "9" * 5000, *how)
+
+
+@pytest.mark.parametrize("how", [(), ("--dry-run",)])
+def test_a_checkpoint_without_a_name_is_refused(obm, how):
+    code, out, err = obm("eval", "", *how)
+    assert (code, out) == (2, "")
+    assert err.startswith("error: the checkpoint has no name; give a folder")
+
+
+def test_a_mistake_keeps_the_evaluation_that_is_there(evaluate, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "eval.json").write_text("{}")
+    (tmp_path / "e.json").write_text("[]")
+    source = f"environment.eval_benchmark.source={tmp_path / 'e.json'}"
+    arguments = ("--benchmark", "table", "--output", tmp_path / "out", "--overwrite", source)
+    assert evaluate(*arguments)[0] == 2
+    assert (tmp_path / "out" / "eval.json").read_text() == "{}"
+
+
 @pytest.mark.slow
 def test_a_killed_evaluation_goes_on_and_shards_add_up_to_the_same(settings, evaluate, tmp_path):
     whole, killed, shared = (tmp_path / name for name in ("whole", "killed", "shared"))

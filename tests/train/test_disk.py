@@ -59,6 +59,17 @@ def test_a_record_that_does_not_fit_leaves_the_old_one(tmp_path, small_files):
     assert [found.name for found in tmp_path.iterdir()] == ["record.json"]
 
 
+@pytest.mark.parametrize("name", ["missing/record.json", "file/record.json", "folder", "x" * 300])
+def test_a_name_that_no_file_can_have_is_named_and_leaves_nothing(tmp_path, name):
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(DiskError, match="; name a file in a folder") as caught:
+        write_json(tmp_path / name, {})
+    assert str(tmp_path / name) in str(caught.value)
+    assert sorted(tmp_path.iterdir()) == before
+
+
 def test_a_line_that_does_not_fit_is_named(tmp_path, small_files):
     with pytest.raises(DiskError, match=r"lines\.jsonl: cannot be written"):
         append_jsonl(tmp_path / "lines.jsonl", [{"text": "x" * 5000}])
