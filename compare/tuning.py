@@ -12,12 +12,12 @@ import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
-from typing import Any
+from typing import Any, get_type_hints
 
 from compare.errors import CompareError
 from configs.checks import build, nearest
 from configs.schema import Config
-from configs.sections import Merge
+from configs.sections import Merge, Scope
 
 PARTS = {
     "searched": "searched",
@@ -30,12 +30,12 @@ PARTS = {
 """Column of a table -> metric of `train.evaluation.summarize`."""
 
 
-def merge_key(key: str, config: Config) -> str:
+def merge_key(key: Any, config: Config) -> str:
     """The full name of a key of `merge:`.
 
     Args:
-        key: a key of `merge:` such as `density` or `scope.norm_bias`, the name of a model that is
-            merged (its weight), or `weight.NAME`.
+        key: as a file or an option has it: a key of `merge:` such as `density` or
+            `scope.norm_bias`, the name of a model that is merged (its weight), or `weight.NAME`.
         config: says which donors there are.
 
     Returns:
@@ -44,6 +44,8 @@ def merge_key(key: str, config: Config) -> str:
     Raises:
         CompareError: there is no such key; names the nearest one.
     """
+    if not isinstance(key, str):
+        raise CompareError(f"{key}: a key must be text; put it in quotes")
     key = key.removeprefix("merge.")
     tasks = ("vlm", "agent", *config.models.donors)
     name = key.removeprefix("weights.").removeprefix("weight.")
@@ -52,10 +54,31 @@ def merge_key(key: str, config: Config) -> str:
     if key.startswith(("weights.", "weight.")):
         raise CompareError(f"{key}: there is no such model in the merge; {nearest(name, tasks)}")
     known = [item.name for item in fields(Merge)]
-    section, _, inner = key.partition(".")
-    if section not in known or (inner and section != "scope"):
-        raise CompareError(f"{key}: no key of merge:; {nearest(key, [*known, *tasks])}")
+    groups = [f"scope.{group}" for group in get_type_hints(Scope)]
+    if key not in (*known, *groups):
+        raise CompareError(f"{key}: no key of merge:; {nearest(key, [*known, *groups, *tasks])}")
     return key
+
+
+def check_new(key: str, values: Sequence[Any], grid: Mapping[str, Sequence[Any]]) -> None:
+    """Hold a key against those before it: the same setting twice would be measured twice.
+
+    Args:
+        key: full name.
+        values: of it.
+        grid: what was read before.
+
+    Raises:
+        CompareError: the key is there already, its section or a key of it is, or a value is listed
+            twice; without the place.
+    """
+    if key in grid:
+        raise CompareError(f"{key} is given twice; list its values once")
+    for other in grid:
+        if f"{other}.".startswith(f"{key}.") or f"{key}.".startswith(f"{other}."):
+            raise CompareError(f"{key} and {other} set the same; give one of them")
+    if any(value in values[:index] for index, value in enumerate(values)):
+        raise CompareError(f"{key}: a value is listed twice; list each once")
 
 
 def expand_grid(grid: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:

@@ -100,22 +100,26 @@ def read_pairs(pairs: Sequence[str], config: Config) -> dict[str, list[Any]]:
         Full key of `merge:` -> values, as given.
 
     Raises:
-        CompareError: an unknown key.
-        LaunchError: no values, or a key or value given twice.
+        CompareError: an unknown key, a key or value given twice.
+        LaunchError: no values.
     """
-    from compare.tuning import merge_key
+    from compare.errors import CompareError
+    from compare.tuning import check_new, merge_key
 
     grid: dict[str, list[Any]] = {}
     for pair in pairs:
         key, equals, text = pair.partition("=")
         if not equals or not text.strip():
             raise LaunchError(f"{WHERE} {pair}: write key=value,value such as density=0.2,0.5")
-        full = merge_key(key, config)
-        if full in grid:
-            raise LaunchError(f"{WHERE} {pair}: {full} is given twice; list its values once")
+        try:
+            full = merge_key(key, config)
+        except CompareError as error:
+            raise CompareError(f"{WHERE} {error}") from error
         values = _read_values(full, text)
-        if any(value in values[:index] for index, value in enumerate(values)):
-            raise LaunchError(f"{WHERE} {pair}: a value is listed twice; list each once")
+        try:
+            check_new(full, values, grid)
+        except CompareError as error:
+            raise CompareError(f"{WHERE} {pair}: {error}") from error
         grid[full] = values
     return grid
 

@@ -60,18 +60,23 @@ def run(options: argparse.Namespace) -> int:
     """Run what is missing, write the report."""
     from launch.arguments import check_overrides, command_line
     from launch.studies.file import Options, load_study
-    from launch.studies.run import describe_study, run_study
+    from launch.studies.run import check_folders, describe_study, run_study
+    from launch.studies.shapes import check_path
 
     check_overrides(options.overrides)
     for name in ("parallel", "processes"):
         value = getattr(options, name)
         if value is not None and value < 1:
             raise LaunchError(f"--{name} {value}: give a number of 1 or more")
+    for name in ("output", "report"):
+        if getattr(options, name) is not None:
+            check_path(getattr(options, name), f"--{name}")
     study = load_study(options.study)
     if options.output:
         study.output = Path(options.output)
     if options.report:
         study.report = Path(options.report)
+    check_folders(study)
     how = Options(
         command=command_line(),
         overrides=options.overrides,

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launch.arguments import add_config_arguments, command_line, read_config
+from launch.arguments import add_config_arguments, command_line, config_path, read_config
 from launch.errors import LaunchError
 
 if TYPE_CHECKING:
@@ -27,6 +27,8 @@ EXAMPLES = (
     "obm tune --grid configs/studies/grid.yaml --dry-run",
     "obm tune --grid my_grid.yaml --output runs/tuning --recipes runs/recipes.yaml",
 )
+MAX_NAME_BYTES = 240
+"""The file system's limit less what a temporary name adds."""
 
 
 @dataclass(frozen=True)
@@ -71,13 +73,12 @@ def run(options: argparse.Namespace) -> int:
     from launch.tasks import away_from_test
 
     config = away_from_test(read_config(options), "tune")
+    if options.parallel is not None and options.parallel < 1:
+        raise LaunchError(f"--parallel {options.parallel}: give a number of 1 or more")
     entries = read_grid(Path(options.grid), config, uneven=options.uneven)
-    output = Path(options.output)
-    written = [output.with_suffix(suffix) for suffix in (".json", ".csv", ".md")]
-    written += [Path(options.recipes)] if options.recipes else []
-    present = [path for path in written if path.exists()]
-    if present and not options.overwrite:
-        raise LaunchError(f"{present[0]} exists; pass --overwrite or another --output")
+    output, written = Path(options.output), _written(options)
+    for option, path in written:
+        _check_written(option, path, options)
     if options.dry_run:
         for entry in entries:
             n_settings = len(entry.settings(()))
@@ -90,10 +91,12 @@ def run(options: argparse.Namespace) -> int:
 
     finished = Path(config.output).parent / "tuning" / f"{output.name}.jsonl"
     parallel = options.parallel or len(os.sched_getaffinity(0))
+    # before hours of measuring: what cannot be written says so now
+    for option, path in written:
+        _make_folder(option, path)
     rows = tune(config, entries, finished, options.grid, parallel=parallel)
     best = best_settings(rows)
     record = _record(config, rows, best)
-    output.parent.mkdir(parents=True, exist_ok=True)
     write_json(output.with_suffix(".json"), record)
     write_text(output.with_suffix(".csv"), tuning_csv(rows))
     write_text(output.with_suffix(".md"), tuning_markdown(record))
@@ -101,6 +104,56 @@ def run(options: argparse.Namespace) -> int:
         write_text(Path(options.recipes), recipes_text(best, record["command"]))
     print("\n".join(_best_lines(best)))
     return 0
+
+
+def _written(options: argparse.Namespace) -> list[tuple[str, Path]]:
+    """The option that names it, and the file, of all that a tuning writes; no two are the same."""
+    output = Path(options.output)
+    if output.name in ("", ".."):
+        raise LaunchError(f"--output {options.output!r}: names no file; write --output runs/tuning")
+    written = [("--output", output.with_suffix(suffix)) for suffix in (".json", ".csv", ".md")]
+    if options.recipes is not None:
+        recipes = Path(options.recipes)
+        if not recipes.name:
+            raise LaunchError(f"--recipes {options.recipes!r}: names no file; write --recipes FILE")
+        if _same(recipes, *(path for _, path in written)):
+            raise LaunchError(f"--recipes {recipes}: --output writes this file; choose another one")
+        written.append(("--recipes", recipes))
+    return written
+
+
+def _check_written(option: str, path: Path, options: argparse.Namespace) -> None:
+    """Refuse what is there, and what cannot be written.
+
+    Raises:
+        LaunchError: the grid or the settings themselves, an earlier result without --overwrite, a
+            folder, a place below a file, a name that is too long.
+    """
+    if any(len(part.encode()) > MAX_NAME_BYTES for part in path.parts):
+        raise LaunchError(f"{option} {path}: the name is too long; choose a shorter one")
+    if _same(path, Path(options.grid), config_path(options.config)):
+        raise LaunchError(f"{option} {path}: this file is read; choose another one to write")
+    present = next(one for one in path.absolute().parents if one.exists())
+    if path.is_dir() or not present.is_dir():
+        what = f"{path} is a folder" if path.is_dir() else f"{present} is no folder"
+        raise LaunchError(f"{option} {path}: cannot be written ({what}); choose another place")
+    if path.exists() and not options.overwrite:
+        raise LaunchError(f"{path} exists; pass --overwrite or another {option}")
+
+
+def _same(path: Path, *others: Path) -> bool:
+    return path.resolve() in [other.resolve() for other in others]
+
+
+def _make_folder(option: str, path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise LaunchError(
+            f"{option} {path}: cannot be written ({error.strerror}); choose another place"
+        ) from error
 
 
 def read_grid(path: Path, config: Config, *, uneven: bool = False) -> list[Entry]:
@@ -113,15 +166,16 @@ def read_grid(path: Path, config: Config, *, uneven: bool = False) -> list[Entry
 
     Raises:
         ConfigError: the file cannot be read, or a value that its key cannot have.
-        CompareError: an unknown key.
-        LaunchError: an unknown method, no values, or entries tuned unequally hard.
+        CompareError: an unknown key, a key or value given twice.
+        LaunchError: an entry of another shape, an unknown method, no values, or entries tuned
+            unequally hard.
     """
     from compare.tuning import lay_over
     from configs.reader import read_yaml
     from launch.tasks import merged_roles
 
     entries = [
-        _read_entry(name, content or {}, path, config) for name, content in read_yaml(path).items()
+        _read_entry(name, content, path, config) for name, content in read_yaml(path).items()
     ]
     if not entries:
         raise LaunchError(f"{path}: names nothing to tune; add `obm: {{density: [0.2, 0.5]}}`")
@@ -137,27 +191,38 @@ def read_grid(path: Path, config: Config, *, uneven: bool = False) -> list[Entry
     return entries
 
 
-def _read_entry(name: str, content: dict[str, Any], path: Path, config: Config) -> Entry:
+def _read_entry(name: Any, content: Any, path: Path, config: Config) -> Entry:
     from compare.errors import CompareError
-    from compare.tuning import merge_key
+    from compare.tuning import check_new, merge_key
     from configs.checks import nearest
     from merge.methods import METHODS
 
-    content = dict(content)
+    if not isinstance(name, str):
+        raise LaunchError(f"{path}:{name}: the name of an entry must be text; put it in quotes")
+    if content is not None and not isinstance(content, dict):
+        raise LaunchError(
+            f"{path}:{name}: expected keys with lists of values, got {content!r}; write "
+            "density: [0.2, 0.5] below it"
+        )
+    content = dict(content or {})
     method = content.pop("method", name)
-    if method not in METHODS:
+    if not isinstance(method, str) or method not in METHODS:
         raise LaunchError(
             f"{path}:{name}: {method!r} is no method; {nearest(str(method), METHODS)} "
             "An entry of another name says `method: NAME`"
         )
-    grid = {}
+    grid: dict[str, list[Any]] = {}
     for key, values in content.items():
         try:
             full = merge_key(key, config)
         except CompareError as error:
             raise CompareError(f"{path}:{name}.{error}") from error
         if not isinstance(values, list) or not values:
-            raise LaunchError(f"{path}:{name}.{key}: expected a list of values")
+            raise LaunchError(f"{path}:{name}.{key}: expected a list of values; write [0.2, 0.5]")
+        try:
+            check_new(full, values, grid)
+        except CompareError as error:
+            raise CompareError(f"{path}:{name}: {error}") from error
         grid[full] = values
     return Entry(name, method, grid)
 

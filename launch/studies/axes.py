@@ -14,18 +14,20 @@ as calibration data may lie beside the study file.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch.errors import LaunchError
 from launch.studies.file import Study
-from launch.studies.plan import flatten
+from launch.studies.plan import COMMAND_LINE, flatten, load_settings
 
 if TYPE_CHECKING:
     from configs.schema import Config
 
+Settings = Sequence[tuple[str, Sequence[str]]]
+"""As `launch.studies.plan.load_settings` takes them."""
 STATISTICS = ("measured", "ones")
 """What a merge reads: what calibration has found, or ones in its place."""
 NOT_OF_THE_SAMPLE = ("kinds", "output", "seed")
@@ -69,11 +71,15 @@ def read_axes(study: Study, overrides: list[str]) -> dict[str, list[Point]]:
         ConfigError: a value that its key cannot have.
         LaunchError: an axis without values, an unknown key of one, a value listed twice.
     """
-    base = [*flatten(study.overrides), *overrides, *flatten({"merge": study.arms[0].merge})]
-    base.append(f'output="{study.output}"')
-    reference = _load(study, base, {})
     if not study.axes:
-        raise LaunchError(f"{study.name}:axes: no axis is named; name at least one")
+        raise LaunchError(f"{study.file}:axes: no axis is named; name at least one")
+    base = [
+        (f"{study.file}:overrides.", flatten(study.overrides)),
+        (COMMAND_LINE, overrides),
+        (f"{study.place(study.arms[0])}.", flatten({"merge": study.arms[0].merge})),
+        (f"{study.file}:", flatten({"output": str(study.output)})),
+    ]
+    reference = _load(study, base)
     return {
         axis: _read_axis(study, base, reference, axis, entry) for axis, entry in study.axes.items()
     }
@@ -107,11 +113,11 @@ def sample_key(point: Point) -> str:
 
 
 def _read_axis(
-    study: Study, base: list[str], reference: Config, axis: str, entry: Any
+    study: Study, base: Settings, reference: Config, axis: str, entry: dict[str, Any]
 ) -> list[Point]:
-    where = f"{study.name}:axes.{axis}"
+    where = f"{study.file}:axes.{axis}"
     points = []
-    for value, settings in _settings_of(entry, where):
+    for value, settings in _settings_of(entry):
         statistics = settings.pop("statistics", "measured")
         if statistics not in STATISTICS:
             raise LaunchError(f"{where}: statistics {statistics!r}; choose {', '.join(STATISTICS)}")
@@ -121,7 +127,8 @@ def _read_axis(
                 f"{where}: {unknown[0]!r} is not varied here; a point changes merge, calibration "
                 "or statistics"
             )
-        config = _load(study, base, settings)
+        place = f"{where}.points.{value}." if "points" in entry else f"{where}."
+        config = _load(study, [*base, (place, flatten(settings))])
         is_same = statistics == "measured" and _decides(config) == _decides(reference)
         arm = study.arms[0].name if is_same else f"{axis} {value}"
         settings = {} if is_same else settings
@@ -138,16 +145,11 @@ def _read_axis(
     return points
 
 
-def _settings_of(entry: Any, where: str) -> list[tuple[Any, dict[str, Any]]]:
-    """(value, what it changes) of each point."""
-    is_mapping = isinstance(entry, dict)
-    if is_mapping and set(entry) == {"setting", "values"} and isinstance(entry["values"], list):
-        return [(value, _nest(str(entry["setting"]), value)) for value in entry["values"]]
-    if is_mapping and set(entry) == {"points"} and isinstance(entry["points"], dict):
-        return [(str(name), dict(settings or {})) for name, settings in entry["points"].items()]
-    raise LaunchError(
-        f"{where}: write {{setting: KEY, values: [...]}}, or {{points: {{NAME: ...}}}}"
-    )
+def _settings_of(entry: dict[str, Any]) -> list[tuple[Any, dict[str, Any]]]:
+    """(value, what it changes) of each point; the entry's shape was checked when it was read."""
+    if "setting" in entry:
+        return [(value, _nest(entry["setting"], value)) for value in entry["values"]]
+    return [(str(name), dict(settings or {})) for name, settings in entry["points"].items()]
 
 
 def _own_reference(study: Study, reference: Config, axis: str, entry: dict[str, Any]) -> Point:
@@ -155,15 +157,14 @@ def _own_reference(study: Study, reference: Config, axis: str, entry: dict[str, 
     value: Any = "reference"
     if "setting" in entry:
         value = asdict(reference)
-        for key in str(entry["setting"]).split("."):
-            value = value[key]
+        for key in entry["setting"].split("."):
+            # the weight of a model that the reference does not name
+            value = value.get(key, 1.0)
     return Point(axis, value, study.arms[0].name, {}, reference)
 
 
-def _load(study: Study, base: list[str], settings: dict[str, Any]) -> Config:
-    from configs.schema import load_config
-
-    config = load_config(study.config, [*base, *flatten(settings)])
+def _load(study: Study, settings: Settings) -> Config:
+    config = load_settings(study.config, settings)
     for data in (config.calibration.vlm_data, config.calibration.agent_data):
         if data["source"] and (study.folder / data["source"]).is_file():
             data["source"] = str(study.folder / data["source"])

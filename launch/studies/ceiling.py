@@ -55,6 +55,7 @@ def run_ceiling(study: Study, options: Options) -> dict[str, Any]:
 def describe_ceiling(study: Study, options: Options) -> list[str]:
     """Arms, what will be reused, what is left."""
     plan = Plan(study, list(options.overrides))
+    plan.check()
     lines = [_describe_arm(study, arm) for arm in study.arms]
     stages = Stages(study.output, redo=options.redo)
     steps = chain(_steps(plan, stages, options), preparation_steps(plan, stages))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -78,13 +79,24 @@ class Study:
     """transfer: merges of another study, with `{arm}`; None = merged here"""
     references: list[str] = field(default_factory=list)
     """transfer: arms that the others are held against"""
-    folder: Path = Path()
-    """where the study file lies"""
+    file: Path = Path()
+    """the study file"""
+
+    @property
+    def folder(self) -> Path:
+        """Where the study file lies."""
+        return self.file.parent
 
     @property
     def report_folder(self) -> Path:
         """Where the report goes."""
         return self.report or self.output / "report"
+
+    def place(self, arm: Arm) -> str:
+        """Where the study file has an arm, for messages."""
+        if self.kind == "ablation":
+            return f"{self.file}:reference"
+        return f"{self.file}:arms[{self.arms.index(arm)}] ({arm.name})"
 
 
 @dataclass(frozen=True)
@@ -113,9 +125,11 @@ def load_study(path: str | Path) -> Study:
 
     Raises:
         ConfigError: the file cannot be read.
-        LaunchError: an unknown key, an arm without a start, a recipe that is not there.
+        LaunchError: an unknown key, a value of another shape, an arm without a start, a recipe that
+            is not there.
     """
     from configs.reader import read_yaml
+    from launch.studies.shapes import STUDY, check_values
 
     path = _study_path(str(path))
     raw = read_yaml(path)
@@ -124,19 +138,28 @@ def load_study(path: str | Path) -> Study:
         raise LaunchError(f"{path}:kind: {kind!r}; choose one of {', '.join(KINDS)}")
     may = ALL_MAY | OPTIONAL.get(kind, set())
     _check_keys(raw, ALL_NEED | NEEDED[kind], may, str(path))
-    recipes = read_yaml(path.parent / raw["recipes"]) if "recipes" in raw else {}
+    check_values(raw, STUDY, f"{path}:")
+    if kind == "table":
+        _check_columns(raw["benchmarks"], path)
+    recipes = _read_recipes(path.parent / raw["recipes"]) if "recipes" in raw else {}
     entries = [_reference(raw["reference"])] if kind == "ablation" else raw["arms"]
-    arms = _load_arms(entries, recipes, path)
+    arms = _load_arms(entries, recipes, f"{path}:{'reference' if kind == 'ablation' else 'arms'}")
     for arm in arms:
         if kind != "ceiling" and (arm.prepare or arm.settings):
             raise LaunchError(f"{path}: {arm.name}: prepare and settings are for kind: ceiling")
     shows_starts = raw.get("zero_shot") or kind != "ceiling"
     if not shows_starts and not all(arm.train for arm in arms):
         raise LaunchError(f"{path}: an arm with train: false is only seen with zero_shot: true")
-    seeds = raw["seeds"]
-    if not isinstance(seeds, list) or not seeds or len(set(seeds)) < len(seeds):
-        raise LaunchError(f"{path}:seeds: {seeds!r}; list at least one seed, each once")
+    untrained = [arm.name for arm in arms if not arm.train]
+    if kind == "transfer" and raw.get("trained") is None and untrained:
+        raise LaunchError(
+            f"{path}: {untrained[0]}: every arm is asked after its training; drop train: false, or "
+            "name the runs as `trained`"
+        )
     references = [str(name) for name in raw.get("references") or []]
+    repeated = [name for name in references if references.count(name) > 1]
+    if repeated:
+        raise LaunchError(f"{path}:references: {repeated[0]!r} is listed twice; list each once")
     unknown = [name for name in references if name not in [arm.name for arm in arms]]
     if unknown or (kind == "transfer" and not references):
         named = f"no arm {unknown[0]!r}" if unknown else "none is named"
@@ -146,11 +169,11 @@ def load_study(path: str | Path) -> Study:
         config=(path.parent / raw["config"]).resolve(),
         output=Path(raw["output"]),
         arms=arms,
-        seeds=[int(seed) for seed in seeds],
+        seeds=raw["seeds"],
         title=str(raw["title"]),
         kind=str(kind),
-        zero_shot=bool(raw.get("zero_shot", False)),
-        perception=bool(raw.get("perception", False)),
+        zero_shot=raw.get("zero_shot", False),
+        perception=raw.get("perception", False),
         overrides=dict(raw.get("overrides") or {}),
         report=Path(raw["report"]) if raw.get("report") else None,
         report_name=str(raw.get("report_name", "compare")),
@@ -159,7 +182,7 @@ def load_study(path: str | Path) -> Study:
         trained=raw.get("trained"),
         starts=raw.get("starts"),
         references=references,
-        folder=path.parent,
+        file=path,
     )
 
 
@@ -167,14 +190,34 @@ def _study_path(name: str) -> Path:
     from importlib import resources
 
     path = Path(name)
-    if path.is_file() or path.suffix or len(path.parts) > 1:
+    # Path.is_file raises where a name is too long
+    if os.path.isfile(path) or path.suffix or len(path.parts) > 1:
         return path
     folder = Path(str(resources.files("configs"))) / "studies"
     shipped = folder / f"{name}.yaml"
-    if not shipped.is_file():
+    if not os.path.isfile(shipped):
         names = sorted(p.stem for p in folder.glob("*.yaml") if p.stem not in NOT_STUDIES)
         raise LaunchError(f"no shipped study {name!r}; choose one of {', '.join(names)}, or a file")
     return shipped
+
+
+def _check_columns(titles: Iterable[str], path: Path) -> None:
+    """A column of the table is part of the names of its evaluations' folders."""
+    from launch.studies.shapes import check_name
+
+    for title in titles:
+        check_name(title, f"{path}:benchmarks.{title}")
+
+
+def _read_recipes(path: Path) -> dict[str, Any]:
+    """Recipes by name, each with the settings of a merge."""
+    from configs.reader import read_yaml
+    from launch.studies.shapes import check_recipe
+
+    recipes = {str(name): recipe for name, recipe in read_yaml(path).items()}
+    for name, recipe in recipes.items():
+        check_recipe(recipe, f"{path}:{name}")
+    return recipes
 
 
 def _reference(reference: Any) -> dict[str, Any]:
@@ -183,22 +226,31 @@ def _reference(reference: Any) -> dict[str, Any]:
     return {"name": name, "merge": reference}
 
 
-def _load_arms(entries: Any, recipes: dict[str, Any], path: Path) -> list[Arm]:
+def _load_arms(entries: Any, recipes: dict[str, Any], where: str) -> list[Arm]:
     if not isinstance(entries, list) or not entries:
-        raise LaunchError(f"{path}:arms: expected a list of arms, each with a name")
-    arms = [_load_arm(entry, recipes, f"{path}:arms[{i}]") for i, entry in enumerate(entries)]
+        raise LaunchError(
+            f"{where}: expected a list of arms, each with a name; write - {{name: ..., ...}}"
+        )
+    places = [f"{where}[{i}]" if where.endswith("arms") else where for i in range(len(entries))]
+    arms = [_load_arm(entry, recipes, at) for entry, at in zip(entries, places, strict=True)]
     names = [arm.name for arm in arms]
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
-        raise LaunchError(f"{path}:arms: {repeated[0]!r} appears twice; give each a name")
+        raise LaunchError(f"{where}: {repeated[0]!r} appears twice; give each a name")
     return arms
 
 
 def _load_arm(entry: Any, recipes: dict[str, Any], where: str) -> Arm:
+    from launch.studies.shapes import ARM, check_values
+
     if not isinstance(entry, dict):
-        raise LaunchError(f"{where}: expected name and init or merge, got {entry!r}")
-    optional = {"init", "merge", "models", "train", "prepare", "settings", "modes", "trained"}
-    _check_keys(entry, {"name"}, optional, where)
+        raise LaunchError(
+            f"{where}: expected name and init or merge, got {entry!r}; "
+            "write {name: ..., init: ...}"
+        )
+    _check_keys(entry, {"name"}, set(ARM), where)
+    check_values({"name": entry["name"]}, ARM, f"{where}.")
+    check_values(entry, ARM, f"{where} ({entry['name']}).")
     merge = entry.get("merge")
     if isinstance(merge, str):
         if merge not in recipes:
@@ -215,12 +267,13 @@ def _load_arm(entry: Any, recipes: dict[str, Any], where: str) -> Arm:
         entry.get("init"),
         merge,
         models,
-        bool(entry.get("train", entry.get("trained") is None)),
+        entry.get("train", entry.get("trained") is None),
         entry.get("prepare"),
         dict(entry.get("settings") or {}),
         list(entry.get("modes") or ["agent"]),
         entry.get("trained"),
     )
+    _check_modes(arm, where)
     if arm.prepare is not None and arm.prepare not in PREPARE:
         raise LaunchError(f"{where}.prepare: {arm.prepare!r}; choose one of {', '.join(PREPARE)}")
     if arm.prepare and not arm.train:
@@ -228,12 +281,28 @@ def _load_arm(entry: Any, recipes: dict[str, Any], where: str) -> Arm:
     return arm
 
 
+def _check_modes(arm: Arm, where: str) -> None:
+    if arm.modes == ["agent"]:
+        return
+    from compare.modes import MODES
+
+    for index, mode in enumerate(arm.modes):
+        if mode not in MODES:
+            raise LaunchError(
+                f"{where}.modes: arm {arm.name}: no mode {mode!r}; choose among {', '.join(MODES)}"
+            )
+        if mode in arm.modes[:index]:
+            raise LaunchError(
+                f"{where}.modes: arm {arm.name}: {mode!r} is listed twice; list each once"
+            )
+
+
 def _check_keys(raw: dict[str, Any], needed: set[str], optional: set[str], where: str) -> None:
     from configs.checks import nearest
 
     for key in raw:
         if key not in needed | optional:
-            hint = nearest(key, sorted(needed | optional))
+            hint = nearest(str(key), sorted(needed | optional))
             raise LaunchError(f"{where}: unknown key {key!r}; {hint}")
     missing = sorted(needed - raw.keys())
     if missing:

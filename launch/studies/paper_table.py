@@ -16,11 +16,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launch.errors import LaunchError
 from launch.stages import Stages, fingerprint
 from launch.studies.ceiling import describe_ceiling
 from launch.studies.file import Arm, Options, Study
-from launch.studies.plan import Plan, flatten, start_key
+from launch.studies.plan import COMMAND_LINE, Plan, flatten, load_settings, start_key
 from launch.studies.report import publish
 from launch.studies.starts import make_starts, reused, say
 from launch.studies.trainings import raise_failures, train_arms, trained_policy
@@ -49,7 +48,7 @@ def run_table(study: Study, options: Options) -> dict[str, Any]:
         The content of the report's .json.
 
     Raises:
-        LaunchError: an unknown mode, a trained policy that is not there.
+        ConfigError: a setting of a benchmark, a trained policy that is not there.
         JobFailedError: trainings failed; there is no table then.
     """
     from compare.paper_table import table_lines, write_table
@@ -57,7 +56,6 @@ def run_table(study: Study, options: Options) -> dict[str, Any]:
     plan = Plan(study, list(options.overrides))
     stages = Stages(study.output, redo=options.redo)
     plan.check()
-    _check_modes(study)
     configs = {
         title: benchmark_config(plan, title, options.overrides) for title in study.benchmarks
     }
@@ -84,6 +82,9 @@ def run_table(study: Study, options: Options) -> dict[str, Any]:
 
 def describe_table(study: Study, options: Options) -> list[str]:
     """Arms, evaluations, what will be reused, what is left."""
+    plan = Plan(study, list(options.overrides))
+    for title in study.benchmarks:
+        benchmark_config(plan, title, options.overrides)
     n_starts = sum(len(arm.modes) for arm in study.arms)
     n_policies = sum(
         len(study.seeds) if arm.train else arm.trained is not None for arm in study.arms
@@ -93,24 +94,16 @@ def describe_table(study: Study, options: Options) -> list[str]:
     return [*describe_ceiling(study, options), evaluations]
 
 
-def _check_modes(study: Study) -> None:
-    from compare.modes import MODES
-
-    for arm in study.arms:
-        for mode in arm.modes:
-            if mode not in MODES:
-                raise LaunchError(
-                    f"arm {arm.name}: no mode {mode!r}; choose among {', '.join(MODES)}"
-                )
-
-
 def benchmark_config(plan: Plan, title: str, overrides: Sequence[str]) -> Config:
     """Settings of one benchmark's evaluation."""
-    from configs.schema import load_config
-
     study = plan.study
-    own = [*flatten(study.overrides), *overrides, *flatten(study.benchmarks[title])]
-    return load_config(study.config, [*own, f"output={json.dumps(str(study.output))}"])
+    settings = [
+        (f"{study.file}:overrides.", flatten(study.overrides)),
+        (COMMAND_LINE, overrides),
+        (f"{study.file}:benchmarks.{title}.", flatten(study.benchmarks[title])),
+        (f"{study.file}:", [f"output={json.dumps(str(study.output))}"]),
+    ]
+    return load_settings(study.config, settings)
 
 
 def _entries(plan: Plan) -> list[Entry]:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from configs.errors import ConfigError
 from launch.stages import Stages, fingerprint
 from launch.studies.file import Arm, Study
 from launch.tasks import merged_roles, needed_kinds
 
 if TYPE_CHECKING:
     from configs.schema import Config
+
+COMMAND_LINE = "command line:"
+"""How the message of a wrong override begins."""
 
 
 class Plan:
@@ -53,7 +57,10 @@ class Plan:
         from train.settings import describe_step
 
         for arm in self.study.arms:
-            describe_step(self.config(arm), 1)
+            try:
+                describe_step(self.config(arm), 1)
+            except ConfigError as error:
+                raise ConfigError(f"{self.study.place(arm)}: {error}") from error
 
     def prepared_folder(self, arm: Arm, seed: int) -> Path:
         """Where the run of the arm's `prepare` lies; its policy is what is trained."""
@@ -88,8 +95,6 @@ class Plan:
         return self.study.output / "runs" / f"{arm.name}-s{seed}"
 
     def _load(self, arm: Arm, seed: int | None = None) -> Config:
-        from configs.schema import load_config
-
         output = self.study.output if seed is None else self.run_folder(arm, seed)
         calibration = self.study.output / "calibration"
         init = arm.init or str(self.merged_folder(arm).resolve())
@@ -104,9 +109,15 @@ class Plan:
         }
         if seed is not None:
             own["seed"] = seed
-        merge = {"merge": arm.merge} if arm.merge else {}
-        settings = [*flatten(self.study.overrides), *flatten(arm.settings), *self._overrides]
-        return load_config(self.study.config, [*settings, *flatten(merge), *flatten(own)])
+        place = self.study.place(arm)
+        settings = [
+            (f"{self.study.file}:overrides.", flatten(self.study.overrides)),
+            (f"{place}.settings.", flatten(arm.settings)),
+            (COMMAND_LINE, self._overrides),
+            (f"{place}.", flatten({"merge": arm.merge} if arm.merge else {})),
+            (f"{place}.", flatten(own)),
+        ]
+        return load_settings(self.study.config, settings)
 
     def _place_map(self, arm: Arm, config: Config) -> None:
         if owner := self.map_owner(arm):
@@ -142,6 +153,43 @@ def map_owners(study: Study, configs: Mapping[str, Config]) -> dict[str, str]:
             start = flatten({"start": [arm.init, arm.merge, arm.models], **asdict(config.conflict)})
             owners[arm.name] = first.setdefault(tuple(start), arm.name)
     return owners
+
+
+def load_settings(config: Path, settings: Sequence[tuple[str, Sequence[str]]]) -> Config:
+    """Load settings of which a study file, an arm and the command line each say some.
+
+    Args:
+        config: the file that they are laid over.
+        settings: (who says them, `key=value` overrides), later ones over earlier ones.
+
+    Raises:
+        ConfigError: a value that its key cannot have; names who says it.
+    """
+    from configs.schema import load_config
+
+    try:
+        return load_config(config, [override for _, said in settings for override in said])
+    except ConfigError as error:
+        raise ConfigError(_name_source(str(error), settings)) from error
+
+
+def _name_source(message: str, settings: Sequence[tuple[str, Sequence[str]]]) -> str:
+    """The message with the place in a study file where it says `command line`.
+
+    To `load_config` every override is of the command line. Of several that set the key the last
+    one counts, since it is the one that was read.
+    """
+    if not message.startswith(COMMAND_LINE):
+        return message
+    rest = message.removeprefix(COMMAND_LINE)
+    key = rest.partition(": ")[0]
+    for place, said in reversed(settings):
+        for override in said:
+            name = override.partition("=")[0]
+            sections = (f"{name}.", f"{name}[")
+            if name == key or key.startswith(sections) or name.startswith(f"{key}."):
+                return f"{place}{rest}"
+    return message
 
 
 def flatten(mapping: dict[str, Any], prefix: str = "") -> list[str]:

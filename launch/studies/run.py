@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from launch.errors import LaunchError
 from launch.jobs import terminate_as_interrupt
 from launch.studies.file import Options, Study
 from launch.studies.machine import duration_words
@@ -48,6 +49,21 @@ def run_study(study: Study, options: Options) -> dict[str, Any]:
             raise
     say(f"finished in {duration_words(time.monotonic() - started)}")
     return record
+
+
+def check_folders(study: Study) -> None:
+    """Refuse folders below a file before hours of work go into what cannot be written.
+
+    Raises:
+        LaunchError: names option and key.
+    """
+    for name, folder in (("output", study.output), ("report", study.report_folder)):
+        present = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        if not present.is_dir():
+            raise LaunchError(
+                f"{name} {folder}: {present} is a file; name another folder as {name} in "
+                f"{study.file}, or by --{name}"
+            )
 
 
 def describe_study(study: Study, options: Options) -> str:

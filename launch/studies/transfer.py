@@ -93,6 +93,7 @@ def run_transfer(study: Study, options: Options) -> dict[str, Any]:
 def describe_transfer(study: Study, options: Options) -> list[str]:
     """Arms, worlds, what will be reused, what is left."""
     plan = Plan(study, list(options.overrides))
+    plan.check()
     worlds = _worlds(plan, options)
     names = [arm.name for arm in study.arms]
     seeds = ", ".join(map(str, study.seeds))

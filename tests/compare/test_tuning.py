@@ -60,6 +60,11 @@ def test_a_key_has_one_full_name(key, full):
         ("weights.agnt", "did you mean 'agent'"),
         ("density.vlm", "no key of merge"),
         ("coderr", "did you mean 'coder'"),
+        ("scope.norm_bias.x", "did you mean 'scope.norm_bias'"),
+        ("scope.norm_bia", "did you mean 'scope.norm_bias'"),
+        ("density.", "no key of merge"),
+        (3, "3: a key must be text"),
+        (None, "a key must be text"),
     ],
 )
 def test_an_unknown_key_names_the_nearest(key, words):

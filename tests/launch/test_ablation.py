@@ -114,6 +114,13 @@ def test_an_axis_that_does_not_list_the_reference_gets_it_in_its_place(write_stu
         ({"d": {"setting": "merge.density", "values": [0.5, 0.5]}}, LaunchError, "0.5 appears"),
         ({"s": {"points": {"a": {"statistics": "zeros"}}}}, LaunchError, "'zeros'; choose"),
         ({"s": {"points": {"a": {}, "b": {}}}}, LaunchError, "the reference appears twice"),
+        ([1], LaunchError, r"ablation\.yaml:axes: expected axes by name, got list"),
+        ({3: {}}, LaunchError, r"axes\.3: expected text as the key"),
+        ({"d": {"setting": 3, "values": [1]}}, LaunchError, r"axes\.d\.setting: expected the key"),
+        ({"d": {"setting": "merge.density", "values": []}}, LaunchError, "the list is empty"),
+        ({"s": {"points": {"a": 3}}}, LaunchError, r"axes\.s\.points\.a: expected settings"),
+        ({"s": {"points": {"a": {3: 1}}}}, LaunchError, r"points\.a\.3: expected text as the key"),
+        ({"s": {"points": {"a": {"merge": 3}}}}, ConfigError, r"yaml:axes\.s\.points\.a\.merge: "),
     ],
 )  # fmt: skip
 def test_a_wrong_axis_is_refused(write_study, axes, error, words):
@@ -197,3 +204,9 @@ def test_the_shipped_ablation_describes_its_axes():
     assert "saliency: diagonal (reference), inverse, magnitude" in text
     # a reference and 5 + 3 + 2 + 4 + 5 + 2 + 2 + 1 + 2 + 4 + 2 neighbours, with five seeds
     assert "165 evaluations, no training; 1 at a time" in text
+
+
+@pytest.mark.parametrize("reference", [3, None, {}, [1], {3: 1}, "nosuch"])
+def test_a_wrong_reference_is_refused(write_study, reference):
+    with pytest.raises(LaunchError, match=r"ablation\.yaml:reference.*; "):
+        write_study(reference=reference)

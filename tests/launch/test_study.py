@@ -352,6 +352,121 @@ def test_a_wrong_study_file_is_refused(study_file, change, words):
         load_study(study_file)
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        *(({"seeds": seeds}, rf"study\.yaml:seeds{words}") for seeds, words in [
+            ([1.5, 1], r"\[0\]: expected a whole number, got float 1\.5"),
+            (["1", 1], r"\[0\]: expected a whole number, got str '1'"),
+            ([0, 0], r"\[1\]: seed 0 is listed twice"),
+            ([-1], r"\[0\]: out of range; use a whole number from 0"),
+            ([10**26], r"\[0\]: out of range"),
+            ([True], r"\[0\]: expected a whole number, got bool"),
+            ([None], r"\[0\]: expected a whole number, got nothing"),
+            ([[0]], r"\[0\]: expected a whole number, got list"),
+            ([float("nan")], r"\[0\]: expected a whole number, got float"),
+            (3, ": expected a list of seeds, got int 3; write"),
+        ]),
+        *(({key: value}, rf"study\.yaml:{key}: expected .*; ")
+          for key in ("config", "output", "recipes", "report")
+          for value in (3, ["x"], {}, "", "x" * 300, "a\0b")),
+        *(({key: None}, rf"study\.yaml:{key}: expected .* got nothing; ")
+          for key in ("config", "output", "recipes", "title", "report_name", "zero_shot")),
+        *(({"report_name": name}, r"study\.yaml:report_name: expected .*; ")
+          for name in ("../x", "", "..", ["a"], "a" * 300)),
+        ({"zero_shot": "no"}, "zero_shot: expected true or false, got str 'no'"),
+        ({"overrides": 3}, "study.yaml:overrides: expected settings, got int 3"),
+        ({"overrides": {"grpo": {3: 1}}}, r"overrides\.grpo\.3: expected text as the key"),
+        ({"overrides": {"a=b": 1}}, "overrides: 'a=b' names no setting"),
+        ({"overrides": {"grpo": [{1: 2}]}}, r"overrides\.grpo\[0\]\.1: expected text as the key"),
+        ({3: 1}, r"study\.yaml: unknown key 3; choose one of"),
+    ],
+)  # fmt: skip
+def test_a_value_of_another_shape_is_refused_by_file_and_key(study_file, obm, change, words):
+    content = yaml.safe_load(study_file.read_text())
+    study_file.write_text(yaml.safe_dump({**content, **change}))
+    before = sorted(study_file.parent.rglob("*"))
+    with pytest.raises(LaunchError, match=words):
+        load_study(study_file)
+    code, out, err = obm("study", study_file)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert sorted(study_file.parent.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        *(({"name": name}, r"arms\[0\]\.name: expected .*; ")
+          for name in ("../a", "", "..", ["a"], None, "a/b", "a\nb", "a" * 300)),
+        *(({key: value}, rf"arms\[0\] \(a\)\.{key}: expected .*; ")
+          for key in ("models", "settings", "merge") for value in (3, [1])),
+        *(({key: {3: 1}}, rf"arms\[0\] \(a\)\.{key}\.3: expected text as the key")
+          for key in ("models", "settings", "merge")),
+        ({"merge": {}}, r"arms\[0\] \(a\)\.merge: expected settings of a merge"),
+        ({"init": 3, "merge": None}, r"arms\[0\] \(a\)\.init: expected text, got int 3"),
+        ({"train": "no"}, r"arms\[0\] \(a\)\.train: expected true or false, got str 'no'"),
+        ({"train": None}, r"arms\[0\] \(a\)\.train: expected true or false, got nothing"),
+        ({"trained": 3}, r"arms\[0\] \(a\)\.trained: expected text"),
+        ({"modes": ["nosuch"]}, r"arms\[0\]\.modes: arm a: no mode 'nosuch'; choose among direct"),
+        ({"modes": "agent"}, r"arms\[0\] \(a\)\.modes: expected a list of names"),
+        ({"modes": [["agent"]]}, r"arms\[0\] \(a\)\.modes\[0\]: expected text"),
+        ({"modes": ["rag", "rag"]}, r"arms\[0\]\.modes: arm a: 'rag' is listed twice"),
+        ({"prepare": [1]}, r"arms\[0\]\.prepare: \[1\]; choose one of sport"),
+        ({3: 1}, r"arms\[0\]: unknown key 3"),
+    ],
+)  # fmt: skip
+def test_a_wrong_arm_is_refused_by_its_name(study_file, change, words):
+    content = yaml.safe_load(study_file.read_text())
+    content["arms"] = [{"name": "a", "merge": "obm"} | change]
+    study_file.write_text(yaml.safe_dump(content))
+    with pytest.raises(LaunchError, match=rf"study\.yaml:{words}"):
+        load_study(study_file)
+
+
+@pytest.mark.parametrize("recipe", [None, 3, [1], {}, {3: 1}])
+def test_a_wrong_recipe_is_refused_by_its_file(study_file, recipe):
+    (study_file.parent / "recipes.yaml").write_text(yaml.safe_dump({"obm": recipe}))
+    with pytest.raises(LaunchError, match=r"recipes\.yaml:obm(\.3)?: expected .*; "):
+        load_study(study_file)
+
+
+@pytest.mark.parametrize(
+    ("arm", "overrides", "words"),
+    [
+        ({}, {"merge": {"window": 2}}, r"study\.yaml:overrides\.merge\.window: 2\.0 is out of"),
+        ({}, {"nosuch": 1}, r"study\.yaml:overrides\.nosuch: unknown key"),
+        ({"merge": {"density": 2}}, {}, r"study\.yaml:arms\[0\] \(a\)\.merge\.density: 2\.0 is"),
+        ({"models": {"nosuch": "x"}}, {}, r"arms\[0\] \(a\)\.models\.nosuch: unknown key"),
+        ({"settings": {"seed": "x"}}, {"seed": 1}, r"arms\[0\] \(a\)\.settings\.seed: expected"),
+        ({"settings": {"seed.x": 1}}, {}, r"arms\[0\] \(a\)\.settings\.seed: expected"),
+        (
+            {"settings": {"grpo": {"num_generations": 7}}}, {},
+            r"arms\[0\] \(a\): grpo\.num_generations: .* cannot be cut",
+        ),
+    ],
+)  # fmt: skip
+def test_a_wrong_setting_is_refused_by_who_says_it(study_file, arm, overrides, words):
+    content = yaml.safe_load(study_file.read_text())
+    content |= {"arms": [{"name": "a", "merge": "obm"} | arm], "overrides": overrides}
+    study_file.write_text(yaml.safe_dump(content))
+    with pytest.raises(ConfigError, match=words):
+        describe_study(load_study(study_file), Options("c"))
+
+
+def test_what_the_command_line_says_is_still_its_own(study_file):
+    with pytest.raises(ConfigError, match=r"^command line:merge\.window: 2\.0 is out of range"):
+        describe_study(load_study(study_file), Options("c", overrides=["merge.window=2"]))
+
+
+def test_an_option_that_names_no_folder_is_refused(study_file, obm, tmp_path):
+    for name in ("output", "report"):
+        for folder in ("", "x" * 300, study_file, study_file / "x"):
+            code, out, err = obm("study", study_file, f"--{name}", folder, "--dry-run")
+            assert (code, out, err.count("\n")) == (2, "", 1)
+            assert err.startswith("error: ")
+            assert f"--{name}" in err
+
+
 # ---------------------------------------------------------------- preparations, perception
 
 
@@ -614,6 +729,25 @@ def test_an_unknown_mode_of_an_arm_is_refused(table_file):
     table_file.write_text(yaml.safe_dump(content))
     with pytest.raises(LaunchError, match="arm vlm: no mode 'guess'"):
         run_table(load_study(table_file), Options("x"))
+
+
+@pytest.mark.parametrize(
+    ("benchmarks", "words"),
+    [
+        ({"a": 3}, r"study\.yaml:benchmarks\.a: expected settings, got int 3"),
+        ({"a": None}, r"study\.yaml:benchmarks\.a: expected settings, got nothing"),
+        ({3: {}}, r"study\.yaml:benchmarks\.3: expected text as the key"),
+        ({"../a": {}}, "study.yaml:benchmarks.../a: expected a name"),
+        ({"a": {"nosuch": 1}}, r"study\.yaml:benchmarks\.a\.nosuch: unknown key"),
+        (3, "study.yaml:benchmarks: expected benchmarks"),
+        ({}, "study.yaml:benchmarks: expected benchmarks"),
+    ],
+)
+def test_a_wrong_benchmark_is_refused_in_a_dry_run(table_file, benchmarks, words):
+    content = yaml.safe_load(table_file.read_text())
+    table_file.write_text(yaml.safe_dump({**content, "benchmarks": benchmarks}))
+    with pytest.raises((ConfigError, LaunchError), match=words):
+        describe_study(load_study(table_file), Options("c"))
 
 
 def test_nested_settings_become_overrides():

@@ -60,6 +60,9 @@ def test_pairs_become_a_grid_with_full_keys():
         (["density=0.1,,0.2"], "missing beside a comma"),
         (["density=0.1,0.1"], "listed twice"),
         (["agent=1", "weights.agent=2"], "given twice"),
+        (["scope.a.b=1"], "--sweep scope.a.b: no key of merge"),
+        (["density.=1"], "--sweep density.: no key of merge"),
+        (["weights=[{}]", "agent=1"], "weights.agent and weights set the same"),
     ],
 )
 def test_wrong_pairs_are_refused(pairs, words):

@@ -125,6 +125,27 @@ def test_references_must_be_arms(study, tmp_path):
             load_study(path)
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        *(({key: value}, rf"transfer\.yaml:{key}: (expected|cannot read) .*; ")
+          for key in ("trained", "starts")
+          for value in (3, [1], "", "{nosuch}", "{", "{}", "{0}", "{arm.x}", "{arm:zz}")),
+        ({"starts": "{seed}"}, r"starts: cannot read '\{seed\}'; only \{arm\} may stand"),
+        ({"references": "vlm"}, "references: expected a list of names, got str 'vlm'"),
+        ({"references": [["vlm"]]}, r"references\[0\]: expected text"),
+        ({"references": ["vlm", "vlm"]}, "references: 'vlm' is listed twice"),
+        ({"trained": None, "arms": [{"name": "vlm", "init": "x", "train": False}]},
+         "vlm: every arm is asked after its training; drop train: false"),
+    ],
+)  # fmt: skip
+def test_a_wrong_transfer_file_is_refused(study, tmp_path, change, words):
+    path = tmp_path / "transfer.yaml"
+    path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), **change}))
+    with pytest.raises(LaunchError, match=words):
+        load_study(path)
+
+
 def test_the_shipped_transfer_study_has_the_arms_of_the_ceiling():
     transfer, ceiling = load_study("transfer"), load_study("ceiling")
     assert [(a.name, a.init, a.merge) for a in transfer.arms] == [

@@ -1,5 +1,6 @@
 """Tuning: grids that are fair, recipes that studies read, statistics that merges need."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -53,8 +54,19 @@ def test_the_shipped_floor_study_has_an_arm_for_every_entry_of_the_grid():
         ({"obm": {"scope.norm_bias": ["regmean"]}}, "scope.norm_bias"),
         ({"obm": {"density": [0.2, 0.5]}, "ties": {"density": [0.2]}}, "obm 2, ties 1"),
         ({}, "nothing to tune"),
+        *(({"obm": entry}, "grid.yaml:obm: expected keys with lists of values, got")
+          for entry in (3, [1], "abc", True)),
+        ({3: {"method": "obm"}}, "grid.yaml:3: the name of an entry must be text"),
+        ({"mine": {"method": ["obm"]}}, r"grid.yaml:mine: \['obm'\] is no method"),
+        *(({"obm": {key: [1]}}, f"grid.yaml:obm.{key}: a key must be text; put it in quotes")
+          for key in (3, True, None)),
+        ({"obm": {"scope.linear.x": ["vlm"]}}, r"obm\.scope\.linear\.x: .*'scope.linear'"),
+        ({"obm": {"density.": [1]}}, r"obm\.density\.: no key of merge"),
+        ({"obm": {"density": [0.2, 0.2]}}, "grid.yaml:obm: density: a value is listed twice"),
+        ({"obm": {"agent": [1], "weights.agent": [2]}}, "obm: weights.agent is given twice"),
+        ({"obm": {"scope": [{}], "scope.linear": ["vlm"]}}, "scope.linear and scope set the same"),
     ],
-)
+)  # fmt: skip
 def test_a_wrong_grid_is_refused(tmp_path, grid, words):
     (tmp_path / "grid.yaml").write_text(yaml.safe_dump(grid))
     with pytest.raises(ValueError, match=words) as caught:
@@ -197,3 +209,38 @@ def test_a_dry_run_counts_the_settings(obm, tmp_path):
     code, out, _ = obm("tune", "--grid", tmp_path / "grid.yaml", "--dry-run")
     assert code == 0
     assert out == "obm_inverse: 2 settings of density\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--output", ""], "--output ''.*: names no file"),
+        (["--output", "."], "names no file"),
+        (["--output", ".."], "names no file"),
+        (["--output", "x" * 300], "--output x+.json: the name is too long"),
+        (["--output", "{tmp}/grid.yaml/x"], "--output .*grid.yaml is no folder"),
+        (["--output", "/proc/x"], "--output /proc/x.json: cannot be written"),
+        (["--recipes", ""], "--recipes ''.*: names no file"),
+        (["--recipes", "{tmp}"], "--recipes .* is a folder"),
+        (["--recipes", "{tmp}/grid.yaml"], "--recipes .*grid.yaml: this file is read"),
+        (["--recipes", "{tmp}/mine.yaml"], "--recipes .*mine.yaml: this file is read"),
+        (["--recipes", "{tmp}/out.json"], "--recipes .*: --output writes this file"),
+        (["--parallel", "-3"], "--parallel -3: give a number of 1 or more"),
+        (["--parallel", "0"], "--parallel 0: give a number of 1 or more"),
+    ],
+)
+def test_what_cannot_be_written_is_refused_before_anything_is_measured(
+    obm, tmp_path, monkeypatch, options, words
+):
+    monkeypatch.setattr(Evaluator, "measure", lambda self, task: pytest.fail("measured"))
+    (tmp_path / "grid.yaml").write_text("ties: {density: [0.5]}\n")
+    (tmp_path / "mine.yaml").write_text(f"inherits: {DEMO}\n")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    code, _, err = obm(
+        "tune", "--config", tmp_path / "mine.yaml", "--grid", tmp_path / "grid.yaml",
+        "--output", tmp_path / "out", "--overwrite", f"output={tmp_path / 'run'}",
+        *(option.replace("{tmp}", str(tmp_path)) for option in options),
+    )  # fmt: skip
+    assert (code, err.count("\n")) == (2, 1)
+    assert re.match(f"error: .*{words}", err)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
