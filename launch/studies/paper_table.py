@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from configs.errors import ConfigError
 from launch.stages import Stages, fingerprint
 from launch.studies.ceiling import describe_ceiling
 from launch.studies.file import Arm, Options, Study
@@ -59,6 +60,7 @@ def run_table(study: Study, options: Options) -> dict[str, Any]:
     configs = {
         title: benchmark_config(plan, title, options.overrides) for title in study.benchmarks
     }
+    _check_trained(study)
     make_starts(plan, stages)
     raise_failures(train_arms(plan, stages, options), plan, is_reported=True)
     results = []
@@ -85,6 +87,7 @@ def describe_table(study: Study, options: Options) -> list[str]:
     plan = Plan(study, list(options.overrides))
     for title in study.benchmarks:
         benchmark_config(plan, title, options.overrides)
+    _check_trained(study)
     n_starts = sum(len(arm.modes) for arm in study.arms)
     n_policies = sum(
         len(study.seeds) if arm.train else arm.trained is not None for arm in study.arms
@@ -117,7 +120,7 @@ def _entries(plan: Plan) -> list[Entry]:
     after = []
     for arm in study.arms:
         if arm.trained is not None:
-            after.append(Entry(f"{arm.name}/rl", arm, "agent", _trained(arm), 0))
+            after.append(Entry(f"{arm.name}/rl", arm, "agent", _trained(study, arm), 0))
         elif arm.train:
             after += [
                 Entry(
@@ -128,10 +131,20 @@ def _entries(plan: Plan) -> list[Entry]:
     return [*before, *after]
 
 
-def _trained(arm: Arm) -> str:
+def _check_trained(study: Study) -> None:
+    """What was trained elsewhere is there, before anything else is made."""
+    for arm in study.arms:
+        if arm.trained is not None:
+            _trained(study, arm)
+
+
+def _trained(study: Study, arm: Arm) -> str:
     from configs.schema import resolve_model
 
-    return resolve_model(arm.trained or "")
+    try:
+        return resolve_model(arm.trained or "")
+    except ConfigError as error:
+        raise ConfigError(f"{study.place(arm)}.trained: {error}") from error
 
 
 def _evaluate(

@@ -46,7 +46,12 @@ class Plan:
         """The checkpoint that the arm starts from."""
         from configs.schema import resolve_model
 
-        return self.merged_folder(arm) if arm.merge else resolve_model(arm.init or "")
+        if arm.merge:
+            return self.merged_folder(arm)
+        try:
+            return resolve_model(arm.init or "")
+        except ConfigError as error:
+            raise ConfigError(f"{self.study.place(arm)}.init: {error}") from error
 
     def merged_folder(self, arm: Arm) -> Path:
         """Where the arm's merge lies."""

@@ -453,6 +453,18 @@ def test_a_wrong_setting_is_refused_by_who_says_it(study_file, arm, overrides, w
         describe_study(load_study(study_file), Options("c"))
 
 
+def test_a_start_that_is_not_there_is_named_by_its_arm(study_file, table_file):
+    content = yaml.safe_load(table_file.read_text())
+    arm = {"name": "a", "init": "runs/nowhere"}
+    study_file.write_text(yaml.safe_dump({**content, "arms": [arm]}))
+    with pytest.raises(ConfigError, match=r"yaml:arms\[0\] \(a\)\.init: no checkpoint folder"):
+        describe_study(load_study(study_file), Options("c"))
+    trained = {"name": "a", "init": "atlas://vlm", "trained": "runs/nowhere"}
+    study_file.write_text(yaml.safe_dump({**content, "arms": [trained]}))
+    with pytest.raises(ConfigError, match=r"yaml:arms\[0\] \(a\)\.trained: no checkpoint"):
+        describe_study(load_study(study_file), Options("c"))
+
+
 def test_what_the_command_line_says_is_still_its_own(study_file):
     with pytest.raises(ConfigError, match=r"^command line:merge\.window: 2\.0 is out of range"):
         describe_study(load_study(study_file), Options("c", overrides=["merge.window=2"]))
