@@ -232,27 +232,19 @@ def _evaluation(config: Config) -> str:
     return f"{section.eval_size} questions of {section.eval_split}"
 
 
-def check_addresses(config: Config) -> None:
-    """Holds the addresses of services against what their clients take; asks nobody.
+def check_rollout_address(config: Config) -> None:
+    """Holds the vLLM server's address against what its client takes; asks nobody.
 
     Raises:
-        ConfigError: one that is no address.
+        ConfigError: it is no address.
     """
-    section, judge = config.environment, config.rewards.judge
+    if config.rollout.backend != "vllm":
+        return
+    from train.vllm_client import VLLMClient
+
     try:
-        if section.retrieval:
-            from environments.remote import SearchServer
-
-            SearchServer(section.retrieval)
-        if judge:
-            from rewards.judge import checked_url
-
-            checked_url(judge)
-        if config.rollout.backend == "vllm":
-            from train.vllm_client import VLLMClient
-
-            VLLMClient(config.rollout.url)
-    except (ValueError, RuntimeError) as error:  # what the clients raise for it
+        VLLMClient(config.rollout.url)
+    except (ValueError, RuntimeError) as error:  # what the client raises for it
         raise ConfigError(str(error)) from error
 
 
@@ -273,7 +265,7 @@ def describe_step(config: Config, n_processes: int) -> list[tuple[str, str]]:
     """
     grpo = resolved_grpo(config)
     zero_stage(config)
-    check_addresses(config)
+    check_rollout_address(config)
     per_device, group = grpo["per_device_train_batch_size"], grpo["num_generations"]
     accumulated = grpo.get("steps_per_generation") or grpo["gradient_accumulation_steps"]
     completions, per_step = count_completions(grpo, n_processes)

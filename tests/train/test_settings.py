@@ -15,7 +15,7 @@ from train.settings import (
     GRPO_DEFAULTS,
     KINDS,
     build_grpo_config,
-    check_addresses,
+    check_rollout_address,
     describe_step,
     resolved_grpo,
 )
@@ -169,7 +169,7 @@ def test_an_address_that_is_none_is_refused_before_anybody_is_asked(key, others,
 
 
 def test_addresses_are_not_asked():
-    check_addresses(
+    check_rollout_address(
         config_with(
             "environment.retrieval=http://127.0.0.1:1/path", "rewards.judge=http://[::1]:1/v1",
             "rewards.judge_model=m", "rollout.backend=vllm", "rollout.url=https://nowhere.invalid",

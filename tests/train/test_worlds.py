@@ -1,5 +1,7 @@
 """From a settings file to the world that it describes."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from configs.schema import load_config
@@ -27,7 +29,7 @@ def test_a_revision_of_a_hub_id_reaches_the_hub(monkeypatch):
         asked.append(arguments)
         raise OSError("no hub here")
 
-    monkeypatch.setattr(policy, "is_vision_model", lambda folder: False)
+    monkeypatch.setattr(policy, "load_config", lambda folder: SimpleNamespace(model_type="qwen2"))
     monkeypatch.setattr(policy.AutoTokenizer, "from_pretrained", from_pretrained)
     with pytest.raises(policy.PolicyLoadError, match="owner/name@v1"):
         policy.load_processor("owner/name@v1")
