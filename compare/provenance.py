@@ -11,6 +11,8 @@ from typing import Any
 
 from train.machine import processor_name
 
+RESULTS = ":(exclude)docs/results"
+
 
 def origin(command: str) -> dict[str, str]:
     """How a record begins: the `command` that made it, `commit` of the code, `hardware`."""
@@ -39,12 +41,15 @@ def how_it_was_made(record: Mapping[str, Any], *items: str) -> list[str]:
 
 def code_commit() -> str:
     """Commit of the checkout that this package is imported from, `-dirty` where files differ;
-    `unknown` outside git."""
+    `unknown` outside git.
+
+    Results do not count: of several made one after another only the first would be clean.
+    """
     root = Path(__file__).resolve().parent.parent
     commit = _git(root, "rev-parse", "HEAD")
     if not commit:
         return "unknown"
-    changed = _git(root, "status", "--porcelain", "--untracked-files=no")
+    changed = _git(root, "status", "--porcelain", "--untracked-files=no", "--", ".", RESULTS)
     return f"{commit[:12]}-dirty" if changed else commit[:12]
 
 
