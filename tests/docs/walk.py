@@ -149,7 +149,7 @@ def _cpu_s() -> float:
 
 def table(timed: list[Timed], load: float, date: str) -> str:
     """Markdown: each step's commands and times, and how busy the machine was."""
-    lines = ["| step | commands | seconds | of CPU |", "| --- | --- | ---: | ---: |"]
+    lines = ["| step | commands | seconds | CPU seconds |", "| --- | --- | ---: | ---: |"]
     for one in timed:
         commands = "<br>".join(f"`{command}`" for command in one.step.commands)
         files = ", ".join(f"`{name}`" for name in one.step.files)
