@@ -80,7 +80,7 @@ class Judge:
         audit_share: float = 0.05,
         max_chars: int = MAX_ANSWER_CHARS,
     ) -> None:
-        self.url = checked_url(url)
+        self.url = _checked_url(url)
         if not model:
             raise RewardError("rewards.judge_model is empty; name the model that judges")
         self.model = model
@@ -245,7 +245,7 @@ def make_judge(weights: Any) -> Judge | None:
     )
 
 
-def checked_url(url: str) -> str:
+def _checked_url(url: str) -> str:
     """The address without a slash at its end.
 
     Raises:

@@ -100,23 +100,20 @@ class ImageOnlyProcessor(Qwen2_5_VLProcessor):
 
 
 def is_vision_model(folder: str | Path) -> bool:
-    """True if the checkpoint's config names a vision-language architecture."""
-    return load_config(folder).model_type in VISION_MODEL_TYPES
-
-
-def check_policy_type(folder: str | Path) -> None:
-    """Refuses vision-language models that `merge` knows and the rollout does not.
+    """True if the checkpoint's config names a vision-language architecture.
 
     Raises:
-        PolicyLoadError: names the architecture and those that are known.
+        PolicyLoadError: one that `merge` knows and the rollout does not; names those that it does.
     """
     config = load_config(folder)
-    sees = any(hasattr(config, name) for name in ("vision_config", "vision_tower"))
-    if sees and config.model_type not in VISION_MODEL_TYPES:
+    if config.model_type in VISION_MODEL_TYPES:
+        return True
+    if any(hasattr(config, name) for name in ("vision_config", "vision_tower")):
         raise PolicyLoadError(
             f"{folder}: {config.model_type} can be merged, but not evaluated or trained here; "
             f"policies that see pictures are {', '.join(VISION_MODEL_TYPES)}"
         )
+    return False
 
 
 def load_config(folder: str | Path) -> Any:
@@ -165,7 +162,6 @@ def load_processor(folder: str | Path) -> Any:
             architecture that can be merged only.
     """
     _require_checkpoint(folder)
-    check_policy_type(folder)
     is_vision = is_vision_model(folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(

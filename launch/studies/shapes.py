@@ -10,13 +10,12 @@ import reprlib
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
+from configs.schema import LARGEST_SEED
 from launch.errors import LaunchError
 
 Check = Callable[[Any, str], None]
 """Takes a value and where it stands, `study.yaml:seeds`; raises LaunchError."""
 
-MAX_SEED = 2**32 - 1
-"""numpy's generators take no larger one."""
 MAX_NAME_BYTES = 150
 """A name becomes a folder and part of files such as `calibrate-NAME-agent.json`; 255 is the file
 system's limit."""
@@ -143,8 +142,8 @@ def _check_seeds(value: Any, where: str) -> None:
         place = f"{where}[{index}]"
         if not isinstance(seed, int) or isinstance(seed, bool):
             _refuse(place, seed, "a whole number", "write it without quotes or decimals")
-        if not 0 <= seed <= MAX_SEED:
-            raise LaunchError(f"{place}: out of range; use a whole number from 0 to {MAX_SEED}")
+        if not 0 <= seed <= LARGEST_SEED:
+            raise LaunchError(f"{place}: out of range; use a whole number from 0 to {LARGEST_SEED}")
         if seed in value[:index]:
             raise LaunchError(f"{place}: seed {seed} is listed twice; list each once")
 
