@@ -22,8 +22,10 @@ stands (the language of the paths: `compare.figures`):
         columns:                                   # template and one path a {}
           ceiling: ["{} [{}, {}]", arms.ROW.ceiling | .2f, ...]
 
-A bracket `[{}, {}]` at the end is left out where its two values are none or one. Exit code 1 if a
-page says something else than its source or a tie leads nowhere, 2 if there are no ties to read.
+A bracket `[{}, {}]` at the end is left out where its two values are none or one. The tables of
+docs/scale.md are made of the benches and are a source of other pages: they are checked, or made
+again, before the rest (`launch.scale_page`). Exit code 1 if a page says something else than its
+source or a tie leads nowhere, 2 if there are no ties to read.
 """
 
 from __future__ import annotations
@@ -40,6 +42,7 @@ import yaml
 
 from compare.errors import CompareError
 from compare.figures import Results, holds, value_of
+from launch import scale_page
 from train.files import write_text
 
 TIES = "docs/results/figures.yaml"
@@ -249,6 +252,7 @@ def check(root: Path, write: bool = False) -> list[Problem]:
         ties = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
         raise CompareError(f"{path}: {error}; the file ties figures to results") from error
+    problems = check_scale(root, write)
     results, pages = Results(root / "docs" / "results"), []
     for name, entry in ties.items():
         pages.append(Page(name, (root / name).read_text(encoding="utf-8"), entry, results))
@@ -256,8 +260,18 @@ def check(root: Path, write: bool = False) -> list[Problem]:
     for page in pages if write else []:
         if (text := page.mended()) != page.text:
             write_text(root / page.name, text)
-    problems = [problem for page in pages for problem in page.problems]
+    problems += [problem for page in pages for problem in page.problems]
     return [problem for problem in problems if not (write and problem.can_be_written)]
+
+
+def check_scale(root: Path, write: bool = False) -> list[Problem]:
+    """Checks, or makes again, what is computed from the benches; without that page, nothing."""
+    if not (root / scale_page.PAGE).exists():
+        return []
+    found = scale_page.outdated(root)
+    for name, text in found.items() if write else ():
+        write_text(root / name, text)
+    return [Problem(name, "its figures are not those of the benches", True) for name in found]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
