@@ -24,7 +24,8 @@ def read_rows(
 
     Args:
         benchmark: says where it is published.
-        source: a .jsonl, .json, .csv or .parquet file, a folder of such files, or a hub id.
+        source: a .jsonl, .json, .csv or .parquet file, a folder of such files (of which only the
+            published one is read where it is there), or a hub id.
 
     Raises:
         BenchmarkError: nothing there, or not readable.
@@ -58,6 +59,8 @@ def _read_local(benchmark: Benchmark, path: Path) -> Iterator[tuple[str, int, di
     if path.is_dir():
         files = sorted(item for item in path.iterdir() if item.suffix in LOCAL_SUFFIXES)
         files = [file for file in files if not file.stem.endswith(benchmark.joined or "/")]
+        # a copy of the hub's folder has the other splits' files, too
+        files = [file for file in files if file.name == benchmark.file] or files
     if not files or files[0].suffix not in LOCAL_SUFFIXES:
         endings = ", ".join(LOCAL_SUFFIXES)
         raise BenchmarkError(f"{path}: no file that ends in {endings}; name one as `source`")

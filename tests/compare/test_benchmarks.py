@@ -323,9 +323,17 @@ def test_rows_of_the_hub_are_those_of_a_copy(monkeypatch, name, file):
 
 def test_a_folder_is_read_file_by_file(tmp_path):
     for name in ("fvqa_train.parquet", "fvqa_test.parquet"):
-        shutil.copy(COPIES / name, tmp_path)
+        shutil.copy(COPIES / name, tmp_path / f"my_{name}")
     questions = load_benchmark("fvqa_train", source=str(tmp_path))
     assert [question["split"] for question in questions] == ["test"] * 3 + ["train"] * 3
+
+
+def test_of_a_copy_of_the_hubs_folder_only_the_benchmarks_own_file_is_read(tmp_path):
+    for name in ("fvqa_train.parquet", "fvqa_test.parquet"):
+        shutil.copy(COPIES / name, tmp_path)
+    for name, split in (("fvqa_train", "train"), ("fvqa_test", "test")):
+        questions = load_benchmark(name, source=str(tmp_path))
+        assert [question["split"] for question in questions] == [split] * 3
 
 
 # ---------------------------------------------------------------- pictures
