@@ -191,14 +191,15 @@ def run_evaluation(
         CompareError: the folder holds another evaluation, or there is nothing to ask.
     """
     chunks, (number, n_shards) = folder / CHUNKS, shard
+    plan = {**plan, "batch": batch}
     if (folder / "eval.json").exists():
-        return _finished(folder, header)
+        return _finished(folder, header, plan)
     questions = some_questions(questions)
     asker: Asks | None = None
     if not (chunks / PLAN).exists():
         asker = make_asker()  # a checkpoint that cannot be loaded leaves nothing behind
         chunks.mkdir(parents=True, exist_ok=True)
-    _check_plan(chunks, {**plan, "batch": batch})
+    _check_plan(chunks, plan)
     pictures = PictureFolder(folder, picture_size)
     n_chunks = 0
     for index, chunk in enumerate(_chunked(questions, batch)):
@@ -217,10 +218,10 @@ def run_evaluation(
         seen(len(chunk))
     with _locked(folder):
         if (folder / "eval.json").exists():  # another process was the last one
-            return _finished(folder, header)
+            return _finished(folder, header, plan)
         if not all(_chunk_path(chunks, index).exists() for index in range(n_chunks)):
             return None
-        return _finish(folder, n_chunks, header, bootstrap)
+        return _finish(folder, n_chunks, {**header, "plan": plan}, bootstrap)
 
 
 def some_questions(questions: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -236,11 +237,13 @@ def some_questions(questions: Iterable[dict[str, Any]]) -> Iterator[dict[str, An
     return chain([first], stream)
 
 
-def _finished(folder: Path, header: dict[str, Any]) -> dict[str, Any]:
+def _finished(folder: Path, header: dict[str, Any], plan: dict[str, Any]) -> dict[str, Any]:
     """The result that is there, if it is of this evaluation."""
     record: dict[str, Any] = json.loads((folder / "eval.json").read_text(encoding="utf-8"))
-    asked = json.loads(json.dumps(header))
-    if any(record.get(key) != asked.get(key) for key in ("checkpoint", "mode", "query", "config")):
+    asked = json.loads(json.dumps({**header, "plan": plan}))
+    before = {"plan": asked["plan"], **record}  # older ones were written without it
+    keys = ("checkpoint", "mode", "query", "config", "plan")
+    if any(before.get(key) != asked.get(key) for key in keys):
         raise CompareError(f"{folder} holds another evaluation; remove it or name another --output")
     return record
 

@@ -229,15 +229,24 @@ def test_a_shard_that_comes_last_finds_the_result(tmp_path):
     def never():
         raise AssertionError("nothing is left to ask")
 
-    again = run_evaluation(numbered(2), never, tmp_path / "e", plan={}, header=HEADER, shard=(3, 4))
-    assert again is not None
-    assert again["metrics"]["n"] == 10
+    def again(header=HEADER, plan=None, batch=3):
+        plan = plan or {"model": "a"}
+        return run_evaluation(
+            numbered(2), never, tmp_path / "e", plan=plan, header=header, batch=batch, shard=(3, 4)
+        )
+
+    assert again()["metrics"]["n"] == 10
     assert not (tmp_path / "e" / "episodes").exists()
-    with pytest.raises(CompareError, match="holds another evaluation"):
-        run_evaluation(
-            numbered(2), never, tmp_path / "e", plan={}, header={**HEADER, "mode": "rag"},
-            shard=(3, 4),
-        )  # fmt: skip
+    others = ({"header": {**HEADER, "mode": "rag"}}, {"plan": {"model": "b"}}, {"batch": 4})
+    for other in others:
+        with pytest.raises(CompareError, match="holds another evaluation"):
+            again(**other)
+    # an older version wrote its result without the plan
+    path = tmp_path / "e" / "eval.json"
+    record = json.loads(path.read_text())
+    del record["plan"]
+    path.write_text(json.dumps(record))
+    assert again(plan={"model": "b"}) == record
 
 
 def test_another_plan_in_the_folder_is_refused(tmp_path):
