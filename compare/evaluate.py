@@ -12,11 +12,9 @@ goes.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Protocol
@@ -34,6 +32,7 @@ from train.evaluation import (
     summarize_measured,
 )
 from train.files import write_json, write_text
+from train.lock import LOCK_NAME, in_turn
 from train.pictures import PictureFolder
 from train.trajectories import Trajectory, gold_of
 
@@ -199,7 +198,8 @@ def run_evaluation(
     if not (chunks / PLAN).exists():
         asker = make_asker()  # a checkpoint that cannot be loaded leaves nothing behind
         chunks.mkdir(parents=True, exist_ok=True)
-    _check_plan(chunks, plan)
+    with in_turn(folder / LOCK_NAME):  # of two that start together, one writes it
+        _check_plan(chunks, plan)
     pictures = PictureFolder(folder, picture_size)
     n_chunks = 0
     for index, chunk in enumerate(_chunked(questions, batch)):
@@ -216,7 +216,7 @@ def run_evaluation(
                 pictures.add(trajectory, line)
             write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
         seen(len(chunk))
-    with _locked(folder):
+    with in_turn(folder / LOCK_NAME):
         if (folder / "eval.json").exists():  # another process was the last one
             return _finished(folder, header, plan)
         if not all(_chunk_path(chunks, index).exists() for index in range(n_chunks)):
@@ -296,11 +296,3 @@ def _chunked(questions: Iterable[dict[str, Any]], size: int) -> Iterator[list[di
     stream = iter(questions)
     while chunk := list(islice(stream, size)):
         yield chunk
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """One process at a time; the system lets go of the lock when its process ends."""
-    with (folder / ".lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

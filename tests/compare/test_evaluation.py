@@ -1,5 +1,6 @@
 """Whole evaluations: modes, chunks, shards, intervals."""
 
+import fcntl
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from configs.sections import Config, Environment
 from environments.dialects import DIALECTS
 from environments.episode import SearchEnvironment
 from environments.tools import Hit, ToolResult
+from train.files import write_json
 from train.policy import load_policy
 from train.tiny import make_tiny_checkpoints
 from train.trajectories import Trajectory, Turn
@@ -253,6 +255,24 @@ def test_another_plan_in_the_folder_is_refused(tmp_path):
     evaluate_into(tmp_path, Scripted(), shard=(0, 2))
     with pytest.raises(CompareError, match="evaluation with another model; go on with its own"):
         evaluate_into(tmp_path, Scripted(), plan={"model": "b"}, shard=(1, 2))
+
+
+def test_plan_and_result_are_written_by_one_process_at_a_time(tmp_path, monkeypatch):
+    """Of two that start together with other plans, both would find none."""
+    is_held = {}
+
+    def watched(path, value):
+        with (tmp_path / ".lock").open() as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                is_held[path.name] = False
+            except BlockingIOError:
+                is_held[path.name] = True
+        write_json(path, value)
+
+    monkeypatch.setattr("compare.evaluate.write_json", watched)
+    evaluate_into(tmp_path, Scripted())
+    assert is_held == {"plan.json": True, "eval.json": True}
 
 
 def test_nothing_to_ask_is_refused(tmp_path):
