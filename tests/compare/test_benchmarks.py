@@ -23,7 +23,7 @@ from compare.benchmarks import (
 )
 from configs.schema import load_config
 from configs.sections import Benchmark
-from environments.benchmarks.pictures import PictureError, decode_picture
+from environments.benchmarks.pictures import PictureError, decode_picture, find_picture
 from rewards.metrics import METRICS
 from train.worlds import load_eval_questions, load_train_questions
 
@@ -362,6 +362,41 @@ def test_every_stored_form_of_a_picture_is_the_same(tmp_path):
     pictures = [decode_picture(form, tmp_path, fetch=True) for form in forms]
     assert {picture.mode for picture in pictures} == {"RGB"}
     assert {picture.tobytes() for picture in pictures} == {bytes((1, 2, 3)) * 24}
+
+
+@pytest.mark.parametrize(
+    ("files", "name", "found"),
+    [
+        (["oven_1.JPEG"], "oven_1", "oven_1.JPEG"),
+        (["a/x.png", "b/x.png"], "data/b/x.png", "b/x.png"),
+        (["part1/a/x.png", "part1/b/x.png"], "b/x.png", "part1/b/x.png"),
+        (["x.png", "c/x.png"], "b/x", "x.png"),
+    ],
+)
+def test_of_pictures_of_one_name_the_one_whose_path_ends_alike_is_taken(
+    tmp_path, files, name, found
+):
+    for file in files:
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).touch()
+    assert find_picture(tmp_path, name) == tmp_path / found
+
+
+def test_a_picture_that_is_missing_is_not_another_of_its_name(tmp_path):
+    for year in ("2023", "2024"):
+        (tmp_path / year).mkdir()
+    (tmp_path / "2024" / "cover.jpg").write_bytes(png_bytes())
+    with pytest.raises(PictureError, match=r"no picture '2023/cover.jpg'"):
+        decode_picture("2023/cover.jpg", tmp_path)
+
+
+def test_a_picture_that_may_be_several_is_refused(tmp_path):
+    for year in ("2023", "2024"):
+        (tmp_path / year).mkdir()
+        (tmp_path / year / "cover.jpg").write_bytes(png_bytes())
+    words = r"2 pictures in .* may be 'cover', such as 2023/cover.jpg and 2024/cover.jpg; name it"
+    with pytest.raises(PictureError, match=words):
+        decode_picture("cover", tmp_path)
 
 
 def test_an_address_is_fetched_only_where_that_is_allowed(tmp_path, monkeypatch):
