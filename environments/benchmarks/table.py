@@ -29,6 +29,8 @@ OPTIONAL = {
     "entity_names": "names that a right text query has",
     "gold_passages": "ids of passages that state the answer",
 }
+TAKEN = ("messages", "entity", "benchmark", "metrics", PICTURE_COLUMN)
+"""Names under which a question holds something of its own."""
 TEXT_LISTS = ("entity_names", "gold_passages")
 ANSWER_KINDS = ("text", "number", "date", "year", "yes_no", "choice", "list", "no_answer")
 """What `answer_kind` may say; a test holds them against `rewards.answer.KINDS`, a package apart."""
@@ -41,6 +43,8 @@ def read_table(row: Row, split: str) -> list[dict[str, Any]]:
     """One question a row; see NEEDED and OPTIONAL for the columns."""
     known = {**NEEDED, **OPTIONAL}
     for column in row.values:
+        if column in TAKEN:
+            row.fail(str(column), "this name is taken", "give it another name")
         # an optional column that is misspelt would be left out in silence: no picture, one split
         near = difflib.get_close_matches(str(column), known, n=1, cutoff=NEAR)
         if column not in known and near and near[0] not in row.values:

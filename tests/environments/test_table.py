@@ -7,7 +7,7 @@ from PIL import Image
 
 from environments.benchmarks.registry import load_benchmark, read_split
 from environments.benchmarks.rows import BenchmarkError
-from environments.benchmarks.table import ANSWER_KINDS
+from environments.benchmarks.table import ANSWER_KINDS, TAKEN
 from rewards.answer import KINDS
 
 COLOURS = ["red", "green", "blue", "white", "black", "grey", "pink", "brown", "orange", "gold"]
@@ -160,6 +160,13 @@ def test_a_misspelt_column_is_no_column_of_ones_own(rows, write, column, wrong):
         row["split"] = "train"
         row[wrong] = row.pop(column)
     with pytest.raises(BenchmarkError, match=f"row 1, column '{wrong}': .* call it '{column}'"):
+        load(write(rows))
+
+
+@pytest.mark.parametrize("column", TAKEN)
+def test_a_column_that_would_change_the_prompt_or_be_lost_is_refused(rows, write, column):
+    rows[2][column] = "x"
+    with pytest.raises(BenchmarkError, match=f"row 3, column '{column}': .*; give it another name"):
         load(write(rows))
 
 
