@@ -9,7 +9,8 @@
 
 In `rag` the program searches, not the policy. The query of the text search is a rule (the best
 image match and the question) or written by the policy in a turn of its own; MMSearch-R1's workflow
-(arXiv 2506.20670) has the latter. The searches are turns of the trajectory without tokens.
+(arXiv 2506.20670) has the latter. The searches are turns of the trajectory, without tokens but
+those of a query that the policy wrote.
 """
 
 from __future__ import annotations
@@ -124,20 +125,18 @@ class Asker:
         world = environment_of(self._world, "rag")
         episodes = [world.start(question) for question in questions]
         seen = [_search_image(episode) for episode in episodes]
+        queries = [rule_query(q, result) for q, (_, result) in zip(questions, seen, strict=True)]
+        writing: list[Turn | None] = [None] * len(queries)
         if self._query == "policy":
-            queries = self._ask_for_queries(questions, seen)
-        else:
-            queries = [
-                rule_query(q, turn_result[1])
-                for q, turn_result in zip(questions, seen, strict=True)
-            ]
+            queries, writing = self._ask_for_queries(questions, seen, queries)
         dialect, rows, found = world.dialect, [], []
-        for question, episode, (turns, result), query in zip(
-            questions, episodes, seen, queries, strict=True
+        for question, episode, (turns, result), query, written in zip(
+            questions, episodes, seen, queries, writing, strict=True
         ):
             read = text_search(episode, query)
             texts = [_results(dialect, result), _results(dialect, read)]
-            found.append(_Found([*turns, _turn(dialect, query, read)], _framed(texts)))
+            turn = _turn(dialect, query, read, written)
+            found.append(_Found([*turns, turn], _framed(texts)))
             rows.append(_with_found(question, dialect, found[-1].text))
         trajectories = self._roll_out(rows)
         for trajectory, searches in zip(trajectories, found, strict=True):
@@ -145,9 +144,12 @@ class Asker:
         return trajectories
 
     def _ask_for_queries(
-        self, questions: list[dict[str, Any]], seen: list[tuple[list[Turn], ToolResult | None]]
-    ) -> list[str]:
-        """The policy's own queries; the rule's where it writes none."""
+        self,
+        questions: list[dict[str, Any]],
+        seen: list[tuple[list[Turn], ToolResult | None]],
+        rules: list[str],
+    ) -> tuple[list[str], list[Turn | None]]:
+        """The policy's own queries, the rule's where it writes none; and the turns it took."""
         dialect = self._world.dialect
         rows = [
             _with_found(
@@ -158,11 +160,13 @@ class Asker:
             )
             for question, (_, result) in zip(questions, seen, strict=True)
         ]
-        written = [final_answer(trajectory) for trajectory in self._roll_out(rows)]
-        return [
-            query[:MAX_QUERY_CHARS] if query else rule_query(question, result)
-            for query, question, (_, result) in zip(written, questions, seen, strict=True)
+        trajectories = self._roll_out(rows)
+        written = [final_answer(trajectory) for trajectory in trajectories]
+        queries = [
+            query[:MAX_QUERY_CHARS] if query else rule
+            for query, rule in zip(written, rules, strict=True)
         ]
+        return queries, [trajectory.turns[-1] for trajectory in trajectories]
 
 
 def environment_of(world: Any, mode: str) -> Any:
@@ -194,13 +198,13 @@ def _search_image(episode: Any) -> tuple[list[Turn], ToolResult | None]:
     return [_turn(episode.dialect, None, result)], result
 
 
-def _turn(dialect: Dialect, query: str | None, result: ToolResult) -> Turn:
-    """A search as a turn that the policy did not write."""
+def _turn(
+    dialect: Dialect, query: str | None, result: ToolResult, written: Turn | None = None
+) -> Turn:
+    """A search as a turn that the policy did not write, or the one in which it wrote the query."""
     action = ImageSearch() if query is None else Search(query)
-    return Turn(
-        text="",
-        token_ids=[],
-        logprobs=[],
+    return replace(
+        written or Turn(text="", token_ids=[], logprobs=[], action={}),
         action=action_dict(action),
         observation=_results(dialect, result),
         hits=list(result.hits),

@@ -85,9 +85,11 @@ def test_the_workflow_makes_exactly_its_two_searches(tiny, world, query):
         assert episode.turns[int(has_picture)].action["query"] == expected
         assert "the capital is Paris" in episode.prompt
         assert episode.prompt.endswith(DIALECTS["search_r1"].direct_text.format(**question))
-        # one turn is the policy's, and only its tokens count
+        # what the policy wrote counts: the last turn, and the query where it was asked for one
         assert len(episode.turns) == 2 + has_picture
-        assert measured["n_tokens"] == len(episode.turns[-1].token_ids) > 0
+        *_, search, last = episode.turns
+        assert bool(search.token_ids) == bool(search.logprobs) == (query == "policy")
+        assert measured["n_tokens"] == len(search.token_ids) + len(last.token_ids) > 0
 
 
 def test_the_policy_writes_the_query_where_it_can(tiny, world, monkeypatch):
