@@ -248,10 +248,10 @@ def _published(benchmark: Benchmark, chosen: Selection) -> Iterator[dict[str, An
     assert benchmark.schema is not None
     pictures = Pictures(Path(chosen.images) if chosen.images else None, chosen.fetch)
     seen: dict[str, str] = {}
-    for file, number, published in read_rows(benchmark, chosen.source):
+    for file, number, split, published in read_rows(benchmark, chosen.source, chosen.split):
         row = Row(published, file, number, pictures)
         place = f"{file}, row {number}"
-        for question in benchmark.schema(row, benchmark.split):
+        for question in benchmark.schema(row, split):
             first = seen.setdefault(question["id"], place)
             if first != place:
                 row.fail("id", f"{question['id']!r} stands in {first} already", "drop one of them")

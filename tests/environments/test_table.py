@@ -114,6 +114,27 @@ def test_a_split_that_holds_nothing_is_refused(rows, write):
         load(write(rows), split="train")
 
 
+@pytest.mark.parametrize(
+    ("asked", "loaded", "answers"),
+    [("train", "train", ["t"]), ("train[:1]", "train", ["t"]), ("held", "all", ["h"])],
+)
+def test_a_split_of_a_data_set_on_the_hub_is_loaded_or_is_a_column(
+    monkeypatch, asked, loaded, answers
+):
+    import datasets
+
+    def load_dataset(source, split, streaming):
+        assert (source, split, streaming) == ("me/mine", loaded, True)
+        rows = [{"question": "?", "answers": "t", "split": None}]
+        if split == "all":  # which is all of the hub's splits one after another
+            rows.append({"question": "?", "answers": "h", "split": "held"})
+        return datasets.Dataset.from_list(rows).to_iterable_dataset()
+
+    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda source: ["train", "dev"])
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert [q["answers"] for q in load("me/mine", split=asked)] == [answers]
+
+
 # ---------------------------------------------------------------- mistakes
 
 
