@@ -276,5 +276,6 @@ def _is_chosen(question: dict[str, Any], chosen: Selection) -> bool:
     return (
         (chosen.split is None or question["split"] == chosen.split)
         and (not chosen.kinds or question["kind"] in chosen.kinds)
-        and not (chosen.pictured and question["image"] is None)
+        # as stored: a picture is not opened to see that it is there
+        and not (chosen.pictured and dict.get(question, "image") is None)
     )

@@ -145,6 +145,11 @@ def test_mmsearch_asks_with_and_without_a_picture():
     assert len(read_copy("mmsearch", "mmsearch.parquet", pictured=True)) == 1
 
 
+def test_to_choose_pictured_questions_opens_no_picture(monkeypatch):
+    monkeypatch.setattr("environments.benchmarks.rows.decode_picture", None)
+    assert len(read_copy("mmsearch", "mmsearch.parquet", pictured=True)) == 1
+
+
 def test_both_forms_of_livevqa_ask_the_same():
     nested, flat = (
         read_copy("livevqa", "livevqa.json"),
