@@ -1,5 +1,6 @@
 """A table of one's own questions: what is read, and what every mistake is called."""
 
+import difflib
 import json
 
 import pytest
@@ -182,6 +183,18 @@ def test_a_misspelt_column_is_no_column_of_ones_own(rows, write, column, wrong):
         row[wrong] = row.pop(column)
     with pytest.raises(BenchmarkError, match=f"row 1, column '{wrong}': .* call it '{column}'"):
         load(write(rows))
+
+
+def test_a_column_is_held_against_the_known_ones_once(rows, write, monkeypatch):
+    find, asked = difflib.get_close_matches, []
+
+    def counted(word, *arguments, **options):
+        asked.append(word)
+        return find(word, *arguments, **options)
+
+    monkeypatch.setattr("environments.benchmarks.table.difflib.get_close_matches", counted)
+    assert len(load(write([{**row, "of_ones_own": 1} for row in rows]))) == 10
+    assert asked == ["of_ones_own"]
 
 
 @pytest.mark.parametrize("column", TAKEN)
