@@ -248,8 +248,12 @@ def _published(benchmark: Benchmark, chosen: Selection) -> Iterator[dict[str, An
     assert benchmark.schema is not None
     pictures = Pictures(Path(chosen.images) if chosen.images else None, chosen.fetch)
     seen: dict[str, str] = {}
+    n_before, last = 0, ("", 0)
     for file, number, split, published in read_rows(benchmark, chosen.source, chosen.split):
-        row = Row(published, file, number, pictures)
+        if file != last[0]:
+            n_before += last[1]
+        last = file, number
+        row = Row(published, file, number, pictures, n_before)
         place = f"{file}, row {number}"
         for question in benchmark.schema(row, split):
             first = seen.setdefault(question["id"], place)

@@ -23,7 +23,7 @@ NEEDED = {
 }
 OPTIONAL = {
     "image": "picture: a file name beside the table or in `images`, bytes, or a `datasets` image",
-    "id": "name of the question, each once; without it the number of the row",
+    "id": "name of the question, each once; without it the number of the row, over all files",
     "split": "which part it belongs to, for `split`",
     "kind": "a group of questions that the evaluation counts by itself, and for `kinds`",
     "answer_kind": "how the answer is checked, see docs/rewards.md",
@@ -56,7 +56,7 @@ def read_table(row: Row, split: str) -> list[dict[str, Any]]:
     return [
         {
             **others,
-            "id": _cell(row, "id", str(row.number)),
+            "id": _cell(row, "id", str(row.number_of_source)),
             "kind": _cell(row, "kind", "all"),
             "split": _cell(row, "split", split),
             "entity": None,

@@ -63,6 +63,18 @@ def test_a_spreadsheet_is_read_as_the_lines_of_a_file_are(rows, write, tmp_path)
     assert sheet[0]["note"] == "a, b"
 
 
+def test_rows_of_several_files_are_counted_on(rows, write, tmp_path):
+    (tmp_path / "tables").mkdir()
+    for row in rows:
+        row["image"] = f"../{row['image']}"
+    write(rows[:2], "tables/a.jsonl")
+    (tmp_path / "tables" / "b.csv").write_text("question,answers\nWho?,Ann\n")
+    write(rows[2:3], "tables/c.jsonl")
+    questions = load(str(tmp_path / "tables"))
+    # a's rows are 1 and 2; b's first is 2, as a spreadsheet has it; c's is 1
+    assert [question["id"] for question in questions] == ["1", "2", "4", "5"]
+
+
 def test_columns_of_ones_own_travel_with_the_question(rows, write):
     rows[0] |= {"difficulty": 3, "source": {"page": 7}, "id": "first"}
     [question] = load(write(rows[:1]))
