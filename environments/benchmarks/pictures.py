@@ -11,7 +11,6 @@ import binascii
 import io
 import operator
 import re
-import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -161,16 +160,16 @@ def _file_of(text: str, folder: Path) -> Path:
 
 
 def _download(address: str) -> bytes:
-    request = urllib.request.Request(address, headers={"User-Agent": "obm-warmstart"})
+    from environments.fetch import PICTURE_TYPES, SafeFetcher  # what is local needs no network
+    from environments.web import WebError
+
+    types = (*PICTURE_TYPES, "application/octet-stream", "binary/octet-stream")  # as buckets say
     try:
-        with urllib.request.urlopen(request, timeout=FETCH_TIMEOUT_S) as answer:
-            content = answer.read(MAX_FETCHED_BYTES + 1)
-    except (OSError, ValueError) as error:
+        fetcher = SafeFetcher(timeout_s=FETCH_TIMEOUT_S, max_bytes=MAX_FETCHED_BYTES)
+        return fetcher.fetch(address, types).body
+    except WebError as error:
         reason = f"{address[:80]} cannot be fetched ({error})"
         raise PictureError(reason, "try again later, or download the pictures") from error
-    if len(content) > MAX_FETCHED_BYTES:
-        raise PictureError(f"{address[:80]} is larger than 32 MB", "download and shrink it")
-    return content
 
 
 def _open(content: bytes) -> Image.Image:

@@ -24,6 +24,7 @@ from compare.benchmarks import (
 from configs.schema import load_config
 from configs.sections import Benchmark
 from environments.benchmarks.pictures import PictureError, decode_picture, find_picture
+from environments.fetch import Fetched, SafeFetcher
 from rewards.metrics import METRICS
 from train.worlds import load_eval_questions, load_train_questions
 
@@ -407,15 +408,22 @@ def test_a_picture_that_may_be_several_is_refused(tmp_path):
 def test_an_address_is_fetched_only_where_that_is_allowed(tmp_path, monkeypatch):
     asked = []
 
-    def urlopen(request, timeout):
-        asked.append(request.full_url)
-        return io.BytesIO(png_bytes())
+    def fetch(fetcher, url, types):
+        asked.append(url)
+        return Fetched(url, "image/png", "", png_bytes())
 
-    monkeypatch.setattr("urllib.request.urlopen", urlopen)
+    monkeypatch.setattr(SafeFetcher, "fetch", fetch)
     with pytest.raises(PictureError, match="address"):
         decode_picture("https://example.org/a.png", tmp_path)
     assert not asked
     assert decode_picture("https://example.org/a.png", tmp_path, fetch=True).size == (6, 4)
+    assert asked == ["https://example.org/a.png"]
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "169.254.169.254", "intranet"])
+def test_a_row_cannot_make_this_machine_ask_its_own_network(tmp_path, host):
+    with pytest.raises(PictureError, match=rf"http://{host}/a cannot be fetched \(Only public"):
+        decode_picture(f"http://{host}/a", tmp_path, fetch=True)
 
 
 def test_a_picture_that_breaks_off_is_found(tmp_path):
