@@ -16,7 +16,8 @@ those of a query that the policy wrote.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -104,6 +105,7 @@ class Asker:
         )
         texts = TokenTexts(self._engine.tokenizer)
         self._token_texts = texts if config.tracking.token_logprobs else None
+        self._tool_workers = config.rollout.tool_workers
 
     def ask(self, questions: Sequence[dict[str, Any]]) -> list[Trajectory]:
         """One greedy episode per question, in order."""
@@ -121,19 +123,19 @@ class Asker:
         return self._engine.rollout_rows(list(questions), greedy=True, number=0)
 
     def _work(self, questions: list[dict[str, Any]]) -> list[Trajectory]:
-        """The fixed workflow, all its questions side by side."""
+        """The fixed workflow, each of its steps for all questions before the next."""
         world = environment_of(self._world, "rag")
         episodes = [world.start(question) for question in questions]
-        seen = [_search_image(episode) for episode in episodes]
+        seen = self._search_all(_search_image, episodes)
         queries = [rule_query(q, result) for q, (_, result) in zip(questions, seen, strict=True)]
         writing: list[Turn | None] = [None] * len(queries)
         if self._query == "policy":
             queries, writing = self._ask_for_queries(questions, seen, queries)
+        reads = self._search_all(text_search, episodes, queries)
         dialect, rows, found = world.dialect, [], []
-        for question, episode, (turns, result), query, written in zip(
-            questions, episodes, seen, queries, writing, strict=True
+        for question, (turns, result), query, read, written in zip(
+            questions, seen, queries, reads, writing, strict=True
         ):
-            read = text_search(episode, query)
             texts = [_results(dialect, result), _results(dialect, read)]
             turn = _turn(dialect, query, read, written)
             found.append(_Found([*turns, turn], _framed(texts)))
@@ -142,6 +144,13 @@ class Asker:
         for trajectory, searches in zip(trajectories, found, strict=True):
             trajectory.turns[:0] = searches.turns
         return trajectories
+
+    def _search_all(self, search: Callable[..., Any], *columns: Sequence[Any]) -> list[Any]:
+        """One call a question, `rollout.tool_workers` of them at the same time; in their order."""
+        if not self._tool_workers:
+            return list(map(search, *columns))
+        with ThreadPoolExecutor(self._tool_workers) as pool:
+            return list(pool.map(search, *columns))
 
     def _ask_for_queries(
         self,

@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from compare.evaluate import (
     summarize_episodes,
 )
 from compare.modes import MODES, Asker, environment_of, rule_query
-from configs.sections import Config, Environment
+from configs.sections import Config, Environment, Rollout
 from environments.dialects import DIALECTS
 from environments.episode import SearchEnvironment
 from environments.tools import Hit, ToolResult
@@ -107,6 +108,20 @@ def test_the_policy_writes_the_query_where_it_can(tiny, world, monkeypatch):
     asker.ask(load_eval_questions(CONFIG)[:2])
     assert world.text_index.asked == ["capital of France"] * 2
     assert len(asked) == 2
+
+
+def test_the_workflows_searches_go_at_the_same_time_where_tools_have_threads(tiny, world):
+    meeting, search = threading.Barrier(2, timeout=10), world.text_index.search
+
+    def meet(queries, k):
+        meeting.wait()  # alone it would break
+        return search(queries, k)
+
+    world.text_index.search = meet
+    config = replace(CONFIG, rollout=Rollout(tool_workers=2))
+    asker = Asker(config, *tiny, mode="rag", environment=world)
+    episodes = asker.ask(load_eval_questions(CONFIG)[:2])
+    assert [episode.turns[-2].fault for episode in episodes] == [None, None]
 
 
 def test_direct_offers_no_tool_and_ends_after_one_turn(tiny, world):
