@@ -12,6 +12,7 @@ import io
 import operator
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -96,8 +97,9 @@ def find_picture(folder: Path, name: str) -> Path | None:
         PictureError: several fit as well.
     """
     for candidate in (folder / name, *(folder / f"{name}{suffix}" for suffix in SUFFIXES)):
-        if candidate.is_file():
-            return candidate
+        with suppress(OSError):  # a name too long for any file
+            if candidate.is_file():
+                return candidate
     files, wanted = _files_below(folder), Path(name)
     fitting: dict[int, list[Path]] = {}
     for path in files.get(wanted.name) or files.get(wanted.stem) or ():

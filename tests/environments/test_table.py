@@ -159,6 +159,7 @@ def test_a_split_of_a_data_set_on_the_hub_is_loaded_or_is_a_column(
             "row 3, column 'image': no picture 'pictures/none.png'",
         ),
         ({"image": "text.txt"}, "row 3, column 'image': .*text.txt is no picture; store it as jpg"),
+        ({"image": "x_" * 200 + ".png"}, "row 3, column 'image': no picture 'x_x_"),
         ({"image": 7}, "row 3, column 'image': expected a file name, got int 7"),
         (
             {"image": "https://example.org/a.png"},
