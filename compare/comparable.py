@@ -15,9 +15,13 @@ from typing import Any
 
 from compare.errors import CompareError
 from compare.runs import Run, cut_to_common_steps
-from configs.sections import Algorithm, Config, Environment, FreezeHeads, Lora, Rewards
+from configs.sections import Algorithm, Config, Environment, FreezeHeads, Live, Lora, Rewards
 
 _FREE_ENVIRONMENT = {"timeout_s", "retries", "backoff_s"}
+_FREE_LIVE = {
+    "text_url", "image_url", "page_url", "summary_url", "image_host", "image_host_url",
+    "requests_per_second", "retries",
+}  # fmt: skip
 _FREE_GRPO = {
     "output_dir", "run_name", "report_to", "log_level", "logging_steps", "logging_dir",
     "save_steps", "save_strategy", "save_total_limit", "disable_tqdm",
@@ -34,6 +38,8 @@ STEPS = "compare.steps"
 
 _RECORDED = ("world_size", "hardware", "device")
 """Not settings either, but of environment.json; older runs did not record them all."""
+_ASKED = ("mode", "query")
+"""Nor these, but of eval.json: how `obm eval` asked. A training evaluates as an agent."""
 
 Settings = dict[str, Any]
 """Setting as the command line writes it -> value; kinds of settings lie apart."""
@@ -92,7 +98,7 @@ def check_allowed(allow: Sequence[str], runs: Sequence[Run]) -> None:
     known = [asdict(Config(output="")), *(run.config for run in runs)]
     for key in allow:
         section, _, name = key.rstrip(".").partition(".")
-        if key == STEPS or section in (*_RECORDED, "own_files"):
+        if key == STEPS or section in (*_RECORDED, *_ASKED, "own_files"):
             continue
         found = [config[section] for config in known if section in config]
         names = {one for values in found if isinstance(values, dict) for one in values}
@@ -129,11 +135,17 @@ def find_differences(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
 def _data(run: Run) -> Settings:
     kept = _FREE_ENVIRONMENT | _EVALUATION_KEYS
-    return _section(run, "environment", asdict(Environment()), leave_out=kept)
+    return {
+        **_section(run, "environment", asdict(Environment()), leave_out=kept),
+        **_section(run, "live", asdict(Live()), leave_out=_FREE_LIVE),
+    }
 
 
 def _evaluation(run: Run) -> Settings:
-    return _section(run, "environment", asdict(Environment()), only=_EVALUATION_KEYS)
+    return {
+        **_section(run, "environment", asdict(Environment()), only=_EVALUATION_KEYS),
+        **{key: getattr(run, key) for key in _ASKED},
+    }
 
 
 def _rewards(run: Run) -> Settings:

@@ -12,11 +12,9 @@ goes.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Protocol
@@ -34,6 +32,7 @@ from train.evaluation import (
     summarize_measured,
 )
 from train.files import write_json, write_text
+from train.lock import LOCK_NAME, in_turn
 from train.pictures import PictureFolder
 from train.trajectories import Trajectory, gold_of
 
@@ -191,14 +190,16 @@ def run_evaluation(
         CompareError: the folder holds another evaluation, or there is nothing to ask.
     """
     chunks, (number, n_shards) = folder / CHUNKS, shard
+    plan = {**plan, "batch": batch}
     if (folder / "eval.json").exists():
-        return _finished(folder, header)
+        return _finished(folder, header, plan)
     questions = some_questions(questions)
     asker: Asks | None = None
     if not (chunks / PLAN).exists():
         asker = make_asker()  # a checkpoint that cannot be loaded leaves nothing behind
         chunks.mkdir(parents=True, exist_ok=True)
-    _check_plan(chunks, {**plan, "batch": batch})
+    with in_turn(folder / LOCK_NAME):  # of two that start together, one writes it
+        _check_plan(chunks, plan)
     pictures = PictureFolder(folder, picture_size)
     n_chunks = 0
     for index, chunk in enumerate(_chunked(questions, batch)):
@@ -215,12 +216,12 @@ def run_evaluation(
                 pictures.add(trajectory, line)
             write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
         seen(len(chunk))
-    with _locked(folder):
+    with in_turn(folder / LOCK_NAME):
         if (folder / "eval.json").exists():  # another process was the last one
-            return _finished(folder, header)
+            return _finished(folder, header, plan)
         if not all(_chunk_path(chunks, index).exists() for index in range(n_chunks)):
             return None
-        return _finish(folder, n_chunks, header, bootstrap)
+        return _finish(folder, n_chunks, {**header, "plan": plan}, bootstrap)
 
 
 def some_questions(questions: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -236,11 +237,13 @@ def some_questions(questions: Iterable[dict[str, Any]]) -> Iterator[dict[str, An
     return chain([first], stream)
 
 
-def _finished(folder: Path, header: dict[str, Any]) -> dict[str, Any]:
+def _finished(folder: Path, header: dict[str, Any], plan: dict[str, Any]) -> dict[str, Any]:
     """The result that is there, if it is of this evaluation."""
     record: dict[str, Any] = json.loads((folder / "eval.json").read_text(encoding="utf-8"))
-    asked = json.loads(json.dumps(header))
-    if any(record.get(key) != asked.get(key) for key in ("checkpoint", "mode", "query", "config")):
+    asked = json.loads(json.dumps({**header, "plan": plan}))
+    before = {"plan": asked["plan"], **record}  # older ones were written without it
+    keys = ("checkpoint", "mode", "query", "config", "plan")
+    if any(before.get(key) != asked.get(key) for key in keys):
         raise CompareError(f"{folder} holds another evaluation; remove it or name another --output")
     return record
 
@@ -293,11 +296,3 @@ def _chunked(questions: Iterable[dict[str, Any]], size: int) -> Iterator[list[di
     stream = iter(questions)
     while chunk := list(islice(stream, size)):
         yield chunk
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """One process at a time; the system lets go of the lock when its process ends."""
-    with (folder / ".lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

@@ -103,19 +103,26 @@ def find(content: Any, path: str) -> list[Any]:
         walked += f"{'' if step[0] == '[' or not walked else '.'}{step}"
         following = [value for item in found for value in _follow(item, step)]
         if not following:
-            keys = sorted(found[0]) if isinstance(found[0], Mapping) else f"{len(found[0])} records"
-            raise CompareError(f"'{walked}' leads nowhere; there are {keys}")
+            raise CompareError(f"'{walked}' leads nowhere; there {_content(found[0])}")
         found = following
     return found
 
 
+def _content(item: Any) -> str:
+    """What stands where a step leads nowhere."""
+    if isinstance(item, Mapping):
+        return f"are {sorted(item)}"
+    return f"are {len(item)} records" if isinstance(item, list) else f"is {item!r}"
+
+
 def _follow(item: Any, step: str) -> list[Any]:
     """One step from one value: a key, an index, all of them, or the records that fit."""
+    rows = item if isinstance(item, list) else []
     if step == "*":
-        return list(item.values()) if isinstance(item, Mapping) else list(item)
+        return list(item.values()) if isinstance(item, Mapping) else rows
     if step[0] == "[":
         wanted = [(key, value.strip('"')) for key, value in _CONDITION.findall(step[1:-1])]
-        return [row for row in item if all(_is_same(_inner(row, key), v) for key, v in wanted)]
+        return [row for row in rows if all(_is_same(_inner(row, key), v) for key, v in wanted)]
     key = step.strip('"')
     if isinstance(item, list):
         return [item[int(key)]] if key.isdigit() and int(key) < len(item) else []
@@ -124,7 +131,7 @@ def _follow(item: Any, step: str) -> list[Any]:
 
 def _inner(row: Any, key: str) -> Any:
     """A record's value; dots lead inwards where the record itself has no such key."""
-    if key in row:
+    if isinstance(row, Mapping) and key in row:
         return row[key]
     for part in key.split("."):
         row = row.get(part) if isinstance(row, Mapping) else None

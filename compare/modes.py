@@ -9,13 +9,15 @@
 
 In `rag` the program searches, not the policy. The query of the text search is a rule (the best
 image match and the question) or written by the policy in a turn of its own; MMSearch-R1's workflow
-(arXiv 2506.20670) has the latter. The searches are turns of the trajectory without tokens.
+(arXiv 2506.20670) has the latter. The searches are turns of the trajectory, without tokens but
+those of a query that the policy wrote.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -103,6 +105,7 @@ class Asker:
         )
         texts = TokenTexts(self._engine.tokenizer)
         self._token_texts = texts if config.tracking.token_logprobs else None
+        self._tool_workers = config.rollout.tool_workers
 
     def ask(self, questions: Sequence[dict[str, Any]]) -> list[Trajectory]:
         """One greedy episode per question, in order."""
@@ -120,34 +123,42 @@ class Asker:
         return self._engine.rollout_rows(list(questions), greedy=True, number=0)
 
     def _work(self, questions: list[dict[str, Any]]) -> list[Trajectory]:
-        """The fixed workflow, all its questions side by side."""
+        """The fixed workflow, each of its steps for all questions before the next."""
         world = environment_of(self._world, "rag")
         episodes = [world.start(question) for question in questions]
-        seen = [_search_image(episode) for episode in episodes]
+        seen = self._search_all(_search_image, episodes)
+        queries = [rule_query(q, result) for q, (_, result) in zip(questions, seen, strict=True)]
+        writing: list[Turn | None] = [None] * len(queries)
         if self._query == "policy":
-            queries = self._ask_for_queries(questions, seen)
-        else:
-            queries = [
-                rule_query(q, turn_result[1])
-                for q, turn_result in zip(questions, seen, strict=True)
-            ]
+            queries, writing = self._ask_for_queries(questions, seen, queries)
+        reads = self._search_all(text_search, episodes, queries)
         dialect, rows, found = world.dialect, [], []
-        for question, episode, (turns, result), query in zip(
-            questions, episodes, seen, queries, strict=True
+        for question, (turns, result), query, read, written in zip(
+            questions, seen, queries, reads, writing, strict=True
         ):
-            read = text_search(episode, query)
             texts = [_results(dialect, result), _results(dialect, read)]
-            found.append(_Found([*turns, _turn(dialect, query, read)], _framed(texts)))
+            turn = _turn(dialect, query, read, written)
+            found.append(_Found([*turns, turn], _framed(texts)))
             rows.append(_with_found(question, dialect, found[-1].text))
         trajectories = self._roll_out(rows)
         for trajectory, searches in zip(trajectories, found, strict=True):
             trajectory.turns[:0] = searches.turns
         return trajectories
 
+    def _search_all(self, search: Callable[..., Any], *columns: Sequence[Any]) -> list[Any]:
+        """One call a question, `rollout.tool_workers` of them at the same time; in their order."""
+        if not self._tool_workers:
+            return list(map(search, *columns))
+        with ThreadPoolExecutor(self._tool_workers) as pool:
+            return list(pool.map(search, *columns))
+
     def _ask_for_queries(
-        self, questions: list[dict[str, Any]], seen: list[tuple[list[Turn], ToolResult | None]]
-    ) -> list[str]:
-        """The policy's own queries; the rule's where it writes none."""
+        self,
+        questions: list[dict[str, Any]],
+        seen: list[tuple[list[Turn], ToolResult | None]],
+        rules: list[str],
+    ) -> tuple[list[str], list[Turn | None]]:
+        """The policy's own queries, the rule's where it writes none; and the turns it took."""
         dialect = self._world.dialect
         rows = [
             _with_found(
@@ -158,11 +169,13 @@ class Asker:
             )
             for question, (_, result) in zip(questions, seen, strict=True)
         ]
-        written = [final_answer(trajectory) for trajectory in self._roll_out(rows)]
-        return [
-            query[:MAX_QUERY_CHARS] if query else rule_query(question, result)
-            for query, question, (_, result) in zip(written, questions, seen, strict=True)
+        trajectories = self._roll_out(rows)
+        written = [final_answer(trajectory) for trajectory in trajectories]
+        queries = [
+            query[:MAX_QUERY_CHARS] if query else rule
+            for query, rule in zip(written, rules, strict=True)
         ]
+        return queries, [trajectory.turns[-1] for trajectory in trajectories]
 
 
 def environment_of(world: Any, mode: str) -> Any:
@@ -194,13 +207,13 @@ def _search_image(episode: Any) -> tuple[list[Turn], ToolResult | None]:
     return [_turn(episode.dialect, None, result)], result
 
 
-def _turn(dialect: Dialect, query: str | None, result: ToolResult) -> Turn:
-    """A search as a turn that the policy did not write."""
+def _turn(
+    dialect: Dialect, query: str | None, result: ToolResult, written: Turn | None = None
+) -> Turn:
+    """A search as a turn that the policy did not write, or the one in which it wrote the query."""
     action = ImageSearch() if query is None else Search(query)
-    return Turn(
-        text="",
-        token_ids=[],
-        logprobs=[],
+    return replace(
+        written or Turn(text="", token_ids=[], logprobs=[], action={}),
         action=action_dict(action),
         observation=_results(dialect, result),
         hits=list(result.hits),

@@ -25,6 +25,7 @@ from compare.shapes import (
     check_cost,
     check_line,
     check_metrics,
+    check_name,
     check_provenance,
     check_seed,
     check_stats,
@@ -58,6 +59,10 @@ class Run:
     is_trained: bool = True
     start: dict[str, Any] = field(default_factory=dict)
     """of the start: `merged` (None: not known), `stats` that its merge read, `cost` of making it"""
+    mode: str = "agent"
+    """how the evaluation asked; see `compare.modes`"""
+    query: str | None = None
+    """of mode `rag`: who wrote the text query"""
 
     @property
     def steps(self) -> list[int]:
@@ -262,6 +267,8 @@ def _read_zero_shot(folder: Path) -> Run:
         evaluations=[{"step": 0, **check_metrics(record["metrics"], path)}],
         provenance={key: record[key] for key in ("commit", "hardware") if key in record},
         is_trained=False,
+        mode=check_name(record.get("mode"), path, "mode") or "agent",
+        query=check_name(record.get("query"), path, "query"),
     )
 
 

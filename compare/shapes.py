@@ -18,7 +18,7 @@ from compare.errors import CompareError
 
 SECTIONS = (
     "models", "tracking", "compare", "environment", "grpo", "rewards", "algorithm", "lora",
-    "freeze_heads", "rollout",
+    "freeze_heads", "rollout", "live",
 )  # fmt: skip
 """Sections of config.yaml that a comparison reads."""
 MEASURED = ("time_s", "device_s", "tokens", "reward", "frac_reward_zero_std")
@@ -132,6 +132,16 @@ def check_arm(arm: Any, where: str | Path) -> str:
         raise _wrong(where, "arm", arm, "a name")
     _plain(arm, where, "arm")
     return str(arm)
+
+
+def check_name(value: Any, where: str | Path, key: str) -> str | None:
+    """A name, None where there is none.
+
+    Raises:
+        CompareError: it is no text.
+    """
+    _plain(value, where, key)
+    return None if value is None else str(value)
 
 
 def check_provenance(record: dict[str, Any], where: str | Path) -> dict[str, Any]:

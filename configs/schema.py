@@ -8,7 +8,7 @@ Precedence: dataclass default < inherited file < file < override on the command 
 import re
 import reprlib
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from configs.errors import ConfigError
 from configs.reader import expand_call, parse_yaml, read_yaml, write_yaml
 from configs.sections import (
     Algorithm,
+    Benchmark,
     Calibration,
     Compare,
     Config,
@@ -114,6 +115,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         config.environment.retrieval, "environment.retrieval", SEARCH_TOKEN_VARIABLE, where
     )
     _check_judge(config.rewards, where)
+    _check_atlas(config.environment.train_benchmark, "environment.train_benchmark", where)
+    _check_atlas(config.environment.eval_benchmark, "environment.eval_benchmark", where)
+    _check_atlas(config.conflict.keep_benchmark, "conflict.keep_benchmark", where)
     dialect = config.environment.dialect
     if dialect not in SHIPPED_DIALECTS and not dialect.endswith(DIALECT_SUFFIX):
         names = (*SHIPPED_DIALECTS, f"the path of a {DIALECT_SUFFIX} file")
@@ -163,6 +167,17 @@ def _check_judge(rewards: Rewards, where: Where) -> None:
     _check_address(rewards.judge, "rewards.judge", rewards.judge_key_variable, where)
     if not rewards.judge_model:
         fail(where, "rewards.judge_model", "nobody is named to judge", "name the service's model")
+
+
+def _check_atlas(asked: Benchmark | None, key: str, where: Where) -> None:
+    """That nothing is chosen of the atlas where it would not be read."""
+    if asked is None or asked.name != "atlas":
+        return
+    for item in fields(Benchmark):
+        if item.name != "name" and getattr(asked, item.name) != getattr(Benchmark(), item.name):
+            reason = "not read where the atlas asks (name: atlas)"
+            fix = f"remove it, or set {key}.name; docs/configuration.md has the atlas' own keys"
+            fail(where, f"{key}.{item.name}", reason, fix)
 
 
 def _read_chain(path: Path, origins: dict[str, str], children: tuple[Path, ...]) -> dict[str, Any]:

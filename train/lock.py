@@ -63,6 +63,18 @@ def locked(output: Path, name: str = LOCK_NAME, *, setting: str = "--output") ->
             output.rmdir()  # only where nothing was written
 
 
+@contextmanager
+def in_turn(path: Path) -> Iterator[None]:
+    """Hold a lock file for a moment, after whoever has it now; the file stays.
+
+    Args:
+        path: the file, in a folder that is there.
+    """
+    with path.open("w") as file:
+        _lock(file.fileno(), path, fcntl.LOCK_EX)
+        yield
+
+
 def _open(path: Path) -> int:
     """Opens and locks the file that has this name, and signs it.
 
@@ -76,20 +88,27 @@ def _open(path: Path) -> int:
         except FileNotFoundError:
             continue  # its holder has just removed the folder, which stayed empty
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(descriptor, path, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # its holder may have removed it between our two calls
             if os.path.samestat(os.fstat(descriptor), os.stat(path)):
                 _sign(descriptor)
                 return descriptor
         except FileNotFoundError:
             pass
-        except OSError as error:
-            if error.errno in NO_LOCKS:
-                logger.warning("%s: no locks on this file system; start one process", path.parent)
-                return descriptor
+        except OSError:
             os.close(descriptor)
             raise
         os.close(descriptor)
+
+
+def _lock(descriptor: int, path: Path, how: int) -> None:
+    """Locks an open file, where the file system has locks."""
+    try:
+        fcntl.flock(descriptor, how)
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        logger.warning("%s: no locks on this file system; start one process", path.parent)
 
 
 def _sign(descriptor: int) -> None:

@@ -9,9 +9,10 @@ from __future__ import annotations
 import base64
 import binascii
 import io
+import operator
 import re
-import urllib.request
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -89,25 +90,44 @@ def check_picture_file(name: str, folder: Path, fetch: bool = False) -> None:
 def find_picture(folder: Path, name: str) -> Path | None:
     """The file `name`, with or without one of SUFFIXES, in the folder or below it; None if none is.
 
-    What lies below is listed once a folder.
+    Below it, the file whose path ends most like the name is meant: a copy may have more folders
+    around it than the data set says, or fewer. What lies below is listed once a folder.
+
+    Raises:
+        PictureError: several fit as well.
     """
     for candidate in (folder / name, *(folder / f"{name}{suffix}" for suffix in SUFFIXES)):
-        if candidate.is_file():
-            return candidate
-    files = _files_below(folder)
-    return files.get(Path(name).name) or files.get(Path(name).stem)
+        with suppress(OSError):  # a name too long for any file
+            if candidate.is_file():
+                return candidate
+    files, wanted = _files_below(folder), Path(name)
+    fitting: dict[int, list[Path]] = {}
+    for path in files.get(wanted.name) or files.get(wanted.stem) or ():
+        own, asked = path.relative_to(folder).parent.parts, wanted.parent.parts
+        n_common = [*map(operator.eq, reversed(own), reversed(asked)), False].index(False)
+        if n_common or not own or not asked:  # in a folder of another name it is another picture
+            fitting.setdefault(n_common, []).append(path)
+    best = fitting[max(fitting)] if fitting else []
+    if len(best) > 1:
+        shown = " and ".join(str(path.relative_to(folder)) for path in best[:2])
+        raise PictureError(
+            f"{len(best)} pictures in {folder} may be '{name[:80]}', such as {shown}",
+            "name it with its folder",
+        )
+    return best[0] if best else None
 
 
-_listed: dict[Path, dict[str, Path]] = {}
+_listed: dict[Path, dict[str, list[Path]]] = {}
 
 
-def _files_below(folder: Path) -> dict[str, Path]:
+def _files_below(folder: Path) -> dict[str, list[Path]]:
+    """Pictures in the folder and below it, by their names and by their names without suffix."""
     if folder not in _listed:
-        files: dict[str, Path] = {}
-        for path in sorted(folder.glob("*/**/*")) if folder.is_dir() else ():
+        files: dict[str, list[Path]] = {}
+        for path in sorted(folder.rglob("*")) if folder.is_dir() else ():
             if path.suffix.lower() in SUFFIXES:
-                files.setdefault(path.name, path)
-                files.setdefault(path.stem, path)
+                files.setdefault(path.name, []).append(path)
+                files.setdefault(path.stem, []).append(path)
         _listed[folder] = files
     return _listed[folder]
 
@@ -142,16 +162,16 @@ def _file_of(text: str, folder: Path) -> Path:
 
 
 def _download(address: str) -> bytes:
-    request = urllib.request.Request(address, headers={"User-Agent": "obm-warmstart"})
+    from environments.fetch import PICTURE_TYPES, SafeFetcher  # what is local needs no network
+    from environments.web import WebError
+
+    types = (*PICTURE_TYPES, "application/octet-stream", "binary/octet-stream")  # as buckets say
     try:
-        with urllib.request.urlopen(request, timeout=FETCH_TIMEOUT_S) as answer:
-            content = answer.read(MAX_FETCHED_BYTES + 1)
-    except (OSError, ValueError) as error:
+        fetcher = SafeFetcher(timeout_s=FETCH_TIMEOUT_S, max_bytes=MAX_FETCHED_BYTES)
+        return fetcher.fetch(address, types).body
+    except WebError as error:
         reason = f"{address[:80]} cannot be fetched ({error})"
         raise PictureError(reason, "try again later, or download the pictures") from error
-    if len(content) > MAX_FETCHED_BYTES:
-        raise PictureError(f"{address[:80]} is larger than 32 MB", "download and shrink it")
-    return content
 
 
 def _open(content: bytes) -> Image.Image:

@@ -18,13 +18,15 @@ LOCAL_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
 
 
 def read_rows(
-    benchmark: Benchmark, source: str | None = None
-) -> Iterator[tuple[str, int, dict[str, Any]]]:
-    """(file, row number from 1, row as published), in order.
+    benchmark: Benchmark, source: str | None = None, split: str | None = None
+) -> Iterator[tuple[str, int, str, dict[str, Any]]]:
+    """(file, row number from 1, split of a row that names none, row as published), in order.
 
     Args:
         benchmark: says where it is published.
-        source: a .jsonl, .json, .csv or .parquet file, a folder of such files, or a hub id.
+        source: a .jsonl, .json, .csv or .parquet file, a folder of such files (of which only the
+            published one is read where it is there), or a hub id.
+        split: which of its splits is loaded of a hub id of one's own, where it has this one.
 
     Raises:
         BenchmarkError: nothing there, or not readable.
@@ -45,12 +47,13 @@ def read_rows(
     except (OSError, RuntimeError) as error:  # a name too long for any file; the home of nobody
         raise missing from error
     if is_there:
-        yield from _read_local(benchmark, path)
+        for file, number, values in _read_local(benchmark, path):
+            yield file, number, benchmark.split, values
     elif path.suffix in LOCAL_SUFFIXES or source.count("/") != 1 or is_beside:
         # a typing error in a local path must not become a download
         raise missing
     else:
-        yield from _read_hub(benchmark, source)
+        yield from _read_hub(benchmark, source, split)
 
 
 def _read_local(benchmark: Benchmark, path: Path) -> Iterator[tuple[str, int, dict[str, Any]]]:
@@ -58,6 +61,8 @@ def _read_local(benchmark: Benchmark, path: Path) -> Iterator[tuple[str, int, di
     if path.is_dir():
         files = sorted(item for item in path.iterdir() if item.suffix in LOCAL_SUFFIXES)
         files = [file for file in files if not file.stem.endswith(benchmark.joined or "/")]
+        # a copy of the hub's folder has the other splits' files, too
+        files = [file for file in files if file.name == benchmark.file] or files
     if not files or files[0].suffix not in LOCAL_SUFFIXES:
         endings = ", ".join(LOCAL_SUFFIXES)
         raise BenchmarkError(f"{path}: no file that ends in {endings}; name one as `source`")
@@ -176,20 +181,26 @@ def _read_parquet(path: Path) -> Iterator[tuple[int, Any]]:
         raise BenchmarkError(f"{path}: not readable as parquet ({error}); copy it again") from error
 
 
-def _read_hub(benchmark: Benchmark, source: str) -> Iterator[tuple[str, int, dict[str, Any]]]:
+def _read_hub(
+    benchmark: Benchmark, source: str, split: str | None
+) -> Iterator[tuple[str, int, str, dict[str, Any]]]:
     import datasets
 
     is_published = source == benchmark.source
-    arguments: dict[str, Any] = {"split": benchmark.split, "streaming": True}
+    arguments: dict[str, Any] = {"streaming": True}
     if is_published and benchmark.file:
-        arguments |= {"data_files": benchmark.file, "split": "train"}
+        arguments["data_files"] = benchmark.file
     if is_published and benchmark.subset:
         arguments["name"] = benchmark.subset
     place = f"{source}:{benchmark.file}" if "data_files" in arguments else source
     try:
+        # what is asked for may be a split of the hub's, or a value in a column of splits
+        if is_published or not split or split not in datasets.get_dataset_split_names(source):
+            split = benchmark.split
+        arguments["split"] = "train" if "data_files" in arguments else split
         rows = datasets.load_dataset(source, **arguments).decode(False)
         for number, values in enumerate(rows, 1):
-            yield place, number, values
+            yield place, number, split, values
     except Exception as error:  # network, access, a moved file: all are the user's to mend
         raise BenchmarkError(
             f"benchmark {benchmark.name}: {source} cannot be read from the hub "

@@ -248,10 +248,14 @@ def _published(benchmark: Benchmark, chosen: Selection) -> Iterator[dict[str, An
     assert benchmark.schema is not None
     pictures = Pictures(Path(chosen.images) if chosen.images else None, chosen.fetch)
     seen: dict[str, str] = {}
-    for file, number, published in read_rows(benchmark, chosen.source):
-        row = Row(published, file, number, pictures)
+    n_before, last = 0, ("", 0)
+    for file, number, split, published in read_rows(benchmark, chosen.source, chosen.split):
+        if file != last[0]:
+            n_before += last[1]
+        last = file, number
+        row = Row(published, file, number, pictures, n_before)
         place = f"{file}, row {number}"
-        for question in benchmark.schema(row, benchmark.split):
+        for question in benchmark.schema(row, split):
             first = seen.setdefault(question["id"], place)
             if first != place:
                 row.fail("id", f"{question['id']!r} stands in {first} already", "drop one of them")
@@ -276,5 +280,6 @@ def _is_chosen(question: dict[str, Any], chosen: Selection) -> bool:
     return (
         (chosen.split is None or question["split"] == chosen.split)
         and (not chosen.kinds or question["kind"] in chosen.kinds)
-        and not (chosen.pictured and question["image"] is None)
+        # as stored: a picture is not opened to see that it is there
+        and not (chosen.pictured and dict.get(question, "image") is None)
     )

@@ -40,6 +40,13 @@ class Row:
     number: int
     """counted from 1; in a .jsonl file the line"""
     pictures: Pictures = Pictures()
+    n_before: int = 0
+    """where the numbers of the files before it end"""
+
+    @property
+    def number_of_source(self) -> int:
+        """Its number among the rows of all files; of a single one it is `number`."""
+        return self.n_before + self.number
 
     def fail(self, column: str, reason: str, fix: str) -> NoReturn:
         """Raises BenchmarkError for this row."""

@@ -141,7 +141,7 @@ def read_search_r1(row: Row, split: str) -> list[dict[str, Any]]:
     id, question, golden_answers, data_source, prompt, ability, reward_model {style, ground_truth
     {target}}, extra_info {split, index}.
     """
-    number = row.get("extra_info.index", row.number - 1)
+    number = row.get("extra_info.index", row.number_of_source - 1)
     source = str(row.get("data_source", "all"))
     column = "reward_model.ground_truth.target"
     return [

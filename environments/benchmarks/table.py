@@ -12,6 +12,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 from environments.benchmarks.rows import PICTURE_COLUMN, Row, shown
@@ -22,13 +23,16 @@ NEEDED = {
 }
 OPTIONAL = {
     "image": "picture: a file name beside the table or in `images`, bytes, or a `datasets` image",
-    "id": "name of the question, each once; without it the number of the row",
+    "id": "name of the question, each once; without it the number of the row, over all files",
     "split": "which part it belongs to, for `split`",
     "kind": "a group of questions that the evaluation counts by itself, and for `kinds`",
     "answer_kind": "how the answer is checked, see docs/rewards.md",
     "entity_names": "names that a right text query has",
     "gold_passages": "ids of passages that state the answer",
 }
+KNOWN = {**NEEDED, **OPTIONAL}
+TAKEN = ("messages", "entity", "benchmark", "metrics", PICTURE_COLUMN)
+"""Names under which a question holds something of its own."""
 TEXT_LISTS = ("entity_names", "gold_passages")
 ANSWER_KINDS = ("text", "number", "date", "year", "yes_no", "choice", "list", "no_answer")
 """What `answer_kind` may say; a test holds them against `rewards.answer.KINDS`, a package apart."""
@@ -39,19 +43,20 @@ NEAR = 0.75
 
 def read_table(row: Row, split: str) -> list[dict[str, Any]]:
     """One question a row; see NEEDED and OPTIONAL for the columns."""
-    known = {**NEEDED, **OPTIONAL}
     for column in row.values:
+        if column in TAKEN:
+            row.fail(str(column), "this name is taken", "give it another name")
         # an optional column that is misspelt would be left out in silence: no picture, one split
-        near = difflib.get_close_matches(str(column), known, n=1, cutoff=NEAR)
-        if column not in known and near and near[0] not in row.values:
-            reason = f"there is no such column, and no '{near[0]}'"
-            row.fail(str(column), reason, f"call it '{near[0]}', or give it another name")
+        near = None if column in KNOWN else _nearest(str(column))
+        if near is not None and near not in row.values:
+            reason = f"there is no such column, and no '{near}'"
+            row.fail(str(column), reason, f"call it '{near}', or give it another name")
     answers = _several(row, "answers")
-    others = {str(name): value for name, value in row.values.items() if name not in known}
+    others = {str(name): value for name, value in row.values.items() if name not in KNOWN}
     return [
         {
             **others,
-            "id": _cell(row, "id", str(row.number)),
+            "id": _cell(row, "id", str(row.number_of_source)),
             "kind": _cell(row, "kind", "all"),
             "split": _cell(row, "split", split),
             "entity": None,
@@ -63,6 +68,13 @@ def read_table(row: Row, split: str) -> list[dict[str, Any]]:
             PICTURE_COLUMN: "image",
         }
     ]
+
+
+@cache
+def _nearest(column: str) -> str | None:
+    """The known column that an unknown one may be a misspelling of; looked up once a name."""
+    near = difflib.get_close_matches(column, KNOWN, n=1, cutoff=NEAR)
+    return near[0] if near else None
 
 
 def _cell(row: Row, column: str, default: str | None) -> str | None:

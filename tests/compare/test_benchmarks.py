@@ -23,7 +23,8 @@ from compare.benchmarks import (
 )
 from configs.schema import load_config
 from configs.sections import Benchmark
-from environments.benchmarks.pictures import PictureError, decode_picture
+from environments.benchmarks.pictures import PictureError, decode_picture, find_picture
+from environments.fetch import Fetched, SafeFetcher
 from rewards.metrics import METRICS
 from train.worlds import load_eval_questions, load_train_questions
 
@@ -142,6 +143,11 @@ def test_infoseek_joins_the_files_beside_it_and_does_without(tmp_path):
 def test_mmsearch_asks_with_and_without_a_picture():
     both = read_copy("mmsearch", "mmsearch.parquet")
     assert [question["image"] is None for question in both] == [False, True]
+    assert len(read_copy("mmsearch", "mmsearch.parquet", pictured=True)) == 1
+
+
+def test_to_choose_pictured_questions_opens_no_picture(monkeypatch):
+    monkeypatch.setattr("environments.benchmarks.rows.decode_picture", None)
     assert len(read_copy("mmsearch", "mmsearch.parquet", pictured=True)) == 1
 
 
@@ -323,9 +329,17 @@ def test_rows_of_the_hub_are_those_of_a_copy(monkeypatch, name, file):
 
 def test_a_folder_is_read_file_by_file(tmp_path):
     for name in ("fvqa_train.parquet", "fvqa_test.parquet"):
-        shutil.copy(COPIES / name, tmp_path)
+        shutil.copy(COPIES / name, tmp_path / f"my_{name}")
     questions = load_benchmark("fvqa_train", source=str(tmp_path))
     assert [question["split"] for question in questions] == ["test"] * 3 + ["train"] * 3
+
+
+def test_of_a_copy_of_the_hubs_folder_only_the_benchmarks_own_file_is_read(tmp_path):
+    for name in ("fvqa_train.parquet", "fvqa_test.parquet"):
+        shutil.copy(COPIES / name, tmp_path)
+    for name, split in (("fvqa_train", "train"), ("fvqa_test", "test")):
+        questions = load_benchmark(name, source=str(tmp_path))
+        assert [question["split"] for question in questions] == [split] * 3
 
 
 # ---------------------------------------------------------------- pictures
@@ -356,18 +370,60 @@ def test_every_stored_form_of_a_picture_is_the_same(tmp_path):
     assert {picture.tobytes() for picture in pictures} == {bytes((1, 2, 3)) * 24}
 
 
+@pytest.mark.parametrize(
+    ("files", "name", "found"),
+    [
+        (["oven_1.JPEG"], "oven_1", "oven_1.JPEG"),
+        (["a/x.png", "b/x.png"], "data/b/x.png", "b/x.png"),
+        (["part1/a/x.png", "part1/b/x.png"], "b/x.png", "part1/b/x.png"),
+        (["x.png", "c/x.png"], "b/x", "x.png"),
+    ],
+)
+def test_of_pictures_of_one_name_the_one_whose_path_ends_alike_is_taken(
+    tmp_path, files, name, found
+):
+    for file in files:
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).touch()
+    assert find_picture(tmp_path, name) == tmp_path / found
+
+
+def test_a_picture_that_is_missing_is_not_another_of_its_name(tmp_path):
+    for year in ("2023", "2024"):
+        (tmp_path / year).mkdir()
+    (tmp_path / "2024" / "cover.jpg").write_bytes(png_bytes())
+    with pytest.raises(PictureError, match=r"no picture '2023/cover.jpg'"):
+        decode_picture("2023/cover.jpg", tmp_path)
+
+
+def test_a_picture_that_may_be_several_is_refused(tmp_path):
+    for year in ("2023", "2024"):
+        (tmp_path / year).mkdir()
+        (tmp_path / year / "cover.jpg").write_bytes(png_bytes())
+    words = r"2 pictures in .* may be 'cover', such as 2023/cover.jpg and 2024/cover.jpg; name it"
+    with pytest.raises(PictureError, match=words):
+        decode_picture("cover", tmp_path)
+
+
 def test_an_address_is_fetched_only_where_that_is_allowed(tmp_path, monkeypatch):
     asked = []
 
-    def urlopen(request, timeout):
-        asked.append(request.full_url)
-        return io.BytesIO(png_bytes())
+    def fetch(fetcher, url, types):
+        asked.append(url)
+        return Fetched(url, "image/png", "", png_bytes())
 
-    monkeypatch.setattr("urllib.request.urlopen", urlopen)
+    monkeypatch.setattr(SafeFetcher, "fetch", fetch)
     with pytest.raises(PictureError, match="address"):
         decode_picture("https://example.org/a.png", tmp_path)
     assert not asked
     assert decode_picture("https://example.org/a.png", tmp_path, fetch=True).size == (6, 4)
+    assert asked == ["https://example.org/a.png"]
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "169.254.169.254", "intranet"])
+def test_a_row_cannot_make_this_machine_ask_its_own_network(tmp_path, host):
+    with pytest.raises(PictureError, match=rf"http://{host}/a cannot be fetched \(Only public"):
+        decode_picture(f"http://{host}/a", tmp_path, fetch=True)
 
 
 def test_a_picture_that_breaks_off_is_found(tmp_path):

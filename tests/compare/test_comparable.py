@@ -158,6 +158,28 @@ def test_the_report_says_what_was_allowed_to_differ(make_run, tmp_path):
     assert "differs between" not in (tmp_path / "e" / "compare.md").read_text()
 
 
+def test_what_decides_on_a_live_tools_answers_must_agree(make_run):
+    runs = [read_run(make_run(arm, 0, [0.1, 0.5])) for arm in ("obm", "vlm")]
+    runs[1].config["live"] = {"page_url": "http://elsewhere:1", "retries": 5}
+    check_comparable(runs)
+    runs[1].config["live"] |= {"read_results": True}
+    with pytest.raises(CompareError, match=r"data: live\.read_results is false in .* and true in"):
+        check_comparable(runs)
+
+
+def test_an_evaluation_that_asked_in_another_mode_is_refused(make_run, tmp_path):
+    trained = read_run(make_run("obm", 0, [0.1, 0.5]))
+    record = {"arm": "ties", "config": trained.config, "metrics": {"accuracy": 0.2}}
+    record |= {"mode": "rag", "query": "policy"}
+    (tmp_path / "eval.json").write_text(json.dumps(record))
+    runs = [trained, read_run(tmp_path)]
+    with pytest.raises(CompareError) as error:
+        check_comparable(runs)
+    assert 'evaluation: mode is "agent" in' in str(error.value)
+    assert "evaluation: query is null in" in str(error.value)
+    check_comparable(runs, ["mode", "query"])
+
+
 def test_an_evaluation_on_other_questions_is_refused(make_run, tmp_path):
     trained = read_run(make_run("obm", 0, [0.1, 0.5]))
     config = json.loads(json.dumps(trained.config))

@@ -1,6 +1,8 @@
 """Whole evaluations: modes, chunks, shards, intervals."""
 
+import fcntl
 import json
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,10 +19,11 @@ from compare.evaluate import (
     summarize_episodes,
 )
 from compare.modes import MODES, Asker, environment_of, rule_query
-from configs.sections import Config, Environment
+from configs.sections import Config, Environment, Rollout
 from environments.dialects import DIALECTS
 from environments.episode import SearchEnvironment
 from environments.tools import Hit, ToolResult
+from train.files import write_json
 from train.policy import load_policy
 from train.tiny import make_tiny_checkpoints
 from train.trajectories import Trajectory, Turn
@@ -83,9 +86,11 @@ def test_the_workflow_makes_exactly_its_two_searches(tiny, world, query):
         assert episode.turns[int(has_picture)].action["query"] == expected
         assert "the capital is Paris" in episode.prompt
         assert episode.prompt.endswith(DIALECTS["search_r1"].direct_text.format(**question))
-        # one turn is the policy's, and only its tokens count
+        # what the policy wrote counts: the last turn, and the query where it was asked for one
         assert len(episode.turns) == 2 + has_picture
-        assert measured["n_tokens"] == len(episode.turns[-1].token_ids) > 0
+        *_, search, last = episode.turns
+        assert bool(search.token_ids) == bool(search.logprobs) == (query == "policy")
+        assert measured["n_tokens"] == len(search.token_ids) + len(last.token_ids) > 0
 
 
 def test_the_policy_writes_the_query_where_it_can(tiny, world, monkeypatch):
@@ -103,6 +108,20 @@ def test_the_policy_writes_the_query_where_it_can(tiny, world, monkeypatch):
     asker.ask(load_eval_questions(CONFIG)[:2])
     assert world.text_index.asked == ["capital of France"] * 2
     assert len(asked) == 2
+
+
+def test_the_workflows_searches_go_at_the_same_time_where_tools_have_threads(tiny, world):
+    meeting, search = threading.Barrier(2, timeout=10), world.text_index.search
+
+    def meet(queries, k):
+        meeting.wait()  # alone it would break
+        return search(queries, k)
+
+    world.text_index.search = meet
+    config = replace(CONFIG, rollout=Rollout(tool_workers=2))
+    asker = Asker(config, *tiny, mode="rag", environment=world)
+    episodes = asker.ask(load_eval_questions(CONFIG)[:2])
+    assert [episode.turns[-2].fault for episode in episodes] == [None, None]
 
 
 def test_direct_offers_no_tool_and_ends_after_one_turn(tiny, world):
@@ -229,21 +248,48 @@ def test_a_shard_that_comes_last_finds_the_result(tmp_path):
     def never():
         raise AssertionError("nothing is left to ask")
 
-    again = run_evaluation(numbered(2), never, tmp_path / "e", plan={}, header=HEADER, shard=(3, 4))
-    assert again is not None
-    assert again["metrics"]["n"] == 10
+    def again(header=HEADER, plan=None, batch=3):
+        plan = plan or {"model": "a"}
+        return run_evaluation(
+            numbered(2), never, tmp_path / "e", plan=plan, header=header, batch=batch, shard=(3, 4)
+        )
+
+    assert again()["metrics"]["n"] == 10
     assert not (tmp_path / "e" / "episodes").exists()
-    with pytest.raises(CompareError, match="holds another evaluation"):
-        run_evaluation(
-            numbered(2), never, tmp_path / "e", plan={}, header={**HEADER, "mode": "rag"},
-            shard=(3, 4),
-        )  # fmt: skip
+    others = ({"header": {**HEADER, "mode": "rag"}}, {"plan": {"model": "b"}}, {"batch": 4})
+    for other in others:
+        with pytest.raises(CompareError, match="holds another evaluation"):
+            again(**other)
+    # an older version wrote its result without the plan
+    path = tmp_path / "e" / "eval.json"
+    record = json.loads(path.read_text())
+    del record["plan"]
+    path.write_text(json.dumps(record))
+    assert again(plan={"model": "b"}) == record
 
 
 def test_another_plan_in_the_folder_is_refused(tmp_path):
     evaluate_into(tmp_path, Scripted(), shard=(0, 2))
     with pytest.raises(CompareError, match="evaluation with another model; go on with its own"):
         evaluate_into(tmp_path, Scripted(), plan={"model": "b"}, shard=(1, 2))
+
+
+def test_plan_and_result_are_written_by_one_process_at_a_time(tmp_path, monkeypatch):
+    """Of two that start together with other plans, both would find none."""
+    is_held = {}
+
+    def watched(path, value):
+        with (tmp_path / ".lock").open() as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                is_held[path.name] = False
+            except BlockingIOError:
+                is_held[path.name] = True
+        write_json(path, value)
+
+    monkeypatch.setattr("compare.evaluate.write_json", watched)
+    evaluate_into(tmp_path, Scripted())
+    assert is_held == {"plan.json": True, "eval.json": True}
 
 
 def test_nothing_to_ask_is_refused(tmp_path):

@@ -182,7 +182,7 @@ def test_an_option_without_sense_is_one_line_and_writes_nothing(
     "key",
     ["grpo", "grpo.learning_rate", "grpo.beta", "algorithm", "algorithm.", "rewards.format",
      "compare.steps", "reward_functions", "own_files", "world_size", "merge.density", "seed",
-     "environment.timeout_s"],
+     "environment.timeout_s", "mode"],
 )  # fmt: skip
 def test_every_setting_may_be_allowed_to_differ(make_run, key):
     check_allowed([key], [read_run(make_run("obm", 0, [0.1]))])

@@ -429,6 +429,17 @@ def test_reward_functions_are_a_list_with_weights(write):
     assert "expected a section" in message(path, "reward_functions=['mine.py:brevity']")
 
 
+@pytest.mark.parametrize(
+    "key", ["environment.train_benchmark", "environment.eval_benchmark", "conflict.keep_benchmark"]
+)
+def test_what_the_atlas_would_not_read_of_a_benchmark_is_refused(write, key):
+    path = write("output: x")
+    assert f"{key}.limit: not read where the atlas asks" in message(path, f"{key}.limit=20")
+    assert f"{key}.kinds: not read" in message(path, f"{key}.kinds=[two]", f"{key}.name=atlas")
+    load_config(path, [f"{key}.name=atlas"])
+    load_config(path, [f"{key}.name=mmsearch", f"{key}.limit=20"])
+
+
 def test_a_judge_needs_a_model_and_its_address_holds_no_key(write):
     path = write("output: x\nrewards: {judge: 'http://127.0.0.1:8000/v1', judge_model: m}")
     assert load_config(path).rewards.judge_model == "m"

@@ -1,5 +1,6 @@
 """A table of one's own questions: what is read, and what every mistake is called."""
 
+import difflib
 import json
 
 import pytest
@@ -7,7 +8,7 @@ from PIL import Image
 
 from environments.benchmarks.registry import load_benchmark, read_split
 from environments.benchmarks.rows import BenchmarkError
-from environments.benchmarks.table import ANSWER_KINDS
+from environments.benchmarks.table import ANSWER_KINDS, TAKEN
 from rewards.answer import KINDS
 
 COLOURS = ["red", "green", "blue", "white", "black", "grey", "pink", "brown", "orange", "gold"]
@@ -62,6 +63,18 @@ def test_a_spreadsheet_is_read_as_the_lines_of_a_file_are(rows, write, tmp_path)
     assert sheet[0]["note"] == "a, b"
 
 
+def test_rows_of_several_files_are_counted_on(rows, write, tmp_path):
+    (tmp_path / "tables").mkdir()
+    for row in rows:
+        row["image"] = f"../{row['image']}"
+    write(rows[:2], "tables/a.jsonl")
+    (tmp_path / "tables" / "b.csv").write_text("question,answers\nWho?,Ann\n")
+    write(rows[2:3], "tables/c.jsonl")
+    questions = load(str(tmp_path / "tables"))
+    # a's rows are 1 and 2; b's first is 2, as a spreadsheet has it; c's is 1
+    assert [question["id"] for question in questions] == ["1", "2", "4", "5"]
+
+
 def test_columns_of_ones_own_travel_with_the_question(rows, write):
     rows[0] |= {"difficulty": 3, "source": {"page": 7}, "id": "first"}
     [question] = load(write(rows[:1]))
@@ -114,6 +127,27 @@ def test_a_split_that_holds_nothing_is_refused(rows, write):
         load(write(rows), split="train")
 
 
+@pytest.mark.parametrize(
+    ("asked", "loaded", "answers"),
+    [("train", "train", ["t"]), ("train[:1]", "train", ["t"]), ("held", "all", ["h"])],
+)
+def test_a_split_of_a_data_set_on_the_hub_is_loaded_or_is_a_column(
+    monkeypatch, asked, loaded, answers
+):
+    import datasets
+
+    def load_dataset(source, split, streaming):
+        assert (source, split, streaming) == ("me/mine", loaded, True)
+        rows = [{"question": "?", "answers": "t", "split": None}]
+        if split == "all":  # which is all of the hub's splits one after another
+            rows.append({"question": "?", "answers": "h", "split": "held"})
+        return datasets.Dataset.from_list(rows).to_iterable_dataset()
+
+    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda source: ["train", "dev"])
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert [q["answers"] for q in load("me/mine", split=asked)] == [answers]
+
+
 # ---------------------------------------------------------------- mistakes
 
 
@@ -125,6 +159,7 @@ def test_a_split_that_holds_nothing_is_refused(rows, write):
             "row 3, column 'image': no picture 'pictures/none.png'",
         ),
         ({"image": "text.txt"}, "row 3, column 'image': .*text.txt is no picture; store it as jpg"),
+        ({"image": "x_" * 200 + ".png"}, "row 3, column 'image': no picture 'x_x_"),
         ({"image": 7}, "row 3, column 'image': expected a file name, got int 7"),
         (
             {"image": "https://example.org/a.png"},
@@ -160,6 +195,25 @@ def test_a_misspelt_column_is_no_column_of_ones_own(rows, write, column, wrong):
         row["split"] = "train"
         row[wrong] = row.pop(column)
     with pytest.raises(BenchmarkError, match=f"row 1, column '{wrong}': .* call it '{column}'"):
+        load(write(rows))
+
+
+def test_a_column_is_held_against_the_known_ones_once(rows, write, monkeypatch):
+    find, asked = difflib.get_close_matches, []
+
+    def counted(word, *arguments, **options):
+        asked.append(word)
+        return find(word, *arguments, **options)
+
+    monkeypatch.setattr("environments.benchmarks.table.difflib.get_close_matches", counted)
+    assert len(load(write([{**row, "of_ones_own": 1} for row in rows]))) == 10
+    assert asked == ["of_ones_own"]
+
+
+@pytest.mark.parametrize("column", TAKEN)
+def test_a_column_that_would_change_the_prompt_or_be_lost_is_refused(rows, write, column):
+    rows[2][column] = "x"
+    with pytest.raises(BenchmarkError, match=f"row 3, column '{column}': .*; give it another name"):
         load(write(rows))
 
 

@@ -1,5 +1,6 @@
 """One process at a time on an output folder."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from configs.errors import ConfigError
-from train.lock import locked
+from train.lock import in_turn, locked
 
 HOLDER = """
 import sys, time
@@ -84,6 +85,18 @@ def test_a_lock_file_that_was_replaced_meanwhile_is_not_taken_for_held(tmp_path,
         assert len(seen) == 2
         with pytest.raises(ConfigError, match="in use"), locked(tmp_path):
             pass
+
+
+def test_a_file_system_without_locks_is_worked_on_all_the_same(tmp_path, monkeypatch, caplog):
+    def refuse(descriptor, how):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("train.lock.fcntl.flock", refuse)
+    with locked(tmp_path / "out"):
+        assert (tmp_path / "out" / ".lock").exists()
+    with in_turn(tmp_path / ".lock"):
+        pass
+    assert caplog.text.count("no locks on this file system; start one process") == 2
 
 
 def test_a_folder_that_cannot_be_made_is_one_clear_error(tmp_path):
