@@ -32,11 +32,15 @@ class Sample:
 
 def render(messages: list[dict[str, Any]], processor: Any, is_answered: bool = False) -> str:
     """Messages as the parent's chat template writes them."""
+    from train.episodes import messages_for
+
     tokenizer = getattr(processor, "tokenizer", processor)
     owner = processor if getattr(processor, "chat_template", None) else tokenizer
     if getattr(owner, "chat_template", None):
         return owner.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=not is_answered
+            messages_for(processor, messages),
+            tokenize=False,
+            add_generation_prompt=not is_answered,
         )
     texts = [
         message["content"]

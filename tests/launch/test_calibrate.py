@@ -1,13 +1,16 @@
 """Calibration data from anywhere, and the verb that uses them, on tiny untrained checkpoints."""
 
+import copy
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import trl
 import yaml
 
-from launch.calibration_batches import Batches, Sample, collate, generate_answers
+from launch.calibration_batches import Batches, Sample, collate, generate_answers, render
 from launch.calibration_data import (
     dataset_samples,
     is_trajectories,
@@ -156,6 +159,26 @@ def test_in_chat_messages_the_assistants_turns_are_its_own_words(tokenizer):
     whole = tokenizer.apply_chat_template(messages, tokenize=False)
     prompt = tokenizer(sample.prompt, add_special_tokens=False)["input_ids"]
     assert tokenizer.decode([*prompt, *sample.answer_ids]) == whole
+
+
+@pytest.mark.parametrize("template", ["qwen2_5", "qwen3", "llama3"])
+def test_a_text_models_own_template_gets_the_prompt_as_one_string(tokenizer, template):
+    path = Path(trl.__file__).parent / "chat_templates" / f"{template}.jinja"
+    text_model = copy.deepcopy(tokenizer)
+    text_model.chat_template = path.read_text(encoding="utf-8")
+    text_model.bos_token = text_model.eos_token  # Llama's template begins with one
+    (sample,) = dataset_samples({**NO_DATA, "answer": "{reply}"}, [(0, ROWS[3])], text_model)
+    assert "What is 3?" in sample.prompt
+    assert "'type'" not in sample.prompt
+
+
+def test_joined_parts_change_no_byte_where_a_template_takes_both(tokenizer, processor):
+    text = [{"type": "text", "text": "red "}, {"type": "text", "text": "or blue?"}]
+    pictured = [{"type": "image"}, *text]
+    for owner, content in ((tokenizer, text), (tokenizer, pictured), (processor, pictured)):
+        messages = [{"role": "user", "content": content}]
+        direct = owner.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        assert render(messages, owner) == direct
 
 
 def test_faulty_rows_are_named(tokenizer):
