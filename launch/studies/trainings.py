@@ -289,9 +289,12 @@ def describe_trainings(plan: Plan, stages: Stages, options: Options) -> list[str
     ]
     going_on = f", {begun} begun" if begun else ""
     lines.append(f"  {len(done)} there already{going_on}, {left} to run")
-    changed = [name for name, state in found.items() if state in ("changed", "foreign")]
-    if changed:
-        lines.append(f"  made otherwise, and refused without --redo: {', '.join(changed)}")
+    for state, words in (
+        ("changed", "made otherwise, and refused without --redo"),
+        ("foreign", "not made here, and refused"),
+    ):
+        if names := [name for name, one in found.items() if one == state]:
+            lines.append(f"  {words}: {', '.join(names)}")
     took = [seconds for training in done if (seconds := stages.seconds(training.stage))]
     if left and took:
         about = duration_words(time_left(took, left, share.parallel))
