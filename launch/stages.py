@@ -91,7 +91,13 @@ class Stages:
         self._write(name, {**marker, "seconds": round(seconds, 1)})
 
     def run(
-        self, name: str, inputs: dict[str, Any], target: Path, make: Callable[[], object]
+        self,
+        name: str,
+        inputs: dict[str, Any],
+        target: Path,
+        make: Callable[[], object],
+        *,
+        resumes: bool = False,
     ) -> bool:
         """Make the stage unless it is there.
 
@@ -100,13 +106,15 @@ class Stages:
             inputs: plain data that decides its result.
             target: file or folder that it makes.
             make: makes it.
+            resumes: `make` goes on with what a run that was broken off has left in the target.
 
         Returns:
             True if it was made, False if it was there.
         """
         if self.is_done(name, inputs, target):
             return False
-        self.clear(name, target)
+        if not resumes:
+            self.clear(name, target)
         self.start(name, inputs)
         started = time.monotonic()
         make()

@@ -41,12 +41,14 @@ class Step:
     make: Callable[[], object]
     describe: Callable[[], str]
     """one line when it is there"""
+    resumes: bool = False
+    """`make` goes on with what was broken off"""
 
 
 def run_steps(steps: Iterable[Step], stages: Stages) -> None:
     """Make what is missing, one after another."""
     for step in steps:
-        made = stages.run(step.name, step.inputs, step.target, step.make)
+        made = stages.run(step.name, step.inputs, step.target, step.make, resumes=step.resumes)
         say(f"{step.describe()}{reused(made)}")
 
 
@@ -100,7 +102,7 @@ def calibration_step(config: Config, role: str, name: str) -> Step:
     words = f"calibrate  {what}: {kinds} of {config.calibration.samples} samples"
     return Step(
         name, inputs, stats_path(config, role).parent,
-        partial(calibrate_parent, config, role), lambda: words,
+        partial(calibrate_parent, config, role), lambda: words, resumes=True,
     )  # fmt: skip
 
 
@@ -126,7 +128,7 @@ def _merge_steps(plan: Plan, stages: Stages) -> Iterator[Step]:
 
 def evaluation_steps(plan: Plan, stages: Stages, command: str) -> Iterator[Step]:
     """What every start does as it is; its merge must have been looked at."""
-    from launch.commands.eval import describe, evaluate_checkpoint
+    from launch.commands.eval import describe
 
     for arm in plan.study.arms:
         if arm.prepare:
@@ -139,14 +141,30 @@ def evaluation_steps(plan: Plan, stages: Stages, command: str) -> Iterator[Step]
             "grpo": config.grpo,
         }
         make = partial(
-            evaluate_checkpoint, config, str(plan.start(arm)), target, arm=arm.name, command=command
+            evaluate, config, str(plan.start(arm)), target, arm=arm.name, command=command
         )
 
         def words(target: Path = target) -> str:
             record = json.loads((target / "eval.json").read_text(encoding="utf-8"))
             return f"evaluate   {describe(record)}"
 
-        yield Step(f"evaluate-{arm.name}", inputs, target, make, words)
+        yield Step(f"evaluate-{arm.name}", inputs, target, make, words, resumes=True)
+
+
+def evaluate(config: Config, checkpoint: str, target: Path, **how: Any) -> None:
+    """An evaluation of a study; goes on with what one that was broken off has kept.
+
+    Args:
+        config: settings.
+        checkpoint: folder or hub id.
+        target: folder to write.
+        how: further arguments of `evaluate_checkpoint`.
+    """
+    from launch.commands.eval import evaluate_checkpoint
+
+    # there only where a kill came just before the stage's marker; it would be refused
+    (target / "eval.json").unlink(missing_ok=True)
+    evaluate_checkpoint(config, checkpoint, target, **how)
 
 
 def _recipe(config: Config) -> str:

@@ -53,6 +53,23 @@ def test_a_broken_stage_is_made_again(tmp_path):
     assert stages.run("a", {"x": 1}, target, make(target, made)) is True
 
 
+def test_a_stage_that_resumes_finds_what_was_left_and_nothing_of_other_settings(tmp_path):
+    found, target = [], tmp_path / "a"
+
+    def go_on():
+        found.append(target.exists())
+        target.mkdir(exist_ok=True)
+        if len(found) < 3:
+            raise RuntimeError("power cut")
+
+    stages = Stages(tmp_path, redo=True)
+    for x in (1, 1):
+        with pytest.raises(RuntimeError):
+            stages.run("a", {"x": x}, target, go_on, resumes=True)
+    stages.run("a", {"x": 2}, target, go_on, resumes=True)
+    assert found == [False, True, False]
+
+
 def test_a_stage_whose_result_was_deleted_is_made_again(tmp_path):
     made, target = [], tmp_path / "a"
     stages = Stages(tmp_path, redo=False)

@@ -239,6 +239,27 @@ def test_a_broken_training_goes_on_from_its_checkpoint(study_file, scripted_stag
     assert scripted_stages == ["train obm-s0 --resume"]
 
 
+def test_a_broken_evaluation_goes_on_with_what_it_had_kept(
+    study_file, scripted_stages, monkeypatch, tmp_path
+):
+    from launch.stages import Stages
+
+    run_ceiling(load_study(study_file), Options("c"))
+    folder, found = tmp_path / "out" / "zero-shot" / "obm", []
+    result = (folder / "eval.json").read_text()
+    (folder / "episodes").mkdir()
+    record = json.loads((tmp_path / "out" / "stages" / "evaluate-obm.json").read_text())
+    Stages(tmp_path / "out", redo=False).start("evaluate-obm", record["inputs"])
+
+    def go_on(config, checkpoint, output, **how):
+        found.extend(path.name for path in output.iterdir())
+        (output / "eval.json").write_text(result)
+
+    monkeypatch.setattr(eval_module, "evaluate_checkpoint", go_on)
+    run_ceiling(load_study(study_file), Options("c"))
+    assert found == ["episodes"]
+
+
 def test_a_failed_training_stops_nothing_and_is_named_at_the_end(
     study_file, scripted_stages, failing, tmp_path
 ):
