@@ -24,6 +24,7 @@ from launch.studies.plan import COMMAND_LINE, Plan, flatten, load_settings, star
 from launch.studies.report import publish
 from launch.studies.starts import evaluate, make_starts, reused, say
 from launch.studies.trainings import raise_failures, train_arms, trained_policy
+from launch.tasks import named_files
 
 if TYPE_CHECKING:
     from configs.schema import Config
@@ -161,6 +162,7 @@ def _evaluate(
         "environment": asdict(config.environment),
         "grpo": config.grpo,
         "mode": entry.mode,
+        **named_files(config, "eval", "dialect"),
     }
     make = partial(
         evaluate, config, str(entry.checkpoint), target,

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from launch.stages import Stages, fingerprint
 from launch.studies.plan import Plan, calibrations, start_key
-from launch.tasks import merged_roles
+from launch.tasks import merged_roles, named_files
 
 if TYPE_CHECKING:
     from configs.schema import Config
@@ -96,6 +96,7 @@ def calibration_step(config: Config, role: str, name: str) -> Step:
         "checkpoint": fingerprint(parent_folder(config, role)),
         "calibration": asdict(config.calibration),
         "environment": asdict(config.environment),
+        **named_files(config, "train", "dialect", "vlm_data" if role == "vlm" else "agent_data"),
     }
     kinds = ", ".join(config.calibration.kinds)
     what = name.removeprefix("calibrate-")
@@ -139,6 +140,7 @@ def evaluation_steps(plan: Plan, stages: Stages, command: str) -> Iterator[Step]
             "start": start_key(plan, stages, arm),
             "environment": asdict(config.environment),
             "grpo": config.grpo,
+            **named_files(config, "eval", "dialect"),
         }
         make = partial(
             evaluate, config, str(plan.start(arm)), target, arm=arm.name, command=command

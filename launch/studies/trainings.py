@@ -29,6 +29,7 @@ from launch.studies.machine import (
 )
 from launch.studies.plan import Plan, frozen_inputs, max_steps, start_key
 from launch.studies.starts import reused, say
+from launch.tasks import named_files
 
 if TYPE_CHECKING:
     from configs.schema import Config
@@ -67,6 +68,7 @@ def list_trainings(plan: Plan, stages: Stages) -> Iterator[Training]:
             **{key: settings[key] for key in ("seed", "environment", "rewards", "grpo")},
             "eval_every": config.compare.eval_every,
             "deepspeed": config.deepspeed,
+            **named_files(config, "train", "eval"),
         }
         if config.reward_functions:
             inputs["reward_functions"] = settings["reward_functions"]

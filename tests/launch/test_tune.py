@@ -12,7 +12,7 @@ from launch import tasks as tasks_module
 from launch.commands import calibrate as calibrate_module
 from launch.commands.tune import read_grid
 from launch.studies.file import load_study
-from launch.tasks import make_statistics, make_task, needed_kinds
+from launch.tasks import make_statistics, make_task, named_files, needed_kinds
 from merge.methods import METHODS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -202,6 +202,19 @@ def test_a_result_is_kept_until_something_that_decides_it_changes(tmp_path, monk
     monkeypatch.setattr(tasks_module, "_code_digest", lambda: "other code")
     changed.add(key())
     assert len(changed - {same}) == 6
+
+
+def test_a_result_does_not_outlive_the_questions_it_was_asked(tmp_path):
+    questions = tmp_path / "questions.jsonl"
+    benchmark = f"environment.eval_benchmark={{name: table, source: {questions}}}"
+    keys = []
+    for rows in ("{}\n", "{}\n{}\n"):
+        questions.write_text(rows)
+        keys += [make_task("x", demo(benchmark), checkpoint="atlas://vlm").key for _ in range(2)]
+    assert keys[0] == keys[1] != keys[2] == keys[3]
+    # what ships with the package counts by its version alone
+    shipped = f"calibration.agent_data.source={ROOT / 'configs/studies/random_text.json'}"
+    assert named_files(demo(shipped), "agent_data") == {}
 
 
 def test_a_dry_run_counts_the_settings(obm, tmp_path):
