@@ -5,7 +5,9 @@ Each is a step with its inputs, so that a dry run can ask what is there without 
 
 from __future__ import annotations
 
+import gc
 import json
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -50,6 +52,15 @@ def run_steps(steps: Iterable[Step], stages: Stages) -> None:
     for step in steps:
         made = stages.run(step.name, step.inputs, step.target, step.make, resumes=step.resumes)
         say(f"{step.describe()}{reused(made)}")
+        free_gpu()
+
+
+def free_gpu() -> None:
+    """Gives back GPU memory that this process holds of models that are done; others need it."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def describe_steps(steps: Iterable[Step], stages: Stages) -> list[str]:

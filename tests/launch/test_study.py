@@ -1,6 +1,7 @@
 """Studies: what a file may say, and the order of the stages, with scripted stages."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ from launch.studies.file import NOT_STUDIES, Options, load_study
 from launch.studies.paper_table import run_table
 from launch.studies.plan import Plan, flatten
 from launch.studies.run import describe_study, run_study
-from launch.studies.starts import evaluation_steps, start_steps
+from launch.studies.starts import Step, evaluation_steps, run_steps, start_steps
 from launch.studies.trainings import split_batch
 from train.resume import Saved
 
@@ -283,6 +284,20 @@ def test_what_was_made_of_a_file_is_not_reused_once_its_content_has_changed(stud
     # ties reads no statistics
     assert [name for name in before if before[name] == after[name]] == ["merge-ties"]
     assert keys([]) == without
+
+
+def test_gpu_memory_is_given_back_before_the_next_step_needs_it(tmp_path, monkeypatch):
+    import torch
+
+    made, freed = [], []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: freed.append(list(made)))
+    steps = [
+        Step(name, {}, tmp_path / name, partial(made.append, name), partial(str, name))
+        for name in "ab"
+    ]
+    run_steps(steps, Stages(tmp_path, redo=False))
+    assert freed == [["a"], ["a", "b"]]
 
 
 def test_a_failed_training_stops_nothing_and_is_named_at_the_end(
