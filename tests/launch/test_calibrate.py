@@ -419,6 +419,13 @@ def test_a_parent_that_does_not_fit_says_how_it_can_be_streamed(settings, obm, m
     assert "0.0 kB" not in err
 
 
+def test_a_containers_limit_decides_whether_a_parent_fits(monkeypatch):
+    import launch.calibration_plan as plan
+
+    monkeypatch.setattr(plan, "available_memory", lambda: 12345)
+    assert plan.free_memory("cpu") == 12345
+
+
 def test_wrong_arguments_are_refused(settings, obm):
     config = settings()
     for arguments, words in (
