@@ -540,6 +540,12 @@ def test_an_option_that_names_no_folder_is_refused(study_file, obm, tmp_path):
             assert f"--{name}" in err
 
 
+def test_a_number_below_one_is_refused_by_study_and_demo(study_file, obm):
+    for verb in (("study", study_file), ("demo",)):
+        code, out, err = obm(*verb, "--parallel", "0", "--dry-run")
+        assert (code, out, err) == (2, "", "error: --parallel 0: give a number of 1 or more\n")
+
+
 # ---------------------------------------------------------------- preparations, perception
 
 
