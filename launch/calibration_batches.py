@@ -59,7 +59,13 @@ def answer_tokens(text: str, processor: Any) -> list[int]:
 
 
 def generate_answers(
-    samples: Sequence[Sample], model: Any, processor: Any, *, size: int, max_new_tokens: int
+    samples: Sequence[Sample],
+    model: Any,
+    processor: Any,
+    *,
+    size: int,
+    max_new_tokens: int,
+    max_tokens: int = 2048,
 ) -> None:
     """Lets a parent answer greedily where a sample has no answer yet.
 
@@ -69,6 +75,7 @@ def generate_answers(
         processor: its processor or tokenizer.
         size: samples a batch.
         max_new_tokens: longest answer.
+        max_tokens: longest sample; what is answered is what will be measured.
     """
     import torch
 
@@ -78,7 +85,7 @@ def generate_answers(
     for chunk in chunks(open_samples, size):
         inputs = {
             key: value.to(model.device) if isinstance(value, torch.Tensor) else value
-            for key, value in collate(chunk, processor).items()
+            for key, value in collate(chunk, processor, max_tokens=max_tokens).items()
         }
         with torch.inference_mode():
             tokens = model.generate(

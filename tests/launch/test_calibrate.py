@@ -217,14 +217,36 @@ def test_pictures_come_as_files_or_bytes_and_a_bad_one_is_named_with_its_row(tmp
         dataset_samples(data, [(5, {"question": "a", "photo": []})], processor)
 
 
-def test_a_damaged_picture_inside_a_data_set_is_named_with_its_row(tmp_path, processor):
+def test_pictures_of_chat_messages_need_a_place_each(tmp_path, processor):
+    from PIL import Image
+
+    Image.new("RGB", (56, 56), "red").save(tmp_path / "red.png")
+    data = {**NO_DATA, "source": str(tmp_path / "rows.json"), "images": ["photo"],
+            "messages": "talk"}  # fmt: skip
+
+    def samples(content):
+        talk = [{"role": "user", "content": content}, {"role": "assistant", "content": "red"}]
+        return dataset_samples(data, [(4, {"talk": talk, "photo": "red.png"})], processor)
+
+    parts = [{"type": "image"}, {"type": "text", "text": "Colour?"}]
+    for content in (parts, "<|vision_start|><|image_pad|><|vision_end|>Colour?"):
+        assert [len(sample.images) for sample in samples(content)] == [1]
+    with pytest.raises(LaunchError, match="row 4: 1 pictures for 0 places before the first answer"):
+        samples("Colour?")
+
+
+@pytest.mark.parametrize("is_list", [False, True])
+def test_a_damaged_picture_inside_a_data_set_is_named_with_its_row(tmp_path, processor, is_list):
     import datasets
     from PIL import Image
 
     photos = [Image.new("RGB", (56, 56)), {"bytes": b"broken", "path": None}]
+    feature = datasets.Image()
+    if is_list:
+        photos, feature = [[photo] for photo in photos], datasets.Sequence(feature)
     table = datasets.Dataset.from_dict(
         {"question": ["a", "b"], "photo": photos},
-        features=datasets.Features(question=datasets.Value("string"), photo=datasets.Image()),
+        features=datasets.Features(question=datasets.Value("string"), photo=feature),
     )
     table.save_to_disk(tmp_path / "photos")
     data = {**NO_DATA, "source": str(tmp_path / "photos"), "images": ["photo"]}
@@ -291,6 +313,22 @@ def test_a_parent_answers_what_has_no_answer(trio, tokenizer):
     assert 0 < len(samples[0].answer_ids) <= 4
     assert set(samples[0].answer_mask) == {1}
     assert samples[1].answer_ids == [3]
+
+
+def test_a_parent_answers_as_much_of_a_prompt_as_is_measured(tokenizer):
+    asked = []
+
+    class Model:
+        device = "cpu"
+
+        def generate(self, input_ids, **_):
+            asked.append(input_ids.tolist())
+            return torch.cat([input_ids, torch.tensor([[8]])], dim=1)
+
+    samples = [Sample([5] * 9)]
+    generate_answers(samples, Model(), tokenizer, size=1, max_new_tokens=1, max_tokens=4)
+    assert asked == [[[5] * 4]]
+    assert samples[0].answer_ids == [8]
 
 
 # ---------------------------------------------------------------- the verb
