@@ -18,8 +18,9 @@ EXAMPLES = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Where to, and settings to change."""
     parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="settings laid over every stage"
-    )
+        "overrides", nargs="*", metavar="key=value",
+        help="settings laid over every stage; what an arm or its recipe says itself stays",
+    )  # fmt: skip
     parser.add_argument("--output", metavar="DIR", help="default: runs/demo")
     parser.add_argument(
         "--parallel",

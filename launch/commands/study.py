@@ -29,8 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The study, and how to run it."""
     parser.add_argument("study", help="YAML file, or the name of a shipped study")
     parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="settings laid over every run"
-    )
+        "overrides", nargs="*", metavar="key=value",
+        help="settings laid over every run; what an arm or its recipe says itself stays",
+    )  # fmt: skip
     parser.add_argument("--output", metavar="DIR", help="default: as the file says")
     parser.add_argument(
         "--report", metavar="DIR", help="where the report goes (default: as the file says)"

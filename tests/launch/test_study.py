@@ -531,6 +531,17 @@ def test_what_the_command_line_says_is_still_its_own(study_file):
         describe_study(load_study(study_file), Options("c", overrides=["merge.window=2"]))
 
 
+def test_what_no_arm_would_heed_is_refused(study_file):
+    for key in ("merge.method", "output", "models.init"):
+        with pytest.raises(ConfigError, match=rf"^command line:{key}: would change nothing"):
+            describe_study(load_study(study_file), Options("c", overrides=[f"{key}=ties"]))
+    # one arm's recipe says it, another's does not
+    study = load_study(study_file)
+    plan = Plan(study, ["merge.weights.agent=3"])
+    weights = [plan.config(arm).merge.weights.get("agent") for arm in study.arms[:2]]
+    assert weights == [2.0, 3.0]
+
+
 def test_an_option_that_names_no_folder_is_refused(study_file, obm, tmp_path):
     for name in ("output", "report"):
         for folder in ("", "x" * 300, study_file, study_file / "x"):
