@@ -32,11 +32,15 @@ class Sample:
 
 def render(messages: list[dict[str, Any]], processor: Any, is_answered: bool = False) -> str:
     """Messages as the parent's chat template writes them."""
+    from train.episodes import messages_for
+
     tokenizer = getattr(processor, "tokenizer", processor)
     owner = processor if getattr(processor, "chat_template", None) else tokenizer
     if getattr(owner, "chat_template", None):
         return owner.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=not is_answered
+            messages_for(processor, messages),
+            tokenize=False,
+            add_generation_prompt=not is_answered,
         )
     texts = [
         message["content"]
@@ -55,7 +59,13 @@ def answer_tokens(text: str, processor: Any) -> list[int]:
 
 
 def generate_answers(
-    samples: Sequence[Sample], model: Any, processor: Any, *, size: int, max_new_tokens: int
+    samples: Sequence[Sample],
+    model: Any,
+    processor: Any,
+    *,
+    size: int,
+    max_new_tokens: int,
+    max_tokens: int = 2048,
 ) -> None:
     """Lets a parent answer greedily where a sample has no answer yet.
 
@@ -65,6 +75,7 @@ def generate_answers(
         processor: its processor or tokenizer.
         size: samples a batch.
         max_new_tokens: longest answer.
+        max_tokens: longest sample; what is answered is what will be measured.
     """
     import torch
 
@@ -74,7 +85,7 @@ def generate_answers(
     for chunk in chunks(open_samples, size):
         inputs = {
             key: value.to(model.device) if isinstance(value, torch.Tensor) else value
-            for key, value in collate(chunk, processor).items()
+            for key, value in collate(chunk, processor, max_tokens=max_tokens).items()
         }
         with torch.inference_mode():
             tokens = model.generate(

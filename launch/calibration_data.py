@@ -14,6 +14,7 @@ import json
 import random
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,12 +62,19 @@ def read_rows(data: CalibrationData, n: int, seed: int) -> list[tuple[int, dict[
     if not len(table):
         raise LaunchError(f"{data['source']}: has no rows; check source and split")
     for column, feature in table.features.items():
-        if type(feature).__name__ == "Image":
-            # as bytes: a picture that cannot be read is then reported with its row
-            table = table.cast_column(column, type(feature)(decode=False))
+        # as bytes: a picture that cannot be read is then reported with its row
+        if _is_image(feature):
+            table = table.cast_column(column, replace(feature, decode=False))
+        elif _is_image(getattr(feature, "feature", None)):
+            inner = replace(feature.feature, decode=False)
+            table = table.cast_column(column, replace(feature, feature=inner))
     numbers = range(len(table))
     chosen = sorted(random.Random(seed).sample(numbers, n)) if n < len(table) else numbers
     return [(number, table[number]) for number in chosen]
+
+
+def _is_image(feature: Any) -> bool:
+    return type(feature).__name__ == "Image"  # without importing `datasets` here
 
 
 def _open_table(data: CalibrationData) -> Any:
@@ -141,6 +149,7 @@ def _dataset_sample(
             raise LaunchError(
                 f"{where}: column '{data['messages']}' is no list of messages with role and content"
             )
+        _check_places(messages, images, processor, where)
         return _chat_sample(messages, images, processor, where)
     content: list[dict[str, Any]] = [{"type": "image"} for _ in images]
     content.append({"type": "text", "text": _fill(data["prompt"], row, where)})
@@ -149,6 +158,28 @@ def _dataset_sample(
     if answer:
         sample.say(answer_tokens(answer, processor), True)
     return sample
+
+
+def _check_places(
+    messages: list[dict[str, Any]], images: list[Any], processor: Any, where: str
+) -> None:
+    """Each picture has its place before the first answer: all that is not the prompt is text."""
+    roles = [message["role"] for message in messages]
+    n_prompt = roles.index("assistant") if "assistant" in roles else len(roles)
+    # Gemma's pictures begin with a token of their own
+    mark = getattr(processor, "boi_token", None) or getattr(processor, "image_token", None)
+    n_places = 0
+    for message in messages[:n_prompt]:
+        content = message["content"]
+        if isinstance(content, list):
+            n_places += sum(isinstance(p, dict) and p.get("type") == "image" for p in content)
+        elif mark and isinstance(content, str):
+            n_places += content.count(mark)
+    if n_places != len(images):
+        raise LaunchError(
+            f"{where}: {len(images)} pictures for {n_places} places before the first answer; give "
+            "each picture a part {'type': 'image'} in the content of a message"
+        )
 
 
 def _chat_sample(

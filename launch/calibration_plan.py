@@ -11,6 +11,7 @@ from math import prod
 from typing import TYPE_CHECKING
 
 from launch.errors import LaunchError
+from launch.studies.machine import available_memory
 
 if TYPE_CHECKING:
     from merge.checkpoint import Checkpoint
@@ -117,7 +118,7 @@ def fits(expected: Estimate, device: str) -> bool:
 
 
 def free_memory(device: str) -> int:
-    """Bytes that a process can take now, of the machine's memory or of the GPU's.
+    """Bytes that a process can take now: of the machine's memory within its limit, or of the GPU's.
 
     Raises:
         LaunchError: there is no GPU.
@@ -128,9 +129,7 @@ def free_memory(device: str) -> int:
         if not torch.cuda.is_available():
             raise LaunchError("calibration.device=cuda: torch sees no GPU; set cpu")
         return int(torch.cuda.mem_get_info()[0])
-    import psutil
-
-    return int(psutil.virtual_memory().available)
+    return available_memory()
 
 
 def size_words(n_bytes: int) -> str:

@@ -157,8 +157,9 @@ class Parent:
         found = dataset_samples(self.data, rows, self.processor)
         if self.data["answer"] is None and self.data["messages"] is None:
             generate_answers(
-                found, self.load(), self.processor, size=size, max_new_tokens=MAX_ANSWER_TOKENS
-            )
+                found, self.load(), self.processor, size=size, max_new_tokens=MAX_ANSWER_TOKENS,
+                max_tokens=section.max_tokens,
+            )  # fmt: skip
         return found
 
 
@@ -195,8 +196,9 @@ def _world_samples(parent: Parent, size: int, shard: tuple[int, int]) -> list[Sa
             for question in questions
         ]
         generate_answers(
-            samples, parent.load(), parent.processor, size=size, max_new_tokens=MAX_ANSWER_TOKENS
-        )
+            samples, parent.load(), parent.processor, size=size, max_new_tokens=MAX_ANSWER_TOKENS,
+            max_tokens=section.max_tokens,
+        )  # fmt: skip
         return samples
     engine = build_engine(config, parent.load(), parent.processor, rollout=None)
     return [

@@ -83,16 +83,54 @@ def training_command(
     Args:
         arguments: of train.sh.
         n_processes: ranks on this machine.
-        devices: GPUs' indexes, one a rank, to keep parallel trainings apart; none lets DeepSpeed
-            choose.
+        devices: GPUs' indexes, one a rank, to keep parallel trainings apart; none takes the first
+            of CUDA_VISIBLE_DEVICES, or lets DeepSpeed choose where that is not set.
+
+    Raises:
+        LaunchError: CUDA_VISIBLE_DEVICES has too few, or names that DeepSpeed does not know.
     """
     script = str(Path(str(resources.files("launch"))) / "train.sh")
     where = ["--num_gpus", str(n_processes)]
-    if devices:
-        where = ["--include", f"localhost:{','.join(map(str, devices))}"]
+    if devices or _is_restricted():
+        # DeepSpeed ignores the variable beside its own options and counts all of the machine
+        names = physical_devices(devices or range(n_processes))
+        if not all(name.isdecimal() for name in names):
+            raise LaunchError(
+                f"CUDA_VISIBLE_DEVICES={os.environ['CUDA_VISIBLE_DEVICES']}: the DeepSpeed "
+                "launcher takes numbers only; write them as `nvidia-smi -L` counts"
+            )
+        where = ["--include", f"localhost:{','.join(names)}"]
     return [
         str(deepspeed_launcher()), *where, "--master_port", str(_free_port()), script, *arguments
     ]  # fmt: skip
+
+
+def _is_restricted() -> bool:
+    """Whether CUDA_VISIBLE_DEVICES leaves this process some of the machine's GPUs."""
+    if not os.environ.get("CUDA_VISIBLE_DEVICES"):
+        return False
+    import torch
+
+    return torch.cuda.device_count() > 0
+
+
+def physical_devices(devices: Sequence[int]) -> list[str]:
+    """The machine's own names of GPUs, as CUDA_VISIBLE_DEVICES gives them.
+
+    Args:
+        devices: indexes as this process counts its GPUs.
+
+    Raises:
+        LaunchError: the variable names fewer.
+    """
+    text = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    names = [name.strip() for name in text.split(",")] if text else []
+    if names and max(devices) >= len(names):
+        raise LaunchError(
+            f"CUDA_VISIBLE_DEVICES={text}: names {len(names)} GPUs, one a process, and "
+            f"{max(devices) + 1} are asked for; name more, or ask for fewer processes"
+        )
+    return [names[device] if names else str(device) for device in devices]
 
 
 def training_environment(*, parallel: int = 1) -> dict[str, str]:
@@ -222,7 +260,8 @@ def _start(job: Job, environment: dict[str, str], devices: tuple[int, ...]) -> _
     if job.verb:
         command = [sys.executable, "-m", "launch.cli", job.verb, *job.arguments]
         if devices:
-            environment = {**environment, "CUDA_VISIBLE_DEVICES": ",".join(map(str, devices))}
+            visible = ",".join(physical_devices(devices))
+            environment = {**environment, "CUDA_VISIBLE_DEVICES": visible}
     else:
         command = training_command(job.arguments, n_processes=job.n_processes, devices=devices)
     follower = Follower(job.output / "metrics.jsonl")

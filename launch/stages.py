@@ -23,7 +23,8 @@ class Stages:
 
     Args:
         folder: of the study; stages may remove nothing outside of it.
-        redo: make stages again whose settings have changed, instead of refusing.
+        redo: make stages again whose settings have changed, instead of refusing; what lies there
+            and was not made here is refused all the same.
     """
 
     def __init__(self, folder: Path, *, redo: bool) -> None:
@@ -62,11 +63,13 @@ class Stages:
         Where it was made from others, its target is removed (`redo`) or refused.
 
         Raises:
-            LaunchError: made from other settings, and `redo` is off.
+            LaunchError: made from other settings, and `redo` is off; or not made here.
         """
         found = self.look(name, inputs, target)
-        if found == "foreign" and not self._redo:
-            raise LaunchError(f"{target} exists but was not made here; choose another --output")
+        if found == "foreign":
+            raise LaunchError(
+                f"{target} exists but was not made here; remove it, or choose another --output"
+            )
         if found == "changed" and not self._redo:
             before = (self._read(name) or {})["inputs"]
             changed = _first_difference(before, json.loads(_canonical(inputs)))
@@ -88,7 +91,13 @@ class Stages:
         self._write(name, {**marker, "seconds": round(seconds, 1)})
 
     def run(
-        self, name: str, inputs: dict[str, Any], target: Path, make: Callable[[], object]
+        self,
+        name: str,
+        inputs: dict[str, Any],
+        target: Path,
+        make: Callable[[], object],
+        *,
+        resumes: bool = False,
     ) -> bool:
         """Make the stage unless it is there.
 
@@ -97,13 +106,15 @@ class Stages:
             inputs: plain data that decides its result.
             target: file or folder that it makes.
             make: makes it.
+            resumes: `make` goes on with what a run that was broken off has left in the target.
 
         Returns:
             True if it was made, False if it was there.
         """
         if self.is_done(name, inputs, target):
             return False
-        self.clear(name, target)
+        if not resumes:
+            self.clear(name, target)
         self.start(name, inputs)
         started = time.monotonic()
         make()
@@ -134,11 +145,14 @@ class Stages:
         target = target.resolve()
         if self._folder not in target.parents:
             raise LaunchError(f"{target} lies outside of {self._folder}; it is not removed")
-        self._marker(name).unlink(missing_ok=True)
+        # the marker goes last: a kill in between must leave nothing that looks foreign, or done
+        if marker := self._read(name):
+            self._write(name, {**marker, "done": False})
         if target.is_dir():
             shutil.rmtree(target)
         else:
             target.unlink(missing_ok=True)
+        self._marker(name).unlink(missing_ok=True)
 
 
 def hash_inputs(inputs: dict[str, Any]) -> str:

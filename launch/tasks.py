@@ -74,6 +74,41 @@ def make_statistics(config: Config, kinds: Sequence[str]) -> None:
             )
 
 
+def named_files(config: Config, *uses: str) -> dict[str, Any]:
+    """Files of the user's that settings name, so that no result outlives their content.
+
+    Args:
+        config: settings.
+        uses: which count: the questions of `train` and `eval`, the `dialect`, `vlm_data` and
+            `agent_data` of the calibration.
+
+    Returns:
+        {"files": {path: [[name, size, time of change], ...]}}. Empty where no file is named, so
+        that what was made before stays valid; what ships with the package changes with it alone
+        and does not count.
+    """
+    from configs.schema import DIALECT_SUFFIX
+
+    section, calibration = config.environment, config.calibration
+    benchmarks = {"train": section.train_benchmark, "eval": section.eval_benchmark}
+    named = {use: one.source for use, one in benchmarks.items() if one is not None}
+    named["vlm_data"] = calibration.vlm_data["source"]
+    named["agent_data"] = calibration.agent_data["source"]
+    if section.dialect.endswith(DIALECT_SUFFIX):
+        named["dialect"] = section.dialect
+    shipped = Path(str(resources.files("configs"))).resolve()
+    stamps = {}
+    for name in filter(None, map(named.get, uses)):
+        try:
+            path = Path(name).expanduser()
+            if path.exists() and shipped not in path.resolve().parents:
+                files = sorted(path.iterdir()) if path.is_dir() else [path]
+                stamps[name] = [_stamp(file) for file in files]
+        except (OSError, RuntimeError):
+            continue  # no path that there can be: whoever reads it says so
+    return {"files": stamps} if stamps else {}
+
+
 def make_task(
     name: str, config: Config, *, checkpoint: str | None = None, recognition: bool = False
 ) -> Task:
@@ -94,6 +129,7 @@ def make_task(
         "seed": config.seed,
         "recognition": recognition,
         "code": _code_digest(),
+        **named_files(config, "eval", "dialect"),
     }
     if checkpoint is not None:
         inputs["checkpoint"] = fingerprint(checkpoint)

@@ -27,6 +27,8 @@ SETTINGS = (
 )  # fmt: skip
 MERGE = ("merge.method=task_arithmetic", "merge.weights={vlm: 0.5, agent: 0.7}")
 SHOWN = ("reward", "loss", "grad_norm")
+MARK = ".zero-study"
+"""File by which a folder of --work is known for one that may be emptied."""
 
 
 @dataclass(frozen=True)
@@ -148,7 +150,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=Path("docs/results"), metavar="DIR")
     parser.add_argument("--work", type=Path, default=Path("runs/zero"), metavar="DIR")
     options = parser.parse_args(argv)
+    mark = options.work / MARK
+    if options.work.exists() and not mark.is_file():
+        parser.error(f"--work {options.work}: is not an earlier study's; name a folder that is new")
     shutil.rmtree(options.work, ignore_errors=True)
+    options.work.mkdir(parents=True)
+    mark.touch()
     start = options.work / "start"
     merge_checkpoints(load_config(shipped_config("demo"), MERGE), start)
     jobs = [make_job(arm, start, options.work) for arm in ARMS]

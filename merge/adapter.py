@@ -115,6 +115,7 @@ def merge_adapter(
     base: str | Path | None = None,
     families: str | Path | None = None,
     overwrite: bool = False,
+    dry_run: bool = False,
 ) -> dict[str, Any]:
     """Writes a whole policy: the base's folder with the adapter in its weights.
 
@@ -124,9 +125,11 @@ def merge_adapter(
         base: Checkpoint that the adapter was trained on; None for the one that it names itself.
         families: YAML file with further model families.
         overwrite: Replace an output that a merge wrote.
+        dry_run: Check names, shapes and the output, write nothing.
 
     Returns:
-        The content of merge.json; `obm merge verify` checks the folder by it.
+        The content of merge.json; `obm merge verify` checks the folder by it. Without its `tensors`
+        for a dry run.
 
     Raises:
         MergeError: An adapter that is more than W + s B A, a target that the base does not have or
@@ -161,6 +164,13 @@ def merge_adapter(
         for file in checkpoint.files
     ]
     check_output(output, {"base": checkpoint}, sum(file.n_bytes for file in files), overwrite)
+    record: dict[str, Any] = {
+        "method": "adapter",
+        "parents": {"vlm": {"source": source, "revision": checkpoint.revision}},
+        "adapter": {"source": str(folder), "settings": settings, "tensors": len(plan)},
+    }
+    if dry_run:
+        return record
     part = output.with_name(f".{output.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     try:
@@ -183,12 +193,7 @@ def merge_adapter(
                 writer.close()
         copy_companions(checkpoint.folder, part)
         write_index(part, files)
-        record = {
-            "method": "adapter",
-            "parents": {"vlm": {"source": source, "revision": checkpoint.revision}},
-            "adapter": {"source": str(folder), "settings": settings, "tensors": len(plan)},
-            "tensors": tensors,
-        }
+        record["tensors"] = tensors
         (part / RECORD_NAME).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         move_into_place(part, output, overwrite)
     except OSError as error:

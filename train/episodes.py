@@ -247,7 +247,7 @@ class EpisodeEngine:
                 question["question"], image is not None
             )
             text = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True
+                messages_for(self.processor, messages), tokenize=False, add_generation_prompt=True
             )
             pictures = [self.encode_image(image)] if image is not None else []
             token_ids = self._tokens_with_pictures(text, "<|image_pad|>", pictures)
@@ -391,6 +391,25 @@ class EpisodeEngine:
         for picture, part in zip(pictures, parts[1:], strict=True):
             widened += "<|image_pad|>" * picture.n_tokens + part
         return self.tokenizer(widened, add_special_tokens=False)["input_ids"]
+
+
+def messages_for(processor: Any, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Chat messages as the template of a processor, or of a bare tokenizer, takes them.
+
+    Text models' templates take strings: a list of parts stops Qwen2.5's, is left out by Qwen3's and
+    stands as Python writes it in the prompts of others. VLMs' templates keep the parts.
+    """
+    if getattr(processor, "image_processor", None) is not None:
+        return messages
+    return [{**message, "content": _joined(message["content"])} for message in messages]
+
+
+def _joined(content: Any) -> Any:
+    """The text of parts that are all text; any other content as it is."""
+    is_text = isinstance(content, list) and all(
+        isinstance(part, dict) and part.get("type") == "text" for part in content
+    )
+    return "".join(part["text"] for part in content) if is_text else content
 
 
 def _user_text(messages: list[dict[str, Any]]) -> str:

@@ -8,7 +8,6 @@ what is there.
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 EXAMPLES = (
     "obm demo",
@@ -19,8 +18,9 @@ EXAMPLES = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Where to, and settings to change."""
     parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="settings laid over every stage"
-    )
+        "overrides", nargs="*", metavar="key=value",
+        help="settings laid over every stage; what an arm or its recipe says itself stays",
+    )  # fmt: skip
     parser.add_argument("--output", metavar="DIR", help="default: runs/demo")
     parser.add_argument(
         "--parallel",
@@ -33,14 +33,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Run the shipped study `demo`."""
-    from launch.arguments import check_overrides, command_line
-    from launch.studies.file import Options, load_study
-    from launch.studies.run import describe_study, run_study
+    from launch.arguments import command_line
+    from launch.studies.file import Options
+    from launch.studies.run import describe_study, read_study, run_study
 
-    check_overrides(options.overrides)
-    study = load_study("demo")
-    if options.output:
-        study.output = Path(options.output)
+    study = read_study("demo", options)
     # The demo's folder is the demo's own: changed settings make its stages again.
     how = Options(command_line(), options.overrides, options.parallel, redo=True)
     if options.dry_run:

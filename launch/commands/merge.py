@@ -90,11 +90,15 @@ def run(options: argparse.Namespace) -> int:
         print(record["table"])
         return 0
     print(f"{config.merge.method}: {output}")
+    _push(options, output)
+    return 0
+
+
+def _push(options: argparse.Namespace, output: Path) -> None:
     if options.push_to_hub:
         from merge.hub import push_folder
 
         print(push_folder(output, options.push_to_hub, private=options.private))
-    return 0
 
 
 def _verify(folders: list[str]) -> int:
@@ -117,12 +121,20 @@ def _merge_adapter(options: argparse.Namespace) -> int:
     folder, *options.overrides = options.overrides[1:] or [""]
     if not folder or not options.output:
         raise LaunchError("write `obm merge adapter RUN_OR_ADAPTER_FOLDER --output DIR`")
+    for name in ("sweep", "agreement", "stats"):
+        if getattr(options, name):
+            raise LaunchError(f"--{name}: goes with a merge, not with an adapter; leave it out")
     families = read_config(options).merge.families
     record = merge_adapter(
-        folder, options.output, base=options.base, families=families, overwrite=options.overwrite
-    )
-    base = record["parents"]["vlm"]["source"]
-    print(f"{record['adapter']['tensors']} tensors of {base} changed: {options.output}")
+        folder, options.output, base=options.base, families=families,
+        overwrite=options.overwrite, dry_run=options.dry_run,
+    )  # fmt: skip
+    what = f"{record['adapter']['tensors']} tensors of {record['parents']['vlm']['source']}"
+    if options.dry_run:
+        print(f"{what} would change, in {options.output}")
+        return 0
+    print(f"{what} changed: {options.output}")
+    _push(options, Path(os.path.expanduser(options.output)))
     return 0
 
 

@@ -16,9 +16,6 @@ changed since are refused unless --redo is given. A training that fails does not
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
-
-from launch.errors import LaunchError
 
 EXAMPLES = (
     "obm study ceiling --dry-run",
@@ -32,8 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The study, and how to run it."""
     parser.add_argument("study", help="YAML file, or the name of a shipped study")
     parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="settings laid over every run"
-    )
+        "overrides", nargs="*", metavar="key=value",
+        help="settings laid over every run; what an arm or its recipe says itself stays",
+    )  # fmt: skip
     parser.add_argument("--output", metavar="DIR", help="default: as the file says")
     parser.add_argument(
         "--report", metavar="DIR", help="where the report goes (default: as the file says)"
@@ -58,25 +56,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Run what is missing, write the report."""
-    from launch.arguments import check_overrides, command_line
-    from launch.studies.file import Options, load_study
-    from launch.studies.run import check_folders, describe_study, run_study
-    from launch.studies.shapes import check_path
+    from launch.arguments import command_line
+    from launch.studies.file import Options
+    from launch.studies.run import describe_study, read_study, run_study
 
-    check_overrides(options.overrides)
-    for name in ("parallel", "processes"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise LaunchError(f"--{name} {value}: give a number of 1 or more")
-    for name in ("output", "report"):
-        if getattr(options, name) is not None:
-            check_path(getattr(options, name), f"--{name}")
-    study = load_study(options.study)
-    if options.output:
-        study.output = Path(options.output)
-    if options.report:
-        study.report = Path(options.report)
-    check_folders(study)
+    study = read_study(options.study, options)
     how = Options(
         command=command_line(),
         overrides=options.overrides,

@@ -10,7 +10,6 @@ that was broken off goes on where it stopped. Writes PATH.json, PATH.csv and PAT
 from __future__ import annotations
 
 import argparse
-import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -62,8 +61,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--uneven", action="store_true", help="allow entries with unequal numbers of settings"
     )
     parser.add_argument(
-        "--parallel", type=int, metavar="N", help="settings at a time (default: one a core)"
-    )
+        "--parallel", type=int, metavar="N",
+        help="settings at a time (default: what cores and memory take)",
+    )  # fmt: skip
     parser.add_argument("--overwrite", action="store_true", help="replace earlier results")
     parser.add_argument("--dry-run", action="store_true", help="check and count, merge nothing")
 
@@ -90,11 +90,10 @@ def run(options: argparse.Namespace) -> int:
     from train.files import write_json, write_text
 
     finished = Path(config.output).parent / "tuning" / f"{output.name}.jsonl"
-    parallel = options.parallel or len(os.sched_getaffinity(0))
     # before hours of measuring: what cannot be written says so now
-    for option, path in written:
+    for option, path in [*written, ("output", finished)]:
         _make_folder(option, path)
-    rows = tune(config, entries, finished, options.grid, parallel=parallel)
+    rows = tune(config, entries, finished, options.grid, parallel=options.parallel)
     best = best_settings(rows)
     record = _record(config, rows, best)
     write_json(output.with_suffix(".json"), record)
@@ -228,16 +227,21 @@ def _read_entry(name: Any, content: Any, path: Path, config: Config) -> Entry:
 
 
 def tune(
-    config: Config, entries: Sequence[Entry], finished: Path, where: str, *, parallel: int = 1
+    config: Config,
+    entries: Sequence[Entry],
+    finished: Path,
+    where: str,
+    *,
+    parallel: int | None = None,
 ) -> list[dict[str, Any]]:
     """Merge and evaluate every setting of every entry on `config.environment.eval_split`.
 
     Args:
         config: models, merge and the evaluation's questions.
         entries: of the grid.
-        finished: JSON lines of finished settings.
+        finished: JSON lines of finished settings; merges are made beside it.
         where: the grid's name, for messages.
-        parallel: settings at a time.
+        parallel: settings at a time; None: what cores and memory take.
 
     Returns:
         One row a setting, in the grid's order: name, method, setting, then score, four parts, and
@@ -246,6 +250,7 @@ def tune(
     from compare.tuning import lay_over, setting_text, table_parts
     from compare.zero_shot import Results, measure_all
     from launch.commands.merge import merge_checkpoints
+    from launch.studies.machine import share_evaluations
     from launch.tasks import check_merges, make_statistics, make_task, merged_roles, needed_kinds
 
     named = [(entry, s) for entry in entries for s in entry.settings(merged_roles(config))]
@@ -257,8 +262,10 @@ def tune(
     ]
     results = Results(finished)
     missing = [task for task in tasks if task.key not in results]
-    check_merges(missing, Path(tempfile.gettempdir()))
+    check_merges(missing, finished.parent)
+    share = share_evaluations(config, parallel)
     print(f"{len(tasks)} settings, {len(tasks) - len(missing)} of them finished before")
+    print(f"{share.parallel} at a time: {share.words}")
     count = 0
 
     def report(name: str, result: dict[str, Any]) -> None:
@@ -267,7 +274,14 @@ def tune(
         parts = "  ".join(f"{k}={v}" for k, v in table_parts(result["metrics"]).items())
         print(f"[{count}/{len(missing)}] {name}  {parts}", flush=True)
 
-    measured = measure_all(tasks, results, merge_checkpoints, parallel=parallel, report=report)
+    measured = measure_all(
+        tasks,
+        results,
+        merge_checkpoints,
+        parallel=share.parallel,
+        scratch=finished.parent,
+        report=report,
+    )
     return [
         {
             "name": entry.name,

@@ -9,9 +9,10 @@ by them. A seed changes what it changes in the study of floors (launch/studies/m
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -124,8 +125,8 @@ def _runs(study: Study, axes: dict[str, list[Point]]) -> list[Run]:
     kinds: dict[str, set[str]] = {}
     for point in points:
         key = sample_key(point)
-        name = "reference" if is_reference(point) else point.arm
-        names.setdefault(key, re.sub(r"[^a-z0-9.]+", "-", name.lower()))
+        if key not in names:
+            names[key] = _sample_name(point, names.values())
         kinds.setdefault(key, set()).update(needed_kinds(point.config.merge))
     runs = []
     for seed in study.seeds:
@@ -143,6 +144,14 @@ def _runs(study: Study, axes: dict[str, list[Point]]) -> list[Run]:
                 )
             runs.append(Run(point, seed, names[key], measured, config))
     return runs
+
+
+def _sample_name(point: Point, taken: Collection[str]) -> str:
+    """Name of a calibration, as a folder has it; with a number where another one has it already."""
+    arm = "reference" if is_reference(point) else point.arm
+    name = re.sub(r"[^a-z0-9.]+", "-", arm.lower())
+    numbered = (f"{name}-{number}" for number in count(2))
+    return next(one for one in chain([name], numbered) if one not in taken)
 
 
 def _steps(study: Study, runs: list[Run], stages: Stages) -> Iterator[Step]:

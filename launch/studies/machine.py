@@ -54,10 +54,16 @@ def available_memory(cgroup: Path = CGROUP) -> int:
     available = int(psutil.virtual_memory().available)
     try:
         limit = (cgroup / "memory.max").read_text().strip()
-        used = int((cgroup / "memory.current").read_text())
+        used = int((cgroup / "memory.current").read_text()) - _reclaimable(cgroup)
     except (OSError, ValueError):
         return available
     return available if limit == "max" else max(0, min(available, int(limit) - used))
+
+
+def _reclaimable(cgroup: Path) -> int:
+    """Bytes of files that the kernel keeps as long as nobody needs the memory."""
+    lines = (cgroup / "memory.stat").read_text().splitlines()
+    return next((int(line.split()[1]) for line in lines if line.startswith("inactive_file ")), 0)
 
 
 def training_bytes(config: Config, n_processes: int = 1) -> int:
@@ -97,6 +103,17 @@ def _memory(config: Config, n_processes: int) -> Memory | None:
         return memory(plan_of(replace(config, models=models), n_processes))
     except ConfigError:
         return None
+
+
+def share_evaluations(config: Config, wanted: int | None = None) -> Share:
+    """How many evaluations without training run at a time: on the processor, one process each.
+
+    Args:
+        config: of one of them.
+        wanted: see `share_trainings`.
+    """
+    machine = replace(this_machine(), n_gpus=0)
+    return share_trainings(machine, evaluation_bytes(config), wanted=wanted)
 
 
 def share_trainings(

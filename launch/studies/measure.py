@@ -13,14 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch.studies.file import Options, Study
-from launch.studies.machine import (
-    Share,
-    duration_words,
-    evaluation_bytes,
-    share_trainings,
-    this_machine,
-    time_left,
-)
+from launch.studies.machine import duration_words, share_evaluations, time_left
 from launch.studies.starts import Step, calibration_step, say
 from launch.tasks import check_merges, merged_roles, needed_kinds
 
@@ -84,7 +77,7 @@ def measure_tasks(
     missing = [task for task in tasks if task.key not in results]
     check_merges(missing, study.output)
     n_there = len(tasks) - len(missing)
-    share = _share(tasks, options)
+    share = share_evaluations(tasks[0].config, options.parallel)
     say(
         f"evaluate   {len(tasks)} times, {n_there} of them there already; "
         f"{share.parallel} at a time: {share.words}"
@@ -115,7 +108,7 @@ def describe_tasks(study: Study, tasks: Sequence[Task], options: Options) -> lis
     results = Results(study.output / "measured.jsonl")
     n = len(tasks)
     n_left = sum(task.key not in results for task in tasks)
-    share = _share(tasks, options)
+    share = share_evaluations(tasks[0].config, options.parallel)
     lines = [
         f"{n} evaluations, no training; {share.parallel} at a time: {share.words}",
         f"  {n - n_left} there already, {n_left} to run",
@@ -132,9 +125,3 @@ def four_parts(metrics: dict[str, float]) -> str:
     from train.evaluation import FOUR_PARTS
 
     return ", ".join(f"{part} {metrics[part]:.2f}" for part in FOUR_PARTS)
-
-
-def _share(tasks: Sequence[Task], options: Options) -> Share:
-    """Evaluations run on the processor, one process each."""
-    machine = replace(this_machine(), n_gpus=0)
-    return share_trainings(machine, evaluation_bytes(tasks[0].config), wanted=options.parallel)

@@ -22,8 +22,9 @@ from launch.studies.ceiling import describe_ceiling
 from launch.studies.file import Arm, Options, Study
 from launch.studies.plan import COMMAND_LINE, Plan, flatten, load_settings, start_key
 from launch.studies.report import publish
-from launch.studies.starts import make_starts, reused, say
+from launch.studies.starts import evaluate, make_starts, reused, say
 from launch.studies.trainings import raise_failures, train_arms, trained_policy
+from launch.tasks import named_files
 
 if TYPE_CHECKING:
     from configs.schema import Config
@@ -150,8 +151,6 @@ def _trained(study: Study, arm: Arm) -> str:
 def _evaluate(
     plan: Plan, stages: Stages, entry: Entry, title: str, config: Config, command: str
 ) -> dict[str, Any]:
-    from launch.commands.eval import evaluate_checkpoint
-
     name = f"{entry.row.replace('/', '-')}-{title.replace(' ', '-')}"
     name += "" if entry.seed is None else f"-s{entry.seed}"
     target = plan.study.output / "table" / name
@@ -163,12 +162,13 @@ def _evaluate(
         "environment": asdict(config.environment),
         "grpo": config.grpo,
         "mode": entry.mode,
+        **named_files(config, "eval", "dialect"),
     }
     make = partial(
-        evaluate_checkpoint, config, str(entry.checkpoint), target,
+        evaluate, config, str(entry.checkpoint), target,
         arm=entry.arm.name, command=command, mode=entry.mode,
     )  # fmt: skip
-    made = stages.run(f"table-{name}", inputs, target, make)
+    made = stages.run(f"table-{name}", inputs, target, make, resumes=True)
     record: dict[str, Any] = json.loads((target / "eval.json").read_text(encoding="utf-8"))
     accuracy = record["metrics"]["accuracy"]
     say(f"evaluate   {name}: accuracy {accuracy:.2f}{reused(made)}")

@@ -27,6 +27,7 @@ class Plan:
         self.study = study
         self._overrides = overrides
         self._configs = {arm.name: self._load(arm) for arm in study.arms}
+        self._check_heeded()
         self._map_owners = map_owners(study, self._configs)
         for arm in study.arms:
             self._place_map(arm, self._configs[arm.name])
@@ -99,7 +100,31 @@ class Plan:
         """Where a training of the arm lies."""
         return self.study.output / "runs" / f"{arm.name}-s{seed}"
 
+    def _check_heeded(self) -> None:
+        """Refuse what the command line says and no arm would follow."""
+        for override in self._overrides:
+            key = override.partition("=")[0]
+            if not any(self._heeds(arm, key) for arm in self.study.arms):
+                raise ConfigError(
+                    f"{COMMAND_LINE}{key}: would change nothing, for every arm says it itself or "
+                    f"has no use for it; change it in {self.study.file} (a folder: --output)"
+                )
+
+    def _heeds(self, arm: Arm, key: str) -> bool:
+        said = {override.partition("=")[0] for _, own in self._own(arm) for override in own}
+        return key not in said and (bool(arm.merge) or not key.startswith("merge."))
+
     def _load(self, arm: Arm, seed: int | None = None) -> Config:
+        settings = [
+            (f"{self.study.file}:overrides.", flatten(self.study.overrides)),
+            (f"{self.study.place(arm)}.settings.", flatten(arm.settings)),
+            (COMMAND_LINE, self._overrides),
+            *self._own(arm, seed),
+        ]
+        return load_settings(self.study.config, settings)
+
+    def _own(self, arm: Arm, seed: int | None = None) -> list[tuple[str, list[str]]]:
+        """What makes an arm this arm; it stays whatever the command line says."""
         output = self.study.output if seed is None else self.run_folder(arm, seed)
         calibration = self.study.output / "calibration"
         init = arm.init or str(self.merged_folder(arm).resolve())
@@ -114,15 +139,8 @@ class Plan:
         }
         if seed is not None:
             own["seed"] = seed
-        place = self.study.place(arm)
-        settings = [
-            (f"{self.study.file}:overrides.", flatten(self.study.overrides)),
-            (f"{place}.settings.", flatten(arm.settings)),
-            (COMMAND_LINE, self._overrides),
-            (f"{place}.", flatten({"merge": arm.merge} if arm.merge else {})),
-            (f"{place}.", flatten(own)),
-        ]
-        return load_settings(self.study.config, settings)
+        place = f"{self.study.place(arm)}."
+        return [(place, flatten({"merge": arm.merge} if arm.merge else {})), (place, flatten(own))]
 
     def _place_map(self, arm: Arm, config: Config) -> None:
         if owner := self.map_owner(arm):

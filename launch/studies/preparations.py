@@ -22,6 +22,7 @@ from launch.studies.machine import duration_words, gpu_groups, this_machine, tim
 from launch.studies.plan import Plan, frozen_inputs, map_stage, preparation_stage, start_key
 from launch.studies.starts import Step, reused, say
 from launch.studies.trainings import share_of
+from launch.tasks import named_files
 
 if TYPE_CHECKING:
     from configs.schema import Config
@@ -34,7 +35,11 @@ def map_steps(plan: Plan, stages: Stages) -> Iterator[Step]:
             continue
         config, target = plan.config(arm), plan.map_folder(arm.name)
         settings, keys = asdict(config), ("seed", "environment", "rewards", "grpo", "conflict")
-        inputs = {"start": start_key(plan, stages, arm), **{key: settings[key] for key in keys}}
+        inputs = {
+            "start": start_key(plan, stages, arm),
+            **{key: settings[key] for key in keys},
+            **named_files(config, "train", "dialect"),
+        }
         words = f"diagnose   {arm.name}: conflict map of its heads"
         make = partial(_make_map, config, str(plan.start(arm)), target)
         yield Step(map_stage(arm.name), inputs, target, make, partial(str, words))
@@ -62,6 +67,8 @@ def publish_maps(plan: Plan, command: str) -> None:
 
 def preparation_steps(plan: Plan, stages: Stages) -> Iterator[Step]:
     """SPORT and cold starts of every seed, whole seeds first; made by `prepare_arms`."""
+    from configs.sections import Lora
+
     for seed in plan.study.seeds:
         for arm in plan.study.arms:
             if not arm.prepare:
@@ -70,9 +77,16 @@ def preparation_steps(plan: Plan, stages: Stages) -> Iterator[Step]:
             settings = asdict(config)
             keys = ("seed", "environment", "rewards", "grpo", "freeze_heads", arm.prepare)
             inputs: dict[str, Any] = {
-                "start": start_key(plan, stages, arm), **{key: settings[key] for key in keys}
-            }  # fmt: skip
+                "start": start_key(plan, stages, arm),
+                **{key: settings[key] for key in keys},
+                **named_files(config, "train", "dialect"),
+            }
             inputs["freeze_heads"] = frozen_inputs(plan, stages, arm, config)
+            # defaults are left out, as those of a training are
+            if settings["lora"] != asdict(Lora()):
+                inputs["lora"] = settings["lora"]
+            if config.models.freeze_vision:
+                inputs["models"] = {"freeze_vision": True}
             target = plan.prepared_folder(arm, seed)
             words = f"{arm.prepare:<10} {arm.name}-s{seed}"
             yield Step(

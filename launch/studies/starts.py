@@ -5,7 +5,9 @@ Each is a step with its inputs, so that a dry run can ask what is there without 
 
 from __future__ import annotations
 
+import gc
 import json
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -14,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from launch.stages import Stages, fingerprint
 from launch.studies.plan import Plan, calibrations, start_key
-from launch.tasks import merged_roles
+from launch.tasks import merged_roles, named_files
 
 if TYPE_CHECKING:
     from configs.schema import Config
@@ -41,13 +43,24 @@ class Step:
     make: Callable[[], object]
     describe: Callable[[], str]
     """one line when it is there"""
+    resumes: bool = False
+    """`make` goes on with what was broken off"""
 
 
 def run_steps(steps: Iterable[Step], stages: Stages) -> None:
     """Make what is missing, one after another."""
     for step in steps:
-        made = stages.run(step.name, step.inputs, step.target, step.make)
+        made = stages.run(step.name, step.inputs, step.target, step.make, resumes=step.resumes)
         say(f"{step.describe()}{reused(made)}")
+        free_gpu()
+
+
+def free_gpu() -> None:
+    """Gives back GPU memory that this process holds of models that are done; others need it."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def describe_steps(steps: Iterable[Step], stages: Stages) -> list[str]:
@@ -94,13 +107,14 @@ def calibration_step(config: Config, role: str, name: str) -> Step:
         "checkpoint": fingerprint(parent_folder(config, role)),
         "calibration": asdict(config.calibration),
         "environment": asdict(config.environment),
+        **named_files(config, "train", "dialect", "vlm_data" if role == "vlm" else "agent_data"),
     }
     kinds = ", ".join(config.calibration.kinds)
     what = name.removeprefix("calibrate-")
     words = f"calibrate  {what}: {kinds} of {config.calibration.samples} samples"
     return Step(
         name, inputs, stats_path(config, role).parent,
-        partial(calibrate_parent, config, role), lambda: words,
+        partial(calibrate_parent, config, role), lambda: words, resumes=True,
     )  # fmt: skip
 
 
@@ -126,7 +140,7 @@ def _merge_steps(plan: Plan, stages: Stages) -> Iterator[Step]:
 
 def evaluation_steps(plan: Plan, stages: Stages, command: str) -> Iterator[Step]:
     """What every start does as it is; its merge must have been looked at."""
-    from launch.commands.eval import describe, evaluate_checkpoint
+    from launch.commands.eval import describe
 
     for arm in plan.study.arms:
         if arm.prepare:
@@ -137,16 +151,33 @@ def evaluation_steps(plan: Plan, stages: Stages, command: str) -> Iterator[Step]
             "start": start_key(plan, stages, arm),
             "environment": asdict(config.environment),
             "grpo": config.grpo,
+            **named_files(config, "eval", "dialect"),
         }
         make = partial(
-            evaluate_checkpoint, config, str(plan.start(arm)), target, arm=arm.name, command=command
+            evaluate, config, str(plan.start(arm)), target, arm=arm.name, command=command
         )
 
         def words(target: Path = target) -> str:
             record = json.loads((target / "eval.json").read_text(encoding="utf-8"))
             return f"evaluate   {describe(record)}"
 
-        yield Step(f"evaluate-{arm.name}", inputs, target, make, words)
+        yield Step(f"evaluate-{arm.name}", inputs, target, make, words, resumes=True)
+
+
+def evaluate(config: Config, checkpoint: str, target: Path, **how: Any) -> None:
+    """An evaluation of a study; goes on with what one that was broken off has kept.
+
+    Args:
+        config: settings.
+        checkpoint: folder or hub id.
+        target: folder to write.
+        how: further arguments of `evaluate_checkpoint`.
+    """
+    from launch.commands.eval import evaluate_checkpoint
+
+    # there only where a kill came just before the stage's marker; it would be refused
+    (target / "eval.json").unlink(missing_ok=True)
+    evaluate_checkpoint(config, checkpoint, target, **how)
 
 
 def _recipe(config: Config) -> str:

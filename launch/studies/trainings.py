@@ -29,6 +29,7 @@ from launch.studies.machine import (
 )
 from launch.studies.plan import Plan, frozen_inputs, max_steps, start_key
 from launch.studies.starts import reused, say
+from launch.tasks import named_files
 
 if TYPE_CHECKING:
     from configs.schema import Config
@@ -67,6 +68,7 @@ def list_trainings(plan: Plan, stages: Stages) -> Iterator[Training]:
             **{key: settings[key] for key in ("seed", "environment", "rewards", "grpo")},
             "eval_every": config.compare.eval_every,
             "deepspeed": config.deepspeed,
+            **named_files(config, "train", "eval"),
         }
         if config.reward_functions:
             inputs["reward_functions"] = settings["reward_functions"]
@@ -289,9 +291,12 @@ def describe_trainings(plan: Plan, stages: Stages, options: Options) -> list[str
     ]
     going_on = f", {begun} begun" if begun else ""
     lines.append(f"  {len(done)} there already{going_on}, {left} to run")
-    changed = [name for name, state in found.items() if state in ("changed", "foreign")]
-    if changed:
-        lines.append(f"  made otherwise, and refused without --redo: {', '.join(changed)}")
+    for state, words in (
+        ("changed", "made otherwise, and refused without --redo"),
+        ("foreign", "not made here, and refused"),
+    ):
+        if names := [name for name, one in found.items() if one == state]:
+            lines.append(f"  {words}: {', '.join(names)}")
     took = [seconds for training in done if (seconds := stages.seconds(training.stage))]
     if left and took:
         about = duration_words(time_left(took, left, share.parallel))

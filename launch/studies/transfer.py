@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from configs.errors import ConfigError
 from launch.errors import LaunchError
 from launch.stages import Stages
 from launch.studies.file import Arm, Options, Study
@@ -68,7 +69,7 @@ def run_transfer(study: Study, options: Options) -> dict[str, Any]:
         raise_failures(train_arms(plan, stages, options), plan, is_reported=True)
     else:
         check_trained(plan)
-    entries = _entries(plan)
+    entries, training = _entries(plan), _training(plan)
     measured = measure_tasks(study, _tasks(entries, worlds), options, four_parts)
     rows = [
         {**{key: getattr(entry, key) for key in ("arm", "world", "stage", "seed")},
@@ -83,7 +84,7 @@ def run_transfer(study: Study, options: Options) -> dict[str, Any]:
         title=study.title,
         command=options.command,
         worlds={name: _about(study, name, config) for name, config in worlds.items()},
-        training=_training(plan),
+        training=training,
     )
     say("\n" + "\n".join(accuracy_table(record)) + "\n")
     publish(study, record, SUFFIXES)
@@ -137,8 +138,14 @@ def check_trained(plan: Plan) -> None:
 
 
 def _check_start(plan: Plan, arm: Arm, run: Path) -> None:
-    """The merge that is evaluated before training is the one that was trained."""
+    """The start that is evaluated before training is the one that was trained."""
     if arm.merge is None:
+        trained = _run_config(run)["models"]["init"]
+        if trained != arm.init and not _is_same(trained, plan.start(arm)):
+            raise LaunchError(
+                f"{run} was trained from {trained}, not from {arm.init}; change the arm's init in "
+                f"{plan.study.name}, or {plan.study.name}:trained"
+            )
         return
     start = Path(_start(plan, arm))
     if not (start / "merge.json").is_file():
@@ -154,6 +161,16 @@ def _check_start(plan: Plan, arm: Arm, run: Path) -> None:
             f"{run} was not trained from {start} ({first} differ); name its start in "
             f"{plan.study.name}:starts"
         )
+
+
+def _is_same(trained: str, start: Path | str) -> bool:
+    """Whether two names are of one checkpoint; what is not there any more is another one."""
+    from configs.schema import resolve_model
+
+    try:
+        return Path(resolve_model(trained)).resolve() == Path(start).resolve()
+    except ConfigError:
+        return False
 
 
 def _checksums(path: Path) -> dict[str, str]:
@@ -221,8 +238,13 @@ def _training(plan: Plan) -> str:
     run = _run_folder(plan, plan.study.arms[0], plan.study.seeds[0])
     config = _run_config(run)
     made = json.loads((run / "environment.json").read_text(encoding="utf-8"))
+    n_steps = json.loads((run / "done.json").read_text(encoding="utf-8"))["step"]
     environment = config["environment"]
+    questions = f"kind {', '.join(environment['kinds'])}"
+    benchmark = environment.get("train_benchmark")
+    if benchmark and benchmark["name"] != "atlas":
+        questions = benchmark["name"]
     return (
-        f"{config['grpo']['max_steps']} steps of GRPO on questions of kind "
-        f"{', '.join(environment['kinds'])}, commit {made.get('commit', 'unknown')}"
+        f"{n_steps} steps of GRPO on questions of {questions}, commit "
+        f"{made.get('commit', 'unknown')}"
     )

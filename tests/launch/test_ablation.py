@@ -156,6 +156,16 @@ def test_points_that_are_calibrated_alike_share_statistics(write_study, made, tm
     assert open_stats(folder / "agent", "diagonal").vector("a.weight").tolist() == [1.0] * 4
 
 
+def test_samples_whose_names_make_one_folder_name_have_folders_of_their_own(write_study, made):
+    points = {
+        name: {"calibration": {"samples": n}} for name, n in (("Two kinds", 3), ("two kinds", 5))
+    }
+    run_ablation(write_study({"data": {"points": points}}), Options("c", parallel=1))
+    calibrated, _ = made
+    samples = {sample for sample, _, _ in calibrated}
+    assert samples == {"reference", "data-two-kinds", "data-two-kinds-2"}
+
+
 def test_a_second_run_makes_nothing(write_study, made):
     calibrated, measured = made
     study = write_study()

@@ -1,13 +1,16 @@
 """Calibration data from anywhere, and the verb that uses them, on tiny untrained checkpoints."""
 
+import copy
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import trl
 import yaml
 
-from launch.calibration_batches import Batches, Sample, collate, generate_answers
+from launch.calibration_batches import Batches, Sample, collate, generate_answers, render
 from launch.calibration_data import (
     dataset_samples,
     is_trajectories,
@@ -158,6 +161,26 @@ def test_in_chat_messages_the_assistants_turns_are_its_own_words(tokenizer):
     assert tokenizer.decode([*prompt, *sample.answer_ids]) == whole
 
 
+@pytest.mark.parametrize("template", ["qwen2_5", "qwen3", "llama3"])
+def test_a_text_models_own_template_gets_the_prompt_as_one_string(tokenizer, template):
+    path = Path(trl.__file__).parent / "chat_templates" / f"{template}.jinja"
+    text_model = copy.deepcopy(tokenizer)
+    text_model.chat_template = path.read_text(encoding="utf-8")
+    text_model.bos_token = text_model.eos_token  # Llama's template begins with one
+    (sample,) = dataset_samples({**NO_DATA, "answer": "{reply}"}, [(0, ROWS[3])], text_model)
+    assert "What is 3?" in sample.prompt
+    assert "'type'" not in sample.prompt
+
+
+def test_joined_parts_change_no_byte_where_a_template_takes_both(tokenizer, processor):
+    text = [{"type": "text", "text": "red "}, {"type": "text", "text": "or blue?"}]
+    pictured = [{"type": "image"}, *text]
+    for owner, content in ((tokenizer, text), (tokenizer, pictured), (processor, pictured)):
+        messages = [{"role": "user", "content": content}]
+        direct = owner.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        assert render(messages, owner) == direct
+
+
 def test_faulty_rows_are_named(tokenizer):
     data = {**NO_DATA, "source": "rows.json", "prompt": "{questoin}"}
     with pytest.raises(LaunchError, match=r"row 7: has no column 'questoin'; it has question, re"):
@@ -194,14 +217,36 @@ def test_pictures_come_as_files_or_bytes_and_a_bad_one_is_named_with_its_row(tmp
         dataset_samples(data, [(5, {"question": "a", "photo": []})], processor)
 
 
-def test_a_damaged_picture_inside_a_data_set_is_named_with_its_row(tmp_path, processor):
+def test_pictures_of_chat_messages_need_a_place_each(tmp_path, processor):
+    from PIL import Image
+
+    Image.new("RGB", (56, 56), "red").save(tmp_path / "red.png")
+    data = {**NO_DATA, "source": str(tmp_path / "rows.json"), "images": ["photo"],
+            "messages": "talk"}  # fmt: skip
+
+    def samples(content):
+        talk = [{"role": "user", "content": content}, {"role": "assistant", "content": "red"}]
+        return dataset_samples(data, [(4, {"talk": talk, "photo": "red.png"})], processor)
+
+    parts = [{"type": "image"}, {"type": "text", "text": "Colour?"}]
+    for content in (parts, "<|vision_start|><|image_pad|><|vision_end|>Colour?"):
+        assert [len(sample.images) for sample in samples(content)] == [1]
+    with pytest.raises(LaunchError, match="row 4: 1 pictures for 0 places before the first answer"):
+        samples("Colour?")
+
+
+@pytest.mark.parametrize("is_list", [False, True])
+def test_a_damaged_picture_inside_a_data_set_is_named_with_its_row(tmp_path, processor, is_list):
     import datasets
     from PIL import Image
 
     photos = [Image.new("RGB", (56, 56)), {"bytes": b"broken", "path": None}]
+    feature = datasets.Image()
+    if is_list:
+        photos, feature = [[photo] for photo in photos], datasets.Sequence(feature)
     table = datasets.Dataset.from_dict(
         {"question": ["a", "b"], "photo": photos},
-        features=datasets.Features(question=datasets.Value("string"), photo=datasets.Image()),
+        features=datasets.Features(question=datasets.Value("string"), photo=feature),
     )
     table.save_to_disk(tmp_path / "photos")
     data = {**NO_DATA, "source": str(tmp_path / "photos"), "images": ["photo"]}
@@ -268,6 +313,22 @@ def test_a_parent_answers_what_has_no_answer(trio, tokenizer):
     assert 0 < len(samples[0].answer_ids) <= 4
     assert set(samples[0].answer_mask) == {1}
     assert samples[1].answer_ids == [3]
+
+
+def test_a_parent_answers_as_much_of_a_prompt_as_is_measured(tokenizer):
+    asked = []
+
+    class Model:
+        device = "cpu"
+
+        def generate(self, input_ids, **_):
+            asked.append(input_ids.tolist())
+            return torch.cat([input_ids, torch.tensor([[8]])], dim=1)
+
+    samples = [Sample([5] * 9)]
+    generate_answers(samples, Model(), tokenizer, size=1, max_new_tokens=1, max_tokens=4)
+    assert asked == [[[5] * 4]]
+    assert samples[0].answer_ids == [8]
 
 
 # ---------------------------------------------------------------- the verb
@@ -394,6 +455,13 @@ def test_a_parent_that_does_not_fit_says_how_it_can_be_streamed(settings, obm, m
     assert code == 2
     assert "calibration.agent_data" in err
     assert "0.0 kB" not in err
+
+
+def test_a_containers_limit_decides_whether_a_parent_fits(monkeypatch):
+    import launch.calibration_plan as plan
+
+    monkeypatch.setattr(plan, "available_memory", lambda: 12345)
+    assert plan.free_memory("cpu") == 12345
 
 
 def test_wrong_arguments_are_refused(settings, obm):

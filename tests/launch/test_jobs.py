@@ -9,7 +9,13 @@ import pytest
 
 from launch import jobs
 from launch.errors import JobFailedError, LaunchError
-from launch.jobs import Job, run_jobs, training_command, training_environment
+from launch.jobs import (
+    Job,
+    physical_devices,
+    run_jobs,
+    training_command,
+    training_environment,
+)
 
 WRITE_LINES = """
 import json, pathlib, sys, time
@@ -220,9 +226,28 @@ def test_the_training_command_has_a_port_of_its_own():
     assert one[4] != other[4]
 
 
-def test_devices_take_the_place_of_a_count():
+def test_devices_take_the_place_of_a_count(monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert training_command([], devices=[1])[1:3] == ["--include", "localhost:1"]
     assert training_command([], devices=[2, 3])[1:3] == ["--include", "localhost:2,3"]
+
+
+def test_trainings_keep_to_the_gpus_that_were_given(monkeypatch):
+    import torch
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4, 6")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert training_command([], devices=[1])[1:3] == ["--include", "localhost:6"]
+    assert training_command([], n_processes=2)[1:3] == ["--include", "localhost:4,6"]
+    assert physical_devices([1]) == ["6"]
+    with pytest.raises(LaunchError, match="names 2 GPUs, one a process, and 3 are asked for"):
+        training_command([], n_processes=3)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-1a2b")
+    with pytest.raises(LaunchError, match=r"CUDA_VISIBLE_DEVICES=GPU-1a2b: .* numbers only"):
+        training_command([])
+    # on the processor the variable says nothing
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert training_command([], n_processes=3)[1:3] == ["--num_gpus", "3"]
 
 
 def test_children_share_the_cores_and_find_our_packages(monkeypatch):

@@ -53,6 +53,23 @@ def test_a_broken_stage_is_made_again(tmp_path):
     assert stages.run("a", {"x": 1}, target, make(target, made)) is True
 
 
+def test_a_stage_that_resumes_finds_what_was_left_and_nothing_of_other_settings(tmp_path):
+    found, target = [], tmp_path / "a"
+
+    def go_on():
+        found.append(target.exists())
+        target.mkdir(exist_ok=True)
+        if len(found) < 3:
+            raise RuntimeError("power cut")
+
+    stages = Stages(tmp_path, redo=True)
+    for x in (1, 1):
+        with pytest.raises(RuntimeError):
+            stages.run("a", {"x": x}, target, go_on, resumes=True)
+    stages.run("a", {"x": 2}, target, go_on, resumes=True)
+    assert found == [False, True, False]
+
+
 def test_a_stage_whose_result_was_deleted_is_made_again(tmp_path):
     made, target = [], tmp_path / "a"
     stages = Stages(tmp_path, redo=False)
@@ -62,20 +79,35 @@ def test_a_stage_whose_result_was_deleted_is_made_again(tmp_path):
     assert stages.run("a", {}, target, make(target, made)) is True
 
 
-def test_a_folder_that_is_not_ours_is_left_alone(tmp_path):
+@pytest.mark.parametrize("redo", [False, True])
+def test_a_folder_that_is_not_ours_is_left_alone(tmp_path, redo):
     target = tmp_path / "a"
     target.mkdir()
     (target / "precious").touch()
     with pytest.raises(LaunchError, match="was not made here"):
-        Stages(tmp_path, redo=False).run("a", {}, target, make(target, []))
+        Stages(tmp_path, redo=redo).run("a", {}, target, make(target, []))
     assert (target / "precious").exists()
+
+
+def test_a_kill_while_a_stage_is_cleared_leaves_it_ours(tmp_path, monkeypatch):
+    made, target = [], tmp_path / "a"
+    stages = Stages(tmp_path, redo=True)
+    stages.run("a", {"x": 1}, target, make(target, made))
+    with monkeypatch.context() as patched:
+        patched.setattr("shutil.rmtree", lambda folder: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            stages.clear("a", target)
+    assert stages.look("a", {"x": 1}, target) == "begun"
+    assert stages.run("a", {"x": 1}, target, make(target, made)) is True
 
 
 def test_nothing_outside_of_the_folder_is_removed(tmp_path):
     outside = tmp_path / "outside"
     outside.mkdir()
+    stages = Stages(tmp_path / "study", redo=True)
+    stages.start("a", {})
     with pytest.raises(LaunchError, match="lies outside"):
-        Stages(tmp_path / "study", redo=True).run("a", {}, outside, make(outside, []))
+        stages.run("a", {}, outside, make(outside, []))
     assert outside.exists()
 
 

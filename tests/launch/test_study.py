@@ -1,6 +1,7 @@
 """Studies: what a file may say, and the order of the stages, with scripted stages."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from launch.commands import calibrate as calibrate_module
 from launch.commands import eval as eval_module
 from launch.commands import merge as merge_module
 from launch.errors import JobFailedError, LaunchError
+from launch.stages import Stages, hash_inputs
 from launch.studies import paper_table as table_module
 from launch.studies import perception as perception_module
 from launch.studies import preparations as preparations_module
@@ -21,6 +23,7 @@ from launch.studies.file import NOT_STUDIES, Options, load_study
 from launch.studies.paper_table import run_table
 from launch.studies.plan import Plan, flatten
 from launch.studies.run import describe_study, run_study
+from launch.studies.starts import Step, evaluation_steps, run_steps, start_steps
 from launch.studies.trainings import split_batch
 from train.resume import Saved
 
@@ -221,8 +224,6 @@ def test_a_changed_recipe_makes_what_follows_from_it_again(study_file, scripted_
 
 
 def test_a_broken_training_goes_on_from_its_checkpoint(study_file, scripted_stages, tmp_path):
-    from launch.stages import Stages
-
     run_ceiling(load_study(study_file), Options("c"))
     scripted_stages.clear()
     marker = tmp_path / "out" / "stages" / "train-obm-s0.json"
@@ -237,6 +238,66 @@ def test_a_broken_training_goes_on_from_its_checkpoint(study_file, scripted_stag
     )
     run_ceiling(load_study(study_file), Options("c"))
     assert scripted_stages == ["train obm-s0 --resume"]
+
+
+def test_a_broken_evaluation_goes_on_with_what_it_had_kept(
+    study_file, scripted_stages, monkeypatch, tmp_path
+):
+    run_ceiling(load_study(study_file), Options("c"))
+    folder, found = tmp_path / "out" / "zero-shot" / "obm", []
+    result = (folder / "eval.json").read_text()
+    (folder / "episodes").mkdir()
+    record = json.loads((tmp_path / "out" / "stages" / "evaluate-obm.json").read_text())
+    Stages(tmp_path / "out", redo=False).start("evaluate-obm", record["inputs"])
+
+    def go_on(config, checkpoint, output, **how):
+        found.extend(path.name for path in output.iterdir())
+        (output / "eval.json").write_text(result)
+
+    monkeypatch.setattr(eval_module, "evaluate_checkpoint", go_on)
+    run_ceiling(load_study(study_file), Options("c"))
+    assert found == ["episodes"]
+
+
+def test_what_was_made_of_a_file_is_not_reused_once_its_content_has_changed(study_file, tmp_path):
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text("{}\n")
+    table = f"{{name: table, source: {questions}}}"
+    named = [f"environment.{part}_benchmark={table}" for part in ("train", "eval")]
+
+    def keys(overrides):
+        plan, stages = Plan(load_study(study_file), overrides), Stages(tmp_path / "out", redo=False)
+        found = {}
+        for steps in (start_steps(plan, stages), evaluation_steps(plan, stages, "c")):
+            for step in steps:
+                stages.look(step.name, step.inputs, step.target)
+                found[step.name] = hash_inputs(step.inputs)
+        for training in trainings_module.list_trainings(plan, stages):
+            found[training.name] = hash_inputs(training.inputs)
+        return found
+
+    before, without = keys(named), keys([])
+    assert keys(named) == before
+    questions.write_text("{}\n{}\n")
+    after = keys(named)
+    assert len(before) == 11  # two calibrations, two merges, three evaluations, four trainings
+    # ties reads no statistics
+    assert [name for name in before if before[name] == after[name]] == ["merge-ties"]
+    assert keys([]) == without
+
+
+def test_gpu_memory_is_given_back_before_the_next_step_needs_it(tmp_path, monkeypatch):
+    import torch
+
+    made, freed = [], []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: freed.append(list(made)))
+    steps = [
+        Step(name, {}, tmp_path / name, partial(made.append, name), partial(str, name))
+        for name in "ab"
+    ]
+    run_steps(steps, Stages(tmp_path, redo=False))
+    assert freed == [["a"], ["a", "b"]]
 
 
 def test_a_failed_training_stops_nothing_and_is_named_at_the_end(
@@ -470,6 +531,17 @@ def test_what_the_command_line_says_is_still_its_own(study_file):
         describe_study(load_study(study_file), Options("c", overrides=["merge.window=2"]))
 
 
+def test_what_no_arm_would_heed_is_refused(study_file):
+    for key in ("merge.method", "output", "models.init"):
+        with pytest.raises(ConfigError, match=rf"^command line:{key}: would change nothing"):
+            describe_study(load_study(study_file), Options("c", overrides=[f"{key}=ties"]))
+    # one arm's recipe says it, another's does not
+    study = load_study(study_file)
+    plan = Plan(study, ["merge.weights.agent=3"])
+    weights = [plan.config(arm).merge.weights.get("agent") for arm in study.arms[:2]]
+    assert weights == [2.0, 3.0]
+
+
 def test_an_option_that_names_no_folder_is_refused(study_file, obm, tmp_path):
     for name in ("output", "report"):
         for folder in ("", "x" * 300, study_file, study_file / "x"):
@@ -477,6 +549,12 @@ def test_an_option_that_names_no_folder_is_refused(study_file, obm, tmp_path):
             assert (code, out, err.count("\n")) == (2, "", 1)
             assert err.startswith("error: ")
             assert f"--{name}" in err
+
+
+def test_a_number_below_one_is_refused_by_study_and_demo(study_file, obm):
+    for verb in (("study", study_file), ("demo",)):
+        code, out, err = obm(*verb, "--parallel", "0", "--dry-run")
+        assert (code, out, err) == (2, "", "error: --parallel 0: give a number of 1 or more\n")
 
 
 # ---------------------------------------------------------------- preparations, perception
@@ -592,6 +670,19 @@ def test_preparations_are_kept_and_made_again_with_other_settings(
         "sport-sport-s0", "sport-sport-s1"
     ]  # fmt: skip
     assert [e.split()[1] for e in ran if e.startswith("train")] == ["sport-s0", "sport-s1"]
+
+
+def test_a_preparation_sees_what_else_of_the_settings_decides_it(neighbours_file, tmp_path):
+    def inputs(*overrides):
+        plan = Plan(load_study(neighbours_file), list(overrides))
+        stages = Stages(tmp_path, redo=False)
+        for step in start_steps(plan, stages):
+            stages.look(step.name, step.inputs, step.target)
+        return next(preparations_module.preparation_steps(plan, stages)).inputs
+
+    assert not {"lora", "models", "files"} & set(inputs())
+    changed = inputs("lora.r=4", "models.freeze_vision=true")
+    assert (changed["lora"]["r"], changed["models"]) == (4, {"freeze_vision": True})
 
 
 def test_arms_of_one_start_share_a_conflict_map_and_drawn_heads_differ_by_seed():

@@ -48,8 +48,9 @@ def write_run(run, arm, seed):
     policy = run / "checkpoints" / "checkpoint-60"
     policy.mkdir(parents=True)
     (policy / "config.json").write_text(json.dumps({"arm": arm, "seed": seed}))
-    (run / "done.json").write_text(json.dumps({"policy": "checkpoints/checkpoint-60"}))
-    config = {"seed": seed, "tracking": {"arm": arm}, "grpo": {"max_steps": 60},
+    (run / "done.json").write_text(json.dumps({"policy": "checkpoints/checkpoint-60", "step": 60}))
+    config = {"seed": seed, "tracking": {"arm": arm}, "grpo": {},
+              "models": {"init": "atlas://vlm" if arm == "vlm" else "merged"},
               "environment": {"kinds": ["two"]}}  # fmt: skip
     (run / "config.yaml").write_text(yaml.safe_dump(config))
     (run / "environment.json").write_text(json.dumps({"commit": "abc"}))
@@ -114,6 +115,24 @@ def test_a_training_of_another_seed_or_start_is_refused(study, tmp_path):
     (run / "config.yaml").write_text(yaml.safe_dump({**config, "seed": 7}))
     with pytest.raises(LaunchError, match="of arm obm with seed 7, not of obm with seed 1"):
         run_transfer(study, Options("c"))
+
+
+def test_a_training_from_another_checkpoint_is_refused(study, tmp_path):
+    path = tmp_path / "done" / "runs" / "vlm-s1" / "config.yaml"
+    config = yaml.safe_load(path.read_text())
+    for init in ("atlas://base", str(tmp_path / "nowhere")):
+        path.write_text(yaml.safe_dump({**config, "models": {"init": init}}))
+        with pytest.raises(LaunchError, match=rf"vlm-s1 was trained from {init}, not from atlas"):
+            run_transfer(study, Options("c"))
+
+
+def test_the_questions_that_were_trained_on_are_named(study, measured, tmp_path):
+    path = tmp_path / "done" / "runs" / "obm-s0" / "config.yaml"
+    config = yaml.safe_load(path.read_text())
+    config["environment"]["train_benchmark"] = {"name": "fvqa_train", "source": None}
+    path.write_text(yaml.safe_dump(config))
+    record = run_transfer(study, Options("c", parallel=1))
+    assert record["training"].startswith("60 steps of GRPO on questions of fvqa_train, commit abc")
 
 
 def test_references_must_be_arms(study, tmp_path):

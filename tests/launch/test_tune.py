@@ -6,13 +6,17 @@ from pathlib import Path
 import pytest
 import yaml
 
+from compare import zero_shot as zero_shot_module
 from compare.zero_shot import Evaluator
 from configs.schema import load_config
 from launch import tasks as tasks_module
 from launch.commands import calibrate as calibrate_module
 from launch.commands.tune import read_grid
+from launch.errors import LaunchError
+from launch.studies import machine as machine_module
 from launch.studies.file import load_study
-from launch.tasks import make_statistics, make_task, needed_kinds
+from launch.studies.machine import Machine
+from launch.tasks import make_statistics, make_task, named_files, needed_kinds
 from merge.methods import METHODS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -139,6 +143,28 @@ def test_the_best_settings_become_recipes_that_a_study_reads(obm, tmp_path, monk
     assert len(asked) == 4
 
 
+def test_a_tuning_takes_what_memory_allows_and_merges_beside_its_results(
+    obm, tmp_path, monkeypatch
+):
+    found = {}
+
+    def measure_all(tasks, results, merge, **how):
+        found.update(how)
+        raise LaunchError("enough")
+
+    monkeypatch.setattr(zero_shot_module, "measure_all", measure_all)
+    monkeypatch.setattr(machine_module, "this_machine", lambda: Machine(8, 5_000_000_000))
+    monkeypatch.setattr(machine_module, "evaluation_bytes", lambda config: 2_000_000_000)
+    (tmp_path / "grid.yaml").write_text("ties: {density: [0.5]}\n")
+    code, out, _ = obm(
+        "tune", "--grid", tmp_path / "grid.yaml", "--output", tmp_path / "results",
+        f"output={tmp_path / 'run'}",
+    )  # fmt: skip
+    assert code == 2
+    assert (found["parallel"], found["scratch"]) == (2, tmp_path / "tuning")  # 0.9 * 5 / 2 = 2.25
+    assert "2 at a time: 8 cores, 5.0 GB free, 2.0 each" in out
+
+
 def test_a_setting_that_cannot_be_merged_is_refused_before_any_is_measured(
     obm, tmp_path, monkeypatch
 ):
@@ -202,6 +228,19 @@ def test_a_result_is_kept_until_something_that_decides_it_changes(tmp_path, monk
     monkeypatch.setattr(tasks_module, "_code_digest", lambda: "other code")
     changed.add(key())
     assert len(changed - {same}) == 6
+
+
+def test_a_result_does_not_outlive_the_questions_it_was_asked(tmp_path):
+    questions = tmp_path / "questions.jsonl"
+    benchmark = f"environment.eval_benchmark={{name: table, source: {questions}}}"
+    keys = []
+    for rows in ("{}\n", "{}\n{}\n"):
+        questions.write_text(rows)
+        keys += [make_task("x", demo(benchmark), checkpoint="atlas://vlm").key for _ in range(2)]
+    assert keys[0] == keys[1] != keys[2] == keys[3]
+    # what ships with the package counts by its version alone
+    shipped = f"calibration.agent_data.source={ROOT / 'configs/studies/random_text.json'}"
+    assert named_files(demo(shipped), "agent_data") == {}
 
 
 def test_a_dry_run_counts_the_settings(obm, tmp_path):

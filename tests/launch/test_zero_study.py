@@ -2,7 +2,7 @@
 
 import pytest
 
-from launch.zero_study import ARMS, Arm, compare, make_job, render
+from launch.zero_study import ARMS, Arm, compare, main, make_job, render
 
 
 def test_every_arm_has_the_same_completions_a_step(tmp_path):
@@ -36,3 +36,11 @@ def test_differences_are_the_largest_of_any_step():
     )  # fmt: skip
     assert "| two | 2 | 0.100 → 0.100 | 0.250 → 0.500 | 0.3 | 0 | 0 | 5 | 2.00 |" in page
     assert "| one | 0.100 | 0.400 |" in page
+
+
+def test_a_folder_that_the_study_did_not_make_is_not_emptied(tmp_path, capsys):
+    (tmp_path / "precious").touch()
+    with pytest.raises(SystemExit):
+        main(["--work", str(tmp_path)])
+    assert "is not an earlier study's; name a folder that is new" in capsys.readouterr().err
+    assert (tmp_path / "precious").exists()

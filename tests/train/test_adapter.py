@@ -246,6 +246,25 @@ def test_an_output_is_not_overwritten_without_a_word(save_adapter, tmp_path):
     merge_adapter(folder, tmp_path / "merged", overwrite=True)
 
 
+def test_the_verbs_options_hold_for_an_adapter_or_are_refused(
+    save_adapter, tmp_path, capsys, monkeypatch
+):
+    pushed = []
+    monkeypatch.setattr(
+        "merge.hub.push_folder", lambda folder, name, private: pushed.append((folder.name, name))
+    )
+    words = ["merge", "adapter", str(save_adapter()), "--output", str(tmp_path / "merged")]
+    words += ["--push-to-hub", "someone/warm"]
+    assert main([*words, "--dry-run"]) == 0
+    assert " would change, in " in capsys.readouterr().out
+    assert not (tmp_path / "merged").exists()
+    assert pushed == []
+    assert main([*words, "--sweep", "density=0.2,0.5"]) == 2
+    assert "--sweep: goes with a merge, not with an adapter" in capsys.readouterr().err
+    assert main(words) == 0
+    assert pushed == [("merged", "someone/warm")]
+
+
 def test_an_adapter_of_a_family_of_ones_own(save_adapter, tiny_checkpoints, tmp_path, capsys):
     base = tmp_path / "base"
     shutil.copytree(tiny_checkpoints["vlm"], base)

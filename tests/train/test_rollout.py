@@ -1,9 +1,11 @@
 """The rollout: the same log-probs as a plain forward, and the same tokens however it is batched."""
 
 import time
+from pathlib import Path
 
 import pytest
 import torch
+import trl
 
 from environments.dialects import MMSEARCH_R1
 from environments.episode import SearchEnvironment
@@ -50,6 +52,20 @@ def test_logprobs_equal_a_plain_forward_for_a_text_model(
         assert torch.allclose(
             torch.tensor(trajectory.completion_logprobs), expected[is_policy], atol=TOLERANCE
         )
+
+
+def test_a_text_models_own_template_gets_the_question_as_one_string(
+    tiny_checkpoints, environment, questions
+):
+    from train.policy import load_policy
+    from train.rollout import RolloutEngine
+
+    model, tokenizer = load_policy(tiny_checkpoints["agent"])
+    path = Path(trl.__file__).parent / "chat_templates" / "qwen2_5.jinja"
+    tokenizer.chat_template = path.read_text(encoding="utf-8")
+    prompt = RolloutEngine(model, tokenizer, environment).prepare({**questions[0], "image": None})
+    assert questions[0]["question"] in prompt.text
+    assert prompt.text in tokenizer.decode(prompt.token_ids)
 
 
 def test_mmsearch_observations_come_as_a_new_user_turn(make_engine, questions, full_forward):
