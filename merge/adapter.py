@@ -160,7 +160,8 @@ def merge_adapter(
         )
         for file in checkpoint.files
     ]
-    check_output(output, {"base": checkpoint}, sum(file.n_bytes for file in files), overwrite)
+    sources = {"base": checkpoint.folder, "adapter": folder}
+    check_output(output, sources, sum(file.n_bytes for file in files), overwrite)
     part = output.with_name(f".{output.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     try:

@@ -121,7 +121,8 @@ def merge(
     )
     files = plan_files(plan, parents["vlm"], shard_size)
     n_bytes = sum(tensor.n_bytes for file in files for tensor in file.tensors)
-    check_output(output, parents, n_bytes, overwrite)
+    folders = {role: parent.folder for role, parent in parents.items()}
+    check_output(output, folders, n_bytes, overwrite)
     check_methods(plan)
     statistics = open_statistics(stats, plan, parents)
     groups = group_budgets(plan.tensors)

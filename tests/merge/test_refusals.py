@@ -372,6 +372,14 @@ def test_an_output_that_exists_is_kept_unless_told_otherwise(make_trio, tmp_path
     refuse(tmp_path, "was not written by a merge", trio, overwrite=True)
 
 
+@pytest.mark.parametrize("names", [["merge.json"], ["merge.json", "config.json", "config.yaml"]])
+def test_a_run_folder_is_not_overwritten_for_its_starts_record(make_trio, tmp_path, names):
+    (tmp_path / "out" / "checkpoints").mkdir(parents=True)
+    for name in names:
+        (tmp_path / "out" / name).write_text("{}")
+    refuse(tmp_path, "was not written by a merge .* is a run folder", make_trio(), overwrite=True)
+
+
 def test_an_overwrite_that_fails_keeps_the_old_merge(make_trio, tmp_path):
     run(make_trio(), tmp_path / "out", method="ties")
     weights = {"vlm": 1e8, "agent": 1.0}

@@ -246,6 +246,16 @@ def test_an_output_is_not_overwritten_without_a_word(save_adapter, tmp_path):
     merge_adapter(folder, tmp_path / "merged", overwrite=True)
 
 
+def test_the_output_may_not_be_the_run_folder_of_the_adapter(save_adapter, tmp_path):
+    policy = tmp_path / "run" / "checkpoints" / "checkpoint-2"
+    shutil.copytree(save_adapter(), policy)
+    for name in ("merge.json", "config.json"):
+        (tmp_path / "run" / name).write_text("{}")
+    with pytest.raises(MergeError, match="run: is or holds the adapter itself; choose another"):
+        merge_adapter(tmp_path / "run", tmp_path / "run", overwrite=True)
+    assert find_adapter(tmp_path / "run") == policy
+
+
 def test_an_adapter_of_a_family_of_ones_own(save_adapter, tiny_checkpoints, tmp_path, capsys):
     base = tmp_path / "base"
     shutil.copytree(tiny_checkpoints["vlm"], base)
