@@ -214,7 +214,11 @@ class _Run:
             raise
 
     def finish(self, record: dict[str, Any], overwrite: bool) -> None:
-        """Adds what lies beside the weights, and moves the folder into its place."""
+        """Adds what lies beside the weights, and moves the folder into its place.
+
+        An error removes the folder, unless it is whole and only cannot be moved.
+        """
+        is_whole = False
         try:
             copy_companions(self._parents["vlm"].folder, self.part)
             write_index(self.part, self._files)
@@ -223,8 +227,14 @@ class _Run:
             text = json.dumps(record, indent=2) + "\n"
             (self.part / RECORD_NAME).write_text(text, encoding="utf-8")
             self._journal.remove()
+            is_whole = True
             move_into_place(self.part, self._output, overwrite)
         except OSError as error:
+            if is_whole:
+                raise MergeError(
+                    f"{self._output}: the merge cannot be moved there ({error}); it is whole in "
+                    f"{self.part}, move it yourself"
+                ) from error
             self._journal.abandon()
             raise MergeError(
                 f"{self._output}: cannot be written ({error}); free space or choose another output"

@@ -132,8 +132,8 @@ def check_output(output: Path, sources: Mapping[str, Path], n_bytes: int, overwr
         overwrite: Whether an earlier merge may be replaced.
 
     Raises:
-        MergeError: It is a file, a source or above one, exists (unless `overwrite` and an earlier
-            merge wrote it), or the disk is too small.
+        MergeError: It is a file, a link, a mount point, a source or above one, exists (unless
+            `overwrite` and an earlier merge wrote it), or the disk is too small.
     """
     for role, source in sources.items():
         if output.resolve() in (source.resolve(), *source.resolve().parents):
@@ -151,6 +151,12 @@ def check_output(output: Path, sources: Mapping[str, Path], n_bytes: int, overwr
     if not existing.is_dir():
         reason = "is a file" if existing == output else f"lies below {existing}, which is a file"
         raise MergeError(f"{output}: {reason}; choose another output")
+    # the finished folder is renamed to its place, which none can be to these
+    if output.is_symlink() or os.path.ismount(output):
+        kind = "a symbolic link" if output.is_symlink() else "a mount point"
+        raise MergeError(
+            f"{output}: is {kind}; name a folder inside {output.resolve()} as the output"
+        )
     n_there = sum(path.stat().st_blocks * 512 for path in part.glob("*.safetensors"))
     n_free = shutil.disk_usage(existing).free + n_there
     if n_free < n_bytes:

@@ -408,6 +408,17 @@ def test_an_output_that_no_folder_can_be(make_trio, tmp_path, dry_run):
             run(trio, out, method="ties", dry_run=dry_run)
 
 
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_an_output_that_no_folder_can_be_renamed_to(make_trio, tmp_path, monkeypatch, dry_run):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "out").symlink_to("elsewhere")
+    advice = f"name a folder inside {tmp_path / 'elsewhere'} as the output"
+    refuse(tmp_path, f"is a symbolic link; {advice}", make_trio(), dry_run=dry_run)
+    (tmp_path / "out").unlink()
+    monkeypatch.setattr("os.path.ismount", lambda path: path == tmp_path / "out")
+    refuse(tmp_path, "out: is a mount point; name a folder inside", make_trio(), dry_run=dry_run)
+
+
 def test_an_output_that_is_a_file(make_trio, tmp_path):
     (tmp_path / "out").write_text("a file")
     refuse(tmp_path, "is a file", make_trio(), overwrite=True)
