@@ -11,6 +11,7 @@ LoRA: Hu et al., arXiv 2106.09685; the factor with sqrt(r): Kalajdzievski, arXiv
 
 import json
 import math
+import os
 import re
 import reprlib
 import shutil
@@ -25,6 +26,7 @@ import xxhash
 from merge.checkpoint import Checkpoint
 from merge.errors import MergeError
 from merge.families import canonical_name, get_family, group_of
+from merge.journal import empty_folder, hold_folder
 from merge.output import (
     RECORD_NAME,
     OutputFile,
@@ -130,7 +132,8 @@ def merge_adapter(
 
     Raises:
         MergeError: An adapter that is more than W + s B A, a target that the base does not have or
-            that has another shape, or values that are not finite; no output is left then.
+            that has another shape, values that are not finite, or an output that another merge is
+            writing; nothing is left of this one then.
     """
     folder, output = find_adapter(adapter), Path(output).expanduser()
     settings = _read_settings(folder)
@@ -163,9 +166,9 @@ def merge_adapter(
     sources = {"base": checkpoint.folder, "adapter": folder}
     check_output(output, sources, sum(file.n_bytes for file in files), overwrite)
     part = output.with_name(f".{output.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
+    held, is_moved = hold_folder(part), False
     try:
-        part.mkdir(parents=True)
+        empty_folder(part)
         tensors: dict[str, Any] = {}
         for file in files:
             layout = [(tensor.name, tensor.dtype, tensor.shape) for tensor in file.tensors]
@@ -192,12 +195,15 @@ def merge_adapter(
         }
         (part / RECORD_NAME).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         move_into_place(part, output, overwrite)
+        is_moved = True
     except OSError as error:
         raise MergeError(
             f"{output}: cannot be written ({error}); free space or choose another output"
         ) from error
     finally:
-        shutil.rmtree(part, ignore_errors=True)
+        if not is_moved:  # else a folder of this name is another merge's
+            shutil.rmtree(part, ignore_errors=True)
+        os.close(held)
     return record
 
 

@@ -1,6 +1,7 @@
 """LoRA from the settings, a frozen vision tower, and the adapter back in the weights."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from launch.cli import main
 from merge import families
 from merge.adapter import find_adapter, merge_adapter
 from merge.errors import MergeError
+from merge.journal import hold_folder
 from merge.verify import verify_folder
 from train.adapter import freeze_vision, make_lora
 from train.given import check_start
@@ -244,6 +246,18 @@ def test_an_output_is_not_overwritten_without_a_word(save_adapter, tmp_path):
     with pytest.raises(MergeError, match="--overwrite"):
         merge_adapter(folder, tmp_path / "merged")
     merge_adapter(folder, tmp_path / "merged", overwrite=True)
+
+
+def test_an_output_that_another_merge_is_writing_is_refused(save_adapter, tmp_path):
+    adapter, part = save_adapter(), tmp_path / ".merged.part"
+    held = hold_folder(part)
+    (part / "model.safetensors").write_bytes(b"of another merge")
+    with pytest.raises(MergeError, match="merged: another merge is writing it; wait for it, or"):
+        merge_adapter(adapter, tmp_path / "merged")
+    assert (part / "model.safetensors").read_bytes() == b"of another merge"
+    os.close(held)
+    merge_adapter(adapter, tmp_path / "merged")
+    assert not part.exists()
 
 
 def test_the_output_may_not_be_the_run_folder_of_the_adapter(save_adapter, tmp_path):
