@@ -19,10 +19,9 @@ def push_folder(folder: str | Path, repository: str, *, private: bool) -> str:
         The address of the commit.
 
     Raises:
-        MergeError: The folder is damaged, or the hub refuses.
+        MergeError: The folder is damaged, or the hub refuses or does not answer.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
     verify_folder(folder)
     api: Any = HfApi()
@@ -31,10 +30,12 @@ def push_folder(folder: str | Path, repository: str, *, private: bool) -> str:
         commit = api.upload_folder(
             repo_id=repository, folder_path=str(folder), commit_message="Merged checkpoint"
         )
-    except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OSError) as error:
+    # The client lets errors of its transport through, which have no class in common.
+    except Exception as error:
         reason = " ".join(str(error).split())
         raise MergeError(
             f"--push-to-hub {repository}: the hub refuses ({type(error).__name__}: {reason}); "
-            "check the name and `hf auth login`"
+            f"check the name, `hf auth login` and the network; {folder} is whole, push it again "
+            f"with `hf upload {repository} {folder}`"
         ) from error
     return str(commit.commit_url)
