@@ -201,7 +201,11 @@ class _Run:
                     for group in budgets:
                         if any(tensor.name in open_names for tensor in group):
                             shared = find_shared_cuts(
-                                group, self._writer.with_reader, self._writer.kernels, executor
+                                group,
+                                self._writer.with_reader,
+                                self._writer.kernels,
+                                executor,
+                                self._threads,
                             )
                             self._writer.cuts.update(shared)
                     self._write_all(missing, writers, executor)
