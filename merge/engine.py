@@ -8,8 +8,9 @@ Nothing is written before everything is checked: names, shapes, vocabularies, se
 the output folder, free space. The output is then built in a hidden folder beside its place: the
 headers first, so that every tensor has its offset and no shard is held in memory; then the tensors,
 several at a time, each noted in a journal. The folder is renamed when it is complete, so it either
-is complete or does not exist, and a merge that was killed goes on when it is run again. Arithmetic
-is in fp32; each tensor is rounded once, to nearest even, to the dtype it has in the VLM.
+is complete or does not exist, and a merge that was killed goes on when it is run again. Nothing is
+forced to the disk: what a power cut has taken, `obm merge verify` finds. Arithmetic is in fp32;
+each tensor is rounded once, to nearest even, to the dtype it has in the VLM.
 """
 
 import json
