@@ -3,12 +3,15 @@
 from pathlib import Path
 from typing import Any
 
+from merge.card import render_card
 from merge.errors import MergeError
-from merge.verify import verify_folder
+from merge.verify import read_record, verify_folder
 
 
 def push_folder(folder: str | Path, repository: str, *, private: bool) -> str:
-    """Uploads a merged folder, card and merge.json included, after checking every byte of it.
+    """Uploads a merged folder, merge.json included, after checking every byte of it.
+
+    The card is written again: it names the repository, from which the model is then loaded.
 
     Args:
         folder: What `obm merge` wrote.
@@ -23,7 +26,10 @@ def push_folder(folder: str | Path, repository: str, *, private: bool) -> str:
     """
     from huggingface_hub import HfApi
 
+    folder = Path(folder).expanduser()
     verify_folder(folder)
+    card = render_card(read_record(folder), repository)
+    (folder / "README.md").write_text(card, encoding="utf-8")
     api: Any = HfApi()
     try:
         api.create_repo(repository, private=private, exist_ok=True)

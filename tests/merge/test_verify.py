@@ -193,6 +193,7 @@ def test_a_sound_folder_is_pushed(merged, api):
     assert create == ("create", "someone/warm", {"private": True, "exist_ok": True})
     assert upload[:2] == ("upload", "someone/warm")
     assert upload[2]["folder_path"] == str(merged)
+    assert 'from_pretrained("someone/warm")' in (merged / "README.md").read_text()
 
 
 def test_a_damaged_folder_is_not_pushed(merged, api):
