@@ -11,6 +11,7 @@ LoRA: Hu et al., arXiv 2106.09685; the factor with sqrt(r): Kalajdzievski, arXiv
 
 import json
 import math
+import os
 import re
 import reprlib
 import shutil
@@ -25,6 +26,7 @@ import xxhash
 from merge.checkpoint import Checkpoint
 from merge.errors import MergeError
 from merge.families import canonical_name, get_family, group_of
+from merge.journal import empty_folder, hold_folder
 from merge.output import (
     RECORD_NAME,
     OutputFile,
@@ -35,6 +37,7 @@ from merge.output import (
     write_index,
 )
 from merge.shards import SafetensorsFile, ShardWriter, from_float, is_finite
+from merge.verify import read_record
 
 SETTINGS_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -122,7 +125,8 @@ def merge_adapter(
     Args:
         adapter: Folder that peft saved, or the run folder of a training with `lora.r` above 0.
         output: Folder to write.
-        base: Checkpoint that the adapter was trained on; None for the one that it names itself.
+        base: Checkpoint that the adapter was trained on; None for the one that it names itself,
+            which must be as it was then where the adapter lies in a run folder that says so.
         families: YAML file with further model families.
         overwrite: Replace an output that a merge wrote.
         dry_run: Check names, shapes and the output, write nothing.
@@ -133,7 +137,8 @@ def merge_adapter(
 
     Raises:
         MergeError: An adapter that is more than W + s B A, a target that the base does not have or
-            that has another shape, or values that are not finite; no output is left then.
+            that has another shape, a base that has changed since, values that are not finite, or an
+            output that another merge is writing; nothing is left of this one then.
     """
     folder, output = find_adapter(adapter), Path(output).expanduser()
     settings = _read_settings(folder)
@@ -163,7 +168,8 @@ def merge_adapter(
         )
         for file in checkpoint.files
     ]
-    check_output(output, {"base": checkpoint}, sum(file.n_bytes for file in files), overwrite)
+    sources = {"base": checkpoint.folder, "adapter": folder}
+    check_output(output, sources, sum(file.n_bytes for file in files), overwrite)
     record: dict[str, Any] = {
         "method": "adapter",
         "parents": {"vlm": {"source": source, "revision": checkpoint.revision}},
@@ -172,9 +178,10 @@ def merge_adapter(
     if dry_run:
         return record
     part = output.with_name(f".{output.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
+    start = {} if base else _start_checksums(folder)
+    held, is_moved = hold_folder(part), False
     try:
-        part.mkdir(parents=True)
+        empty_folder(part)
         tensors: dict[str, Any] = {}
         for file in files:
             layout = [(tensor.name, tensor.dtype, tensor.shape) for tensor in file.tensors]
@@ -191,17 +198,26 @@ def merge_adapter(
                     }
             finally:
                 writer.close()
+        for name, entry in tensors.items() if start else ():
+            if start.get(name) != entry["inputs"]["vlm"]:
+                raise MergeError(
+                    f"{source}: {name} is not what {folder} was trained on, by the run's "
+                    f"{RECORD_NAME}; put that start back, or give --base"
+                )
         copy_companions(checkpoint.folder, part)
         write_index(part, files)
         record["tensors"] = tensors
         (part / RECORD_NAME).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         move_into_place(part, output, overwrite)
+        is_moved = True
     except OSError as error:
         raise MergeError(
             f"{output}: cannot be written ({error}); free space or choose another output"
         ) from error
     finally:
-        shutil.rmtree(part, ignore_errors=True)
+        if not is_moved:  # else a folder of this name is another merge's
+            shutil.rmtree(part, ignore_errors=True)
+        os.close(held)
     return record
 
 
@@ -334,6 +350,15 @@ def _check_shapes(
             f"fit {name} {list(stored)} of {checkpoint.source}; give the --base that the adapter "
             "was trained on"
         )
+
+
+def _start_checksums(folder: Path) -> dict[str, str]:
+    """Tensor -> checksum in the merge that the adapter's run began with; empty where unknown."""
+    for run in folder.absolute().parents[:2]:
+        if (run / "config.yaml").is_file() and (run / RECORD_NAME).is_file():
+            tensors = read_record(run)["tensors"]
+            return {name: entry["checksum"] for name, entry in tensors.items()}
+    return {}
 
 
 def _write(

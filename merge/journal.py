@@ -20,6 +20,34 @@ from merge.errors import MergeError
 JOURNAL_NAME = ".journal.jsonl"
 
 
+def hold_folder(folder: Path) -> int:
+    """Makes an unfinished folder, and holds it against other processes.
+
+    Args:
+        folder: `.NAME.part` beside the output.
+
+    Returns:
+        A descriptor; closing it lets go of the folder.
+
+    Raises:
+        MergeError: Another process is writing this output, or the folder cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise _cannot_write(folder, error) from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        raise MergeError(
+            f"{folder.parent / folder.name.strip('.').removesuffix('.part')}: another merge is "
+            "writing it; wait for it, or choose another output"
+        ) from error
+    return descriptor
+
+
 class Journal:
     """The journal of one unfinished folder, held against other processes.
 
@@ -35,25 +63,13 @@ class Journal:
     def __init__(self, folder: Path, digest: str) -> None:
         self.folder = folder
         self.finished: dict[str, dict[str, Any]] = {}
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(folder, os.O_RDONLY)
-        except OSError as error:
-            raise _cannot_write(folder, error) from error
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(self._lock)
-            raise MergeError(
-                f"{folder.parent / folder.name.strip('.').removesuffix('.part')}: another merge is "
-                "writing it; wait for it, or choose another output"
-            ) from error
+        self._lock = hold_folder(folder)
         self._file = -1
         try:
             path = folder / JOURNAL_NAME
             entries, n_bytes = _read(path)
             if not entries or entries[0].get("digest") != digest:
-                _empty(folder)
+                empty_folder(folder)
                 entries, n_bytes = [{"digest": digest}], 0
             # What is there stays as it is: whenever the next kill comes, nothing is lost.
             self.finished = {entry["tensor"]: entry for entry in entries[1:]}
@@ -112,7 +128,8 @@ def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
     return entries, n_bytes
 
 
-def _empty(folder: Path) -> None:
+def empty_folder(folder: Path) -> None:
+    """Removes all that a folder holds; the folder stays, and stays held."""
     for path in folder.iterdir():
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
