@@ -123,7 +123,6 @@ KINDS: dict[str, Any] = {
     "save_strategy": Literal["no", "steps", "epoch", "best"],
     "save_steps": Above,
     "save_total_limit": Size | None,
-    "save_only_model": bool,
     "report_to": str | None,
     "log_completions": bool,
     "log_multimodal": bool,
@@ -141,6 +140,8 @@ RESERVED = {
     "use_vllm": "set `rollout.backend: vllm`; docs/vllm.md says how to serve",
     "eval_strategy": "set `compare.eval_every`",
     "eval_steps": "set `compare.eval_every`",
+    "save_only_model": "a run goes on from the optimizer too; set `grpo.save_total_limit` to save "
+    "disk",
 }
 
 

@@ -110,6 +110,11 @@ def test_a_right_value_goes_to_trl_as_it_was_written(setting):
     assert type(resolved) is type(given)
 
 
+def test_a_checkpoint_that_no_run_can_go_on_from_is_refused():
+    with pytest.raises(ConfigError, match=r"grpo\.save_only_model: .*set `grpo\.save_total_limit`"):
+        resolved_grpo(config_with("grpo.save_only_model=true"))
+
+
 def test_the_defaults_are_valid_and_known():
     assert GRPO_DEFAULTS.keys() <= KINDS.keys()
     config = config_with()
