@@ -69,6 +69,22 @@ def test_inside_a_buffer_the_number_must_stay(tmp_path, config):
         find_start(tmp_path, config("grpo.per_device_train_batch_size=16"), 1)
 
 
+def test_inside_a_buffer_its_micro_batches_must_stay(tmp_path, config):
+    """Two of eight rows wait in the buffer, not four of four."""
+    other = config(
+        "grpo.per_device_train_batch_size=4", "grpo.gradient_accumulation_steps=2",
+        "grpo.steps_per_generation=4",
+    )  # fmt: skip
+    save(tmp_path, 3, is_boundary=False, per_batch=8)
+    assert find_start(tmp_path, config(), 2).step == 3
+    with pytest.raises(ConfigError, match=r"micro-batches of 8; .*per_device_train_batch_size=8"):
+        find_start(tmp_path, other, 2)
+    save(tmp_path, 2, per_batch=8)
+    assert find_start(tmp_path, other, 2).step == 2
+    save(tmp_path, 5, is_boundary=False)  # of an older version, which did not note them
+    assert find_start(tmp_path, other, 2).step == 5
+
+
 @pytest.mark.parametrize(
     ("overrides", "n_processes", "fix"),
     [
