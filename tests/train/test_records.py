@@ -106,6 +106,30 @@ def test_lines_after_the_checkpoint_and_a_torn_line_are_dropped(tmp_path):
     assert [json.loads(line) for line in path.read_text().splitlines()] == kept
 
 
+def test_a_line_that_is_cut_within_a_character_is_dropped(tmp_path):
+    path = tmp_path / "trajectories.jsonl"
+    whole = '{"step": 1,  "answer": "Zürich"}\n'.encode()
+    path.write_bytes(whole + '{"step": 2, "answer": "Zü'.encode()[:-1])
+    assert truncate_jsonl(path, last_step=2) == [{"step": 1, "answer": "Zürich"}]
+    assert path.read_bytes() == whole  # the bytes that were there
+
+
+def test_only_the_lines_that_are_wanted_are_kept_in_memory(tmp_path):
+    path = tmp_path / "trajectories.jsonl"
+    append_jsonl(path, [{"step": step, "followed": step == 1} for step in (0, 1, 2)])
+    found = truncate_jsonl(path, 1, lambda row: row["followed"])
+    assert found == [{"step": 1, "followed": True}]
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [0, 1]
+
+
+def test_a_last_line_without_its_end_gets_one(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}')
+    truncate_jsonl(path, 1)
+    append_jsonl(path, [{"step": 2}])
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
 def test_a_missing_file_has_no_lines(tmp_path):
     assert truncate_jsonl(tmp_path / "none.jsonl", 3) == []
 
