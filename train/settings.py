@@ -98,7 +98,17 @@ KINDS: dict[str, Any] = {
     "scale_rewards": Literal["group", "batch", "none", True, False],
     "mask_truncated_completions": bool,
     # optimizer
-    "optim": str,
+    "optim": Literal[
+        "adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "adamw_torch_npu_fused", "adafactor",
+        "adamw_anyprecision", "adamw_torch_4bit", "adamw_torch_8bit", "ademamix", "sgd", "adagrad",
+        "adamw_bnb_8bit", "adamw_8bit", "ademamix_8bit", "lion_8bit", "lion_32bit",
+        "paged_adamw_32bit", "paged_adamw_8bit", "paged_ademamix_32bit", "paged_ademamix_8bit",
+        "paged_lion_32bit", "paged_lion_8bit", "rmsprop", "rmsprop_bnb", "rmsprop_bnb_8bit",
+        "rmsprop_bnb_32bit", "galore_adamw", "galore_adamw_8bit", "galore_adafactor",
+        "galore_adamw_layerwise", "galore_adamw_8bit_layerwise", "galore_adafactor_layerwise",
+        "lomo", "adalomo", "grokadamw", "schedule_free_radam", "schedule_free_adamw",
+        "schedule_free_sgd", "apollo_adamw", "apollo_adamw_layerwise", "stable_adamw",
+    ],
     "learning_rate": NoLess,
     "lr_scheduler_type": Literal[
         "linear", "cosine", "cosine_with_restarts", "polynomial", "constant",
@@ -130,6 +140,10 @@ KINDS: dict[str, Any] = {
 }  # fmt: skip
 KNOWN_NAMES = frozenset(KINDS)
 
+SAMPLED_WITH = "temperature, top_p and generation_kwargs.max_new_tokens (per turn)"
+UNREAD: dict[str, Any] = {"top_k": 0, "min_p": None, "repetition_penalty": 1.0}
+"""TRL's settings of sampling that the search rollout does not read, and what changes nothing."""
+
 RESERVED = {
     "output_dir": "set `output`",
     "seed": "set the top-level `seed`",
@@ -149,8 +163,8 @@ def resolved_grpo(config: Config) -> dict[str, Any]:
     """The `grpo:` section over the defaults.
 
     Raises:
-        ConfigError: an unknown key, one that another section decides, or a value that is no
-            setting of its key.
+        ConfigError: an unknown key, one that another section decides or the rollout does not read,
+            or a value that is no setting of its key.
     """
     for name in config.grpo:
         if name in RESERVED:
@@ -160,6 +174,11 @@ def resolved_grpo(config: Config) -> dict[str, Any]:
             fix = f"did you mean '{near[0]}'?" if near else "see TRL's GRPOConfig for the names"
             raise ConfigError(f"grpo.{name}: unknown key; {fix}")
         _check_value(name, config.grpo[name])
+        if name in UNREAD and config.grpo[name] != UNREAD[name]:
+            raise ConfigError(
+                f"grpo.{name}: not read by the search rollout, which samples with {SAMPLED_WITH}; "
+                "remove it"
+            )
     settings = {**GRPO_DEFAULTS, **config.grpo}
     if "gradient_checkpointing" in config.grpo:  # the older name of the same switch
         settings.pop("activation_checkpointing")
@@ -394,12 +413,10 @@ def refuse_unused_sampling(args: Any, generation: dict[str, Any]) -> None:
         ValueError: names them.
     """
     unused = [f"generation_kwargs.{name}" for name in generation]
-    unused += [name for name in ("min_p",) if getattr(args, name) is not None]
-    unused += ["top_k"] if args.top_k else []
-    unused += ["repetition_penalty"] if args.repetition_penalty != 1.0 else []
+    unused += [name for name, value in UNREAD.items() if getattr(args, name) != value]
     unused += ["use_vllm"] if args.use_vllm else []
     if unused:
         raise ValueError(
             f"grpo: {', '.join(unused)} is not supported by the search rollout; it samples with "
-            "temperature, top_p and generation_kwargs.max_new_tokens (per turn)"
+            f"{SAMPLED_WITH}"
         )
