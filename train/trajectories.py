@@ -237,6 +237,19 @@ def turn_advantages(episode: Trajectory, advantages: float | Sequence[float]) ->
     return [advantages[begin] for begin in _turn_begins(episode)]
 
 
+def loss_mask(episode: Trajectory, masks_fatal: bool, masks_truncated: bool) -> list[int]:
+    """1 for tokens that training learns from, in the order of `completion_ids`.
+
+    Args:
+        episode: has the turns.
+        masks_fatal: nothing from a fatal turn on.
+        masks_truncated: nothing of an episode that its budget has cut.
+    """
+    if masks_truncated and episode.stop_reason == "length":
+        return [0] * len(episode.completion_ids)
+    return episode.mask_before_fatal if masks_fatal else episode.completion_mask
+
+
 def first_masked_turn(episode: Trajectory, mask: Sequence[int]) -> int | None:
     """Index of the first turn whose tokens carry no loss, or None.
 

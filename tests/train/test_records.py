@@ -14,6 +14,7 @@ from train.trajectories import (
     Turn,
     append_jsonl,
     image_hash,
+    loss_mask,
     truncate_jsonl,
 )
 
@@ -77,6 +78,19 @@ def test_a_fatal_turn_is_the_first_of_three_failures_in_a_row(faults, expected):
     assert trajectory.fatal_turn == expected
     n_sound = len(faults) if expected is None else expected
     assert trajectory.mask_before_fatal == [1, 1, 0] * n_sound + [0] * 3 * (len(faults) - n_sound)
+
+
+def test_an_episode_that_was_cut_or_lost_its_service_carries_less_loss():
+    trajectory = make_trajectory()
+    trajectory.turns = [
+        Turn("x", [1, 2], [0.0, 0.0], {"type": "search"}, observation_ids=[3], fault=fault)
+        for fault in (None, *["infrastructure"] * 3)
+    ]
+    assert loss_mask(trajectory, False, True) == [1, 1, 0] * 4
+    assert loss_mask(trajectory, True, True) == [1, 1, 0] + [0] * 9
+    trajectory.stop_reason = "length"
+    assert loss_mask(trajectory, False, True) == [0] * 12
+    assert loss_mask(trajectory, False, False) == [1, 1, 0] * 4
 
 
 def test_a_line_holds_hashes_of_pictures_and_no_pixels():
