@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -108,7 +109,10 @@ def whole_checkpoints(folder: Path) -> list[tuple[Path, Saved]]:
 
 def _finished(folder: Path) -> list[tuple[Path, Saved, str | None]]:
     """As `whole_checkpoints`, with those that are damaged and what is wrong with them."""
-    found = [(path, read_saved(path)) for path in (folder / "checkpoints").glob("checkpoint-*")]
+    # beside our own there may be copies of the user's, checkpoint-40-good
+    named = (folder / "checkpoints").glob("checkpoint-*")
+    ours = [path for path in named if re.fullmatch(r"checkpoint-\d{1,18}", path.name)]
+    found = [(path, read_saved(path)) for path in ours]
     finished = [(path, saved) for path, saved in found if saved is not None]
     finished.sort(key=lambda pair: int(pair[0].name.rpartition("-")[2]))
     return [(path, saved, find_damage(path, saved.files)) for path, saved in finished]

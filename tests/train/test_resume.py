@@ -49,6 +49,13 @@ def test_an_unfinished_checkpoint_is_not_resumed_from(tmp_path, config):
     assert (start.step, start.needs_conversion) == (10, False)
 
 
+def test_copies_under_other_names_are_left_alone(tmp_path, config):
+    for name in (9, "9-good", "10-2", "last"):
+        save(tmp_path, name)
+    assert [path.name for path, _ in whole_checkpoints(tmp_path)] == ["checkpoint-9"]
+    assert find_start(tmp_path, config(), 2).step == 9
+
+
 def test_another_number_of_processes_goes_on_at_a_boundary(tmp_path, config):
     save(tmp_path, 2)
     save(tmp_path, 3, is_boundary=False)
