@@ -277,7 +277,9 @@ def _share_cores(n_processes: int) -> None:
         return
     import torch
 
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", n_processes))
+    # torchrun says how many are on this machine by the first, DeepSpeed's launcher by the second
+    names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")
+    local = next((int(os.environ[name]) for name in names if name in os.environ), n_processes)
     n_threads = max(1, len(os.sched_getaffinity(0)) // local)
     torch.set_num_threads(n_threads)
     os.environ["OMP_NUM_THREADS"] = str(n_threads)  # read by accelerate
