@@ -228,7 +228,8 @@ def _train(
         )  # fmt: skip
     watchdog.step = lambda: trainer.state.global_step
     keep_only_ours(trainer)
-    trainer.add_callback(RunCallback(trainer, recorder, health_settings(config, init)))
+    health = health_settings(config, init, trainer.accelerator.num_processes)
+    trainer.add_callback(RunCallback(trainer, recorder, health))
     trainer.add_callback(
         EvaluationCallback(trainer, recorder, given.held_out, config.compare.eval_every)
     )

@@ -268,12 +268,20 @@ def check_rollout_address(config: Config) -> None:
         raise ConfigError(str(error)) from error
 
 
+def steps_per_generation(grpo: dict[str, Any], n_processes: int) -> int:
+    """Micro-batches that a rollout serves, as TRL derives them."""
+    if grpo.get("generation_batch_size"):
+        rows = grpo["per_device_train_batch_size"] * n_processes
+        return max(1, grpo["generation_batch_size"] // rows)
+    return int(grpo.get("steps_per_generation") or grpo["gradient_accumulation_steps"])
+
+
 def count_completions(grpo: dict[str, Any], n_processes: int) -> tuple[int, int]:
     """Completions of a rollout and of an optimizer step, all processes together."""
     rows = grpo["per_device_train_batch_size"] * n_processes
-    accumulated = grpo["gradient_accumulation_steps"]
-    kept = grpo.get("steps_per_generation") or accumulated
-    return grpo.get("generation_batch_size") or rows * kept, rows * accumulated
+    served = rows * steps_per_generation(grpo, n_processes)
+    per_step = rows * grpo["gradient_accumulation_steps"]
+    return grpo.get("generation_batch_size") or served, per_step
 
 
 def describe_step(config: Config, n_processes: int) -> list[tuple[str, str]]:
@@ -287,12 +295,12 @@ def describe_step(config: Config, n_processes: int) -> list[tuple[str, str]]:
     zero_stage(config)
     check_rollout_address(config)
     per_device, group = grpo["per_device_train_batch_size"], grpo["num_generations"]
-    accumulated = grpo.get("steps_per_generation") or grpo["gradient_accumulation_steps"]
     completions, per_step = count_completions(grpo, n_processes)
     if completions % group:
+        served = steps_per_generation(grpo, n_processes)
         raise ConfigError(
             f"grpo.num_generations: {completions} completions ({n_processes} processes x "
-            f"{per_device} x {accumulated}) cannot be cut into groups of {group}; "
+            f"{per_device} x {served}) cannot be cut into groups of {group}; "
             "change one of the numbers"
         )
     return [

@@ -141,6 +141,15 @@ def test_the_choices_are_those_of_the_libraries():
                    for choice in KINDS[name].__args__)  # fmt: skip
 
 
+def test_completions_that_are_no_whole_groups_are_refused_with_their_arithmetic():
+    config = config_with(
+        "grpo.per_device_train_batch_size=4", "grpo.generation_batch_size=24",
+        "grpo.num_generations=16",
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match=r"24 completions \(2 processes x 4 x 3\) cannot"):
+        describe_step(config, 2)
+
+
 def test_what_trl_refuses_by_type_is_a_mistake_too(tmp_path):
     config = config_with("deepspeed=none", "grpo.vllm_importance_sampling_clip_min=abc")
     with pytest.raises(ConfigError, match=r"^grpo: "):
