@@ -22,8 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from configs.errors import ConfigError
 from train.checkpoint_files import RECORD, find_damage
-from train.deepspeed_json import deepspeed_path, read_deepspeed
-from train.settings import count_completions, resolved_grpo
+from train.settings import count_completions, resolved_grpo, zero_stage
 from train.watchdog import progress
 
 if TYPE_CHECKING:
@@ -187,14 +186,6 @@ def _check_stage(path: Path, saved: Saved, config: Config) -> int:
             f"{_stage_name(stage)} cannot load; go on with the one that it was started with"
         )
     return stage
-
-
-def zero_stage(config: Config) -> int:
-    """Stage of ZeRO that the settings ask for; 0 without DeepSpeed."""
-    path = deepspeed_path(config.deepspeed)
-    if path is None:
-        return 0
-    return int(read_deepspeed(path).get("zero_optimization", {}).get("stage", 0))
 
 
 def _stage_name(stage: int) -> str:
