@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import os
 import platform
-import subprocess
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from train.machine import processor_name
-
-RESULTS = ":(exclude)docs/results"
+from train.machine import code_commit, processor_name
 
 
 def origin(command: str) -> dict[str, str]:
@@ -39,38 +35,10 @@ def how_it_was_made(record: Mapping[str, Any], *items: str) -> list[str]:
     ]
 
 
-def code_commit() -> str:
-    """Commit of the checkout that this package is imported from, `-dirty` where files differ;
-    `unknown` outside git.
-
-    Results do not count: of several made one after another only the first would be clean.
-    """
-    root = Path(__file__).resolve().parent.parent
-    commit = _git(root, "rev-parse", "HEAD")
-    if not commit:
-        return "unknown"
-    changed = _git(root, "status", "--porcelain", "--untracked-files=no", "--", ".", RESULTS)
-    return f"{commit[:12]}-dirty" if changed else commit[:12]
-
-
 def hardware() -> str:
     """One line on the machine: processor, cores, memory, system."""
     cores = len(os.sched_getaffinity(0))
     return f"{processor_name()}, {cores} cores, {_memory_gb():.0f} GB, {platform.system()}"
-
-
-def _git(root: Path, *arguments: str) -> str:
-    try:
-        answer = subprocess.run(
-            ["git", "-C", str(root), *arguments],
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=False,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return answer.stdout.strip() if answer.returncode == 0 else ""
 
 
 def _memory_gb() -> float:

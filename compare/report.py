@@ -23,10 +23,11 @@ from compare.errors import CompareError
 from compare.intervals import BOOTSTRAP_MIN_SEEDS
 from compare.measures import Numbers
 from compare.parts import parts_section, parts_summary
-from compare.provenance import code_commit, hardware
+from compare.provenance import hardware
 from compare.runs import SINCE_START, Run, cut_to_common_steps, group_runs
 from compare.summary import summarise
 from compare.tables import markdown_table, overview_rows, sections
+from train.machine import code_commit
 
 SUFFIXES = ("json", "csv", "md", "html", "png", "svg")
 MAX_NAME_BYTES = 200

@@ -32,7 +32,8 @@ def make_record(
         seconds: of the whole drill.
         notes: part -> how it was done on this machine.
     """
-    from compare.provenance import code_commit, hardware
+    from compare.provenance import hardware
+    from train.machine import code_commit
 
     spent = resource.getrusage(resource.RUSAGE_CHILDREN)
     return {

@@ -81,8 +81,9 @@ class Recorder:
             return
         if resume_step is not None:
             kept = truncate_jsonl(self._metrics, resume_step)
-            earlier = truncate_jsonl(self._trajectories, resume_step)
-            self._followed = [row for row in earlier if row.get("followed")]
+            self._followed = truncate_jsonl(
+                self._trajectories, resume_step, lambda row: bool(row.get("followed"))
+            )
             if self._health.exists():
                 truncate_jsonl(self._health, resume_step)
             self.earlier_lines = kept

@@ -61,11 +61,11 @@ def run_cold_start(config: Config, *, overwrite: bool = False) -> Path:
         Folder of the policy, which `models.init` takes.
 
     Raises:
-        ConfigError: settings, a folder in use, or no right episode.
+        ConfigError: settings, several GPUs, a folder in use, or no right episode.
     """
     from train.cost import Cost
     from train.files import write_json
-    from train.given import choose_frozen
+    from train.given import check_one_gpu, choose_frozen
     from train.policy import load_policy
     from train.run_folder import prepare_folder
     from train.sft import SFTStage, run_stage
@@ -74,6 +74,7 @@ def run_cold_start(config: Config, *, overwrite: bool = False) -> Path:
     from train.worlds import build_engine
 
     check_settings(config)
+    check_one_gpu("obm sft")
     settings = config.sft
     init = resolve_model(config.models.init or "")
     folder = Path(config.output)
@@ -201,11 +202,14 @@ def _of_checkpoint(
     config: Config, engine: EpisodeEngine, questions: Sequence[dict[str, Any]]
 ) -> list[Trajectory | None]:
     """Greedy episodes of another policy, said again in the student's tokens."""
+    import torch
+
     from train.policy import load_policy
     from train.worlds import build_engine
 
     model, processor = load_policy(resolve_model(config.sft.teacher))
-    teacher = build_engine(config, model, processor, rollout=None)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    teacher = build_engine(config, model.to(device), processor, rollout=None)
     played: list[Trajectory] = []
     for start in range(0, len(questions), BATCH):
         played += teacher.rollout_rows(questions[start : start + BATCH], greedy=True, number=0)

@@ -28,7 +28,7 @@ from train.memory import (
 )
 from train.network import step_bytes
 from train.plan import GB, MACHINES, SERVER_WEIGHTS, Machine, Plan
-from train.settings import resolved_grpo
+from train.settings import resolved_grpo, steps_per_generation
 from train.shapes import find_shape
 
 if TYPE_CHECKING:
@@ -191,7 +191,7 @@ def plan_of(
         picture_tokens=(prompt - text if prompt > text else 0) if shape.vision else 0,
         policy_tokens=min(turns * per_turn, completion),
         completion_tokens=completion,
-        steps_per_generation=_steps_per_generation(grpo, rows * n_processes),
+        steps_per_generation=steps_per_generation(grpo, n_processes),
         iterations=grpo.get("num_iterations") or 1,
         is_bf16=grpo.get("bf16", True),
         is_checkpointed=bool(
@@ -233,13 +233,6 @@ def _local(reference: str | None) -> str | None:
 
         return resolve_model(reference)
     return reference
-
-
-def _steps_per_generation(grpo: dict[str, Any], rows: int) -> int:
-    """Micro-batches that a rollout serves, as TRL derives them."""
-    if grpo.get("generation_batch_size"):
-        return max(1, grpo["generation_batch_size"] // rows)
-    return int(grpo.get("steps_per_generation") or grpo["gradient_accumulation_steps"])
 
 
 def _sharding(config: Config) -> dict[str, Any]:

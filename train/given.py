@@ -72,6 +72,28 @@ def read_given(config: Config, n_processes: int = 1) -> Given:
     return given
 
 
+def check_one_gpu(command: str) -> None:
+    """Refuses several GPUs to a stage that runs in one process.
+
+    transformers would put a replica on each, with a batch of its own, and ours work on the first
+    alone.
+
+    Args:
+        command: the stage, for the message.
+
+    Raises:
+        ConfigError: more than one GPU is visible.
+    """
+    import torch
+
+    n_gpus = torch.cuda.device_count()
+    if n_gpus > 1:
+        raise ConfigError(
+            f"CUDA_VISIBLE_DEVICES: {n_gpus} GPUs are visible, and {command} runs on one; set it "
+            "to one of them, for instance to 0"
+        )
+
+
 def check_start(init: str) -> None:
     """Checks that a merged start still holds the tensors that its merge.json records.
 

@@ -177,6 +177,26 @@ class Groups:
         return values[start : start + len(episodes)]
 
 
+def punish_length(episode: Trajectory, algorithm: Algorithm, budget: int) -> None:
+    """Adds the part `overlong` to an episode's reward, if there is one.
+
+    Args:
+        episode: scored.
+        algorithm: the section `algorithm` of the settings.
+        budget: tokens that an episode may have.
+    """
+    weight, total = algorithm.overlong_penalty, episode.rewards["total"]
+    if weight == 0.0 or total is None:
+        return
+    penalty = weight * credit.overlong_penalty(
+        len(episode.completion_ids),
+        budget,
+        algorithm.overlong_buffer,
+        is_cut=episode.stop_reason == "length",
+    )
+    episode.rewards |= {"overlong": penalty, "total": total + penalty}
+
+
 def total_of(episode: Trajectory) -> float:
     """The episode's reward; NaN if it cannot be scored."""
     total = episode.rewards["total"]

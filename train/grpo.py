@@ -34,16 +34,16 @@ from rewards.compose import part_names, score_each
 from rewards.functions import RewardFunction, add_functions, check_columns
 from rewards.judge import make_judge
 from rewards.trajectory import get
-from train import credit, scoring
+from train import scoring
 from train.anchor import SaliencyAnchor
 from train.episode_metrics import episode_sums
 from train.episodes import Script
-from train.groups import Groups
+from train.groups import Groups, punish_length
 from train.policy import causal_model, reference_from
 from train.resumable import ResumableGRPOTrainer
 from train.settings import refuse_unused_sampling
 from train.timing import OptimizerStage, clock, speeds, time_forward, timed
-from train.trajectories import Trajectory, first_masked_turn, turn_advantages
+from train.trajectories import Trajectory, first_masked_turn, loss_mask, turn_advantages
 from train.vision import EncodedImage
 from train.watchdog import progress
 from train.worlds import engine_class
@@ -251,14 +251,9 @@ class SearchGRPOTrainer(ResumableGRPOTrainer):
             self._metrics["train"][name].append(value)
         prompts[:] = [self.questions[row]["question"] for row in self._batch_rows]
         masks = [
-            trajectory.mask_before_fatal if self._masks_fatal else trajectory.completion_mask
+            loss_mask(trajectory, self._masks_fatal, self._mask_truncated)
             for trajectory in trajectories
         ]
-        if self._mask_truncated:
-            masks = [
-                [0] * len(mask) if trajectory.stop_reason == "length" else mask
-                for mask, trajectory in zip(masks, trajectories, strict=True)
-            ]
         completion_ids = [trajectory.completion_ids for trajectory in trajectories]
         for trajectory, mask in zip(trajectories, masks, strict=True):
             trajectory.masked_from = first_masked_turn(trajectory, mask)
@@ -299,21 +294,8 @@ class SearchGRPOTrainer(ResumableGRPOTrainer):
             add_functions(self.functions, trajectories, questions, scores)
             for trajectory, parts in zip(trajectories, scores, strict=True):
                 trajectory.rewards = parts
-                self._punish_length(trajectory)
+                punish_length(trajectory, self.algorithm, self.engine.max_completion_tokens)
         return trajectories
-
-    def _punish_length(self, episode: Trajectory) -> None:
-        """Adds the part `overlong` to an episode's reward, if there is one."""
-        weight, total = self.algorithm.overlong_penalty, episode.rewards["total"]
-        if weight == 0.0 or total is None:
-            return
-        penalty = weight * credit.overlong_penalty(
-            len(episode.completion_ids),
-            self.engine.max_completion_tokens,
-            self.algorithm.overlong_buffer,
-            is_cut=episode.stop_reason == "length",
-        )
-        episode.rewards |= {"overlong": penalty, "total": total + penalty}
 
     @property
     def last_questions(self) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import TYPE_CHECKING, Any
 
-from train.settings import resolved_grpo
+from train.settings import resolved_grpo, steps_per_generation
 from train.watchdog import WHOLE_STEP
 
 if TYPE_CHECKING:
@@ -94,22 +94,22 @@ class HealthWarning:
         return f"{self.message}; {self.fix}"
 
 
-def health_settings(config: Config, init: str) -> Settings:
+def health_settings(config: Config, init: str, n_processes: int) -> Settings:
     """What the rules need of an experiment.
 
     Args:
         config: the experiment.
         init: the resolved checkpoint that training starts from.
+        n_processes: of the training.
     """
     grpo, environment = resolved_grpo(config), config.environment
-    accumulated = grpo["gradient_accumulation_steps"]
-    per_generation = grpo.get("steps_per_generation") or accumulated
+    is_used_once = steps_per_generation(grpo, n_processes) == grpo["gradient_accumulation_steps"]
     longest = grpo["max_completion_length"]
     return Settings(
         max_completion_tokens=longest,
         max_new_tokens=(grpo.get("generation_kwargs") or {}).get("max_new_tokens", longest),
         beta=grpo["beta"],
-        is_on_policy=per_generation == accumulated and grpo.get("num_iterations", 1) == 1,
+        is_on_policy=is_used_once and grpo.get("num_iterations", 1) == 1,
         is_merged=(Path(init) / "merge.json").is_file(),
         has_searches=environment.image_searches + environment.text_searches > 0,
     )

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 VARIABLE = "OBM_STARTED_BY"
 POLL_S = 1.0
@@ -22,21 +23,37 @@ EXIT_CODE = 143
 
 def name_myself() -> str:
     """This process' number and time of birth: numbers are given out again."""
-    import psutil
-
-    return f"{os.getpid()}:{psutil.Process().create_time()}"
+    return f"{os.getpid()}:{_birth(os.getpid())}"
 
 
 def is_alive(name: str) -> bool:
     """Whether the process that called itself so still runs."""
+    pid, _, born = name.partition(":")
+    return _birth(int(pid)) == born
+
+
+def _birth(pid: int) -> str | None:
+    """When a process began; None of one that has gone, or is a zombie.
+
+    In ticks since the system started, where it counts them: psutil adds the clock's time of that
+    start, which moves whenever the clock is set.
+    """
+    if Path("/proc/self/stat").is_file():
+        try:
+            stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            return None
+        # fields 3 and following: the name before them may hold anything
+        fields = stat.rpartition(")")[2].split()
+        return None if fields[0] in "ZX" else fields[19]
     import psutil
 
-    pid, _, born = name.partition(":")
     try:
-        process = psutil.Process(int(pid))
-        return process.status() != psutil.STATUS_ZOMBIE and str(process.create_time()) == born
+        process = psutil.Process(pid)
+        is_zombie = process.status() == psutil.STATUS_ZOMBIE
+        return None if is_zombie else str(process.create_time())
     except psutil.NoSuchProcess:
-        return False
+        return None
 
 
 def end_with_starter(exit_process: Callable[[int], object] = os._exit) -> threading.Thread | None:

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -57,10 +58,11 @@ class LiveView:
         self._is_over.set()
         self._thread.join()
         self._rows.close()
-        if exception[0] is None:
-            self.status.is_over = True
-            self._console.file.write("\n".join(fit(self.status, self._console)) + "\n")
-        self._console.file.close()
+        # a terminal that was closed must not end a training whose policy is still to be written
+        with suppress(OSError), self._console.file as terminal:
+            if exception[0] is None:
+                self.status.is_over = True
+                terminal.write("\n".join(fit(self.status, self._console)) + "\n")
 
     def take(self, line: Mapping[str, Any]) -> None:
         """Takes in a line of metrics.jsonl; the thread draws it."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 PACKAGES = ("torch", "transformers", "trl", "deepspeed", "accelerate", "peft", "wandb")
+RESULTS = ":(exclude)docs/results"
 
 
 def describe_machine() -> dict[str, Any]:
@@ -26,7 +27,7 @@ def describe_machine() -> dict[str, Any]:
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "command": " ".join(sys.argv),
-        "commit": _commit(),
+        "commit": code_commit(),
         "python": platform.python_version(),
         "versions": versions,
         "hardware": ", ".join(gpus) or processor_name(),
@@ -36,18 +37,33 @@ def describe_machine() -> dict[str, Any]:
     }
 
 
-def _commit() -> str | None:
+def code_commit() -> str:
+    """Commit of the checkout that this package is imported from, `-dirty` where files differ;
+    `unknown` outside git, and for a package that was installed within another repository.
+
+    Results do not count: of several made one after another only the first would be clean.
+    """
     root = Path(__file__).resolve().parent.parent
+    top = _git(root, "rev-parse", "--show-toplevel")
+    commit = _git(root, "rev-parse", "HEAD")
+    if not commit or Path(top).resolve() != root:
+        return "unknown"
+    changed = _git(root, "status", "--porcelain", "--untracked-files=no", "--", ".", RESULTS)
+    return f"{commit[:12]}-dirty" if changed else commit[:12]
+
+
+def _git(root: Path, *arguments: str) -> str:
     try:
-        result = subprocess.run(
-            ["git", "-C", str(root), "rev-parse", "--short=12", "HEAD"],
+        answer = subprocess.run(
+            ["git", "-C", str(root), *arguments],
             capture_output=True,
             text=True,
+            timeout=10,
             check=False,
         )
-    except OSError:  # a container without git
-        return None
-    return result.stdout.strip() or None
+    except (OSError, subprocess.TimeoutExpired):  # a container without git
+        return ""
+    return answer.stdout.strip() if answer.returncode == 0 else ""
 
 
 def processor_name() -> str:

@@ -89,6 +89,7 @@ class ResumableGRPOTrainer(GRPOTrainer):
                 per_step=rows * args.gradient_accumulation_steps,
                 zero_stage=plugin.zero_stage if plugin else 0,
                 files=measure_files(folder),
+                per_batch=args.per_device_train_batch_size,
             ).write(folder)
         self.accelerator.wait_for_everyone()
 

@@ -2,9 +2,9 @@
 
 What TRL's checkpoint does not say stands in its rollout.json: how many processes wrote it, whether
 a generation buffer was half used up, how many completions a step had. A checkpoint inside a buffer
-fits only the number of processes that wrote it, since each holds its share of the episodes; at a
-boundary nothing of ours depends on the number, and DeepSpeed's part is converted to a universal
-checkpoint (its `ds_to_universal`), which any number of processes can load.
+fits only the number of processes that wrote it, since each holds its share of the episodes, cut
+into micro-batches; at a boundary nothing of ours depends on either, and DeepSpeed's part is
+converted to a universal checkpoint (its `ds_to_universal`), which any number of processes can load.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -21,8 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from configs.errors import ConfigError
 from train.checkpoint_files import RECORD, find_damage
-from train.deepspeed_json import deepspeed_path, read_deepspeed
-from train.settings import count_completions, resolved_grpo
+from train.settings import count_completions, resolved_grpo, zero_stage
 from train.watchdog import progress
 
 if TYPE_CHECKING:
@@ -50,6 +50,8 @@ class Saved:
     """0 = without DeepSpeed"""
     files: dict[str, int] = field(default_factory=dict)
     """size of every file when the checkpoint was complete; none in checkpoints of older versions"""
+    per_batch: int | None = None
+    """completions of a micro-batch of one process; None in checkpoints of older versions"""
 
     def write(self, checkpoint: Path) -> None:
         """Puts it beside the weights."""
@@ -106,7 +108,10 @@ def whole_checkpoints(folder: Path) -> list[tuple[Path, Saved]]:
 
 def _finished(folder: Path) -> list[tuple[Path, Saved, str | None]]:
     """As `whole_checkpoints`, with those that are damaged and what is wrong with them."""
-    found = [(path, read_saved(path)) for path in (folder / "checkpoints").glob("checkpoint-*")]
+    # beside our own there may be copies of the user's, checkpoint-40-good
+    named = (folder / "checkpoints").glob("checkpoint-*")
+    ours = [path for path in named if re.fullmatch(r"checkpoint-\d{1,18}", path.name)]
+    found = [(path, read_saved(path)) for path in ours]
     finished = [(path, saved) for path, saved in found if saved is not None]
     finished.sort(key=lambda pair: int(pair[0].name.rpartition("-")[2]))
     return [(path, saved, find_damage(path, saved.files)) for path, saved in finished]
@@ -135,18 +140,23 @@ def find_start(folder: Path, config: Config, n_processes: int) -> Start | None:
         logger.warning("%s: this checkpoint is not used", damage)
     if not whole:
         return None
+    per_batch = resolved_grpo(config)["per_device_train_batch_size"]
     for path, saved in reversed(whole):
         same = saved.n_processes == n_processes
-        if same or saved.is_boundary:
+        if saved.is_boundary or (same and saved.per_batch in (None, per_batch)):
             _check_batch(path, saved, config, n_processes)
             stage = _check_stage(path, saved, config)
             return Start(path, saved, needs_conversion=stage > 0 and not same)
     path, saved = whole[-1]
+    cut, keep = "", ""
+    if saved.per_batch is not None:
+        cut = f" in micro-batches of {saved.per_batch}"
+        keep = f" of grpo.per_device_train_batch_size={saved.per_batch}"
     raise ConfigError(
         f"--resume: every checkpoint of {folder} lies inside a generation buffer that "
-        f"{saved.n_processes} processes share; go on with {saved.n_processes} processes and save "
-        "at a boundary (grpo.save_steps a multiple of the steps of a buffer), then change the "
-        "number"
+        f"{saved.n_processes} processes share{cut}; go on with {saved.n_processes} processes{keep} "
+        "and save at a boundary (grpo.save_steps a multiple of the steps of a buffer), then change "
+        "the numbers"
     )
 
 
@@ -176,14 +186,6 @@ def _check_stage(path: Path, saved: Saved, config: Config) -> int:
             f"{_stage_name(stage)} cannot load; go on with the one that it was started with"
         )
     return stage
-
-
-def zero_stage(config: Config) -> int:
-    """Stage of ZeRO that the settings ask for; 0 without DeepSpeed."""
-    path = deepspeed_path(config.deepspeed)
-    if path is None:
-        return 0
-    return int(read_deepspeed(path).get("zero_optimization", {}).get("stage", 0))
 
 
 def _stage_name(stage: int) -> str:

@@ -228,7 +228,8 @@ def _train(
         )  # fmt: skip
     watchdog.step = lambda: trainer.state.global_step
     keep_only_ours(trainer)
-    trainer.add_callback(RunCallback(trainer, recorder, health_settings(config, init)))
+    health = health_settings(config, init, trainer.accelerator.num_processes)
+    trainer.add_callback(RunCallback(trainer, recorder, health))
     trainer.add_callback(
         EvaluationCallback(trainer, recorder, given.held_out, config.compare.eval_every)
     )
@@ -277,7 +278,9 @@ def _share_cores(n_processes: int) -> None:
         return
     import torch
 
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", n_processes))
+    # torchrun says how many are on this machine by the first, DeepSpeed's launcher by the second
+    names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")
+    local = next((int(os.environ[name]) for name in names if name in os.environ), n_processes)
     n_threads = max(1, len(os.sched_getaffinity(0)) // local)
     torch.set_num_threads(n_threads)
     os.environ["OMP_NUM_THREADS"] = str(n_threads)  # read by accelerate

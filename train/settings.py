@@ -98,7 +98,17 @@ KINDS: dict[str, Any] = {
     "scale_rewards": Literal["group", "batch", "none", True, False],
     "mask_truncated_completions": bool,
     # optimizer
-    "optim": str,
+    "optim": Literal[
+        "adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "adamw_torch_npu_fused", "adafactor",
+        "adamw_anyprecision", "adamw_torch_4bit", "adamw_torch_8bit", "ademamix", "sgd", "adagrad",
+        "adamw_bnb_8bit", "adamw_8bit", "ademamix_8bit", "lion_8bit", "lion_32bit",
+        "paged_adamw_32bit", "paged_adamw_8bit", "paged_ademamix_32bit", "paged_ademamix_8bit",
+        "paged_lion_32bit", "paged_lion_8bit", "rmsprop", "rmsprop_bnb", "rmsprop_bnb_8bit",
+        "rmsprop_bnb_32bit", "galore_adamw", "galore_adamw_8bit", "galore_adafactor",
+        "galore_adamw_layerwise", "galore_adamw_8bit_layerwise", "galore_adafactor_layerwise",
+        "lomo", "adalomo", "grokadamw", "schedule_free_radam", "schedule_free_adamw",
+        "schedule_free_sgd", "apollo_adamw", "apollo_adamw_layerwise", "stable_adamw",
+    ],
     "learning_rate": NoLess,
     "lr_scheduler_type": Literal[
         "linear", "cosine", "cosine_with_restarts", "polynomial", "constant",
@@ -123,13 +133,16 @@ KINDS: dict[str, Any] = {
     "save_strategy": Literal["no", "steps", "epoch", "best"],
     "save_steps": Above,
     "save_total_limit": Size | None,
-    "save_only_model": bool,
     "report_to": str | None,
     "log_completions": bool,
     "log_multimodal": bool,
     "disable_tqdm": bool | None,
 }  # fmt: skip
 KNOWN_NAMES = frozenset(KINDS)
+
+SAMPLED_WITH = "temperature, top_p and generation_kwargs.max_new_tokens (per turn)"
+UNREAD: dict[str, Any] = {"top_k": 0, "min_p": None, "repetition_penalty": 1.0}
+"""TRL's settings of sampling that the search rollout does not read, and what changes nothing."""
 
 RESERVED = {
     "output_dir": "set `output`",
@@ -141,6 +154,8 @@ RESERVED = {
     "use_vllm": "set `rollout.backend: vllm`; docs/vllm.md says how to serve",
     "eval_strategy": "set `compare.eval_every`",
     "eval_steps": "set `compare.eval_every`",
+    "save_only_model": "a run goes on from the optimizer too; set `grpo.save_total_limit` to save "
+    "disk",
 }
 
 
@@ -148,8 +163,8 @@ def resolved_grpo(config: Config) -> dict[str, Any]:
     """The `grpo:` section over the defaults.
 
     Raises:
-        ConfigError: an unknown key, one that another section decides, or a value that is no
-            setting of its key.
+        ConfigError: an unknown key, one that another section decides or the rollout does not read,
+            or a value that is no setting of its key.
     """
     for name in config.grpo:
         if name in RESERVED:
@@ -159,6 +174,11 @@ def resolved_grpo(config: Config) -> dict[str, Any]:
             fix = f"did you mean '{near[0]}'?" if near else "see TRL's GRPOConfig for the names"
             raise ConfigError(f"grpo.{name}: unknown key; {fix}")
         _check_value(name, config.grpo[name])
+        if name in UNREAD and config.grpo[name] != UNREAD[name]:
+            raise ConfigError(
+                f"grpo.{name}: not read by the search rollout, which samples with {SAMPLED_WITH}; "
+                "remove it"
+            )
     settings = {**GRPO_DEFAULTS, **config.grpo}
     if "gradient_checkpointing" in config.grpo:  # the older name of the same switch
         settings.pop("activation_checkpointing")
@@ -248,12 +268,20 @@ def check_rollout_address(config: Config) -> None:
         raise ConfigError(str(error)) from error
 
 
+def steps_per_generation(grpo: dict[str, Any], n_processes: int) -> int:
+    """Micro-batches that a rollout serves, as TRL derives them."""
+    if grpo.get("generation_batch_size"):
+        rows = grpo["per_device_train_batch_size"] * n_processes
+        return max(1, grpo["generation_batch_size"] // rows)
+    return int(grpo.get("steps_per_generation") or grpo["gradient_accumulation_steps"])
+
+
 def count_completions(grpo: dict[str, Any], n_processes: int) -> tuple[int, int]:
     """Completions of a rollout and of an optimizer step, all processes together."""
     rows = grpo["per_device_train_batch_size"] * n_processes
-    accumulated = grpo["gradient_accumulation_steps"]
-    kept = grpo.get("steps_per_generation") or accumulated
-    return grpo.get("generation_batch_size") or rows * kept, rows * accumulated
+    served = rows * steps_per_generation(grpo, n_processes)
+    per_step = rows * grpo["gradient_accumulation_steps"]
+    return grpo.get("generation_batch_size") or served, per_step
 
 
 def describe_step(config: Config, n_processes: int) -> list[tuple[str, str]]:
@@ -267,12 +295,12 @@ def describe_step(config: Config, n_processes: int) -> list[tuple[str, str]]:
     zero_stage(config)
     check_rollout_address(config)
     per_device, group = grpo["per_device_train_batch_size"], grpo["num_generations"]
-    accumulated = grpo.get("steps_per_generation") or grpo["gradient_accumulation_steps"]
     completions, per_step = count_completions(grpo, n_processes)
     if completions % group:
+        served = steps_per_generation(grpo, n_processes)
         raise ConfigError(
             f"grpo.num_generations: {completions} completions ({n_processes} processes x "
-            f"{per_device} x {accumulated}) cannot be cut into groups of {group}; "
+            f"{per_device} x {served}) cannot be cut into groups of {group}; "
             "change one of the numbers"
         )
     return [
@@ -393,12 +421,10 @@ def refuse_unused_sampling(args: Any, generation: dict[str, Any]) -> None:
         ValueError: names them.
     """
     unused = [f"generation_kwargs.{name}" for name in generation]
-    unused += [name for name in ("min_p",) if getattr(args, name) is not None]
-    unused += ["top_k"] if args.top_k else []
-    unused += ["repetition_penalty"] if args.repetition_penalty != 1.0 else []
+    unused += [name for name, value in UNREAD.items() if getattr(args, name) != value]
     unused += ["use_vllm"] if args.use_vllm else []
     if unused:
         raise ValueError(
             f"grpo: {', '.join(unused)} is not supported by the search rollout; it samples with "
-            "temperature, top_p and generation_kwargs.max_new_tokens (per turn)"
+            f"{SAMPLED_WITH}"
         )

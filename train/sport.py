@@ -75,14 +75,16 @@ def run_sport(config: Config, *, resume: bool = False, overwrite: bool = False) 
         Folder of the tuned policy, which `models.init` takes.
 
     Raises:
-        ConfigError: settings, a folder in use, no pair to learn from, a verifier without verdicts.
+        ConfigError: settings, several GPUs, a folder in use, no pair to learn from, a verifier
+            without verdicts.
     """
     from train.cost import Cost
     from train.files import write_json
-    from train.given import choose_frozen
+    from train.given import check_one_gpu, choose_frozen
     from train.run_folder import prepare_folder
 
     check_settings(config)
+    check_one_gpu("obm sport")
     init = resolve_model(config.models.init or "")
     folder = Path(config.output)
     frozen = choose_frozen(config, init)

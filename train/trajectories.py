@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -237,6 +237,19 @@ def turn_advantages(episode: Trajectory, advantages: float | Sequence[float]) ->
     return [advantages[begin] for begin in _turn_begins(episode)]
 
 
+def loss_mask(episode: Trajectory, masks_fatal: bool, masks_truncated: bool) -> list[int]:
+    """1 for tokens that training learns from, in the order of `completion_ids`.
+
+    Args:
+        episode: has the turns.
+        masks_fatal: nothing from a fatal turn on.
+        masks_truncated: nothing of an episode that its budget has cut.
+    """
+    if masks_truncated and episode.stop_reason == "length":
+        return [0] * len(episode.completion_ids)
+    return episode.mask_before_fatal if masks_fatal else episode.completion_mask
+
+
 def first_masked_turn(episode: Trajectory, mask: Sequence[int]) -> int | None:
     """Index of the first turn whose tokens carry no loss, or None.
 
@@ -281,28 +294,42 @@ def append_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
         file.write(text)
 
 
-def truncate_jsonl(path: Path, last_step: int) -> list[dict[str, Any]]:
+def truncate_jsonl(
+    path: Path, last_step: int, is_wanted: Callable[[dict[str, Any]], bool] = lambda row: True
+) -> list[dict[str, Any]]:
     """Drops lines of steps after `last_step`, and a line that a crash cut short.
 
+    Goes from line to line and copies their bytes: the trajectories of a long run fill no memory.
+
+    Args:
+        path: the file.
+        last_step: that the run goes on from.
+        is_wanted: which of the lines that stay the caller needs.
+
     Returns:
-        The lines that stay, in order.
+        The lines that stay and are wanted, in order.
+
+    Raises:
+        DiskError: the disk takes no more.
     """
     if not path.exists():
         return []
-    kept = []
-    # not splitlines: JSON leaves U+2028 and U+0085, which a policy may write, as they are
-    for line in path.read_text(encoding="utf-8").split("\n"):
-        if not line:
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            break
-        if row["step"] <= last_step:
-            kept.append(row)
+    found = []
     temporary = path.with_name(path.name + ".tmp")
-    temporary.unlink(missing_ok=True)
-    temporary.touch()
-    append_jsonl(temporary, kept)
+    with writing(temporary), path.open("rb") as file, temporary.open("wb") as kept:
+        # bytes end at line feeds alone: U+2028 and U+0085, which a policy may write, stay as they
+        # are, and a line may be cut within a character
+        for line in file:
+            if line == b"\n":
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError:
+                break
+            if row["step"] > last_step:
+                continue
+            kept.write(line.removesuffix(b"\n") + b"\n")
+            if is_wanted(row):
+                found.append(row)
     temporary.replace(path)
-    return kept
+    return found

@@ -18,7 +18,10 @@ computes the same logits again.
 
 from __future__ import annotations
 
+import re
 import secrets
+import shutil
+import socket
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -30,6 +33,7 @@ from typing import Any
 import numpy as np
 
 from train.episodes import EpisodeEngine
+from train.leash import is_alive, name_myself
 from train.trajectories import Trajectory, Turn
 from train.vision import EncodedImage
 from train.vllm_client import Reply, Sampling, ServerImage, VLLMClient, VLLMError
@@ -292,10 +296,19 @@ class VLLMRolloutEngine(EpisodeEngine):
 
 @contextmanager
 def _handover_folder(parent: str | Path | None) -> Iterator[Path]:
-    """A new folder that exists for one handover of weights."""
+    """A new folder that exists for one handover of weights.
+
+    It is named after this process: what others of this machine left, that were killed in the midst
+    of theirs, is removed, since it would fill the memory handover by handover.
+    """
     shared = Path("/dev/shm")
     place = Path(parent or (shared if shared.is_dir() else tempfile.gettempdir()))
     place.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="policy-", dir=place) as folder:
+    ours = f"policy-{socket.gethostname()}-"
+    for path in place.glob(f"{ours}*"):
+        left = re.fullmatch(rf"{re.escape(ours)}(\d+:[\d.]+)-\w+", path.name)
+        if left is not None and not is_alive(left[1]):
+            shutil.rmtree(path, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=f"{ours}{name_myself()}-", dir=place) as folder:
         Path(folder).chmod(0o755)  # the server may be another user
         yield Path(folder)

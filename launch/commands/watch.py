@@ -7,6 +7,7 @@ or you press q or Ctrl-C. Where the output is no terminal it is printed once.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 import time
@@ -86,8 +87,16 @@ class WatchedRun:
         from train.live import new_status
 
         # the run folder has a copy of a merged start's merge.json, so it tells as the start does
-        settings = health_settings(self._config, str(self._folder))
+        settings = health_settings(self._config, str(self._folder), self._count_processes())
         return new_status(self._config), HealthMonitor(settings)
+
+    def _count_processes(self) -> int:
+        """Of the training; 1 where its record is not there or damaged."""
+        try:
+            record = json.loads((self._folder / "environment.json").read_text(encoding="utf-8"))
+            return max(1, int(record["world_size"]))
+        except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
+            return 1
 
     def read(self) -> Status:
         """The status by what has been written up to now."""

@@ -5,9 +5,10 @@ import subprocess
 
 import pytest
 
-from compare import provenance
 from compare.drawing import save_figure, start_drawing
 from compare.provenance import how_it_was_made, origin
+from train import machine
+from train.machine import code_commit, describe_machine
 
 
 def test_a_report_ends_with_its_command_commit_and_hardware():
@@ -20,23 +21,40 @@ def test_a_report_ends_with_its_command_commit_and_hardware():
     ]  # fmt: skip
 
 
-def test_results_made_before_do_not_count_as_a_change_of_the_code(tmp_path, monkeypatch):
-    def git(*arguments):
+@pytest.fixture
+def git(tmp_path, monkeypatch):
+    """Git in a folder of its own, in which the package seems to lie."""
+
+    def run(*arguments):
         command = ["git", "-C", str(tmp_path), "-c", "user.name=n", "-c", "user.email=e"]
         subprocess.run([*command, *arguments], check=True, capture_output=True)
 
-    for name in ("compare/provenance.py", "docs/results/table.md", "docs/page.md"):
+    for name in ("train/machine.py", "docs/results/table.md", "docs/page.md"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("before")
-    git("init")
-    git("add", ".")
-    git("commit", "-m", "m")
-    monkeypatch.setattr(provenance, "__file__", str(tmp_path / "compare/provenance.py"))
-    assert re.fullmatch("[0-9a-f]{12}", provenance.code_commit())
+    monkeypatch.setattr(machine, "__file__", str(tmp_path / "train/machine.py"))
+    run("init")
+    run("add", ".")
+    run("commit", "-m", "m")
+    return run
+
+
+def test_results_made_before_do_not_count_as_a_change_of_the_code(git, tmp_path):
+    assert re.fullmatch("[0-9a-f]{12}", code_commit())
     (tmp_path / "docs/results/table.md").write_text("after")
-    assert re.fullmatch("[0-9a-f]{12}", provenance.code_commit())
+    assert re.fullmatch("[0-9a-f]{12}", code_commit())
     (tmp_path / "docs/page.md").write_text("after")
-    assert re.fullmatch("[0-9a-f]{12}-dirty", provenance.code_commit())
+    assert re.fullmatch("[0-9a-f]{12}-dirty", code_commit())
+    assert describe_machine()["commit"] == code_commit()  # a run says so, too
+
+
+def test_the_commit_of_another_repository_around_an_installed_package_is_not_ours(
+    git, tmp_path, monkeypatch
+):
+    installed = tmp_path / "venv" / "site-packages" / "train"
+    installed.mkdir(parents=True)
+    monkeypatch.setattr(machine, "__file__", str(installed / "machine.py"))
+    assert code_commit() == "unknown"
 
 
 def test_a_picture_is_the_same_again_and_never_half_there(tmp_path):

@@ -16,7 +16,8 @@ COMMAND = "make mutation"
 
 def write_report(folder: Path, verdicts: Sequence[Verdict]) -> None:
     """Writes both files, each whole or not at all."""
-    from compare.provenance import code_commit, hardware
+    from compare.provenance import hardware
+    from train.machine import code_commit
 
     record = {
         "command": COMMAND,

@@ -38,6 +38,7 @@ def test_an_older_checkpoint_stays_until_the_new_one_is_whole(
     record = json.loads((folder / "checkpoints" / "checkpoint-2" / "rollout.json").read_text())
     assert record["files"]["trainer_state.json"] > 0
     assert "rollout.json" not in record["files"]
+    assert record["per_batch"] == load_config(path).grpo["per_device_train_batch_size"]
 
 
 def test_a_folder_in_which_only_a_torn_file_lies_can_be_begun(write_config):  # noqa: F811

@@ -211,6 +211,21 @@ def test_advantages_of_groups_by_hand():
     assert found == pytest.approx([high, -high, 0.0], abs=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("scale", "divisor"),
+    [
+        ("group", 2**0.5 + 1e-4),  # of 2 and 0
+        (True, 2**0.5 + 1e-4),
+        ("batch", 1.0 + 1e-4),  # of 2, 0, 0, 0: mean 1/2, squares 9/4 and three of 1/4, over 3
+        ("none", 1.0),
+        (False, 1.0),
+    ],
+)
+def test_advantages_are_scaled_as_training_scales_them(scale, divisor):
+    found = group_advantages([2.0, 0.0, 0.0, 0.0], 2, scale)
+    assert found == pytest.approx([1 / divisor, -1 / divisor, 0.0, 0.0], abs=1e-6)
+
+
 # ---------------------------------------------------------------- objectives
 
 
@@ -254,6 +269,22 @@ def test_objectives_without_a_gradient_are_refused(policy, tiny_checkpoints, tmp
         search_objective(
             settings(tmp_path, tiny_checkpoints["vlm"], "conflict.search=agent"), *policy
         )
+
+
+def test_the_search_objective_has_the_rewards_and_masks_of_training(
+    policy, tiny_checkpoints, tmp_path
+):
+    path = tmp_path / "mine.py"
+    path.write_text("def place(trajectories):\n    return list(range(len(trajectories)))\n")
+    config = settings(
+        tmp_path, tiny_checkpoints["vlm"],
+        f"reward_functions=[{{function: '{path}:place', weight: 1}}]",
+    )  # fmt: skip
+    found = search_objective(config, *policy)
+    assert (found.n_episodes, found.n_asked) == (8, 8)
+    config.grpo["mask_truncated_completions"] = True
+    with pytest.raises(ConfigError, match=r"or are masked"):  # a random policy never ends
+        search_objective(config, *policy)
 
 
 def test_the_trios_objectives_are_the_vlms_answers_and_the_agents_searches(tmp_path):

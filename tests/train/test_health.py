@@ -2,6 +2,7 @@
 
 import pytest
 
+from configs.schema import load_config, shipped_config
 from train.health import (
     CALM,
     MIN_FOR_MEDIAN,
@@ -11,6 +12,7 @@ from train.health import (
     HealthMonitor,
     Settings,
     find_warnings,
+    health_settings,
 )
 
 SETTINGS = Settings(max_completion_tokens=320, max_new_tokens=40, beta=0.001)
@@ -128,6 +130,23 @@ def test_a_gradient_spike_is_measured_against_the_median():
 def test_off_policy_steps_may_differ_from_sampling():
     lines = [CASES["mismatch"]] * WINDOW
     assert codes(*lines, settings=Settings(320, 40, is_on_policy=False)) == []
+
+
+@pytest.mark.parametrize(
+    ("grpo", "is_on_policy"),
+    [
+        # two processes of 8 rows: a rollout of 16 is one micro-batch, of 32 two
+        ({"generation_batch_size": 16}, True),
+        ({"generation_batch_size": 32}, False),
+        ({"generation_batch_size": 32, "gradient_accumulation_steps": 2}, True),
+        ({"steps_per_generation": 2}, False),
+        ({"num_iterations": 2}, False),
+    ],
+)
+def test_a_rollout_that_serves_several_steps_is_off_policy(grpo, is_on_policy):
+    config = load_config(shipped_config("demo"))
+    config.grpo = {"per_device_train_batch_size": 8, **grpo}
+    assert health_settings(config, "none", 2).is_on_policy == is_on_policy
 
 
 def test_without_a_reference_the_kl_says_nothing():

@@ -10,7 +10,8 @@ import pytest
 
 from configs.schema import load_config
 from tests.train.screen import Screen, Terminal
-from train.live import live_descriptor
+from train.live import LiveView, live_descriptor
+from train.status import Status
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs a pseudo-terminal")
 
@@ -134,6 +135,15 @@ def test_however_it_ends_the_terminal_is_clean(on_terminal, how):
     assert not shows("obm-s0")(screen)
     expected = {"exception": "ValueError: broken", "ctrl-c": "KeyboardInterrupt"}.get(how, "within")
     assert expected in [line for line in screen.text() if line][-1]
+
+
+def test_a_terminal_that_is_closed_ends_no_training():
+    controller, terminal = os.openpty()
+    view = LiveView(Status("obm-s0", 10, 5), terminal)
+    with view:
+        os.close(controller)
+    os.close(terminal)
+    assert view._console.file.closed
 
 
 def test_a_low_terminal_is_left_alone(on_terminal):

@@ -14,6 +14,7 @@ from train.trajectories import (
     Turn,
     append_jsonl,
     image_hash,
+    loss_mask,
     truncate_jsonl,
 )
 
@@ -79,6 +80,19 @@ def test_a_fatal_turn_is_the_first_of_three_failures_in_a_row(faults, expected):
     assert trajectory.mask_before_fatal == [1, 1, 0] * n_sound + [0] * 3 * (len(faults) - n_sound)
 
 
+def test_an_episode_that_was_cut_or_lost_its_service_carries_less_loss():
+    trajectory = make_trajectory()
+    trajectory.turns = [
+        Turn("x", [1, 2], [0.0, 0.0], {"type": "search"}, observation_ids=[3], fault=fault)
+        for fault in (None, *["infrastructure"] * 3)
+    ]
+    assert loss_mask(trajectory, False, True) == [1, 1, 0] * 4
+    assert loss_mask(trajectory, True, True) == [1, 1, 0] + [0] * 9
+    trajectory.stop_reason = "length"
+    assert loss_mask(trajectory, False, True) == [0] * 12
+    assert loss_mask(trajectory, False, False) == [1, 1, 0] * 4
+
+
 def test_a_line_holds_hashes_of_pictures_and_no_pixels():
     row = make_trajectory().to_dict(step=5, arm="vlm", seed=2)
     text = json.dumps(row)
@@ -104,6 +118,30 @@ def test_lines_after_the_checkpoint_and_a_torn_line_are_dropped(tmp_path):
     kept = truncate_jsonl(path, last_step=2)
     assert [row["step"] for row in kept] == [0, 1, 2, 2]
     assert [json.loads(line) for line in path.read_text().splitlines()] == kept
+
+
+def test_a_line_that_is_cut_within_a_character_is_dropped(tmp_path):
+    path = tmp_path / "trajectories.jsonl"
+    whole = '{"step": 1,  "answer": "Zürich"}\n'.encode()
+    path.write_bytes(whole + '{"step": 2, "answer": "Zü'.encode()[:-1])
+    assert truncate_jsonl(path, last_step=2) == [{"step": 1, "answer": "Zürich"}]
+    assert path.read_bytes() == whole  # the bytes that were there
+
+
+def test_only_the_lines_that_are_wanted_are_kept_in_memory(tmp_path):
+    path = tmp_path / "trajectories.jsonl"
+    append_jsonl(path, [{"step": step, "followed": step == 1} for step in (0, 1, 2)])
+    found = truncate_jsonl(path, 1, lambda row: row["followed"])
+    assert found == [{"step": 1, "followed": True}]
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [0, 1]
+
+
+def test_a_last_line_without_its_end_gets_one(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}')
+    truncate_jsonl(path, 1)
+    append_jsonl(path, [{"step": 2}])
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
 
 
 def test_a_missing_file_has_no_lines(tmp_path):

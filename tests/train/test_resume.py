@@ -49,6 +49,13 @@ def test_an_unfinished_checkpoint_is_not_resumed_from(tmp_path, config):
     assert (start.step, start.needs_conversion) == (10, False)
 
 
+def test_copies_under_other_names_are_left_alone(tmp_path, config):
+    for name in (9, "9-good", "10-2", "last"):
+        save(tmp_path, name)
+    assert [path.name for path, _ in whole_checkpoints(tmp_path)] == ["checkpoint-9"]
+    assert find_start(tmp_path, config(), 2).step == 9
+
+
 def test_another_number_of_processes_goes_on_at_a_boundary(tmp_path, config):
     save(tmp_path, 2)
     save(tmp_path, 3, is_boundary=False)
@@ -67,6 +74,22 @@ def test_inside_a_buffer_the_number_must_stay(tmp_path, config):
     save(tmp_path, 1, is_boundary=False)
     with pytest.raises(ConfigError, match=r"inside a generation buffer that 2 processes share"):
         find_start(tmp_path, config("grpo.per_device_train_batch_size=16"), 1)
+
+
+def test_inside_a_buffer_its_micro_batches_must_stay(tmp_path, config):
+    """Two of eight rows wait in the buffer, not four of four."""
+    other = config(
+        "grpo.per_device_train_batch_size=4", "grpo.gradient_accumulation_steps=2",
+        "grpo.steps_per_generation=4",
+    )  # fmt: skip
+    save(tmp_path, 3, is_boundary=False, per_batch=8)
+    assert find_start(tmp_path, config(), 2).step == 3
+    with pytest.raises(ConfigError, match=r"micro-batches of 8; .*per_device_train_batch_size=8"):
+        find_start(tmp_path, other, 2)
+    save(tmp_path, 2, per_batch=8)
+    assert find_start(tmp_path, other, 2).step == 2
+    save(tmp_path, 5, is_boundary=False)  # of an older version, which did not note them
+    assert find_start(tmp_path, other, 2).step == 5
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from merge.engine import merge
 from tests.house.metric_names import undescribed
 from train.followed import follow
 from train.given import check_start
-from train.run import run_training, train
+from train.run import _share_cores, run_training, train
 from train.settings import GRPO_DEFAULTS, KNOWN_NAMES, describe_step, resolved_grpo
 
 # an untrained policy earns nothing; the entropy bonus makes every step move it all the same
@@ -342,3 +342,22 @@ def test_a_benchmark_takes_the_place_of_the_atlas_questions(write_config):
     assert {"eval/kind/news/accuracy", "eval/kind/knowledge/accuracy"} <= last.keys()
     # nothing says whether the VLM has seen these
     assert not any(name.startswith(("eval/seen", "eval/unseen")) for name in last)
+
+
+@pytest.mark.parametrize(
+    ("variables", "n_threads"),
+    [({}, 2), ({"LOCAL_WORLD_SIZE": "2"}, 4), ({"LOCAL_SIZE": "2"}, 4)],
+    ids=["one machine", "torchrun", "deepspeed"],
+)
+def test_the_processes_of_a_machine_share_its_cores(monkeypatch, variables, n_threads):
+    """Of four processes two are on this one, of eight cores."""
+    for name in ("OMP_NUM_THREADS", "LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
+        monkeypatch.setenv(name, "")  # what the function sets is taken back at the end
+        monkeypatch.delenv(name)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(8)))
+    asked = []
+    monkeypatch.setattr("torch.set_num_threads", asked.append)
+    _share_cores(4)
+    assert asked == [n_threads]

@@ -6,6 +6,7 @@ from dataclasses import fields
 
 import pytest
 from transformers.trainer_utils import SaveStrategy, SchedulerType
+from transformers.training_args import OptimizerNames
 from trl import GRPOConfig
 
 from configs.errors import ConfigError
@@ -50,6 +51,11 @@ WRONG = [
     ("loss_type=[grpo]", "is not one of grpo"),
     ("lr_scheduler_type=nosuch", "'nosuch' is not one of linear"),
     ("lr_scheduler_type=cosin", "did you mean 'cosine'?"),
+    ("optim=adam_torch", "did you mean 'adamw_torch'?"),
+    ("optim=nosuch", "'nosuch' is not one of adamw_torch"),
+    ("top_k=5", "samples with temperature, top_p and generation_kwargs.max_new_tokens"),
+    ("min_p=0.1", "not read by the search rollout"),
+    ("repetition_penalty=1.2", "remove it"),
     ("save_strategy=never", "is not one of no, steps"),
     ("scale_rewards=groups", "did you mean 'group'?"),
     ("importance_sampling_level=word", "is not one of token, sequence"),
@@ -97,7 +103,8 @@ def test_a_wrong_value_names_key_reason_and_fix(setting, words, backend):
         "learning_rate=0", "learning_rate=1", "warmup_steps=0.1", "warmup_steps=5",
         "save_steps=0.5", "save_total_limit=null", "save_total_limit=0", "bf16=null",
         "scale_rewards=false",
-        "scale_rewards=none", "delta=2", "min_p=null", "generation_kwargs=null",
+        "scale_rewards=none", "delta=2", "min_p=null",
+        "top_k=0", "repetition_penalty=1", "generation_kwargs=null",
         "generation_kwargs={}", "steps_per_generation=null", "report_to=[wandb]", "report_to=null",
         "save_strategy=no", "epsilon_high=0.28", "top_p=1", "entropy_coef=-0.01", "max_grad_norm=0",
     ],
@@ -110,6 +117,11 @@ def test_a_right_value_goes_to_trl_as_it_was_written(setting):
     assert type(resolved) is type(given)
 
 
+def test_a_checkpoint_that_no_run_can_go_on_from_is_refused():
+    with pytest.raises(ConfigError, match=r"grpo\.save_only_model: .*set `grpo\.save_total_limit`"):
+        resolved_grpo(config_with("grpo.save_only_model=true"))
+
+
 def test_the_defaults_are_valid_and_known():
     assert GRPO_DEFAULTS.keys() <= KINDS.keys()
     config = config_with()
@@ -118,13 +130,24 @@ def test_the_defaults_are_valid_and_known():
 
 
 def test_the_choices_are_those_of_the_libraries():
-    of = {name: set(KINDS[name].__args__) for name in ("lr_scheduler_type", "save_strategy")}
-    assert of["lr_scheduler_type"] == {item.value for item in SchedulerType}
-    assert of["save_strategy"] == {item.value for item in SaveStrategy}
+    enums = {
+        "optim": OptimizerNames, "lr_scheduler_type": SchedulerType, "save_strategy": SaveStrategy,
+    }  # fmt: skip
+    for name, enum in enums.items():
+        assert set(KINDS[name].__args__) == {item.value for item in enum}
     help_of = {item.name: item.metadata.get("help", "") for item in fields(GRPOConfig)}
     for name in ("loss_type", "importance_sampling_level"):
         assert all(f"`{choice}`" in help_of[name] or f"'{choice}'" in help_of[name]
                    for choice in KINDS[name].__args__)  # fmt: skip
+
+
+def test_completions_that_are_no_whole_groups_are_refused_with_their_arithmetic():
+    config = config_with(
+        "grpo.per_device_train_batch_size=4", "grpo.generation_batch_size=24",
+        "grpo.num_generations=16",
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match=r"24 completions \(2 processes x 4 x 3\) cannot"):
+        describe_step(config, 2)
 
 
 def test_what_trl_refuses_by_type_is_a_mistake_too(tmp_path):

@@ -289,6 +289,17 @@ def test_a_mistake_of_a_cold_start_is_one_line(settings, capsys, tmp_path, overr
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("verb", ["sport", "sft"])
+def test_several_gpus_are_refused_before_anything_is_written(
+    settings, monkeypatch, capsys, tmp_path, verb
+):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert main([verb, "--config", str(settings(init="atlas://vlm"))]) == 2
+    said = capsys.readouterr().err
+    assert f"CUDA_VISIBLE_DEVICES: 2 GPUs are visible, and obm {verb} runs on one" in said
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
 # ---------------------------------------------------------------- cost
 
 

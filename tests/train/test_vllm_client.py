@@ -16,6 +16,7 @@ from configs.errors import ConfigError
 from configs.schema import load_config, shipped_config
 from configs.sections import Rollout
 from train.grpo import SearchGRPOTrainer
+from train.leash import name_myself
 from train.rollout import RolloutEngine
 from train.settings import describe_step, resolved_grpo
 from train.vllm_client import (
@@ -27,7 +28,7 @@ from train.vllm_client import (
     place_images,
     read_reply,
 )
-from train.vllm_rollout import VLLMRolloutEngine
+from train.vllm_rollout import VLLMRolloutEngine, _handover_folder
 
 PAD = 9
 SERVER_INFO = {
@@ -432,6 +433,17 @@ def test_a_cache_that_was_not_reset_is_an_error(server, client):
     server.answers["/reset_prefix_cache"] = {"success": False}
     with pytest.raises(VLLMError, match="are other requests running"):
         client.update_policy("/weights", "1")
+
+
+def test_a_handover_that_was_killed_is_cleared_away_by_the_next(tmp_path):
+    ours = f"policy-{socket.gethostname()}-"
+    alive, others = f"{ours}{name_myself()}-abc", "policy-elsewhere-999999999:1-abc"
+    for name in (f"{ours}999999999:1-abc", alive, others):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").touch()
+    with _handover_folder(tmp_path) as folder:
+        assert {path.name for path in tmp_path.iterdir()} == {alive, others, folder.name}
+    assert {path.name for path in tmp_path.iterdir()} == {alive, others}
 
 
 # ---------------------------------------------------------------- the engine on the fake
