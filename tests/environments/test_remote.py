@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 
 import pytest
+from PIL import Image
 
 from environments import remote
 from environments.atlas.entities import load_flag
@@ -22,6 +23,7 @@ from environments.remote import (
     connect,
 )
 from environments.tools import Hit, image_search, text_search
+from environments.wire import decode_image, encode_image, from_base64
 
 pytest.importorskip("starlette", reason="the extra `serve` is not installed")
 
@@ -90,6 +92,23 @@ def test_an_episode_sees_no_difference(atlas_url):
     for tool, argument in ((image_search, "full"), (text_search, "capital of Mali")):
         here, there = tool(local, argument), tool(far, argument)
         assert (here.text, here.hits, here.fault) == (there.text, there.hits, None)
+
+
+def test_a_large_picture_is_sent_small_and_a_small_one_as_it_is(monkeypatch):
+    sent = []
+
+    def post(path, body):
+        sent.extend(body["images"])
+        return {"result": [[] for _ in body["images"]]}
+
+    index = RemoteImageIndex(SearchServer("http://127.0.0.1:9"))
+    monkeypatch.setattr(index.server, "post", post)
+    large = Image.new("P", (2048, 512), 3)
+    small = Image.effect_noise((1024, 600), 80)
+    assert index.search([large, small], 1) == [[], []]
+    assert decode_image(from_base64(sent[0]), 10**6).size == (1024, 256)
+    assert large.size == (2048, 512)
+    assert sent[1] == encode_image(small)
 
 
 def test_many_threads_share_few_connections(serve):
