@@ -136,7 +136,7 @@ def identity_of(back_end: Any) -> dict[str, Any]:
     """What tells a back end's answers from another's.
 
     Its `identity`, a dict of plain settings, if it has one; the URL of a search server; for an
-    index in memory its class and a digest of what it holds.
+    index in memory its class and a digest of what it holds and how it looks.
 
     Raises:
         CacheError: it has neither.
@@ -148,7 +148,8 @@ def identity_of(back_end: Any) -> dict[str, Any]:
     if server is not None:
         options = {name: getattr(back_end, name, None) for name in ("snippet_words", "thumbnails")}
         return {"server": server.url, **options}
-    parts: list[Any] = [getattr(back_end, n, None) for n in ("ids", "titles", "texts", "_views")]
+    names = ("ids", "titles", "texts", "snippet_words", "views", "turns")
+    parts: list[Any] = [getattr(back_end, name, None) for name in names]
     if parts[0] is None:
         raise CacheError(
             f"{type(back_end).__name__} has no `identity` to store its results under; give it one"
