@@ -377,6 +377,13 @@ def test_a_range_and_items_of_the_question_decide():
     assert correctness("blue, red", question, "typed") == 1.0
 
 
+@pytest.mark.parametrize(("gold", "kind"), [("10", "number"), ("1998", "year")])
+def test_an_empty_tolerance_is_none(gold, kind):
+    question = {"answers": [gold], "answer_kind": kind, "tolerance": None}
+    assert correctness(f"in {gold}", question, "typed") == 1.0
+    assert correctness(f"in {int(gold) + 1}", question, "typed") == 0.0
+
+
 def test_the_unit_of_a_bare_gold_number_can_be_stated():
     question = {"answers": ["1050"], "answer_kind": "number", "unit": "m"}
     assert correctness("1.05 km", question, "typed") == 1.0
