@@ -12,6 +12,7 @@ import numpy as np
 from environments.cache import CacheError, Question, ResultCache
 from environments.content import canonical, normalised, picture_hash
 from environments.results import Hit, Page
+from environments.tools import SNIPPET_WORDS
 
 
 class StoredRefusalError(RuntimeError):
@@ -49,6 +50,11 @@ class CachedIndex:
     def in_memory(self) -> bool:
         """Whether a call needs no watchdog thread."""
         return self.cache.mode == "offline" or bool(getattr(self.index, "in_memory", False))
+
+    @property
+    def words_shown(self) -> int:
+        """How many words of a hit the policy sees."""
+        return int(getattr(self.index, "words_shown", SNIPPET_WORDS))
 
     def search(self, queries: list[Any], k: int) -> list[list[Hit]]:
         """As the index does it; equal questions of several threads are asked once."""

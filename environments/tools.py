@@ -61,7 +61,8 @@ Qwen's at 200."""
 
 
 class TextIndex(Protocol):
-    """A text back end. Set `in_memory = True` on it to be called without a watchdog thread."""
+    """A text back end. Set `in_memory = True` on it to be called without a watchdog thread, and
+    `words_shown` where its hits carry more than a snippet."""
 
     def search(self, queries: list[str], k: int) -> list[list[Hit]]:
         """The best `k` hits of every query, best first."""
@@ -108,8 +109,9 @@ def text_search(episode: "Episode", query: str) -> ToolResult:
 
     def search() -> ToolResult:
         hits = islice(index.search([query], episode.top_k_text)[0], episode.top_k_text)
+        n_words = getattr(index, "words_shown", SNIPPET_WORDS)
         # text hits carry no pictures: only image_search may place image marks
-        found = [_checked(hit, SNIPPET_WORDS, shows_url=episode.visits > 0) for hit in hits]
+        found = [_checked(hit, n_words, shows_url=episode.visits > 0) for hit in hits]
         return _result(found, "text")
 
     return _guarded(episode, search, "text", index)
@@ -258,6 +260,7 @@ def _checked(hit: Hit, n_words: int, *, with_image: bool = False, shows_url: boo
         float(hit.score),
         _readable(hit.image) if with_image and hit.image is not None else None,
         url if len(url) <= MAX_URL_CHARS and " " not in url else "",
+        is_page=n_words > SNIPPET_WORDS,
     )
 
 
