@@ -169,6 +169,18 @@ def test_units_are_read_by_their_dimension(text, unit):
         ("1990s", "1990", False),
         ("44 BC", "44 BCE", True),
         ("44", "44 BC", False),
+        # the 5th century BC is 500 to 401 BC, the 1st 100 to 1 BC
+        ("5th century BC", "5th century BC", True),
+        ("500 BC", "5th century BC", True),
+        ("401 BC", "5th century BCE", True),
+        ("501 BC", "5th century BC", False),
+        ("400 BC", "5th century BC", False),
+        ("450", "5th century BC", False),
+        ("44 BC", "1st century BC", True),
+        ("1495 BC", "1490s BC", True),  # 1499 to 1490 BC
+        ("1499 BC", "1490s BC", True),
+        ("1489 BC", "1490s BC", False),
+        ("1490s BC", "15th century BC", True),
         ("1971 or 1972", "1971", False),
         ("1971 AD", "1971", True),
         ("independent since 1971", "1971", True),
