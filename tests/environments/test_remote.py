@@ -13,6 +13,7 @@ from environments import remote
 from environments.atlas.entities import load_flag
 from environments.atlas.photos import render_photo
 from environments.atlas.world import load_image_index, load_text_index
+from environments.cache import ResultCache
 from environments.episode import SearchEnvironment
 from environments.errors import EnvironmentSetupError
 from environments.remote import (
@@ -275,6 +276,23 @@ def test_the_setting_takes_the_tools_to_the_server(atlas_url):
     assert isinstance(environment.text_index, RemoteTextIndex)
     assert text_search(episode, "capital of Mali").hits == ["ml/government"]
     assert environment.text_index.server.timeout_s == episode.timeout_s
+
+
+def test_a_replay_has_the_tools_of_the_run_that_was_recorded(serve, tmp_path):
+    from configs.schema import load_config, shipped_config
+    from train.worlds import load_environment
+
+    def load(url, mode):
+        overrides = {"retrieval": url, "cache": tmp_path, "cache_mode": mode}
+        settings = [f"environment.{name}={value}" for name, value in overrides.items()]
+        environment = load_environment(load_config(shipped_config("demo"), settings))
+        return environment.text_index is not None, environment.image_index is not None
+
+    url = serve(make_app(load_text_index(), None))
+    assert load(url, "read") == load(url, "offline") == (True, False)
+    cache = ResultCache(tmp_path)
+    cache.delete([record.question.key for record in cache.records()])
+    assert load(url, "offline") == (True, True)  # a cache that does not say it
 
 
 def test_parallel_ranks_lose_nothing(atlas_url):
