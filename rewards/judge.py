@@ -281,10 +281,20 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 
 
 def _read_cache(path: Path) -> dict[str, str]:
-    if not path.exists():
-        return {}
+    """Verdicts by key; none of a file that is not there yet.
+
+    Raises:
+        RewardError: it cannot be read.
+    """
+    try:
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+    except (OSError, ValueError) as error:  # a folder, no rights, no text, a NUL in its name
+        reason = getattr(error, "strerror", None) or error
+        raise RewardError(
+            f"rewards.judge_cache: {path} cannot be read ({reason}); name another file"
+        ) from error
     verdicts = {}
-    for line in path.read_text(encoding="utf-8").split("\n"):
+    for line in text.split("\n"):
         try:
             row = json.loads(line)
             verdicts[str(row["key"])] = str(row["verdict"])
