@@ -88,7 +88,6 @@ class Batcher:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     async def _work(self) -> None:
-        loop = asyncio.get_running_loop()
         while True:
             await self._wake.wait()
             batch = self._take()
@@ -96,16 +95,7 @@ class Batcher:
                 self._wake.clear()
                 continue
             self.on_batch(sum(len(request.queries) for request in batch))
-            try:
-                answers = await loop.run_in_executor(self._thread, self._search, batch)
-            except Exception as error:
-                for request in batch:
-                    if not request.answer.done():
-                        request.answer.set_exception(error)
-                continue
-            for request, answer in zip(batch, answers, strict=True):
-                if not request.answer.done():
-                    request.answer.set_result(answer)
+            await self._answer(batch)
 
     def _take(self) -> list[_Request]:
         """The requests of the next batch: those that wait longest, without those given up."""
@@ -121,6 +111,24 @@ class Batcher:
                 batch.append(request)
                 n_queries += len(request.queries)
         return batch
+
+    async def _answer(self, batch: list[_Request]) -> None:
+        """Asks the index; where a batch fails, each request alone, so that the error is its own."""
+        loop = asyncio.get_running_loop()
+        try:
+            answers = await loop.run_in_executor(self._thread, self._search, batch)
+        except Exception as error:
+            for request in batch:
+                if request.answer.done():
+                    continue
+                if len(batch) > 1:
+                    await self._answer([request])
+                else:
+                    request.answer.set_exception(error)
+            return
+        for request, answer in zip(batch, answers, strict=True):
+            if not request.answer.done():
+                request.answer.set_result(answer)
 
     def _search(self, batch: list[_Request]) -> list[list[list[Hit]]]:
         """Asks once for every k that occurs: an index may answer the first 3 of 5 otherwise than 3.

@@ -12,6 +12,7 @@ import numpy as np
 from environments.cache import CacheError, Question, ResultCache
 from environments.content import canonical, normalised, picture_hash
 from environments.results import Hit, Page
+from environments.tools import SNIPPET_WORDS
 
 
 class StoredRefusalError(RuntimeError):
@@ -49,6 +50,11 @@ class CachedIndex:
     def in_memory(self) -> bool:
         """Whether a call needs no watchdog thread."""
         return self.cache.mode == "offline" or bool(getattr(self.index, "in_memory", False))
+
+    @property
+    def words_shown(self) -> int:
+        """How many words of a hit the policy sees."""
+        return int(getattr(self.index, "words_shown", SNIPPET_WORDS))
 
     def search(self, queries: list[Any], k: int) -> list[list[Hit]]:
         """As the index does it; equal questions of several threads are asked once."""
@@ -136,7 +142,7 @@ def identity_of(back_end: Any) -> dict[str, Any]:
     """What tells a back end's answers from another's.
 
     Its `identity`, a dict of plain settings, if it has one; the URL of a search server; for an
-    index in memory its class and a digest of what it holds.
+    index in memory its class and a digest of what it holds and how it looks.
 
     Raises:
         CacheError: it has neither.
@@ -148,7 +154,8 @@ def identity_of(back_end: Any) -> dict[str, Any]:
     if server is not None:
         options = {name: getattr(back_end, name, None) for name in ("snippet_words", "thumbnails")}
         return {"server": server.url, **options}
-    parts: list[Any] = [getattr(back_end, n, None) for n in ("ids", "titles", "texts", "_views")]
+    names = ("ids", "titles", "texts", "snippet_words", "views", "turns")
+    parts: list[Any] = [getattr(back_end, name, None) for name in names]
     if parts[0] is None:
         raise CacheError(
             f"{type(back_end).__name__} has no `identity` to store its results under; give it one"

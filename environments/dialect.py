@@ -192,7 +192,7 @@ class Dialect:
     def _body(self, result: "ToolResult", room: int) -> str:
         text = result.text
         if result.documents:
-            pairs = [(_hit_title(hit), _hit_text(hit, result.tool)) for hit in result.documents]
+            pairs = [(_hit_title(hit), _hit_text(hit)) for hit in result.documents]
             text = self.hits(pairs, result.tool)
         return with_marks(text, len(result.images), room)
 
@@ -284,7 +284,7 @@ def _hit_title(hit: "Hit") -> str:
     return one_line(hit.title, MAX_TITLE_CHARS)
 
 
-def _hit_text(hit: "Hit", tool: str) -> str:
-    limit = MAX_PAGE_CHARS if tool == "page" else MAX_SNIPPET_CHARS
+def _hit_text(hit: "Hit") -> str:
+    limit = MAX_PAGE_CHARS if hit.is_page else MAX_SNIPPET_CHARS
     text = IMAGE_MARK if hit.image is not None else one_line(hit.text, limit)
     return f"{one_line(hit.url)} {text}".rstrip() if hit.url else text

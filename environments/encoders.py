@@ -154,7 +154,7 @@ class CrossEncoder:
 
     Args:
         model: folder or hub id of a sequence classifier; the last of its outputs is the score.
-        max_tokens: longer pairs are cut, in the text.
+        max_tokens: longer pairs are cut, in the text, and in what of the query is beyond half.
         device: cpu or cuda.
     """
 
@@ -174,7 +174,7 @@ class CrossEncoder:
                 batch = list(texts[start : start + BATCH])
                 pairs = self._tokenizer(
                     [query] * len(batch), batch,
-                    padding=True, truncation="only_second", max_length=self.max_tokens,
+                    padding=True, truncation="longest_first", max_length=self.max_tokens,
                     return_tensors="pt",
                 ).to(self._model.device)  # fmt: skip
                 scores += self._model(**pairs).logits[:, -1].float().tolist()

@@ -15,16 +15,16 @@ The entries are stored under the hash of the question's own picture, which only 
 
 from __future__ import annotations
 
-import io
 import os
 import pickle
 import pickletools
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from environments.benchmarks.pictures import PictureError, decode_picture
 from environments.cache import CacheError, Question, Record, ResultCache
 from environments.content import canonical, picture_hash
 
@@ -135,30 +135,37 @@ def read_fvqa(path: Path) -> dict[str, list[tuple[str, str]]]:
     return entries
 
 
-def read_pictures(path: Path, wanted: set[str]) -> Iterator[tuple[str, Image]]:
-    """data_id and picture of FVQA's questions, from its Parquet file, a few rows at a time.
+def hash_pictures(path: Path, wanted: Container[str]) -> list[tuple[str, str]]:
+    """data_id and picture hash of FVQA's questions, from its Parquet file, a few rows at a time.
+
+    The pictures are decoded as a run decodes them, upright and RGB: it asks by that hash.
 
     Raises:
-        CacheError: not such a file.
+        CacheError: not such a file, or a picture in it that cannot be decoded.
     """
     import pyarrow
     import pyarrow.parquet
-    from PIL import Image
 
+    hashes: list[tuple[str, str]] = []
     try:
         rows = pyarrow.parquet.ParquetFile(path).iter_batches(64, columns=["data_id", "images"])
-        for batch in rows:
-            for row in batch.to_pylist():
-                if row["data_id"] in wanted and row["images"]:
-                    yield row["data_id"], Image.open(io.BytesIO(row["images"][0]["bytes"]))
+        for number, row in enumerate((row for batch in rows for row in batch.to_pylist()), 1):
+            if row["data_id"] not in wanted or not row["images"]:
+                continue
+            try:
+                picture = decode_picture(row["images"][0], path.parent)
+            except PictureError as error:
+                raise CacheError(f"{path}, row {number}, column 'images': {error}") from error
+            hashes.append((row["data_id"], picture_hash(picture)))
     except (OSError, KeyError, TypeError, pyarrow.ArrowException) as error:
         raise CacheError(f"{path}: not the questions of FVQA ({error})") from error
+    return hashes
 
 
 def import_fvqa(
     cache: ResultCache,
-    pickled: Path,
-    questions: Path,
+    entries: Mapping[str, list[tuple[str, str]]],
+    pictures: Sequence[tuple[str, str]],
     identity: dict[str, Any],
     k: int,
     fetch: Callable[[str], Image] | None = None,
@@ -168,8 +175,8 @@ def import_fvqa(
 
     Args:
         cache: where to.
-        pickled: the published pickle.
-        questions: the Parquet file with the questions' pictures.
+        entries: of `read_fvqa`.
+        pictures: of `hash_pictures`.
         identity: of the image provider that a run will name.
         k: hits a search; a run must ask for as many.
         fetch: URL -> small picture, for hits with pictures; None = titles only. What it raises
@@ -179,19 +186,17 @@ def import_fvqa(
     Returns:
         Numbers of `records`, `kept` and of entries `without_question`.
     """
-    entries = read_fvqa(pickled)
-    provider, found = canonical(identity), set()
+    provider = canonical(identity)
     counts = {"records": 0, "kept": 0, "without_question": 0}
-    for data_id, picture in read_pictures(questions, set(entries)):
-        found.add(data_id)
-        question = Question("image_search", provider, picture_hash(picture), k)
+    for data_id, picture in pictures:
+        question = Question("image_search", provider, picture, k)
         rows = [
             _row(data_id, rank, title, url, cache, fetch)
             for rank, (title, url) in enumerate(entries[data_id][:k], 1)
         ]
         record = Record(question, canonical({"hits": rows}), time.time())
         counts["records" if cache.put(record, replace) else "kept"] += 1
-    counts["without_question"] = len(set(entries) - found)
+    counts["without_question"] = len(set(entries) - {data_id for data_id, _ in pictures})
     return counts
 
 

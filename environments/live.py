@@ -9,6 +9,7 @@ here instead. Offline neither key nor library is needed.
 from __future__ import annotations
 
 import os
+import time
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from environments.errors import EnvironmentSetupError
 
 if TYPE_CHECKING:
+    from environments.cache import ResultCache
     from environments.services import Service
 
 INSTALL = "install it with: pip install 'obm-warmstart[live]'"
@@ -60,11 +62,34 @@ def _cached(environment: Any, text_index: Any, image_index: Any, page_reader: An
     from environments.cached import CachedIndex, CachedReader
 
     cache = ResultCache(environment.cache, environment.cache_mode)
+    if environment.retrieval:
+        text_index = _as_recorded(environment, cache, "text_search", text_index)
+        image_index = _as_recorded(environment, cache, "image_search", image_index)
     return (
         text_index and CachedIndex(text_index, cache, "text_search"),
         image_index and CachedIndex(image_index, cache, "image_search"),
         page_reader and CachedReader(page_reader, cache),
     )
+
+
+def _as_recorded(environment: Any, cache: ResultCache, tool: str, index: Any) -> Any:
+    """A search server's index; offline None, if it had none when the results were recorded.
+
+    Offline the server is not asked what it has, so a run that asks it keeps what it lacks.
+    """
+    from environments.cache import Question, Record
+    from environments.content import canonical
+
+    if index is not None and not hasattr(index, "server"):
+        return index  # a provider's
+    lacks = Question(tool, canonical({"server": environment.retrieval.rstrip("/")}), "", 1)
+    if cache.mode == "offline":
+        return index if cache.get(lacks.key) is None else None
+    if index is None:
+        cache.put(Record(lacks, canonical({"refused": "not served"}), time.time()), replace=True)
+    else:
+        cache.delete([lacks.key])
+    return index
 
 
 def tool_counts(environment: Any) -> dict[str, float]:

@@ -22,6 +22,7 @@ from urllib.parse import urlsplit
 
 from environments.results import Hit
 from environments.services import URLS, MalformedReplyError, Service
+from environments.tools import PAGE_WORDS
 from environments.web import WebError
 
 logger = logging.getLogger(__name__)
@@ -151,6 +152,8 @@ class ReadingIndex:
         index: finds pages; its hits' ids are URLs.
         reader: reads them, all of a search at once.
     """
+
+    words_shown = PAGE_WORDS  # a snippet's forty would show the policy one sentence of five
 
     def __init__(self, index: Any, reader: Any) -> None:
         self.index, self.reader = index, reader

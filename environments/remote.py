@@ -35,6 +35,9 @@ COOL_DOWN_S = 2.0
 MAX_ANSWER_BYTES = 64 * 2**20
 MAX_PIXELS = 4_000_000
 """Of a thumbnail in an answer."""
+MAX_SENT_SIDE = 1024
+"""Longer side of a picture that is sent: a photo of twelve megapixels is more as PNG than a server
+takes in one request."""
 POOL_SIZE = 64
 
 
@@ -192,13 +195,16 @@ class RemoteImageIndex:
         self.thumbnails = thumbnails
 
     def search(self, images: list[Image], k: int) -> list[list[Hit]]:
-        """The best `k` entries for every picture; pictures are sent as PNG, every pixel as it is.
+        """The best `k` entries for every picture.
+
+        Pictures are sent as PNG, every pixel as it is; larger ones than MAX_SENT_SIDE are scaled
+        down.
 
         Raises:
             SearchServerError: see SearchServer.post.
         """
         request = {
-            "images": [encode_image(image) for image in images], "topk": k,
+            "images": [encode_image(_scaled(image)) for image in images], "topk": k,
             "return_scores": True, "return_images": self.thumbnails,
         }  # fmt: skip
         return _read_hits(self.server.post("/retrieve_images", request), len(images), k)
@@ -232,6 +238,14 @@ def connect(
         ) from error
     text = RemoteTextIndex(server) if has_text else None
     return text, RemoteImageIndex(server, thumbnails) if has_images else None
+
+
+def _scaled(image: Image) -> Image:
+    if max(image.size) <= MAX_SENT_SIDE:
+        return image
+    image = image.convert("RGB")  # of a palette's numbers no mean can be taken
+    image.thumbnail((MAX_SENT_SIDE, MAX_SENT_SIDE))
+    return image
 
 
 def _read_hits(answer: Any, n_queries: int, k: int) -> list[list[Hit]]:

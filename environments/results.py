@@ -26,6 +26,7 @@ class Hit:
         score: higher is better.
         image: thumbnail, if the index has one.
         url: address of the page, if it has one; shown only where pages can be visited.
+        is_page: the text is what a page says, and shown at a page's length.
     """
 
     id: str
@@ -34,6 +35,7 @@ class Hit:
     score: float = 0.0
     image: "Image | None" = None
     url: str = ""
+    is_page: bool = False
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,8 @@ Qwen's at 200."""
 
 
 class TextIndex(Protocol):
-    """A text back end. Set `in_memory = True` on it to be called without a watchdog thread."""
+    """A text back end. Set `in_memory = True` on it to be called without a watchdog thread, and
+    `words_shown` where its hits carry more than a snippet."""
 
     def search(self, queries: list[str], k: int) -> list[list[Hit]]:
         """The best `k` hits of every query, best first."""
@@ -108,8 +109,9 @@ def text_search(episode: "Episode", query: str) -> ToolResult:
 
     def search() -> ToolResult:
         hits = islice(index.search([query], episode.top_k_text)[0], episode.top_k_text)
+        n_words = getattr(index, "words_shown", SNIPPET_WORDS)
         # text hits carry no pictures: only image_search may place image marks
-        found = [_checked(hit, SNIPPET_WORDS, shows_url=episode.visits > 0) for hit in hits]
+        found = [_checked(hit, n_words, shows_url=episode.visits > 0) for hit in hits]
         return _result(found, "text")
 
     return _guarded(episode, search, "text", index)
@@ -121,23 +123,23 @@ def image_search(episode: "Episode", region: str | Box = "full") -> ToolResult:
     Returns the names of what looks most alike, best first, and no facts. Use a part when the
     picture shows several things. Then search the text for the wanted fact.
     """
-    picture, index = episode.question.get("image"), episode.image_index
+    index = episode.image_index
     if index is None:
         return model_fault("There is no image search here.", "image")
-    if picture is None:
-        return model_fault("The question has no image. Use a text search.", "image")
-    if isinstance(region, str):
-        region = region.strip().lower()
-        if region not in REGIONS:
-            shown = one_line(region, ECHO_CHARS)
-            return model_fault(
-                f"Unknown region '{shown}'. Use full, left or right. A box is four numbers: left, "
-                "top, right, bottom.",
-                "image",
-            )
+    wanted = region.strip().lower() if isinstance(region, str) else region
 
     def search() -> ToolResult:
-        hits = index.search([crop(picture, region)], episode.top_k_image)[0]
+        # a benchmark's picture is decoded, or fetched, when it is read: that may fail
+        picture = episode.question.get("image")
+        if picture is None:
+            raise BadCall("The question has no image. Use a text search.")
+        if isinstance(wanted, str) and wanted not in REGIONS:
+            shown = one_line(wanted, ECHO_CHARS)
+            raise BadCall(
+                f"Unknown region '{shown}'. Use full, left or right. A box is four numbers: left, "
+                "top, right, bottom."
+            )
+        hits = index.search([crop(picture, wanted)], episode.top_k_image)[0]
         # names only: a fact beside a name would make the text search needless
         found = [
             _checked(hit, 0, with_image=episode.thumbnails, shows_url=episode.visits > 0)
@@ -258,6 +260,7 @@ def _checked(hit: Hit, n_words: int, *, with_image: bool = False, shows_url: boo
         float(hit.score),
         _readable(hit.image) if with_image and hit.image is not None else None,
         url if len(url) <= MAX_URL_CHARS and " " not in url else "",
+        is_page=n_words > SNIPPET_WORDS,
     )
 
 

@@ -179,7 +179,7 @@ def _shown_kind(gold: str, prediction: str) -> Kind:
 
 
 def _matches_one(prediction: str, gold: str, kind: str, question: Any) -> bool:
-    tolerance = get(question, "tolerance", 0.0)
+    tolerance = get(question, "tolerance") or 0.0
     match kind:
         case "number":
             unit = get(question, "unit")

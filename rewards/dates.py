@@ -43,7 +43,7 @@ class Date:
     """A date as precise as it is written.
 
     Attributes:
-        year: negative before Christ; first year of a decade or century.
+        year: negative before Christ; of a decade the round one, of a century the first.
         month, day: None where they are not stated.
         precision: one of PRECISIONS.
     """
@@ -57,11 +57,14 @@ class Date:
         """The date made as coarse as `precision`; None if it is coarser already."""
         if PRECISIONS.index(self.precision) < PRECISIONS.index(precision):
             return None
+        if self.precision == precision:
+            return self
         match precision:
             case "century":
                 return Date(_first_year(self.year, 100), precision=precision)
             case "decade":
-                return Date(self.year // 10 * 10, precision=precision)
+                # towards zero: 495 BC is one of the 490s
+                return Date(int(self.year / 10) * 10, precision=precision)
             case "year":
                 return Date(self.year)
             case "month":
@@ -129,8 +132,8 @@ def _same(stated: Date, gold: Date, tolerance_years: int) -> bool:
 
 
 def _first_year(year: int, span: int) -> int:
-    """1801 for every year of the 19th century."""
-    return (year - 1) // span * span + 1
+    """1801 for every year of the 19th century, -500 for 500 to 401 BC."""
+    return (year - 1) // span * span + 1 if year > 0 else year // span * span
 
 
 def _readings(match: re.Match[str]) -> tuple[Date, ...]:

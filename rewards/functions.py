@@ -4,9 +4,9 @@
         return [1.0 / (1 + len(t.answer or "")) for t in trajectories]
 
 Called as TRL calls its reward functions: once a batch, with the episodes and with the columns of
-their questions as lists in the same order. Each value is a number, or None where the function has
-nothing to say; times its weight it is added to the total of an episode that can be scored. Range:
-what the function returns.
+their questions as lists in the same order, None where a question lacks one. Each value is a number,
+or None where the function has nothing to say; times its weight it is added to the total of an
+episode that can be scored. Range: what the function returns.
 
 The file is run when a training starts, so it has to be a file of this machine: nothing is taken
 from a hub or from an address.
@@ -159,6 +159,8 @@ def call_function(
     needed, takes_all = _parameters(function.call)
     names = dict.fromkeys(name for question in questions for name in question)
     passed = [n for n in names if n in needed or (takes_all and n not in NOT_PASSED)]
+    # a column that some questions lack may be missing in a whole batch, or in the evaluation
+    passed += [n for n, is_optional in needed.items() if n not in names and not is_optional]
     columns = {name: [question.get(name) for question in questions] for name in passed}
     try:
         returned = function.call(list(trajectories), **columns)

@@ -6,7 +6,7 @@ word drawn anew for each request, so that an answer which spells a verdict is no
 the judge repeats it or not. Whatever else it replies is a failure, and so is a dead service: a
 failed answer is not scored (None) and counted. An abstention leaves the rules' verdict, wrong.
 
-    judge = Judge("http://127.0.0.1:8000/v1", "qwen3-32b", cache="runs/judge.jsonl")
+    judge = Judge("http://127.0.0.1:8000/v1", "qwen2.5-32b-instruct", cache="runs/judge.jsonl")
     judge(question, "the city of Paris")   # 1.0, 0.0, or None where it failed
     judge.report()
 
@@ -45,6 +45,7 @@ MIN_REQUESTS = 20
 """Requests before that share is looked at."""
 MAX_REPLY_BYTES = 1 << 20
 MAX_REPLY_TOKENS = 512
+"""Thoughts included; one who thinks for longer comes to no verdict, and has failed."""
 
 
 class JudgeError(RewardError):
@@ -280,10 +281,20 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 
 
 def _read_cache(path: Path) -> dict[str, str]:
-    if not path.exists():
-        return {}
+    """Verdicts by key; none of a file that is not there yet.
+
+    Raises:
+        RewardError: it cannot be read.
+    """
+    try:
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+    except (OSError, ValueError) as error:  # a folder, no rights, no text, a NUL in its name
+        reason = getattr(error, "strerror", None) or error
+        raise RewardError(
+            f"rewards.judge_cache: {path} cannot be read ({reason}); name another file"
+        ) from error
     verdicts = {}
-    for line in path.read_text(encoding="utf-8").split("\n"):
+    for line in text.split("\n"):
         try:
             row = json.loads(line)
             verdicts[str(row["key"])] = str(row["verdict"])

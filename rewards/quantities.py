@@ -50,6 +50,7 @@ class Quantity:
         unit: dimension and size, or None.
         step: value of one in the last written digit: how exactly it is meant.
         is_year: a whole number that can be a year, written as the year of something else.
+        scale: product of the scale words and the power of ten that stand behind the digits.
     """
 
     low: float
@@ -57,6 +58,7 @@ class Quantity:
     unit: Unit | None = None
     step: float = 1.0
     is_year: bool = False
+    scale: float = 1.0
 
     @property
     def base(self) -> tuple[float, float]:
@@ -105,29 +107,26 @@ def is_quantity(text: str) -> bool:
 def _read_number(text: str, match: re.Match[str]) -> tuple[Quantity | None, int]:
     digits, end = match["digits"], match.end()
     value, step = _value(digits)
-    if match["exponent"]:
-        power = _power(match["exponent"])
-        value, step = value * power, step * power
-    scale = _SCALE.match(text, end)
-    while scale is not None:
-        value, step, end = value * SCALES[scale[1]], step * SCALES[scale[1]], scale.end()
-        scale = _SCALE.match(text, end)
+    scale = _power(match["exponent"]) if match["exponent"] else 1.0
+    while (word := _SCALE.match(text, end)) is not None:
+        scale, end = scale * SCALES[word[1]], word.end()
+    value, step = value * scale, step * scale
     if match["sign"] == "-":
         value = -value
     if not math.isfinite(value):
         return None, end
     currency = (match["currency"] or "").strip()
     if currency:
-        return Quantity(value, value, UNITS[currency], step), end
+        return Quantity(value, value, UNITS[currency], step, scale=scale), end
     room = re.match(r"[\s-]?", text[end : end + 1])
     start = end + (room.end() if room else 0)
     unit, length = read_unit(text[start : start + 41])
     if unit is not None:
-        return Quantity(value, value, unit, step), start + length
+        return Quantity(value, value, unit, step, scale=scale), start + length
     following = text[end : end + 1]
     if following.isalpha() and not _ORDINAL.match(text, end):
         return None, end  # 5A, 3D: a code, no number
-    return Quantity(value, value, None, step, _is_year_of(text, match)), end
+    return Quantity(value, value, None, step, _is_year_of(text, match), scale), end
 
 
 def _is_year_of(text: str, match: re.Match[str]) -> bool:
@@ -177,13 +176,12 @@ def _join(
         return None
     low = first.low
     # the scale word of `2-3 million` stands once and means both
-    ratio = quantity.step / first.step
-    if first.unit is None and ratio >= 100.0 and low * ratio <= quantity.low:
-        low *= 10.0 ** round(math.log10(ratio))
+    if first.unit is None and first.scale == 1.0 and low * quantity.scale <= quantity.low:
+        low *= quantity.scale
     if first.unit and quantity.unit:
         low *= first.unit[1] / quantity.unit[1]
         unit = quantity.unit
-    return Quantity(min(low, quantity.low), quantity.low, unit, quantity.step)
+    return Quantity(min(low, quantity.low), quantity.low, unit, quantity.step, scale=quantity.scale)
 
 
 def _words_to_digits(text: str) -> str:

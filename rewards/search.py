@@ -86,7 +86,9 @@ def economy(trajectory: Any, question: Any, accuracy: float) -> float | None:
     To call less than b earns nothing more: it may be luck. None for a question that states neither
     `best_calls` nor `hops`.
     """
-    best = get(question, "best_calls", get(question, "hops"))
+    best = get(question, "best_calls")
+    if best is None:
+        best = get(question, "hops")
     if best is None:
         return None
     return accuracy * (1 + best) / (1 + max(count_calls(trajectory), best))

@@ -36,6 +36,8 @@ TAKEN = ("messages", "entity", "benchmark", "metrics", PICTURE_COLUMN)
 TEXT_LISTS = ("entity_names", "gold_passages")
 ANSWER_KINDS = ("text", "number", "date", "year", "yes_no", "choice", "list", "no_answer")
 """What `answer_kind` may say; a test holds them against `rewards.answer.KINDS`, a package apart."""
+NUMBERS = ("tolerance", "best_calls", "hops")
+"""Columns that the rewards read as numbers, where a table has them; `range` as two."""
 SEPARATOR = "|"
 NEAR = 0.75
 """Likeness above which an unknown column is taken for a misspelt one."""
@@ -56,6 +58,8 @@ def read_table(row: Row, split: str) -> list[dict[str, Any]]:
     return [
         {
             **others,
+            **{column: _number(row, column) for column in NUMBERS if column in others},
+            **({"range": _range(row)} if "range" in others else {}),
             "id": _cell(row, "id", str(row.number_of_source)),
             "kind": _cell(row, "kind", "all"),
             "split": _cell(row, "split", split),
@@ -94,6 +98,43 @@ def _answer_kind(row: Row) -> str | None:
             "answer_kind", f"no kind {shown(kind)}", f"choose one of {', '.join(ANSWER_KINDS)}"
         )
     return kind
+
+
+def _number(row: Row, column: str) -> float | None:
+    """A number of 0 or more; an empty cell is none."""
+    value = row.get(column, "")
+    if isinstance(value, str) and not value.strip():
+        return None
+    number = _finite(value)
+    if number is None or number < 0:
+        reason = f"expected a number of 0 or more, got {shown(value)}"
+        row.fail(column, reason, "write one, or leave it out")
+    return number
+
+
+def _range(row: Row) -> list[float] | None:
+    """Two numbers, as a list or with a separator between them; an empty cell is none."""
+    value = row.get("range", "")
+    if isinstance(value, str) and not value.strip():
+        return None
+    cells = value.split(SEPARATOR) if isinstance(value, str) else value
+    bounds = [_finite(cell) for cell in cells] if isinstance(cells, list | tuple) else []
+    found = [bound for bound in bounds if bound is not None]
+    if not len(bounds) == len(found) == 2:
+        reason = f"expected two numbers, got {shown(value)}"
+        row.fail("range", reason, f"write [low, high] or low{SEPARATOR}high, or leave it out")
+    return found
+
+
+def _finite(value: Any) -> float | None:
+    """The number that a cell holds, in a .csv as text; None where it holds none."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    if isinstance(value, bool) or not math.isfinite(number):
+        return None
+    return value if isinstance(value, int) else number
 
 
 def _several(row: Row, column: str) -> list[str]:

@@ -103,8 +103,7 @@ def _import(folder: Path, options: argparse.Namespace) -> str:
         if not os.path.exists(path):
             raise LaunchError(f"{path} does not exist; name a file that is there")
     if options.fvqa:
-        with closing(ResultCache(folder)) as cache:
-            return _import_fvqa(cache, source, options)
+        return _import_fvqa(folder, source, options)
     if source.suffix in (".pkl", ".pickle", ".pt"):
         raise LaunchError(
             f"{source}: pickles are not imported, since they may run any program; for FVQA's "
@@ -118,19 +117,23 @@ def _import(folder: Path, options: argparse.Namespace) -> str:
     return f"{counts['records']} records taken over, {counts['kept']} were there already"
 
 
-def _import_fvqa(cache: ResultCache, source: Path, options: argparse.Namespace) -> str:
+def _import_fvqa(folder: Path, source: Path, options: argparse.Namespace) -> str:
     from functools import partial
 
+    from environments.cache import ResultCache
     from environments.fetch import SafeFetcher
-    from environments.fvqa import import_fvqa
+    from environments.fvqa import hash_pictures, import_fvqa, read_fvqa
     from environments.lens import lens_identity
     from environments.pictures import fetch_picture
 
     fetch = partial(fetch_picture, SafeFetcher(), max_side=256) if options.pictures else None
     identity = lens_identity(options.country, options.language, options.pictures)
-    counts = import_fvqa(
-        cache, source, Path(options.fvqa), identity, options.k, fetch, options.replace
-    )
+    entries = read_fvqa(source)
+    pictures = hash_pictures(Path(options.fvqa), entries)
+    with closing(ResultCache(folder)) as cache:
+        counts = import_fvqa(
+            cache, entries, pictures, identity, options.k, fetch, options.replace
+        )  # fmt: skip
     return (
         f"{counts['records']} image searches taken over, {counts['kept']} were there already, "
         f"{counts['without_question']} have no question in {options.fvqa}"

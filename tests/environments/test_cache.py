@@ -6,6 +6,7 @@ import sqlite3
 import threading
 from concurrent.futures import Future
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,7 +17,7 @@ from environments.cached import CachedIndex, CachedReader, StoredRefusalError, i
 from environments.content import encode_png, normalised, picture_hash, write_whole
 from environments.episode import SearchEnvironment
 from environments.results import Hit, Page
-from environments.retrieval import BM25TextIndex
+from environments.retrieval import BM25TextIndex, ColourImageIndex
 from environments.tools import BadCall, text_search
 
 
@@ -217,6 +218,14 @@ def test_identities_tell_back_ends_apart():
     two = BM25TextIndex(["1"], ["Mali"], ["Timbuktu ."])
     assert identity_of(one) == identity_of(BM25TextIndex(["1"], ["Mali"], ["Bamako ."]))
     assert identity_of(one) != identity_of(two)
+    assert identity_of(one) != identity_of(BM25TextIndex(["1"], ["Mali"], ["Bamako ."], None))
+    views = np.zeros((1, 380), np.float32)
+    plain, turned = (
+        ColourImageIndex(["1"], ["Mali"], views, turns=turns) for turns in (False, True)
+    )
+    assert identity_of(plain) == identity_of(ColourImageIndex(["1"], ["Mali"], views.copy()))
+    assert identity_of(plain) != identity_of(ColourImageIndex(["1"], ["Mali"], views + 1))
+    assert identity_of(plain) != identity_of(turned)
     assert identity_of(Engine()) == Engine.identity
     with pytest.raises(CacheError, match="identity"):
         identity_of(object())

@@ -374,3 +374,11 @@ def test_a_cross_encoder_reads_query_and_text_together(tmp_path):
     alone = [encoder.score("capital of france", [text])[0] for text in texts]
     assert together == pytest.approx(alone, abs=1e-5)
     assert together != pytest.approx(encoder.score("paris", texts), abs=1e-4)
+
+
+def test_a_query_that_fills_all_tokens_leaves_half_of_them_to_the_text(tmp_path):
+    encoder = CrossEncoder(bert(tmp_path, BertForSequenceClassification, num_labels=1))
+    texts = ["capital of mali", "paris " * 60]
+    scores = encoder.score("capital " * 80, texts)
+    assert scores == pytest.approx(encoder.score("capital " * 90, texts))
+    assert scores[0] != pytest.approx(scores[1], abs=1e-4)

@@ -10,12 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from environments.benchmarks.pictures import decode_picture
 from environments.cache import CacheError, ResultCache
 from environments.cached import CachedIndex
+from environments.content import picture_hash
 from environments.fvqa import (
     PICTURES,
     TITLES,
     DroppedPicture,
+    hash_pictures,
     import_fvqa,
     read_fvqa,
     read_plain_pickle,
@@ -165,22 +168,40 @@ def test_another_pickle_is_no_image_search_cache(content, tmp_path):
 @pytest.fixture
 def files(tmp_path):
     """The pickle and the questions, with a red and a blue picture."""
+    (tmp_path / "cache.pkl").write_bytes(pickle.dumps(ENTRIES))
+    red, blue = (encoded(Image.new("RGB", (8, 8), colour)) for colour in ("red", "blue"))
+    pictures = {"fvqa_train_0": red, "fvqa_train_1": blue, "fvqa_x": red}
+    write_questions(tmp_path / "questions.parquet", pictures)
+    return tmp_path / "cache.pkl", tmp_path / "questions.parquet"
+
+
+def encoded(picture, **settings):
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG", **settings)
+    return buffer.getvalue()
+
+
+def write_questions(path, pictures):
     import pyarrow
     import pyarrow.parquet
 
-    (tmp_path / "cache.pkl").write_bytes(pickle.dumps(ENTRIES))
-    rows = []
-    for name, colour in (("fvqa_train_0", "red"), ("fvqa_train_1", "blue"), ("fvqa_x", "red")):
-        buffer = io.BytesIO()
-        Image.new("RGB", (8, 8), colour).save(buffer, "PNG")
-        rows.append({"data_id": name, "images": [{"bytes": buffer.getvalue()}], "prompt": "?"})
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "questions.parquet")
-    return tmp_path / "cache.pkl", tmp_path / "questions.parquet"
+    rows = [
+        {"data_id": name, "images": [{"bytes": content}], "prompt": "?"}
+        for name, content in pictures.items()
+    ]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+
+
+def take_over(cache, pickled, questions, **settings):
+    entries = read_fvqa(pickled)
+    return import_fvqa(
+        cache, entries, hash_pictures(questions, entries), IDENTITY, k=3, **settings
+    )  # fmt: skip
 
 
 def test_published_searches_answer_offline_for_the_questions_picture(files, tmp_path):
     cache = ResultCache(tmp_path / "cache")
-    counts = import_fvqa(cache, *files, IDENTITY, k=3)
+    counts = take_over(cache, *files)
     assert counts == {"records": 2, "kept": 0, "without_question": 1}
     offline = CachedIndex(
         None, ResultCache(tmp_path / "cache", "offline"), "image_search", IDENTITY
@@ -200,12 +221,32 @@ def test_small_pictures_are_fetched_where_they_are_wanted_and_still_there(files,
         raise RuntimeError("gone")
 
     cache = ResultCache(tmp_path / "cache")
-    import_fvqa(cache, *files, IDENTITY, k=3, fetch=fetch)
+    take_over(cache, *files, fetch=fetch)
     index = CachedIndex(None, ResultCache(tmp_path / "cache", "offline"), "image_search", IDENTITY)
     (hits,) = index.search([Image.new("RGB", (8, 8), "red")], 3)
     assert [hit.image is not None for hit in hits] == [True, False]
 
 
-def test_a_file_that_holds_no_questions_is_named(files, tmp_path):
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "L"])
+def test_a_picture_has_the_hash_of_the_one_that_a_run_searches_with(mode, tmp_path):
+    picture = Image.effect_mandelbrot((9, 7), (-2, -1.5, 1, 1.5), 50).convert(mode)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # lies on its side
+    content = encoded(picture, exif=exif)
+    write_questions(tmp_path / "q.parquet", {"a": content})
+    asked = decode_picture(content, tmp_path)
+    assert asked.size == (7, 9)
+    assert hash_pictures(tmp_path / "q.parquet", {"a"}) == [("a", picture_hash(asked))]
+
+
+def test_a_broken_picture_is_named_by_its_row(tmp_path):
+    whole = encoded(Image.effect_noise((64, 64), 50))
+    write_questions(tmp_path / "q.parquet", {"a": whole, "b": whole[:200], "c": b"none"})
+    with pytest.raises(CacheError, match=r"q\.parquet, row 2, column 'images': a broken picture"):
+        hash_pictures(tmp_path / "q.parquet", {"a", "b"})
+    assert len(hash_pictures(tmp_path / "q.parquet", {"a"})) == 1
+
+
+def test_a_file_that_holds_no_questions_is_named(files):
     with pytest.raises(CacheError, match=r"cache\.pkl: not the questions"):
-        import_fvqa(ResultCache(tmp_path / "cache"), files[0], files[0], IDENTITY, k=3)
+        hash_pictures(files[0], ENTRIES)

@@ -13,12 +13,15 @@ from PIL import Image
 
 pytest.importorskip("httpcore", reason="needs the extra live")
 
+from environments.cache import ResultCache
+from environments.cached import CachedIndex
+from environments.episode import SearchEnvironment
 from environments.errors import EnvironmentSetupError
 from environments.fetch import PageRefusedError, SafeFetcher
 from environments.jina import JinaReader
 from environments.lens import ImageHost, SerpApiLens
 from environments.providers import TEXT_PROVIDERS, ReadingIndex
-from environments.results import Hit
+from environments.results import Hit, Page
 from environments.services import (
     KEY_VARIABLES,
     KeyMissingError,
@@ -582,3 +585,29 @@ def test_found_pages_can_be_read_before_the_policy_sees_them(fake):
     assert "The highest point is Montmartre." in texts
     assert len(texts & {"Paris is the capital of France.", "A country in Europe."}) == 1
     assert index.identity["read"]["reader"] == "jina"
+
+
+def test_the_policy_sees_all_that_was_read_and_of_other_hits_a_snippet(tmp_path):
+    sentence = " ".join(["word"] * 199 + ["end."])
+
+    class Found:
+        identity = {"provider": "found"}
+
+        def search(self, queries, k):
+            return [[Hit("https://a.org/", "A", sentence)] for _ in queries]
+
+    class Reader:
+        identity = {"reader": "own"}
+
+        def read(self, url, question):
+            return Page("A", sentence, url)
+
+    reading = ReadingIndex(Found(), Reader())
+    cache = ResultCache(tmp_path)
+    for index, n_words in [
+        (reading, 200), (CachedIndex(reading, cache, "text_search"), 200),
+        (Found(), 40), (CachedIndex(Found(), cache, "text_search"), 40),
+    ]:  # fmt: skip
+        episode = SearchEnvironment(index, None).start({"question": "q"})
+        step = episode.step("<think> t </think> <search> q </search>")
+        assert step.observation.count("word") == min(n_words, 199)

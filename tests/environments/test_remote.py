@@ -7,11 +7,13 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 
 import pytest
+from PIL import Image
 
 from environments import remote
 from environments.atlas.entities import load_flag
 from environments.atlas.photos import render_photo
 from environments.atlas.world import load_image_index, load_text_index
+from environments.cache import ResultCache
 from environments.episode import SearchEnvironment
 from environments.errors import EnvironmentSetupError
 from environments.remote import (
@@ -22,6 +24,7 @@ from environments.remote import (
     connect,
 )
 from environments.tools import Hit, image_search, text_search
+from environments.wire import decode_image, encode_image, from_base64
 
 pytest.importorskip("starlette", reason="the extra `serve` is not installed")
 
@@ -90,6 +93,23 @@ def test_an_episode_sees_no_difference(atlas_url):
     for tool, argument in ((image_search, "full"), (text_search, "capital of Mali")):
         here, there = tool(local, argument), tool(far, argument)
         assert (here.text, here.hits, here.fault) == (there.text, there.hits, None)
+
+
+def test_a_large_picture_is_sent_small_and_a_small_one_as_it_is(monkeypatch):
+    sent = []
+
+    def post(path, body):
+        sent.extend(body["images"])
+        return {"result": [[] for _ in body["images"]]}
+
+    index = RemoteImageIndex(SearchServer("http://127.0.0.1:9"))
+    monkeypatch.setattr(index.server, "post", post)
+    large = Image.new("P", (2048, 512), 3)
+    small = Image.effect_noise((1024, 600), 80)
+    assert index.search([large, small], 1) == [[], []]
+    assert decode_image(from_base64(sent[0]), 10**6).size == (1024, 256)
+    assert large.size == (2048, 512)
+    assert sent[1] == encode_image(small)
 
 
 def test_many_threads_share_few_connections(serve):
@@ -256,6 +276,23 @@ def test_the_setting_takes_the_tools_to_the_server(atlas_url):
     assert isinstance(environment.text_index, RemoteTextIndex)
     assert text_search(episode, "capital of Mali").hits == ["ml/government"]
     assert environment.text_index.server.timeout_s == episode.timeout_s
+
+
+def test_a_replay_has_the_tools_of_the_run_that_was_recorded(serve, tmp_path):
+    from configs.schema import load_config, shipped_config
+    from train.worlds import load_environment
+
+    def load(url, mode):
+        overrides = {"retrieval": url, "cache": tmp_path, "cache_mode": mode}
+        settings = [f"environment.{name}={value}" for name, value in overrides.items()]
+        environment = load_environment(load_config(shipped_config("demo"), settings))
+        return environment.text_index is not None, environment.image_index is not None
+
+    url = serve(make_app(load_text_index(), None))
+    assert load(url, "read") == load(url, "offline") == (True, False)
+    cache = ResultCache(tmp_path)
+    cache.delete([record.question.key for record in cache.records()])
+    assert load(url, "offline") == (True, True)  # a cache that does not say it
 
 
 def test_parallel_ranks_lose_nothing(atlas_url):

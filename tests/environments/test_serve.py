@@ -1,5 +1,6 @@
 """The search server over real HTTP: Search-R1's own client, pictures, refusals, limits, the end."""
 
+import asyncio
 import base64
 import io
 import re
@@ -21,6 +22,7 @@ from PIL import Image
 from environments.atlas.entities import load_flag
 from environments.atlas.photos import render_photo
 from environments.atlas.world import load_image_index, load_text_index
+from environments.batching import Batcher
 from environments.tools import Hit
 
 pytest.importorskip("starlette", reason="the extra `serve` is not installed")
@@ -278,6 +280,27 @@ def test_what_waits_is_answered_together_and_a_repeated_query_asked_once(serve):
     assert metric(url, 'obm_search_queries_total{endpoint="text"}') == 6
     assert metric(url, 'obm_search_requests_total{endpoint="text",status="200"}') == 5
     assert metric(url, 'obm_search_batch_queries_count{endpoint="text"}') == 3
+
+
+def test_a_query_that_the_index_cannot_take_fails_alone():
+    class Picky:
+        def search(self, queries, k):
+            if "bad" in queries:
+                raise ValueError("bad")
+            return [[Hit(query, query)] for query in queries]
+
+    async def ask(*queries):
+        sizes = []
+        batcher = Batcher(Picky().search, on_batch=sizes.append)
+        asked = (batcher.ask([query], 1) for query in queries)
+        answers = await asyncio.gather(*asked, return_exceptions=True)
+        await batcher.close()
+        return answers, sizes
+
+    (first, error, last), sizes = asyncio.run(ask("a", "bad", "b"))
+    assert sizes == [3]
+    assert (first, last) == ([[Hit("a", "a")]], [[Hit("b", "b")]])
+    assert isinstance(error, ValueError)
 
 
 def test_beyond_the_queue_the_answer_is_429_and_the_server_lives_on(serve):

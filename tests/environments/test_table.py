@@ -82,6 +82,20 @@ def test_columns_of_ones_own_travel_with_the_question(rows, write):
     assert question["source"] == {"page": 7}
 
 
+def test_numbers_that_the_rewards_read_are_numbers_in_a_spreadsheet_too(rows, write, tmp_path):
+    rows[0] |= {"tolerance": 0.5, "best_calls": None, "hops": 2, "range": [1, 2.5]}
+    rows[1] |= {"tolerance": "", "range": ""}
+    lines = ["question,answers,tolerance,best_calls,hops,range", "a,b,0.5,,2,1 | 2.5", "c,d,,,,"]
+    (tmp_path / "mine.csv").write_text("\n".join(lines))
+    columns = ("tolerance", "best_calls", "hops", "range")
+    first, second = ([q[c] for c in columns] for q in load(str(tmp_path / "mine.csv")))
+    assert (first, second) == ([0.5, None, 2, [1, 2.5]], [None] * 4)
+    ours = load(write(rows[:3]))
+    assert [ours[0][column] for column in columns] == first
+    assert (ours[1]["tolerance"], ours[1]["range"]) == (None, None)
+    assert not set(columns) & set(ours[2])
+
+
 def test_a_question_may_have_no_picture(rows, write):
     del rows[0]["image"]
     rows[1]["image"] = None
@@ -177,6 +191,11 @@ def test_a_split_of_a_data_set_on_the_hub_is_loaded_or_is_a_column(
         ({"id": {}}, "row 3, column 'id': expected text, got dict {}; write a text, or leave it"),
         ({"question": "  "}, "row 3, column 'question': is empty"),
         ({"id": "1"}, "row 3, column 'id': '1' stands in .*row 1 already"),
+        ({"tolerance": "5 %"}, "row 3, column 'tolerance': expected a number of 0 or more"),
+        ({"hops": -1}, "column 'hops': expected a number of 0 or more, got int -1; write one"),
+        ({"best_calls": True}, "row 3, column 'best_calls': expected a number of 0 or more"),
+        ({"range": "9-12"}, r"column 'range': expected two numbers, got str '9-12'; write \["),
+        ({"range": [1, None, 2]}, "row 3, column 'range': expected two numbers, got list"),
     ],
 )
 def test_a_bad_cell_is_named_with_its_row(rows, write, tmp_path, change, words):

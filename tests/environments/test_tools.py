@@ -96,6 +96,21 @@ def test_snippets_are_cut_to_forty_words_and_shorter_ones_left_alone():
     assert second.text == spaced
 
 
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_a_picture_that_cannot_be_read_is_a_fault_of_infrastructure(in_memory):
+    class Gone(dict):
+        def get(self, key, default=None):
+            if key == "image":
+                raise OSError("no route to the host")
+            return super().get(key, default)
+
+    index = ImageTable(Hit("fr", "France"))
+    index.in_memory = in_memory
+    result = image_search(SearchEnvironment(None, index).start(Gone(question="q")))
+    assert (result.is_error, result.fault) == (True, "infrastructure")
+    assert index.calls == []
+
+
 def test_an_image_search_returns_names_only():
     index = ImageTable(Hit("fr", "France", "Capital Paris", 0.9, Image.new("RGB", (3, 3))))
     result = image_search(episode(image=index, picture=two_colours()))

@@ -115,6 +115,18 @@ def test_questions_that_are_not_there_are_named_before_a_cache_is_made(obm, tmp_
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize("pickled", [b"no pickle", pickle.dumps({})])
+def test_published_searches_that_are_refused_leave_no_cache(obm, tmp_path, pickled):
+    (tmp_path / "cache.pkl").write_bytes(pickled)
+    (tmp_path / "q.parquet").write_bytes(b"no table")
+    code, out, error = obm(
+        "cache", "import", tmp_path / "new", tmp_path / "cache.pkl",
+        "--fvqa", tmp_path / "q.parquet",
+    )  # fmt: skip
+    assert (code, out, error.count("\n")) == (2, "", 1)
+    assert not (tmp_path / "new").exists()
+
+
 @pytest.mark.parametrize("change", [{"k": 10**21}, {"query": "\ud800"}, {"created": 10**400}])
 def test_an_import_takes_over_all_or_nothing(obm, folder, tmp_path, change):
     obm("cache", "export", folder, tmp_path / "export")

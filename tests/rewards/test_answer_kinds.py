@@ -46,6 +46,11 @@ from rewards.units import read_unit
         ("9-10 km", 9, 10, 9000),
         ("between 9 and 10", 9, 10, 9),
         ("2–3 million", 2e6, 3e6, 2e6),
+        ("1.5 to 2 million", 1.5e6, 2e6, 1.5e6),
+        ("9.5-10 million", 9.5e6, 10e6, 9.5e6),
+        ("2-2.5 million", 2e6, 2.5e6, 2e6),
+        ("800 thousand to 2 million", 8e5, 2e6, 8e5),
+        ("0.01 to 3", 0.01, 3, 0.01),
         ("twenty-five thousand", 25000, 25000, 25000),
         ("3rd", 3, 3, 3),
     ],
@@ -164,6 +169,18 @@ def test_units_are_read_by_their_dimension(text, unit):
         ("1990s", "1990", False),
         ("44 BC", "44 BCE", True),
         ("44", "44 BC", False),
+        # the 5th century BC is 500 to 401 BC, the 1st 100 to 1 BC
+        ("5th century BC", "5th century BC", True),
+        ("500 BC", "5th century BC", True),
+        ("401 BC", "5th century BCE", True),
+        ("501 BC", "5th century BC", False),
+        ("400 BC", "5th century BC", False),
+        ("450", "5th century BC", False),
+        ("44 BC", "1st century BC", True),
+        ("1495 BC", "1490s BC", True),  # 1499 to 1490 BC
+        ("1499 BC", "1490s BC", True),
+        ("1489 BC", "1490s BC", False),
+        ("1490s BC", "15th century BC", True),
         ("1971 or 1972", "1971", False),
         ("1971 AD", "1971", True),
         ("independent since 1971", "1971", True),
@@ -370,6 +387,13 @@ def test_a_range_and_items_of_the_question_decide():
     assert correctness("2000 m", {"answers": [], "range": [945, 1155]}, "typed") == 0.0
     question = {"answers": ["x"], "items": ["red", "blue"]}
     assert correctness("blue, red", question, "typed") == 1.0
+
+
+@pytest.mark.parametrize(("gold", "kind"), [("10", "number"), ("1998", "year")])
+def test_an_empty_tolerance_is_none(gold, kind):
+    question = {"answers": [gold], "answer_kind": kind, "tolerance": None}
+    assert correctness(f"in {gold}", question, "typed") == 1.0
+    assert correctness(f"in {int(gold) + 1}", question, "typed") == 0.0
 
 
 def test_the_unit_of_a_bare_gold_number_can_be_stated():

@@ -47,6 +47,15 @@ def test_a_function_gets_the_episodes_and_the_columns_in_their_order(load):
     assert (function.name, function.weight) == ("brevity", 0.5)
 
 
+def test_a_column_that_no_question_of_the_batch_has_is_passed_as_none():
+    def by_level(trajectories, level, extra="kept"):
+        assert (level, extra) == ([None, None], "kept")
+        return [0.0, 1.0]
+
+    check_columns([own(by_level)], QUESTIONS)
+    assert call_function(own(by_level), EPISODES, [QUESTIONS[1]] * 2) == [0.0, 1.0]
+
+
 def test_its_weight_times_its_value_is_added_to_the_total():
     scores = [{"total": 1.0, "accuracy": 1.0}, {"total": 0.1, "accuracy": 0.0}]
     add_functions([own(lambda t: [2.0, None], -0.25)], EPISODES, QUESTIONS, scores)

@@ -235,6 +235,13 @@ def test_a_torn_or_strange_line_of_the_cache_is_asked_again(service, tmp_path):
     assert len(service.requests) == 2
 
 
+def test_a_cache_that_cannot_be_read_is_one_clear_error(tmp_path):
+    (tmp_path / "judge.jsonl").write_bytes(b"\xff\xfe")
+    for path in (tmp_path, tmp_path / "judge.jsonl"):
+        with pytest.raises(RewardError, match=r"judge_cache: .* cannot be read \(.*; name another"):
+            Judge("http://127.0.0.1:9/v1", "m", cache=path)
+
+
 # ---------------------------------------------------------------- the key
 
 

@@ -140,6 +140,7 @@ def test_economy_compares_a_right_answers_calls_with_the_best_known_number():
     assert economy(3) == pytest.approx(0.5)  # (1 + 1) / (1 + 3)
     assert economy(3, best_calls=3) == 1.0
     assert economy(1, text="Rome") == 0.0
+    assert economy(3, best_calls=None) == pytest.approx(0.5)  # hops say it then
     assert economy(1, hops=None) is None
 
 
