@@ -13,7 +13,7 @@ import csv
 import io
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from compare.behaviour import add_behaviour
 from compare.comparable import check_comparable
 from compare.errors import CompareError
 from compare.intervals import BOOTSTRAP_MIN_SEEDS
-from compare.measures import Numbers
+from compare.measures import Recognition
 from compare.parts import parts_section, parts_summary
 from compare.provenance import code_commit, hardware
 from compare.runs import SINCE_START, Run, cut_to_common_steps, group_runs
@@ -45,7 +45,7 @@ def write_report(
     bootstrap: int = 2000,
     reference: str | None = None,
     budget_arm: str | None = None,
-    recognition: Mapping[str, Numbers] | None = None,
+    recognition: Recognition | None = None,
     allow: Sequence[str] = (),
     partial: bool = False,
     overwrite: bool = False,

@@ -68,9 +68,11 @@ def test_every_ordered_pair_of_arms_is_there_once():
 
 def test_recognition_is_summarised_with_its_change_by_run():
     runs = [make_run(arm, s, [0.1, 0.2]) for arm in ("obm", "cast", "vlm") for s in (0, 1, 2)]
+    before = {2: 0.7, 0: 0.9, 1: 0.8}  # as a study file may order its seeds
     measured = {
-        "obm": {"before": [0.9, 0.8, 0.7], "after": [0.7, 0.6, 0.5]},
-        "cast": {"before": [0.9, 0.8, 0.7], "after": [0.9, 0.8, 0.6]},
+        "obm": {"before": before, "after": {2: 0.5, 0: 0.7, 1: 0.6}},
+        "cast": {"before": before, "after": {0: 0.9, 1: 0.8, 2: 0.6}},
+        "sport": {"before": {}, "after": {}},  # every training failed
     }
     summary = summarise(group_runs(runs), smoothing=1, recognition=measured)
     assert summary["arms"]["obm"]["recognition"] == pytest.approx(
