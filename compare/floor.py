@@ -19,6 +19,7 @@ from compare.provenance import how_it_was_made, origin
 from compare.report import interval_name
 from compare.tuning import PARTS
 from configs.sections import Environment
+from train.settings import asked_words
 
 COLUMNS = {**PARTS, "recognition": "recognition"}
 """Column -> metric."""
@@ -167,7 +168,6 @@ def estimate_of(values: Sequence[float], bounds: tuple[float, float]) -> dict[st
 
 def _markdown(record: Mapping[str, Any], title: str, name: str) -> str:
     reference, seeds = record["reference"], record["seeds"]
-    asked = record["environment"]
     differences = record["differences"]
     heads = [f"{reference} minus", *COMPARED]
     body = [
@@ -180,9 +180,9 @@ def _markdown(record: Mapping[str, Any], title: str, name: str) -> str:
     return "\n".join([
         f"# {title}",
         "",
-        f"What every start does before any training: {asked['eval_size']} {asked['eval_split']} "
-        f"questions a seed (kinds: {', '.join(asked['eval_kinds'])}), greedy; mean over "
-        f"{len(seeds)} seeds [95 % interval]. Most right answers first.",
+        "What every start does before any training: "
+        f"{asked_words(record['environment'], ' a seed')}, greedy; mean over {len(seeds)} seeds "
+        "[95 % interval]. Most right answers first.",
         "",
         *floor_text_table(record),
         "",

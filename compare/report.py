@@ -27,6 +27,7 @@ from compare.provenance import code_commit, hardware
 from compare.runs import SINCE_START, Run, cut_to_common_steps, group_runs
 from compare.summary import summarise
 from compare.tables import markdown_table, overview_rows, sections
+from train.settings import asked_words
 
 SUFFIXES = ("json", "csv", "md", "html", "png", "svg")
 MAX_NAME_BYTES = 200
@@ -196,6 +197,8 @@ def _provenance(arms: dict[str, list[Run]], *, command: str, smoothing: int) -> 
     machines = _distinct(_machine(run.provenance) for run in runs)
     n_seeds = max(len(members) for members in arms.values())
     settings = runs[0].config.get("environment") or {}
+    asked = ["name", "eval_split", "eval_size", "eval_kinds", "strength"]
+    asked += ["eval_benchmark"] if settings.get("eval_benchmark") else []
     return {
         "command": command,
         "commit": code_commit(),
@@ -204,10 +207,7 @@ def _provenance(arms: dict[str, list[Run]], *, command: str, smoothing: int) -> 
         "versions": _versions(runs),
         "smoothing": smoothing,
         "interval": interval_name(n_seeds),
-        "evaluation": {
-            key: settings.get(key)
-            for key in ("name", "eval_split", "eval_size", "eval_kinds", "strength")
-        },
+        "evaluation": {key: settings.get(key) for key in asked},
     }
 
 
@@ -246,10 +246,8 @@ def _distinct(values: Any) -> list[str]:
 
 def _caption(summary: dict[str, Any]) -> str:
     seeds = max(len(result["seeds"]) for result in summary["arms"].values())
-    evaluation = summary["evaluation"]
     return (
-        f"{evaluation['eval_size']} {evaluation['eval_split']} questions "
-        f"(kinds: {', '.join(evaluation['eval_kinds'] or [])}), greedy. "
+        f"{asked_words(summary['evaluation'])}, greedy. "
         f"Up to {seeds} seed{'s' if seeds > 1 else ''} an arm. "
         f"Bold: mean over seeds of the last {summary['smoothing']} evaluations; "
         f"faint points: raw. Band and whiskers: {summary['interval']}. "

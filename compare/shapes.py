@@ -65,6 +65,8 @@ def check_config(config: Any, where: str | Path) -> dict[str, Any]:
     kinds = _of(config, "environment", "eval_kinds")
     if not (kinds is None or _is_list_of(kinds, str)):
         raise _wrong(where, "environment.eval_kinds", kinds, "a list of names")
+    benchmark = _or(_of(config, "environment", "eval_benchmark"), {})
+    _mapping(benchmark, where, "environment.eval_benchmark")
     for name in ("format", "evidence", "economy", "redundancy"):
         _number(_of(config, "rewards", name), where, f"rewards.{name}")
     functions = config.get("reward_functions")

@@ -87,6 +87,18 @@ def test_the_report_has_every_file_and_key(runs, tmp_path):
     assert "<svg" in (output / "compare.svg").read_text()
 
 
+def test_a_report_names_the_benchmark_that_was_asked(make_run, tmp_path):
+    benchmark = {"name": "infoseek", "split": "val", "kinds": ["time"], "pictured": False}
+    changes = {"environment.eval_benchmark": benchmark}
+    runs = [read_run(make_run(arm, 0, FAST, changes=changes)) for arm in ("obm", "vlm")]
+    summary = write_report(runs, tmp_path / "report", command="c")
+    assert summary["evaluation"]["eval_benchmark"] == benchmark
+    for suffix in ("md", "html"):
+        text = (tmp_path / "report" / f"compare.{suffix}").read_text()
+        assert "infoseek questions (split: val; kinds: time)" in text
+        assert "dev questions" not in text
+
+
 def test_the_same_runs_give_the_same_bytes(runs, tmp_path):
     for name in ("one", "two"):
         write_report(runs, tmp_path / name, command="c")
