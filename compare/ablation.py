@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from compare.drawing import save_figure, start_drawing
-from compare.floor import COLUMNS, COMPARED, rows_csv, separation, signed_cell, summarise_floor
+from compare.floor import COLUMNS, COMPARED, rows_csv, signed_cell, summarise_floor
 from compare.floor import cell as estimate_cell
 from compare.floor import table as markdown_table
 from compare.provenance import how_it_was_made, origin
 from compare.report import interval_name
+from compare.verdict import ABOVE, BELOW, side_of_difference
 from configs.sections import Environment
 from train.settings import asked_words
 
@@ -219,9 +220,9 @@ def _reading(axis: Mapping[str, Any], record: Mapping[str, Any]) -> str:
     sides: dict[str, list[str]] = {"below": [], "above": [], "not separated": []}
     for point in axis["points"]:
         if not point["is_reference"]:
-            side = separation(record["differences"][point["arm"]]["accuracy"])
+            side = side_of_difference(record["differences"][point["arm"]]["accuracy"])
             # a reference that lies above has the point below it
-            key = {"above": "below", "below": "above"}.get(side, "not separated")
+            key = {ABOVE: "below", BELOW: "above"}.get(side, "not separated")
             sides[key].append(str(point["value"]))
     words = [f"{side}: {', '.join(values)}" for side, values in sides.items() if values]
     return f"* {axis['name']}, accuracy against the reference: {'; '.join(words)}."

@@ -8,8 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from compare.pairs import separated
-from compare.verdict import signed
+from compare.verdict import ABOVE, BELOW, side_of_difference, signed
 from train.evaluation import BEHAVIOURS
 
 Rows = list[list[str]]
@@ -104,7 +103,7 @@ def _difference_cell(pair: Mapping[str, Any] | None) -> str:
     if pair["low"] is None:
         return text
     text += f" [{signed(pair['low'], 3)}, {signed(pair['high'], 3)}]"
-    text = f"**{text}**" if separated(pair) else text
+    text = f"**{text}**" if side_of_difference(pair) in (ABOVE, BELOW) else text
     return f"{text} {pair['probability']:.2f}, p {pair['p_value']:.2g}"
 
 

@@ -143,7 +143,7 @@ def _against(own: Mapping[str, Mapping[str, Any]]) -> str:
     for name, pair in own.items():
         low, high = pair["low"], pair["high"]
         limits = "" if low is None else f" [{signed(low)}, {signed(high)}]"
-        groups[_side(pair)].append(f"{MEASURES[name]} {signed(pair['mean'])}{limits}")
+        groups[side_of_difference(pair)].append(f"{MEASURES[name]} {signed(pair['mean'])}{limits}")
     words = {
         ABOVE: "better",
         BELOW: "worse",
@@ -167,7 +167,7 @@ def floor_verdict(record: Mapping[str, Any], label: Label) -> Verdict | None:
     """
     reference, arms = record["reference"], record["arms"]
     sides = {
-        arm: _side(columns["accuracy"])
+        arm: side_of_difference(columns["accuracy"])
         for arm, columns in record["differences"].items()
         if "accuracy" in columns
     }
@@ -227,7 +227,7 @@ def side_of(summary: Mapping[str, Any], reference: str, other: str, measure: str
     names = {measure, measure.removesuffix(".accuracy")}
     for pair in summary.get("pairs") or ():
         if (pair["arm"], pair["other"]) == (reference, other) and pair["metric"] in names:
-            return _side(pair)
+            return side_of_difference(pair)
     own, theirs = (_limits(summary["arms"][arm], measure) for arm in (reference, other))
     if own is None or theirs is None:
         return UNKNOWN
@@ -236,6 +236,19 @@ def side_of(summary: Mapping[str, Any], reference: str, other: str, measure: str
     if own[0] > theirs[1] + ROUNDING:
         return ABOVE
     return BELOW if own[1] < theirs[0] - ROUNDING else OPEN
+
+
+def side_of_difference(estimate: Mapping[str, Any]) -> str:
+    """Where a difference lies by its `low` and `high`: ABOVE 0, BELOW, OPEN or UNKNOWN."""
+    low, high = estimate.get("low"), estimate.get("high")
+    if low is None or high is None:
+        return UNKNOWN
+    if high - low <= ROUNDING:
+        # equal in all seeds: they answered the same questions, and say nothing about others
+        return OPEN
+    if low > ROUNDING:
+        return ABOVE
+    return BELOW if high < -ROUNDING else OPEN
 
 
 def listed(arms: Sequence[str], label: Label) -> str:
@@ -251,18 +264,6 @@ def number_text(mean: float | None, limits: Sequence[float | None] | None) -> st
     if not limits or limits[0] is None or limits[1] is None or limits[0] == limits[1]:
         return f"{mean:.2f}"
     return f"{mean:.2f} [{limits[0]:.2f}, {limits[1]:.2f}]"
-
-
-def _side(estimate: Mapping[str, Any]) -> str:
-    low, high = estimate.get("low"), estimate.get("high")
-    if low is None or high is None:
-        return UNKNOWN
-    if high - low <= ROUNDING:
-        # equal in all seeds: they answered the same questions, and say nothing about others
-        return OPEN
-    if low > ROUNDING:
-        return ABOVE
-    return BELOW if high < -ROUNDING else OPEN
 
 
 def _standing(sides: Mapping[str, str]) -> Standing:
