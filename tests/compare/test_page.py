@@ -298,6 +298,16 @@ def test_a_report_has_its_page_and_the_verdict_on_top_of_the_md(make_run, tmp_pa
     assert not (tmp_path / "none").exists()
 
 
+def test_a_share_of_groups_is_not_said_to_be_one_of_steps():
+    summary = pages.comparison(ARMS)
+    for result in summary["arms"].values():
+        result["stability"] = {"zero_signal": 0.25}
+    text = render(build_page([Record("comparison", "compare", summary)], title=""))
+    assert "groups without signal" in text
+    assert "groups that taught nothing because every episode earned the same" in text
+    assert "steps without signal" not in text
+
+
 # ---- in Chromium
 
 
