@@ -308,6 +308,14 @@ def test_a_share_of_groups_is_not_said_to_be_one_of_steps():
     assert "steps without signal" not in text
 
 
+def test_intervals_that_are_not_there_do_not_overlap():
+    one, three = (pages.comparison(ARMS, half=half) for half in (None, 0.5))
+    text = render(build_page([Record("comparison", "compare", three)], title=""))
+    assert "Its interval overlaps with all others in seen, unseen." in text
+    text = render(build_page([Record("comparison", "compare", one)], title=""))
+    assert "overlaps" not in text
+
+
 # ---- in Chromium
 
 
