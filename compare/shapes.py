@@ -176,6 +176,20 @@ def check_cost(record: dict[str, Any], where: str | Path) -> dict[str, Any]:
     return record
 
 
+def check_record(record: Any, where: str | Path) -> None:
+    """What W&B holds of a run folder beside its settings; see `train.callbacks.start_wandb`.
+
+    Raises:
+        CompareError: names the first entry that is not what it must be.
+    """
+    _mapping(record, where, "record")
+    for name in ("environment", "start_cost"):
+        _mapping(_or(record.get(name), {}), where, f"record.{name}")
+    check_provenance(record.get("environment") or {}, where)
+    check_cost(record.get("start_cost") or {}, where)
+    _whole(record.get("resumed_at"), where, "record.resumed_at")
+
+
 def is_finite(value: Any) -> TypeGuard[int | float]:
     """Whether it is a number that a float can hold."""
     if isinstance(value, bool) or not isinstance(value, int | float):
