@@ -27,6 +27,7 @@ from compare.provenance import code_commit, hardware
 from compare.runs import SINCE_START, Run, cut_to_common_steps, group_runs
 from compare.summary import summarise
 from compare.tables import markdown_table, overview_rows, sections
+from compare.verdict import seeds_text
 from train.settings import asked_words
 
 SUFFIXES = ("json", "csv", "md", "html", "png", "svg")
@@ -195,7 +196,6 @@ def text_table(summary: dict[str, Any]) -> str:
 def _provenance(arms: dict[str, list[Run]], *, command: str, smoothing: int) -> dict[str, Any]:
     runs = [run for members in arms.values() for run in members]
     machines = _distinct(_machine(run.provenance) for run in runs)
-    n_seeds = max(len(members) for members in arms.values())
     settings = runs[0].config.get("environment") or {}
     asked = ["name", "eval_split", "eval_size", "eval_kinds", "strength"]
     asked += ["eval_benchmark"] if settings.get("eval_benchmark") else []
@@ -206,17 +206,22 @@ def _provenance(arms: dict[str, list[Run]], *, command: str, smoothing: int) -> 
         "hardware": "; ".join(machines) or hardware(),
         "versions": _versions(runs),
         "smoothing": smoothing,
-        "interval": interval_name(n_seeds),
+        "interval": interval_name(*(len(members) for members in arms.values())),
         "evaluation": {key: settings.get(key) for key in asked},
     }
 
 
-def interval_name(n_seeds: int) -> str:
-    """How the intervals over so many seeds are made, in words."""
-    if n_seeds == 1:
+def interval_name(*n_seeds: int) -> str:
+    """How the intervals of arms with so many seeds are made, in words."""
+    several = [n for n in n_seeds if n > 1]
+    if not several:
         return "none: one seed"
-    kind = "bootstrap" if n_seeds >= BOOTSTRAP_MIN_SEEDS else "Student's t"
-    return f"95 %, {kind} over {n_seeds} seeds"
+    counts = {
+        "bootstrap": [n for n in several if n >= BOOTSTRAP_MIN_SEEDS],
+        "Student's t": [n for n in several if n < BOOTSTRAP_MIN_SEEDS],
+    }
+    kinds = [f"{kind} over {seeds_text(found)}" for kind, found in counts.items() if found]
+    return f"95 %, {', '.join(kinds)}"
 
 
 def _versions(runs: Sequence[Run]) -> dict[str, list[str]]:

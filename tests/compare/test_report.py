@@ -10,7 +10,7 @@ import pytest
 from compare.comparable import check_allowed
 from compare.errors import CompareError
 from compare.figure import arm_colours
-from compare.report import text_table, write_report
+from compare.report import interval_name, text_table, write_report
 from compare.runs import group_runs, read_run
 from compare.summary import summarise
 from launch.cli import main
@@ -97,6 +97,12 @@ def test_a_report_names_the_benchmark_that_was_asked(make_run, tmp_path):
         text = (tmp_path / "report" / f"compare.{suffix}").read_text()
         assert "infoseek questions (split: val; kinds: time)" in text
         assert "dev questions" not in text
+
+
+def test_every_kind_of_interval_is_named():
+    assert interval_name(1, 1) == "none: one seed"
+    assert interval_name(5, 1, 5) == "95 %, Student's t over 5 seeds"
+    assert interval_name(3, 12, 5) == "95 %, bootstrap over 12 seeds, Student's t over 3 to 5 seeds"
 
 
 def test_the_same_runs_give_the_same_bytes(runs, tmp_path):
