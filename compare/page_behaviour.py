@@ -10,8 +10,8 @@ from compare import page
 from compare.charts import Frame, area_chart
 from compare.charts_rows import Row
 from compare.page import Cell, Section, paragraph
-from compare.page_data import BEHAVIOURS
 from compare.page_parts import Comparison, dots_both, numbers_of, table_row
+from compare.palette import BEHAVIOURS
 from compare.verdict import ABOVE, BELOW, OPEN, listed, side_of
 
 WAYS = {

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from compare.verdict import ABOVE, BELOW, side_of_difference, signed
+from environments.episode import STOP_REASONS
 from train.evaluation import BEHAVIOURS
 
 Rows = list[list[str]]
@@ -23,7 +24,6 @@ HEADS = {
     "auc": "area", "at_equal_budget": "at equal budget",
     "recognition.after": "recognition after", "recognition.change": "change of recognition",
 }  # fmt: skip
-STOPS = ("answer", "invalid", "turn_limit", "budget", "length")
 
 
 # ---------------------------------------------------------------- the first table
@@ -200,7 +200,7 @@ def _stability(summary: Summary) -> Iterator[str]:
 def _behaviour(summary: Summary) -> Iterator[str]:
     """Start -> end of each arm's shares; the curves between are in the json and csv."""
     names = [f"behaviour/{name}" for name in BEHAVIOURS] + ["calls_per_episode"]
-    names += [f"stop/{name}" for name in STOPS]
+    names += [f"stop/{name}" for name in STOP_REASONS]
     curves = summary["curves"]
     # how no episode of any arm behaved needs no column
     shown = [
