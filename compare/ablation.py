@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from compare.drawing import save_figure, start_drawing
-from compare.floor import COLUMNS, COMPARED, rows_csv, separation, signed_cell, summarise_floor
+from compare.floor import COLUMNS, COMPARED, rows_csv, signed_cell, summarise_floor
 from compare.floor import cell as estimate_cell
 from compare.floor import table as markdown_table
 from compare.provenance import how_it_was_made, origin
 from compare.report import interval_name
+from compare.verdict import ABOVE, BELOW, side_of_difference
 from configs.sections import Environment
+from train.settings import asked_words
 
 SUFFIXES = ("json", "csv", "md", "png", "svg")
 DRAWN = {"passage": "#7F7F7F", "accuracy": "#0072B2"}
@@ -148,25 +150,24 @@ def _draw_axis(panel: Any, axis: Mapping[str, Any], reference: Mapping[str, Any]
 
 
 def _caption(record: Mapping[str, Any]) -> str:
-    asked = record["environment"]
+    asked = asked_words(record["environment"], " a seed", has_kinds=False)
     return (
-        f"{asked['eval_size']} {asked['eval_split']} questions a seed, greedy, before training. "
+        f"{asked}, greedy, before training. "
         f"Ring and dotted line: the reference. Whiskers: {interval_name(len(record['seeds']))}."
     )
 
 
 def _markdown(record: Mapping[str, Any], title: str, name: str) -> str:
-    asked, reference = record["environment"], record["reference"]
+    reference = record["reference"]
     lines = [
         f"# {title}",
         "",
         f"![one panel a setting]({name}.png)",
         "",
         f"`{reference}` ({record['recipe']}) with one setting changed at a time, before any "
-        f"training: {asked['eval_size']} {asked['eval_split']} questions a seed (kinds: "
-        f"{', '.join(asked['eval_kinds'])}), greedy; mean over {len(record['seeds'])} seeds [95 % "
-        "interval]. The reference was tuned on dev; its neighbours are shown on other questions as "
-        "evidence, and nothing is chosen by them.",
+        f"training: {asked_words(record['environment'], ' a seed')}, greedy; mean over "
+        f"{len(record['seeds'])} seeds [95 % interval]. The reference was tuned on dev; its "
+        "neighbours are shown on other questions as evidence, and nothing is chosen by them.",
         "",
     ]
     for axis in record["axes"]:
@@ -219,9 +220,9 @@ def _reading(axis: Mapping[str, Any], record: Mapping[str, Any]) -> str:
     sides: dict[str, list[str]] = {"below": [], "above": [], "not separated": []}
     for point in axis["points"]:
         if not point["is_reference"]:
-            side = separation(record["differences"][point["arm"]]["accuracy"])
+            side = side_of_difference(record["differences"][point["arm"]]["accuracy"])
             # a reference that lies above has the point below it
-            key = {"above": "below", "below": "above"}.get(side, "not separated")
+            key = {ABOVE: "below", BELOW: "above"}.get(side, "not separated")
             sides[key].append(str(point["value"]))
     words = [f"{side}: {', '.join(values)}" for side, values in sides.items() if values]
     return f"* {axis['name']}, accuracy against the reference: {'; '.join(words)}."

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from compare.runs import Run
+from compare.trajectory_files import calls
 from train.evaluation import BEHAVIOURS, behaviour
 
 
@@ -63,7 +64,5 @@ def count_behaviours(path: Path) -> dict[int, Counter[str]]:
 def _searches(episode: dict[str, Any]) -> Counter[str]:
     kinds: Counter[str] = Counter()
     for turn in episode.get("turns") or []:
-        action = turn.get("action") or {}
-        calls = action.get("calls") or [] if action.get("type") == "parallel" else [action]
-        kinds.update(str(call.get("type")) for call in calls)
+        kinds.update(str(call.get("type")) for call in calls(turn))
     return kinds

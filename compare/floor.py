@@ -18,15 +18,15 @@ from compare.errors import CompareError
 from compare.provenance import how_it_was_made, origin
 from compare.report import interval_name
 from compare.tuning import PARTS
+from compare.verdict import ABOVE, BELOW, OPEN, UNKNOWN, side_of_difference
 from configs.sections import Environment
+from train.settings import asked_words
 
 COLUMNS = {**PARTS, "recognition": "recognition"}
 """Column -> metric."""
 COMPARED = ("searched", "entity", "passage", "accuracy")
 """Columns whose differences are shown."""
 SUFFIXES = ("json", "csv", "md")
-ROUNDING = 1e-9
-"""Differences of shares below this are rounding errors."""
 
 
 def summarise_floor(rows: Sequence[Mapping[str, Any]], reference: str) -> dict[str, Any]:
@@ -140,18 +140,12 @@ def floor_text_table(summary: Mapping[str, Any]) -> list[str]:
 
 def separation_text(summary: Mapping[str, Any], column: str) -> str:
     """One sentence: above which arms the reference lies, below which, and the rest."""
-    groups: dict[str, list[str]] = {"above": [], "below": [], "not separated from": []}
+    groups: dict[str, list[str]] = {ABOVE: [], BELOW: [], OPEN: []}
     for arm, parts in summary["differences"].items():
-        groups[separation(parts[column])].append(arm)
+        side = side_of_difference(parts[column])
+        groups[OPEN if side == UNKNOWN else side].append(arm)  # one seed separates nothing
     words = [f"{side} {', '.join(arms)}" for side, arms in groups.items() if arms]
     return f"{column}: {summary['reference']} is {'; '.join(words)}."
-
-
-def separation(estimate: Mapping[str, Any]) -> str:
-    """Where a difference lies: `above` 0, `below`, or `not separated from` it."""
-    if estimate["low"] is None or (estimate["low"] <= ROUNDING and estimate["high"] >= -ROUNDING):
-        return "not separated from"
-    return "above" if estimate["mean"] > 0 else "below"
 
 
 def estimate_of(values: Sequence[float], bounds: tuple[float, float]) -> dict[str, Any]:
@@ -167,7 +161,6 @@ def estimate_of(values: Sequence[float], bounds: tuple[float, float]) -> dict[st
 
 def _markdown(record: Mapping[str, Any], title: str, name: str) -> str:
     reference, seeds = record["reference"], record["seeds"]
-    asked = record["environment"]
     differences = record["differences"]
     heads = [f"{reference} minus", *COMPARED]
     body = [
@@ -180,9 +173,9 @@ def _markdown(record: Mapping[str, Any], title: str, name: str) -> str:
     return "\n".join([
         f"# {title}",
         "",
-        f"What every start does before any training: {asked['eval_size']} {asked['eval_split']} "
-        f"questions a seed (kinds: {', '.join(asked['eval_kinds'])}), greedy; mean over "
-        f"{len(seeds)} seeds [95 % interval]. Most right answers first.",
+        "What every start does before any training: "
+        f"{asked_words(record['environment'], ' a seed')}, greedy; mean over {len(seeds)} seeds "
+        "[95 % interval]. Most right answers first.",
         "",
         *floor_text_table(record),
         "",
@@ -248,7 +241,7 @@ def cell(estimate: Mapping[str, Any], form: str = ".2f") -> str:
 def signed_cell(estimate: Mapping[str, Any]) -> str:
     """A difference with its sign; bold where its interval does not hold 0."""
     text = cell(estimate, "+.2f")
-    return text if separation(estimate) == "not separated from" else f"**{text}**"
+    return f"**{text}**" if side_of_difference(estimate) in (ABOVE, BELOW) else text
 
 
 def table(heads: Sequence[str], body: Sequence[Sequence[str]], align: str = "---:") -> list[str]:

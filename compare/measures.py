@@ -5,6 +5,8 @@ One number a seed under each name; `compare.summary` makes means and intervals o
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from compare.cost import Cost
 from compare.curves import (
     area_under_curve,
@@ -22,6 +24,8 @@ STABILITY = ("collapses", "final_minus_best", "largest_drop", "zero_signal", "no
 """Measures of stability that every seed has; see `stability_of`."""
 Numbers = dict[str, list[float | None]]
 """Name -> a value a seed; None: this seed has none."""
+Recognition = Mapping[str, Mapping[str, Mapping[int, float]]]
+"""Arm -> `before` and `after` training -> seed -> share of seen places named right, no tools."""
 
 
 def numbers_of(

@@ -27,7 +27,7 @@ from compare.charts_rows import signed as with_sign
 from compare.errors import CompareError
 from compare.figure import arm_colours
 from compare.palette import BEHAVIOURS, N_SHADES, variables
-from compare.verdict import Verdict
+from compare.verdict import ABOVE, BELOW, Verdict, side_of_difference
 
 MAX_BYTES = 5_000_000
 """No page is larger."""
@@ -271,8 +271,8 @@ def estimate_cell(
         return Cell(text, mean)
     ends = (with_sign(v, digits) if signed else minus(f"{v:,.{digits}f}") for v in (low, high))
     small = f"[{', '.join(ends)}]"
-    side = ("up" if low > 0 else "down" if high < 0 else "") if signed else ""
-    return Cell(text, mean, small, side)
+    side = side_of_difference({"low": low, "high": high}) if signed else ""
+    return Cell(text, mean, small, {ABOVE: "up", BELOW: "down"}.get(side, ""))
 
 
 def panels_a_line(n_panels: int) -> int:

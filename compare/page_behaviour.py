@@ -10,9 +10,9 @@ from compare import page
 from compare.charts import Frame, area_chart
 from compare.charts_rows import Row
 from compare.page import Cell, Section, paragraph
-from compare.page_data import BEHAVIOURS
 from compare.page_parts import Comparison, dots_both, numbers_of, table_row
-from compare.verdict import ABOVE, BELOW, listed, side_of
+from compare.palette import BEHAVIOURS
+from compare.verdict import ABOVE, BELOW, OPEN, listed, side_of
 
 WAYS = {
     "none": "no search",
@@ -129,12 +129,12 @@ def groups_section(data: Comparison) -> Section | None:
         "From the floor (hollow) to the ceiling (filled)",
     )  # fmt: skip
     name = data.arms.label(data.reference)
-    sentences = paragraph(" ".join(group_sentences(data, groups)))
+    sentences = group_sentences(data, groups)
     columns = ["arm", "group", "floor", "floor_low", "floor_high",
                "ceiling", "ceiling_low", "ceiling_high"]  # fmt: skip
     return Section(
         f"{data.prefix}groups", f"Where {name} helps, and where not",
-        sentences
+        (paragraph(" ".join(sentences)) if sentences else "")
         + page.figure(f"{data.prefix}by-group", "Accuracy by group of questions", chart, columns,
                       values, note="Hollow: before training; filled: at the ceiling of accuracy. "
                       "seen and unseen: whether the VLM knew the pictured entity before.")
@@ -144,7 +144,7 @@ def groups_section(data: Comparison) -> Section | None:
 
 
 def group_sentences(data: Comparison, groups: Sequence[str]) -> list[str]:
-    """In which groups the reference lies above, below, or apart from nobody."""
+    """In which groups the reference lies above, below, or apart from nobody; of one seed, none."""
     others = [arm for arm in data.results if arm != data.reference]
     own = data.results[data.reference]["by_group"]
     leads, trails, level = [], [], []
@@ -163,7 +163,7 @@ def group_sentences(data: Comparison, groups: Sequence[str]) -> list[str]:
             trails.append(f"{_group_name(group)} (below {listed(behind, data.arms.label)})")
         elif ahead:
             leads.append(f"{_group_name(group)} (above {listed(ahead, data.arms.label)})")
-        elif sides:
+        elif OPEN in sides.values():
             level.append(_group_name(group))
     name = data.arms.label(data.reference)
     sentences = []

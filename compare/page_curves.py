@@ -8,8 +8,8 @@ from typing import Any
 from compare import page
 from compare.charts import NARROW, WIDE, Curve, line_chart, value_range
 from compare.page import Section, paragraph
-from compare.page_data import NO_SHARES
 from compare.page_parts import LIMITS, Comparison
+from compare.series import NO_SHARES
 
 CURVES = {
     "accuracy": ("Held-out accuracy", "share of held-out questions answered right"),

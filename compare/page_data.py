@@ -9,11 +9,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from compare.curves import interval, smooth
+from compare.palette import BEHAVIOURS
+from compare.series import NO_SHARES
 
-BEHAVIOURS = ("none", "text_only", "image_only", "both")
 _HEAD = {"arm", "seed", "step", "time_s", "device_s", "tokens"}
-NO_SHARES = {"reward", "calls_per_episode", "tokens_per_episode", "n"}
-"""Metrics that may be more than 1."""
 
 
 def curves_of(summary: Mapping[str, Any], csv_text: str | None) -> dict[str, dict[str, Any]]:

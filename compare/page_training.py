@@ -14,7 +14,7 @@ from compare.verdict import duration, listed
 STABILITY = {
     "collapses": ("collapses", 1), "final_minus_best": ("end minus best", 3),
     "largest_drop": ("largest drop", 3), "ceiling_sd": ("spread of ceilings", 3),
-    "curve_sd": ("spread of curves", 3), "zero_signal": ("steps without signal", 3),
+    "curve_sd": ("spread of curves", 3), "zero_signal": ("groups without signal", 3),
     "not_a_number": ("steps not a number", 3),
 }  # fmt: skip
 _REWARD_CLASSES = ("way-text_only", "way-both", "way-image_only", "way-none")
@@ -134,8 +134,8 @@ def stability_section(data: Comparison) -> Section | None:
     return Section(
         f"{data.prefix}stability", "Stability",
         paragraph(
-            "How steady the trainings were: drops along a curve, spread between seeds, and steps "
-            "that taught nothing because every group got one reward."
+            "How steady the trainings were: drops along a curve, spread between seeds, and groups "
+            "that taught nothing because every episode earned the same."
         ) + page.table("Stability of the trainings", ["start", *(STABILITY[n][0] for n in names)],
                        rows),
     )  # fmt: skip

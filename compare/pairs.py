@@ -115,8 +115,3 @@ def _entry(
         "paired": found.is_paired,
         "per_seed": differences,
     }
-
-
-def separated(pair: Mapping[str, Any]) -> bool:
-    """Whether the interval of a difference leaves out 0."""
-    return pair["low"] is not None and (pair["low"] > 1e-9 or pair["high"] < -1e-9)

@@ -170,11 +170,15 @@ def _readings(table: dict[str, Any]) -> list[str]:
         + (", ".join(by_image) if by_image else "no row ever makes one")
         + "."
     )
-    return [
-        *lines,
-        "* Not separated: the 95 % intervals overlap. They say how another choice of questions "
-        "would come out, not how another training would.",
-    ]
+    says = (
+        "They say how another choice of questions would come out, not how another training would."
+    )
+    if any(len(c["seeds"]) > 1 for row in table["rows"] for c in row["benchmarks"].values()):
+        says = (
+            "Those over seeds say how another training would come out, the others how another "
+            "choice of questions would."
+        )
+    return [*lines, f"* Not separated: the 95 % intervals overlap. {says}"]
 
 
 def _overlap(one: dict[str, Any], other: dict[str, Any]) -> bool:

@@ -13,7 +13,7 @@ import csv
 import io
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,15 @@ from compare.behaviour import add_behaviour
 from compare.comparable import check_comparable
 from compare.errors import CompareError
 from compare.intervals import BOOTSTRAP_MIN_SEEDS
-from compare.measures import Numbers
+from compare.measures import Recognition
 from compare.parts import parts_section, parts_summary
 from compare.provenance import hardware
 from compare.runs import SINCE_START, Run, cut_to_common_steps, group_runs
 from compare.summary import summarise
 from compare.tables import markdown_table, overview_rows, sections
+from compare.verdict import seeds_text
 from train.machine import code_commit
+from train.settings import asked_words
 
 SUFFIXES = ("json", "csv", "md", "html", "png", "svg")
 MAX_NAME_BYTES = 200
@@ -46,7 +48,7 @@ def write_report(
     bootstrap: int = 2000,
     reference: str | None = None,
     budget_arm: str | None = None,
-    recognition: Mapping[str, Numbers] | None = None,
+    recognition: Recognition | None = None,
     allow: Sequence[str] = (),
     partial: bool = False,
     overwrite: bool = False,
@@ -195,8 +197,9 @@ def text_table(summary: dict[str, Any]) -> str:
 def _provenance(arms: dict[str, list[Run]], *, command: str, smoothing: int) -> dict[str, Any]:
     runs = [run for members in arms.values() for run in members]
     machines = _distinct(_machine(run.provenance) for run in runs)
-    n_seeds = max(len(members) for members in arms.values())
     settings = runs[0].config.get("environment") or {}
+    asked = ["name", "eval_split", "eval_size", "eval_kinds", "strength"]
+    asked += ["eval_benchmark"] if settings.get("eval_benchmark") else []
     return {
         "command": command,
         "commit": code_commit(),
@@ -204,20 +207,22 @@ def _provenance(arms: dict[str, list[Run]], *, command: str, smoothing: int) -> 
         "hardware": "; ".join(machines) or hardware(),
         "versions": _versions(runs),
         "smoothing": smoothing,
-        "interval": interval_name(n_seeds),
-        "evaluation": {
-            key: settings.get(key)
-            for key in ("name", "eval_split", "eval_size", "eval_kinds", "strength")
-        },
+        "interval": interval_name(*(len(members) for members in arms.values())),
+        "evaluation": {key: settings.get(key) for key in asked},
     }
 
 
-def interval_name(n_seeds: int) -> str:
-    """How the intervals over so many seeds are made, in words."""
-    if n_seeds == 1:
+def interval_name(*n_seeds: int) -> str:
+    """How the intervals of arms with so many seeds are made, in words."""
+    several = [n for n in n_seeds if n > 1]
+    if not several:
         return "none: one seed"
-    kind = "bootstrap" if n_seeds >= BOOTSTRAP_MIN_SEEDS else "Student's t"
-    return f"95 %, {kind} over {n_seeds} seeds"
+    counts = {
+        "bootstrap": [n for n in several if n >= BOOTSTRAP_MIN_SEEDS],
+        "Student's t": [n for n in several if n < BOOTSTRAP_MIN_SEEDS],
+    }
+    kinds = [f"{kind} over {seeds_text(found)}" for kind, found in counts.items() if found]
+    return f"95 %, {', '.join(kinds)}"
 
 
 def _versions(runs: Sequence[Run]) -> dict[str, list[str]]:
@@ -247,10 +252,8 @@ def _distinct(values: Any) -> list[str]:
 
 def _caption(summary: dict[str, Any]) -> str:
     seeds = max(len(result["seeds"]) for result in summary["arms"].values())
-    evaluation = summary["evaluation"]
     return (
-        f"{evaluation['eval_size']} {evaluation['eval_split']} questions "
-        f"(kinds: {', '.join(evaluation['eval_kinds'] or [])}), greedy. "
+        f"{asked_words(summary['evaluation'])}, greedy. "
         f"Up to {seeds} seed{'s' if seeds > 1 else ''} an arm. "
         f"Bold: mean over seeds of the last {summary['smoothing']} evaluations; "
         f"faint points: raw. Band and whiskers: {summary['interval']}. "

@@ -22,7 +22,8 @@ from compare.page_comparison import comparison_sections
 from compare.page_data import curves_of
 from compare.page_parts import Comparison
 from compare.page_studies import ablation_sections, floor_sections, transfer_sections
-from compare.verdict import Verdict, comparison_verdict, floor_verdict, reference_of
+from compare.verdict import Verdict, comparison_verdict, floor_verdict, reference_of, seeds_text
+from train.settings import asked_words
 
 KINDS = ("comparison", "floor", "ablation", "transfer", "merge")
 _UNSHOWABLE = (
@@ -237,16 +238,11 @@ def _lead(record: Record) -> str:
     asked = record.data.get("evaluation") or record.data.get("environment") or {}
     if not asked.get("eval_size"):
         return ""
-    kinds = ", ".join(asked.get("eval_kinds") or [])
     if record.kind == "comparison":
-        counts = sorted({len(result["seeds"]) for result in record.data["arms"].values()})
+        counts = [len(result["seeds"]) for result in record.data["arms"].values()]
     else:
         counts = [len(record.data["seeds"])]
-    n_seeds = " to ".join(dict.fromkeys(map(str, (counts[0], counts[-1]))))
-    return (
-        f"{asked['eval_size']} {asked.get('eval_split', '')} questions (kinds: {kinds}) a seed, "
-        f"greedy; {n_seeds} seed{'s' if counts[-1] > 1 else ''} a start."
-    )
+    return f"{asked_words(asked)} a seed, greedy; {seeds_text(counts)} a start."
 
 
 def _provenance(records: Sequence[Record], files: Sequence[str], detail: Detail) -> Section:

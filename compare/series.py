@@ -17,7 +17,8 @@ METRICS = (
     "calls_per_episode", "tokens_per_episode",
 )  # fmt: skip
 PREFIXES = ("behaviour/", "stop/")
-NOT_SHARES = ("calls_per_episode", "tokens_per_episode", "reward")
+NO_SHARES = ("calls_per_episode", "tokens_per_episode", "reward", "n")
+"""Metrics that may be more than 1."""
 MAX_POINTS = 200
 REWARD_WINDOWS = 20
 """The reward is smoothed over so many parts of a training."""
@@ -100,7 +101,7 @@ def _column(
 
 
 def _bands(name: str, curves: list[list[float]], bootstrap: int) -> dict[str, list[float]]:
-    bounds = None if name in NOT_SHARES else (0.0, 1.0)
+    bounds = None if name in NO_SHARES else (0.0, 1.0)
     mean, low, high = band(curves, bootstrap=bootstrap, bounds=bounds)
     return {"mean": mean, "low": low, "high": high}
 

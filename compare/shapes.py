@@ -65,6 +65,8 @@ def check_config(config: Any, where: str | Path) -> dict[str, Any]:
     kinds = _of(config, "environment", "eval_kinds")
     if not (kinds is None or _is_list_of(kinds, str)):
         raise _wrong(where, "environment.eval_kinds", kinds, "a list of names")
+    benchmark = _or(_of(config, "environment", "eval_benchmark"), {})
+    _mapping(benchmark, where, "environment.eval_benchmark")
     for name in ("format", "evidence", "economy", "redundancy"):
         _number(_of(config, "rewards", name), where, f"rewards.{name}")
     functions = config.get("reward_functions")
@@ -182,6 +184,20 @@ def check_cost(record: dict[str, Any], where: str | Path) -> dict[str, Any]:
             if not is_finite(entry.get(name)):
                 raise _wrong(where, f"{part}.{name}", entry.get(name), "a finite number")
     return record
+
+
+def check_record(record: Any, where: str | Path) -> None:
+    """What W&B holds of a run folder beside its settings; see `train.callbacks.start_wandb`.
+
+    Raises:
+        CompareError: names the first entry that is not what it must be.
+    """
+    _mapping(record, where, "record")
+    for name in ("environment", "start_cost"):
+        _mapping(_or(record.get(name), {}), where, f"record.{name}")
+    check_provenance(record.get("environment") or {}, where)
+    check_cost(record.get("start_cost") or {}, where)
+    _whole(record.get("resumed_at"), where, "record.resumed_at")
 
 
 def is_finite(value: Any) -> TypeGuard[int | float]:

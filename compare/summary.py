@@ -57,7 +57,15 @@ import numpy as np
 from compare.cost import RECORDED, WALL, Cost, cost_of
 from compare.curves import smooth
 from compare.intervals import Estimate, interval
-from compare.measures import FLOOR_PARTS, STABILITY, Numbers, at_ceiling, groups_of, numbers_of
+from compare.measures import (
+    FLOOR_PARTS,
+    STABILITY,
+    Numbers,
+    Recognition,
+    at_ceiling,
+    groups_of,
+    numbers_of,
+)
 from compare.pairs import all_pairs
 from compare.runs import Run
 from compare.series import curves_of
@@ -78,7 +86,7 @@ def summarise(
     bootstrap: int = 2000,
     reference: str | None = None,
     budget_arm: str | None = None,
-    recognition: Mapping[str, Numbers] | None = None,
+    recognition: Recognition | None = None,
 ) -> dict[str, Any]:
     """Everything about every arm, with intervals over its seeds, and all pairs of arms.
 
@@ -89,8 +97,7 @@ def summarise(
         bootstrap: resamples of the intervals and probabilities.
         reference: the arm that the tables hold others against; where None `obm`, else the first.
         budget_arm: trained arm whose mean total is the equal budget; None: the cheapest.
-        recognition: arm -> `before` and `after` training, a share of seen places named right
-            without tools for each of the arm's runs, in their order.
+        recognition: measured before and after training; arms and seeds without a run are left out.
 
     Returns:
         See the top of this file: `target`, `reference`, `equal_budget`, `cost`, `arms`, `pairs` and
@@ -109,7 +116,8 @@ def summarise(
         arm: numbers_of(runs, costs[arm], target, budget_s, smoothing) for arm, runs in arms.items()
     }
     for arm, measured in (recognition or {}).items():
-        per_seed[arm] |= _recognition(measured)
+        if arm in arms:
+            per_seed[arm] |= _recognition(measured, [run.seed for run in arms[arm]])
     return {
         "target": {"arm": target_arm, "value": target},
         "reference": reference or ("obm" if "obm" in arms else next(iter(arms))),
@@ -190,9 +198,9 @@ def _group_size(runs: list[Run], group: str) -> float | None:
     return sum(known) / len(known) if known else None
 
 
-def _recognition(measured: Numbers) -> Numbers:
-    """Before and after training, and the change of each run."""
-    before, after = measured["before"], measured["after"]
+def _recognition(measured: Mapping[str, Mapping[int, float]], seeds: Sequence[int]) -> Numbers:
+    """Before and after training, and the change, of each run."""
+    before, after = ([measured[when].get(seed) for seed in seeds] for when in WHEN[:2])
     changes: list[float | None] = [
         None if one is None or two is None else two - one
         for one, two in zip(before, after, strict=True)

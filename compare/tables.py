@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from compare.pairs import separated
-from compare.verdict import signed
+from compare.verdict import ABOVE, BELOW, side_of_difference, signed
+from environments.episode import STOP_REASONS
 from train.evaluation import BEHAVIOURS
 
 Rows = list[list[str]]
@@ -24,7 +24,6 @@ HEADS = {
     "auc": "area", "at_equal_budget": "at equal budget",
     "recognition.after": "recognition after", "recognition.change": "change of recognition",
 }  # fmt: skip
-STOPS = ("answer", "invalid", "turn_limit", "budget", "length")
 
 
 # ---------------------------------------------------------------- the first table
@@ -104,7 +103,7 @@ def _difference_cell(pair: Mapping[str, Any] | None) -> str:
     if pair["low"] is None:
         return text
     text += f" [{signed(pair['low'], 3)}, {signed(pair['high'], 3)}]"
-    text = f"**{text}**" if separated(pair) else text
+    text = f"**{text}**" if side_of_difference(pair) in (ABOVE, BELOW) else text
     return f"{text} {pair['probability']:.2f}, p {pair['p_value']:.2g}"
 
 
@@ -201,7 +200,7 @@ def _stability(summary: Summary) -> Iterator[str]:
 def _behaviour(summary: Summary) -> Iterator[str]:
     """Start -> end of each arm's shares; the curves between are in the json and csv."""
     names = [f"behaviour/{name}" for name in BEHAVIOURS] + ["calls_per_episode"]
-    names += [f"stop/{name}" for name in STOPS]
+    names += [f"stop/{name}" for name in STOP_REASONS]
     curves = summary["curves"]
     # how no episode of any arm behaved needs no column
     shown = [

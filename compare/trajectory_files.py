@@ -151,6 +151,12 @@ def check_row(row: dict[str, Any], where: str) -> None:
         _check_turn(turn, f"{where}: turn {number}")
 
 
+def calls(turn: dict[str, Any]) -> list[dict[str, Any]]:
+    """A turn's actions: its one action, or each of several calls side by side."""
+    action = turn.get("action") or {}
+    return list(action.get("calls") or []) if action.get("type") == "parallel" else [action]
+
+
 def _check_turn(turn: dict[str, Any], where: str) -> None:
     _check_types(turn, _TURN_TYPES, where)
     _check_types(turn, _TURN_OPTIONAL, where, is_optional=True)

@@ -17,6 +17,7 @@ from compare.floor import cell, estimate_of, signed_cell, table
 from compare.provenance import how_it_was_made, origin
 from compare.report import interval_name
 from compare.tuning import PARTS
+from train.settings import asked_words
 
 COLUMNS = {"searched": "searched", "by image": "search_rate_image", **PARTS}
 """Column -> metric."""
@@ -167,12 +168,13 @@ def _minus(one: Sequence[float], other: Sequence[float]) -> dict[str, Any]:
 
 def _markdown(record: Mapping[str, Any], title: str, name: str) -> str:
     seeds, trained_in = record["seeds"], next(iter(record["worlds"]))
-    asked = record["worlds"][trained_in]["environment"]
+    environment = record["worlds"][trained_in]["environment"]
+    asked = asked_words(environment, " a seed and world", has_kinds=False)
     lines = [
         f"# {title}",
         "",
         "Starts, and the policies that were trained from them, asked where they were not trained. "
-        f"{asked['eval_size']} {asked['eval_split']} questions a seed and world, greedy; mean over "
+        f"{asked}, greedy; mean over "
         f"{len(seeds)} seeds [95 % interval]. Trained in `{trained_in}`: {record['training']}.",
         "",
         "Accuracy before → after training:",

@@ -10,6 +10,7 @@ from typing import Any
 
 from compare.tuning import setting_text
 from configs.reader import write_yaml
+from train.settings import asked_words
 
 
 def recipes_text(best: Mapping[str, Mapping[str, Any]], command: str) -> str:
@@ -59,7 +60,6 @@ def tuning_markdown(record: Mapping[str, Any]) -> str:
         record: rows, best, environment, command, commit, hardware; `added`, where methods were
             tuned later with the same questions: name -> commit, hardware.
     """
-    settings = record["environment"]
     ranked = sorted(record["rows"], key=lambda row: -row["score"])
     in_order = {name: i for i, name in enumerate(record["best"])}
     ranked.sort(key=lambda row: in_order[row["name"]])
@@ -67,8 +67,7 @@ def tuning_markdown(record: Mapping[str, Any]) -> str:
     return "\n".join([
         "# Tuning of the merges",
         "",
-        f"{settings['eval_size']} {settings['eval_split']} questions (kinds: "
-        f"{', '.join(settings['eval_kinds'])}), greedy, no training. Score: mean of accuracy and "
+        f"{asked_words(record['environment'])}, greedy, no training. Score: mean of accuracy and "
         "gold passage retrieved.",
         "",
         "## The best setting of each",

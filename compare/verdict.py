@@ -3,8 +3,9 @@ does not win.
 
 One arm (`reference`, OBM in this project) is held against every other. It is above another arm
 where the paired difference's 95 % interval lies above zero; in summaries without pairs, where the
-two intervals do not overlap. With one seed nothing is separated, and the verdict says so; nor where
-all seeds give the same number, as untrained starts do that were asked the same questions.
+two intervals do not overlap. Nothing is separated from an arm with one seed, and the verdict says
+so; nor where all seeds give the same number, as untrained starts do that were asked the same
+questions.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ class Verdict:
     """What stands on top of a page.
 
     Attributes:
-        tone: good (above all others), bad (below one), open (not separated from one).
+        tone: good (above all others), bad (below one), open (not separated from one, or one that
+            cannot be judged).
         headline: the short form.
         sentences: what it rests on.
         tiles: (number, words) pairs to look at first.
@@ -48,11 +50,21 @@ class Standing:
     open: list[str]
     unknown: list[str]
 
+    @property
+    def is_known(self) -> bool:
+        """Whether any arm can be judged."""
+        return bool(self.above or self.below or self.open)
+
     def words(self, label: Label) -> str:
         """For example `above plain VLM; not separated from TIES and DARE`."""
-        groups = {ABOVE: self.above, BELOW: self.below, OPEN: self.open}
+        groups = {
+            ABOVE: self.above,
+            BELOW: self.below,
+            OPEN: self.open,
+            "not judged against the one seed of": self.unknown,
+        }
         parts = [f"{side} {listed(arms, label)}" for side, arms in groups.items() if arms]
-        return "; ".join(parts) or "not separated from any, with one seed"
+        return "; ".join(parts)
 
 
 def comparison_verdict(
@@ -82,12 +94,12 @@ def comparison_verdict(
     if is_trained:
         sentences.append(_ceiling_sentence(summary, reference, others, label))
         how = "differences within a seed" if summary.get("pairs") else "overlap of the intervals"
-        if not standing.unknown:
+        if standing.is_known:
             sentences.append(
                 f"By {how}, after training {label(reference)} is {standing.words(label)}."
             )
         sentences += _cost_sentence(summary, reference, label)
-    sentences.append(_caveat(len(arms[reference]["seeds"]), standing))
+    sentences.append(_caveat([len(arms[arm]["seeds"]) for arm in (reference, *others)], standing))
     return Verdict(tone, headline, sentences, _tiles(summary, reference, others, label))
 
 
@@ -131,7 +143,7 @@ def _against(own: Mapping[str, Mapping[str, Any]]) -> str:
     for name, pair in own.items():
         low, high = pair["low"], pair["high"]
         limits = "" if low is None else f" [{signed(low)}, {signed(high)}]"
-        groups[_side(pair)].append(f"{MEASURES[name]} {signed(pair['mean'])}{limits}")
+        groups[side_of_difference(pair)].append(f"{MEASURES[name]} {signed(pair['mean'])}{limits}")
     words = {
         ABOVE: "better",
         BELOW: "worse",
@@ -155,7 +167,7 @@ def floor_verdict(record: Mapping[str, Any], label: Label) -> Verdict | None:
     """
     reference, arms = record["reference"], record["arms"]
     sides = {
-        arm: _side(columns["accuracy"])
+        arm: side_of_difference(columns["accuracy"])
         for arm, columns in record["differences"].items()
         if "accuracy" in columns
     }
@@ -173,11 +185,11 @@ def floor_verdict(record: Mapping[str, Any], label: Label) -> Verdict | None:
         f"Before any training {label(reference)} answers {text(reference)} of the questions right; "
         f"the best other start is {label(best)} with {text(best)}.",
     ]
-    if not standing.unknown:
+    if standing.is_known:
         sentences.append(
             f"By differences within a seed, {label(reference)} is {standing.words(label)}."
         )
-    sentences.append(_caveat(len(record["seeds"]), standing))
+    sentences.append(_caveat([len(record["seeds"])], standing))
     tiles = [
         (f"{arms[reference]['parts'][column]['mean']:.2f}", f"{label(reference)}: {words}")
         for column, words in (
@@ -215,7 +227,7 @@ def side_of(summary: Mapping[str, Any], reference: str, other: str, measure: str
     names = {measure, measure.removesuffix(".accuracy")}
     for pair in summary.get("pairs") or ():
         if (pair["arm"], pair["other"]) == (reference, other) and pair["metric"] in names:
-            return _side(pair)
+            return side_of_difference(pair)
     own, theirs = (_limits(summary["arms"][arm], measure) for arm in (reference, other))
     if own is None or theirs is None:
         return UNKNOWN
@@ -224,6 +236,19 @@ def side_of(summary: Mapping[str, Any], reference: str, other: str, measure: str
     if own[0] > theirs[1] + ROUNDING:
         return ABOVE
     return BELOW if own[1] < theirs[0] - ROUNDING else OPEN
+
+
+def side_of_difference(estimate: Mapping[str, Any]) -> str:
+    """Where a difference lies by its `low` and `high`: ABOVE 0, BELOW, OPEN or UNKNOWN."""
+    low, high = estimate.get("low"), estimate.get("high")
+    if low is None or high is None:
+        return UNKNOWN
+    if high - low <= ROUNDING:
+        # equal in all seeds: they answered the same questions, and say nothing about others
+        return OPEN
+    if low > ROUNDING:
+        return ABOVE
+    return BELOW if high < -ROUNDING else OPEN
 
 
 def listed(arms: Sequence[str], label: Label) -> str:
@@ -241,18 +266,6 @@ def number_text(mean: float | None, limits: Sequence[float | None] | None) -> st
     return f"{mean:.2f} [{limits[0]:.2f}, {limits[1]:.2f}]"
 
 
-def _side(estimate: Mapping[str, Any]) -> str:
-    low, high = estimate.get("low"), estimate.get("high")
-    if low is None or high is None:
-        return UNKNOWN
-    if high - low <= ROUNDING:
-        # equal in all seeds: they answered the same questions, and say nothing about others
-        return OPEN
-    if low > ROUNDING:
-        return ABOVE
-    return BELOW if high < -ROUNDING else OPEN
-
-
 def _standing(sides: Mapping[str, str]) -> Standing:
     groups = (ABOVE, BELOW, OPEN, UNKNOWN)
     return Standing(*([arm for arm, side in sides.items() if side == group] for group in groups))
@@ -260,14 +273,17 @@ def _standing(sides: Mapping[str, str]) -> Standing:
 
 def _headline(standing: Standing, label: Label, reference: str, when: str) -> tuple[str, str]:
     name = label(reference)
-    if standing.unknown:
+    if not standing.is_known:
         return "open", f"One seed: nothing here separates {name} from the other starts."
     if standing.below:
         return "bad", f"{name} does not win: {when} it lies below {_some(standing.below, label)}."
-    if not standing.open:
+    if not standing.open and not standing.unknown:
         return "good", f"{name} is ahead of every other start {when}."
+    if not standing.open:
+        return "open", f"{name} is ahead of {_some(standing.above, label)} {when}."
     if not standing.above:
-        return "open", f"{name} is not separated from any other start {when}."
+        rest = _some(standing.open, label) if standing.unknown else "any other start"
+        return "open", f"{name} is not separated from {rest} {when}."
     return (
         "open",
         f"{name} is ahead of {_some(standing.above, label)} {when}, but not separated from "
@@ -355,10 +371,16 @@ def duration(seconds: float) -> str:
     )
 
 
-def _caveat(n_seeds: int, standing: Standing) -> str:
-    if n_seeds == 1:
+def seeds_text(counts: Sequence[int]) -> str:
+    """For example `5 seeds`, or `1 to 5 seeds` where arms have different numbers."""
+    ends = " to ".join(dict.fromkeys(map(str, (min(counts), max(counts)))))
+    return f"{ends} seed{'s' if max(counts) > 1 else ''}"
+
+
+def _caveat(n_seeds: Sequence[int], standing: Standing) -> str:
+    if not standing.is_known:
         return "One seed has no interval: repeat with more before believing any order."
-    text = f"{n_seeds} seeds an arm"
+    text = f"{seeds_text(n_seeds)} an arm"
     if standing.open:
         text += "; not separated does not mean equal"
     return text + ". Nothing is corrected for the number of comparisons."

@@ -27,9 +27,10 @@ from typing import Any
 
 from compare.errors import CompareError
 from compare.figure import arm_colours
-from compare.trajectory_files import TrajectoryFile
+from compare.trajectory_files import TrajectoryFile, calls
 from compare.viewer_pictures import find_pictures
 from train.disk import writing
+from train.trajectories import FATAL_FAULTS
 
 CHUNK_BYTES = 128 * 1024
 """JSON of a chunk before it is deflated: one is inflated and parsed in about 2 ms"""
@@ -41,7 +42,6 @@ SCRIPTS = ("data.js", "dom.js", "filters.js", "list.js", "episode.js", "views.js
 FAULTS = {"model": 1, "infrastructure": 2}
 FATAL, MASKED, UNREAD = 4, 8, 16
 """Bits of an episode's marks, with FAULTS."""
-FATAL_IN_A_ROW = 3
 
 
 @dataclass
@@ -194,12 +194,6 @@ def is_right(row: dict[str, Any]) -> int | None:
     return None if measured is None else int(bool(measured))
 
 
-def calls(turn: dict[str, Any]) -> list[dict[str, Any]]:
-    """A turn's actions: its one action, or each of several calls side by side."""
-    action = turn["action"]
-    return list(action.get("calls") or []) if action.get("type") == "parallel" else [action]
-
-
 def n_calls(row: dict[str, Any]) -> int:
     """Tool calls of an episode, refused and failed ones included."""
     types = [action.get("type") for turn in row["turns"] for action in calls(turn)]
@@ -212,7 +206,7 @@ def marks(row: dict[str, Any]) -> int:
     for turn in row["turns"]:
         found |= FAULTS.get(turn.get("fault") or "", 0)
         n_in_row = n_in_row + 1 if turn.get("fault") == "infrastructure" else 0
-        if n_in_row == FATAL_IN_A_ROW:
+        if n_in_row == FATAL_FAULTS:
             found |= FATAL
         if turn.get("observation") is not None and not turn.get("n_observation_tokens", 1):
             found |= UNREAD

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -84,48 +84,83 @@ def read_files(paths: Sequence[Path], choice: Choice) -> list[TrajectoryFile]:
     double = [path for path, n in Counter(path.resolve() for path in paths).items() if n > 1]
     if double:
         raise CompareError(f"{double[0]}: named twice; name every run once")
-    files = [read_file(path, choice) for path in paths]
-    for path, file in zip(paths, files, strict=True):
-        if not file.rows and choice == replace(Choice(), limit=choice.limit):
+    if choice.limit is None:
+        files = [read_file(path, choice) for path in paths]
+        _check_found(paths, [len(file.rows) for file in files], choice)
+        return files
+    # counted first: a run's lines, with all their tokens, may not fit into memory
+    counts = [
+        Counter(row["question_id"] for row in _rows(path, choice) if row is not None)
+        for path in paths
+    ]
+    _check_found(paths, [found.total() for found in counts], choice)
+    kept = thin_out(sum(counts, Counter()), choice.limit)
+    return [read_file(path, choice, kept) for path in paths]
+
+
+def _check_found(paths: Sequence[Path], n_found: Sequence[int], choice: Choice) -> None:
+    """Refuse files without an episode.
+
+    Raises:
+        CompareError: says which, or that the choice is too narrow.
+    """
+    for path, n in zip(paths, n_found, strict=True):
+        if not n and choice == replace(Choice(), limit=choice.limit):
             raise CompareError(f"{path}: has no episode yet; let the run go on")
-    if not any(file.rows for file in files):
+    if not any(n_found):
         raise CompareError(
             f"{paths[0]}: no episode is as --phase, --steps and --questions ask; widen them"
         )
-    return files if choice.limit is None else thin_out(files, choice.limit)
 
 
-def read_file(path: Path, choice: Choice) -> TrajectoryFile:
+def read_file(path: Path, choice: Choice, kept: set[str] | None = None) -> TrajectoryFile:
     """One file's lines that are asked for.
+
+    Args:
+        path: of the file.
+        choice: what is asked for; its limit is not looked at.
+        kept: ids of the questions to take of these; None takes all.
 
     Raises:
         CompareError: names the first line that is no trajectory.
     """
     file = TrajectoryFile(path, [])
-    for number, row in read_lines(path):
+    for row in _rows(path, choice):
         if row is None:
             file.is_torn = True
-            break
-        check_row(row, f"{path}:{number}")
-        if choice.takes(row):
+        elif kept is None or row["question_id"] in kept:
             file.rows.append(row)
     return file
 
 
-def thin_out(files: Sequence[TrajectoryFile], limit: int) -> list[TrajectoryFile]:
+def _rows(path: Path, choice: Choice) -> Iterator[dict[str, Any] | None]:
+    """The lines that are asked for, checked; None stands for a torn last one."""
+    for number, row in read_lines(path):
+        if row is not None:
+            check_row(row, f"{path}:{number}")
+        if row is None or choice.takes(row):
+            yield row
+
+
+def thin_out(counts: Mapping[str, int], limit: int) -> set[str]:
     """Leaves questions out until no more than `limit` episodes are left, but never the last one.
 
     Which ones stay depends on their ids alone, so that two pages of one study have the same.
+
+    Args:
+        counts: id of a question -> its episodes.
+        limit: episodes.
+
+    Returns:
+        Ids of the questions that stay.
     """
-    counts = Counter(row["question_id"] for file in files for row in file.rows)
     kept: set[str] = set()
-    for question in sorted(counts, key=lambda name: _digest(name)):
-        if not kept or sum(counts[name] for name in kept) + counts[question] <= limit:
+    n_kept = 0
+    for question in sorted(counts, key=_digest):
+        if not kept or n_kept + counts[question] <= limit:
             kept.add(question)
-    return [
-        replace(file, rows=[row for row in file.rows if row["question_id"] in kept])
-        for file in files
-    ]
+            n_kept += counts[question]
+    return kept
 
 
 def _digest(name: str) -> bytes:

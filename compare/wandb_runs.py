@@ -27,7 +27,7 @@ from typing import Any
 
 from compare.errors import CompareError
 from compare.runs import WANDB_PREFIX, Run, build_run
-from compare.shapes import check_config, check_line
+from compare.shapes import check_config, check_line, check_record
 
 PHASES = ("train", "eval")
 NOT_SETTINGS = ("_wandb", "wandb_version", "arm", "record")
@@ -94,11 +94,12 @@ def read_online(source: str, *, partial: bool = False, api: Any = None) -> Run:
         rows = [dict(row) for row in found.scan_history()]
         # the api gives settings as they were logged
         history = History(dict(found.config), rows, found.state == "finished")
-    except wandb.errors.Error as error:
+    except Exception as error:  # those of reading a history have no class in common
         raise CompareError(
             f"{source}: cannot be read from W&B ({error}); check the name, `wandb login` and the "
             "connection"
         ) from error
+    check_record(history.record, source)
     return _make_run(source, history, partial)
 
 
@@ -191,24 +192,41 @@ def _read_file(file: Path) -> History:
             history.is_finished = not record["exit"].get("exit_code")
     if not history.config:
         raise CompareError(f"{file}: holds no settings; W&B wrote no run there, or it is damaged")
+    check_record(history.record, file)
     return history
 
 
 def _records(file: Path) -> Iterable[dict[str, Any]]:
     """The records of a file as W&B's reader prints them, one JSON object a line."""
-    answer = _run_reader(
-        ["leet", "inspect", "--json", "--no-observability", "--run-file", str(file),
-         str(file.parent.parent)]
-    )  # fmt: skip
-    lines = answer.stdout.splitlines()
+    from wandb.errors import WandbCoreNotAvailableError
+
+    arguments = ["leet", "inspect", "--json", "--no-observability", "--run-file", str(file),
+                 str(file.parent.parent)]  # fmt: skip
+    try:
+        answer = _run_reader(arguments)
+    except subprocess.TimeoutExpired as error:
+        raise CompareError(
+            f"{file}: W&B's reader was not done after {READER_TIMEOUT_S:.0f} s; "
+            "name the run's own folder instead"
+        ) from error
+    except WandbCoreNotAvailableError as error:
+        raise CompareError(
+            f"{file}: W&B's reader is missing ({error}); name the run's own folder instead"
+        ) from error
+    # not splitlines: JSON leaves U+2028 and U+0085, at which that splits, as they are
+    lines = [line for line in answer.stdout.split("\n") if line.strip()]
     if answer.returncode != 0 and not lines:
         reason = (answer.stderr.strip().splitlines() or ["no reason given"])[-1]
         raise CompareError(f"{file}: W&B cannot read it ({reason})")
-    for line in lines:
+    for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)
-        except json.JSONDecodeError:
-            continue  # a killed run leaves a torn record at the end
+        except json.JSONDecodeError as error:
+            if number == len(lines):
+                return  # a killed run leaves a torn record at the end
+            raise CompareError(
+                f"{file}: record {number} is damaged ({error}); restore it, or leave the run out"
+            ) from error
         if isinstance(record, dict):
             yield record
 

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,6 @@ from transformers.utils.logging import disable_progress_bar
 
 from compare.errors import CompareError
 from configs.schema import Config
-from configs.sections import Environment
 from rewards.answer import final_answer
 from rewards.normalize import contains_phrase, normalize_answer
 from train.evaluation import evaluate
@@ -37,6 +36,11 @@ from train.worlds import build_engine, load_environment, load_eval_questions, lo
 MakeMerge = Callable[[Config, Path], Any]
 """Merges as the settings say into a folder. From a module's top level: it goes to the workers."""
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+OF_THE_QUESTIONS = (
+    "kinds", "relations", "strength", "train_size", "eval_split", "eval_size", "eval_kinds",
+    "data_seed", "train_benchmark", "eval_benchmark",
+)  # fmt: skip
+"""Keys of `environment` that choose questions and photos; every other one is of the world."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +134,7 @@ class Evaluator:
         config, section = task.config, task.config.environment
         model, processor = load_policy(folder)
         model.eval()
-        environment = _kept(self._environments, _world_settings(section), load_environment, config)
+        environment = _kept(self._environments, _world_settings(config), load_environment, config)
         questions = _kept(self._questions, section, load_eval_questions, config)
         engine = build_engine(config, model, processor, environment=environment)
         metrics, trajectories = evaluate(engine, questions)
@@ -278,10 +282,11 @@ def _measure(task: Task) -> tuple[dict[str, Any], float]:
     return result, time.monotonic() - started
 
 
-def _world_settings(section: Environment) -> dict[str, Any]:
+def _world_settings(config: Config) -> dict[str, Any]:
     """What decides on tools and indexes, not on the questions."""
-    world = (section.name, section.domains(), section.counterfactual, section.news)
-    return {**section.episode_settings(), "world": world}
+    world = asdict(config.environment)
+    kept = {key: value for key, value in world.items() if key not in OF_THE_QUESTIONS}
+    return {**kept, "live": asdict(config.live)}
 
 
 def _kept(store: dict[str, Any], key: Any, load: Callable[[Config], Any], config: Config) -> Any:

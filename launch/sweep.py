@@ -55,6 +55,7 @@ def sweep(
     """
     from compare.tuning import expand_grid, lay_over
     from launch.tasks import away_from_test, check_merges, make_task
+    from train.settings import asked_words
 
     grid = read_pairs(pairs, config)
     settings = expand_grid(grid)
@@ -66,11 +67,7 @@ def sweep(
         make_task(_words(setting), own) for setting, own in zip(settings, configs, strict=True)
     ]
     check_merges(tasks, output.parent)
-    section = config_used.environment
-    benchmark = section.eval_benchmark
-    asked = f"{section.eval_size} {section.eval_split} questions"
-    if benchmark is not None and benchmark.name != "atlas":
-        asked = f"the questions of {benchmark.source or benchmark.name}"
+    asked = asked_words(asdict(config_used.environment))
     print(f"sweep: {len(tasks)} settings, each merged and asked {asked}")
     if dry_run:
         print("\n".join(f"  {task.name}" for task in tasks))
@@ -177,13 +174,14 @@ def _write(
     from compare.provenance import origin
     from compare.tuning_report import settings_table
     from train.files import write_json, write_text
+    from train.settings import asked_words
 
-    section = config.environment
+    environment = asdict(config.environment)
     record = {
         **origin(command_line()),
         "chosen_by": by,
         "best": rows[best],
-        "environment": asdict(section),
+        "environment": environment,
         "rows": list(rows),
     }
     write_json(_beside(output, "json"), record)
@@ -195,8 +193,7 @@ def _write(
     lines = [
         f"# Sweep of {output.name}",
         "",
-        f"{section.eval_size} {section.eval_split} questions (kinds: "
-        f"{', '.join(section.eval_kinds)}), greedy, no training. Chosen: "
+        f"{asked_words(environment)}, greedy, no training. Chosen: "
         f"**{_words(rows[best]['setting'])}**, by {how[by]}.",
         "",
         *settings_table(rows),

@@ -14,12 +14,12 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from configs.sections import Live, Merge
 from launch.stages import fingerprint, hash_inputs
 
 if TYPE_CHECKING:
     from compare.zero_shot import Task
     from configs.schema import Config
-    from configs.sections import Merge
 
 NOT_OF_THE_RESULT = ("threads", "shard_size")
 """Keys of `merge:` that change no bit of the merged weights."""
@@ -131,6 +131,8 @@ def make_task(
         "code": _code_digest(),
         **named_files(config, "eval", "dialect"),
     }
+    if config.live != Live():  # keys of measurements that were made without it stay as they are
+        inputs["live"] = asdict(config.live)
     if checkpoint is not None:
         inputs["checkpoint"] = fingerprint(checkpoint)
     else:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import difflib
 import os
 import sys
-from dataclasses import fields
+from collections.abc import Mapping
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict
 
@@ -243,13 +244,29 @@ def zero_stage(config: Config) -> int:
     return int(read_deepspeed(path).get("zero_optimization", {}).get("stage", 0))
 
 
-def _evaluation(config: Config) -> str:
-    """What an evaluation asks, in words."""
-    section = config.environment
-    if section.eval_benchmark is not None and section.eval_benchmark.name != "atlas":
-        split = section.eval_benchmark.split
-        return f"benchmark {section.eval_benchmark.name}{f', split {split}' if split else ''}"
-    return f"{section.eval_size} questions of {section.eval_split}"
+def asked_words(environment: Mapping[str, Any], per: str = "", *, has_kinds: bool = True) -> str:
+    """What an evaluation asks, for example `128 dev questions (kinds: two)`.
+
+    Args:
+        environment: the section as plain data, as reports keep it.
+        per: stands behind `questions`, such as ` a seed`.
+        has_kinds: name the kinds of the atlas' questions; those of a benchmark always are.
+    """
+    chosen: dict[str, Any] = {}
+    benchmark = environment.get("eval_benchmark") or {}
+    if benchmark.get("name", "atlas") != "atlas":
+        which = benchmark["name"]
+        keys = ("source", "split", "kinds", "pictured", "limit")
+        chosen = {key: benchmark[key] for key in keys if benchmark.get(key)}
+    else:
+        which = f"{environment.get('eval_size')} {environment.get('eval_split')}"
+        if has_kinds:
+            chosen = {"kinds": environment.get("eval_kinds") or []}
+    details = "; ".join(
+        f"{key}: {', '.join(map(str, value)) if isinstance(value, list) else value}"
+        for key, value in chosen.items()
+    )
+    return f"{which} questions{per}{f' ({details})' if details else ''}"
 
 
 def check_rollout_address(config: Config) -> None:
@@ -311,7 +328,8 @@ def describe_step(config: Config, n_processes: int) -> list[tuple[str, str]]:
         ("rollout", config.rollout.backend if config.rollout.backend == "in_process" else
          f"vLLM at {config.rollout.url}, correction {config.rollout.importance_correction}"),
         ("tokens per episode", f"at most {grpo['max_completion_length']}, observations included"),
-        ("evaluations", f"every {config.compare.eval_every} steps, {_evaluation(config)}"),
+        ("evaluations", f"every {config.compare.eval_every} steps, "
+         f"{asked_words(asdict(config.environment))}"),
         ("deepspeed", config.deepspeed or "none"),
         ("output", config.output),
         ("W&B", f"{config.tracking.project} / {config.tracking.group or '-'} / "

@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from itertools import chain
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from launch.stages import Stages
 from launch.studies.file import Arm, Options, Study
@@ -27,6 +27,9 @@ from launch.studies.preparations import map_steps, preparation_steps, prepare_ar
 from launch.studies.report import publish
 from launch.studies.starts import Step, describe_steps, evaluation_steps, run_steps, start_steps
 from launch.studies.trainings import describe_trainings, raise_failures, train_arms
+
+if TYPE_CHECKING:
+    from compare.measures import Recognition
 
 
 def run_ceiling(study: Study, options: Options) -> dict[str, Any]:
@@ -79,10 +82,7 @@ def _steps(plan: Plan, stages: Stages, options: Options) -> Iterator[Step]:
 
 
 def _compare(
-    plan: Plan,
-    command: str,
-    failed: dict[str, str],
-    recognition: dict[str, dict[str, list[float | None]]] | None,
+    plan: Plan, command: str, failed: dict[str, str], recognition: Recognition | None
 ) -> dict[str, Any]:
     from compare.report import SUFFIXES, text_table, write_report
     from compare.runs import read_run

@@ -190,11 +190,11 @@ def _result(entry: Entry, title: str, record: dict[str, Any]) -> dict[str, Any]:
 def _about(config: Config) -> dict[str, Any]:
     """What a benchmark's column was asked."""
     from compare.benchmarks import benchmark_of
+    from train.settings import asked_words
 
     environment = config.environment
     if environment.eval_benchmark is not None and environment.eval_benchmark.name != "atlas":
-        asked = asdict(environment.eval_benchmark)
-        questions = ", ".join(f"{key} {value}" for key, value in asked.items() if value)
+        questions = asked_words(asdict(environment))
     else:
         kinds = ", ".join(environment.eval_kinds)
         questions = f"atlas, split {environment.eval_split}, kinds {kinds}"

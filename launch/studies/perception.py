@@ -16,6 +16,7 @@ from launch.studies.trainings import trained_policy
 from launch.tasks import make_task
 
 if TYPE_CHECKING:
+    from compare.measures import Recognition
     from compare.zero_shot import Task
 
 WHENS = ("before", "after")
@@ -26,9 +27,7 @@ def trained_seeds(plan: Plan, arm: Arm, failed: dict[str, str]) -> list[int]:
     return [seed for seed in plan.study.seeds if f"{arm.name}-s{seed}" not in failed]
 
 
-def measure_recognition(
-    plan: Plan, options: Options, failed: dict[str, str]
-) -> dict[str, dict[str, list[float | None]]]:
+def measure_recognition(plan: Plan, options: Options, failed: dict[str, str]) -> Recognition:
     """Measure what is missing; the trainings must be done.
 
     Args:
@@ -37,7 +36,7 @@ def measure_recognition(
         failed: trainings that are left out, by name.
 
     Returns:
-        Arm -> `before` and `after` -> share of seen places named right, one a seed.
+        Those of every arm and seed whose training did not fail.
     """
     arms = [arm for arm in plan.study.arms if arm.train]
     keys = [
@@ -48,11 +47,11 @@ def measure_recognition(
         plan.study, [_task(plan, *key) for key in keys], options,
         lambda metrics: f"recognition {metrics['recognition']:.2f}",
     )  # fmt: skip
-    found: dict[str, dict[str, list[float | None]]] = {
-        arm.name: {when: [] for when in WHENS} for arm in arms
+    found: dict[str, dict[str, dict[int, float]]] = {
+        arm.name: {when: {} for when in WHENS} for arm in arms
     }
-    for (arm, _, when), result in zip(keys, measured, strict=True):
-        found[arm.name][when].append(float(result["metrics"]["recognition"]))
+    for (arm, seed, when), result in zip(keys, measured, strict=True):
+        found[arm.name][when][seed] = float(result["metrics"]["recognition"])
     return found
 
 

@@ -6,7 +6,13 @@ import json
 import pytest
 
 from compare.errors import CompareError
-from compare.floor import floor_text_table, separation_text, summarise_floor, write_floor
+from compare.floor import (
+    floor_text_table,
+    separation_text,
+    signed_cell,
+    summarise_floor,
+    write_floor,
+)
 from configs.sections import Environment
 
 METRICS = ("searched", "entity", "passage", "accuracy", "seen/accuracy", "unseen/accuracy")
@@ -21,10 +27,10 @@ def rows_of(arm, values, recipe="r"):
 
 @pytest.fixture
 def rows():
-    """obm is 0.1 above ties in every seed, though both vary more than that between seeds."""
+    """obm is about 0.1 above ties in every seed, though both vary more than that between seeds."""
     return [
         *rows_of("obm", [0.2, 0.5, 0.8]),
-        *rows_of("ties", [0.1, 0.4, 0.7]),
+        *rows_of("ties", [0.11, 0.4, 0.69]),
         *rows_of("dare", [0.3, 0.3, 0.9]),
         *rows_of("vlm", [0.9, 0.95, 1.0]),
     ]
@@ -44,8 +50,9 @@ def test_an_arm_has_the_mean_over_seeds_with_students_interval(rows):
 def test_differences_are_taken_within_a_seed(rows):
     differences = summarise_floor(rows, "obm")["differences"]
     ties = differences["ties"]["accuracy"]
-    assert ties["per_seed"] == pytest.approx([0.1, 0.1, 0.1])
-    assert ties["low"] == pytest.approx(0.1)
+    assert ties["per_seed"] == pytest.approx([0.09, 0.1, 0.11])
+    # 0.1 - 4.303 * 0.01 / sqrt(3)
+    assert ties["low"] == pytest.approx(0.0752, abs=1e-4)
     # -0.1, 0.2, -0.1: mean 0
     assert differences["dare"]["accuracy"]["mean"] == pytest.approx(0.0)
     assert "obm" not in differences
@@ -61,6 +68,13 @@ def test_the_sentence_separates_only_what_the_interval_does(rows):
     assert separation_text(summarise_floor(lower, "obm"), "passage") == (
         "passage: obm is below ties."
     )
+
+
+def test_a_difference_that_is_equal_in_all_seeds_separates_nothing():
+    rows = [*rows_of("obm", [0.2, 0.5, 0.8]), *rows_of("ties", [0.1, 0.4, 0.7])]
+    summary = summarise_floor(rows, "obm")
+    assert separation_text(summary, "accuracy") == "accuracy: obm is not separated from ties."
+    assert signed_cell(summary["differences"]["ties"]["accuracy"]) == "+0.10"
 
 
 def test_one_seed_separates_nothing():
@@ -101,7 +115,8 @@ def test_the_report_says_where_its_numbers_come_from(rows, tmp_path):
     assert (lines[1]["arm"], lines[1]["seed"], lines[1]["accuracy"]) == ("obm", "1", "0.5")
     page = (tmp_path / "results" / "floor.md").read_text()
     for words in (
-        "128 test questions a seed", "| ties | **+0.10** |", "not separated from dare, vlm",
+        "128 test questions a seed", "| ties | **+0.10 [+0.08, +0.12]** |",
+        "not separated from dare, vlm",
         "seeds: 0, 1, 2; interval: 95 %, Student's t over 3 seeds", "obm study floor",
         "The highest mean accuracy is that of vlm (0.95)", "Of 12 such intervals",
         f"commit: {record['commit']}", record["hardware"],

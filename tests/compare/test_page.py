@@ -298,6 +298,24 @@ def test_a_report_has_its_page_and_the_verdict_on_top_of_the_md(make_run, tmp_pa
     assert not (tmp_path / "none").exists()
 
 
+def test_a_share_of_groups_is_not_said_to_be_one_of_steps():
+    summary = pages.comparison(ARMS)
+    for result in summary["arms"].values():
+        result["stability"] = {"zero_signal": 0.25}
+    text = render(build_page([Record("comparison", "compare", summary)], title=""))
+    assert "groups without signal" in text
+    assert "groups that taught nothing because every episode earned the same" in text
+    assert "steps without signal" not in text
+
+
+def test_intervals_that_are_not_there_do_not_overlap():
+    one, three = (pages.comparison(ARMS, half=half) for half in (None, 0.5))
+    text = render(build_page([Record("comparison", "compare", three)], title=""))
+    assert "Its interval overlaps with all others in seen, unseen." in text
+    text = render(build_page([Record("comparison", "compare", one)], title=""))
+    assert "overlaps" not in text
+
+
 # ---- in Chromium
 
 

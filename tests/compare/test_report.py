@@ -10,7 +10,7 @@ import pytest
 from compare.comparable import check_allowed
 from compare.errors import CompareError
 from compare.figure import arm_colours
-from compare.report import text_table, write_report
+from compare.report import interval_name, text_table, write_report
 from compare.runs import group_runs, read_run
 from compare.summary import summarise
 from launch.cli import main
@@ -85,6 +85,24 @@ def test_the_report_has_every_file_and_key(runs, tmp_path):
     assert float(rows[0]["accuracy"]) == pytest.approx(0.3)
     assert (output / "compare.png").read_bytes().startswith(b"\x89PNG")
     assert "<svg" in (output / "compare.svg").read_text()
+
+
+def test_a_report_names_the_benchmark_that_was_asked(make_run, tmp_path):
+    benchmark = {"name": "infoseek", "split": "val", "kinds": ["time"], "pictured": False}
+    changes = {"environment.eval_benchmark": benchmark}
+    runs = [read_run(make_run(arm, 0, FAST, changes=changes)) for arm in ("obm", "vlm")]
+    summary = write_report(runs, tmp_path / "report", command="c")
+    assert summary["evaluation"]["eval_benchmark"] == benchmark
+    for suffix in ("md", "html"):
+        text = (tmp_path / "report" / f"compare.{suffix}").read_text()
+        assert "infoseek questions (split: val; kinds: time)" in text
+        assert "dev questions" not in text
+
+
+def test_every_kind_of_interval_is_named():
+    assert interval_name(1, 1) == "none: one seed"
+    assert interval_name(5, 1, 5) == "95 %, Student's t over 5 seeds"
+    assert interval_name(3, 12, 5) == "95 %, bootstrap over 12 seeds, Student's t over 3 to 5 seeds"
 
 
 def test_the_same_runs_give_the_same_bytes(runs, tmp_path):

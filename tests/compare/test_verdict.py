@@ -59,6 +59,20 @@ def test_one_seed_separates_nothing():
     assert "[" not in text_of(verdict)
 
 
+def test_an_arm_with_one_seed_is_not_judged_and_the_others_are():
+    summary = comparison({"obm": 0.6, "vlm": 0.1, "ties": 0.4})
+    summary["arms"]["ties"] |= {"seeds": [0], "intervals": {}}
+    verdict = comparison_verdict(summary, str)
+    assert (verdict.tone, verdict.headline) == ("open", "obm is ahead of vlm after training.")
+    assert "obm is above vlm; not judged against the one seed of ties." in text_of(verdict)
+    assert verdict.sentences[-1].startswith("1 to 3 seeds an arm.")
+    summary["arms"]["vlm"]["intervals"]["ceiling"] = [0.5, 0.7]
+    verdict = comparison_verdict(summary, str)
+    assert verdict.headline == "obm is not separated from vlm after training."
+    summary["arms"]["vlm"]["intervals"]["ceiling"] = [0.7, 0.8]
+    assert comparison_verdict(summary, str).tone == "bad"
+
+
 def test_the_cost_to_the_target_is_told_with_and_without_device_time():
     summary = comparison({"obm": 0.6, "vlm": 0.3})
     assert "obm reaches the ceiling of vlm (0.30) after 5 steps." in text_of(

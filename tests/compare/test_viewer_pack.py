@@ -2,6 +2,7 @@
 
 import io
 import json
+import tracemalloc
 import zlib
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from PIL import Image, ImageChops, ImageStat
 from compare.errors import CompareError
 from compare.trajectory_files import TrajectoryFile, find_file, read_lines
 from compare.viewer import CHUNK_BYTES, deflate, is_right, marks, n_calls, pack, utf16_length
-from compare.viewer_choice import Choice, parse_steps, read_file, thin_out
+from compare.viewer_choice import Choice, parse_steps, read_file, read_files
 from configs.schema import load_config
 from launch.cli import main
 from tests.compare.episode_lines import line, run_of, turn, write_lines
@@ -331,17 +332,39 @@ def test_a_choice_takes_phase_steps_and_patterns_of_questions():
     assert [choice.takes(row) for row in rows] == [True, False, True, False, False]
 
 
-def test_a_limit_leaves_out_whole_questions_alike_for_every_run():
-    files = [
-        TrajectoryFile(Path(arm), run_of(20, (0, 10), arm=arm)) for arm in ("obm", "vlm")
+def test_a_limit_leaves_out_whole_questions_alike_for_every_run(tmp_path):
+    paths = [
+        write_lines(tmp_path / arm, run_of(20, (0, 10), arm=arm)) / "trajectories.jsonl"
+        for arm in ("obm", "vlm")
     ]  # 80 episodes, 4 a question
-    few = thin_out(files, 10)
-    kept = [{row["question_id"] for row in file.rows} for file in few]
-    assert kept[0] == kept[1]
-    assert [len(file.rows) for file in few] == [4, 4]  # two questions, two steps each
-    assert sum(len(file.rows) for file in thin_out(files, 1)) == 4  # never the last question
-    more = {row["question_id"] for row in thin_out(files, 40)[0].rows}
-    assert kept[0] < more
+
+    def kept(limit):
+        return [file.rows for file in read_files(paths, Choice(limit=limit))]
+
+    few = kept(10)
+    ids = [{row["question_id"] for row in rows} for rows in few]
+    assert ids[0] == ids[1]
+    assert [len(rows) for rows in few] == [4, 4]  # two questions, two steps each
+    assert sum(len(rows) for rows in kept(1)) == 4  # never the last question
+    assert ids[0] < {row["question_id"] for row in kept(40)[0]}
+    assert [len(rows) for rows in kept(80)] == [40, 40]
+
+
+def test_a_limit_holds_no_more_lines_in_memory_than_it_lets_through(tmp_path):
+    # a megabyte a line; what is parsed is larger
+    turns = [{"text": "x", "action": {"type": "answer", "text": "a"}, "n_tokens": 1,
+              "observation": "y" * 1_000_000}]  # fmt: skip
+    rows = [line(question=number, turns=turns) for number in range(20)]
+    path = write_lines(tmp_path, rows) / "trajectories.jsonl"
+    del rows
+    tracemalloc.start()
+    try:
+        (file,) = read_files([path], Choice(limit=1))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert len(file.rows) == 1
+    assert peak < 8_000_000
 
 
 # ---------------------------------------------------------------- the verb

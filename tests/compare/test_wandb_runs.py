@@ -3,11 +3,14 @@
 import json
 import math
 import shutil
+import subprocess
 from types import SimpleNamespace
 
 import pytest
 import wandb
+from wandb.errors import WandbCoreNotAvailableError
 
+from compare import wandb_runs
 from compare.errors import CompareError
 from compare.report import write_report
 from compare.runs import read_run
@@ -161,6 +164,43 @@ def test_a_file_that_is_none_of_wandbs_is_an_error(tmp_path):
         read_run(tmp_path / "gone.wandb")
 
 
+def read_by(monkeypatch, tmp_path, answer):
+    """Reads a file whose reader gives an answer: text, or an exception that it ends in."""
+
+    def run_reader(arguments):
+        if isinstance(answer, Exception):
+            raise answer
+        return subprocess.CompletedProcess(arguments, 0, answer, "")
+
+    monkeypatch.setattr(wandb_runs, "_run_reader", run_reader)
+    file = tmp_path / "offline-run-1-x" / "run-x.wandb"
+    file.parent.mkdir(exist_ok=True)
+    file.touch()
+    return read_run(file)
+
+
+def test_a_reader_that_does_not_answer_is_an_error(monkeypatch, tmp_path):
+    for answer, words in (
+        (subprocess.TimeoutExpired("wandb-core", 300), "not done after 300 s"),
+        (WandbCoreNotAvailableError("File not found"), r"is missing \(File not found\)"),
+    ):
+        with pytest.raises(CompareError, match=rf"run-x\.wandb: .*{words}; name the run's own"):
+            read_by(monkeypatch, tmp_path, answer)
+
+
+def test_only_the_last_record_may_be_torn(monkeypatch, tmp_path):
+    records = [
+        {"type": "config", "config": {"update": {**CONFIG, "notes": "a\u0085b"}}},
+        *({"type": "history", "history": {"item": row}} for row in ROWS[1:]),
+        {"type": "exit", "exit": {"exit_code": 0}},
+    ]
+    lines = [json.dumps(record, ensure_ascii=False) for record in records]
+    run = read_by(monkeypatch, tmp_path, "\n".join([*lines, '{"type": "st']))
+    assert run.config["notes"] == "a\u0085b"
+    with pytest.raises(CompareError, match=r"run-x\.wandb: record 2 is damaged .*restore it"):
+        read_by(monkeypatch, tmp_path, "\n".join([lines[0], lines[1][:-3], lines[2]]) + "\n")
+
+
 def test_someone_elses_run_is_an_error(tmp_path):
     run = wandb.init(
         project="p", mode="offline", dir=str(tmp_path), config={"lr": 1.0},
@@ -239,6 +279,34 @@ def test_a_name_or_a_run_that_is_not_there_is_an_error():
         read_run("wandb://search/a0e1")
     with pytest.raises(CompareError, match=r"cannot be read from W&B .*wandb login"):
         read_online("wandb://me/search/gone", api=SimpleNamespace(run=refuse))
+
+
+def test_a_history_that_breaks_off_is_an_error():
+    class Broken(FakeRun):
+        def scan_history(self):
+            yield from self._rows
+            raise ConnectionResetError("reset by peer")
+
+    with pytest.raises(CompareError, match=r"a0e1: cannot be read from W&B \(reset by peer\)"):
+        read_online(
+            "wandb://me/search/a0e1", api=SimpleNamespace(run=lambda name: Broken(CONFIG, ROWS))
+        )
+
+
+@pytest.mark.parametrize(
+    ("record", "words"),
+    [
+        ("x", "record is 'x'"),
+        ({"environment": []}, r"record\.environment is \[\]"),
+        ({"environment": {"world_size": "two"}}, "world_size is 'two'"),
+        ({"start_cost": {"merge": {"device_s": "x"}}}, r"merge\.device_s is 'x'"),
+        ({"resumed_at": "x"}, r"record\.resumed_at is 'x'"),
+    ],
+)
+def test_what_a_server_holds_of_a_run_is_checked_as_its_folder_is(record, words):
+    run = FakeRun({**CONFIG, "record": record}, ROWS)
+    with pytest.raises(CompareError, match=f"a0e1: {words}, and must be"):
+        read_online("wandb://me/search/a0e1", api=SimpleNamespace(run=lambda name: run))
 
 
 def test_rows_of_older_runs_have_the_clocks_of_the_row():

@@ -8,11 +8,12 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 
 import pytest
+import torch
 
 from compare import zero_shot
 from compare.errors import CompareError
 from compare.zero_shot import Evaluator, Results, Task, measure_all
-from configs.sections import Config, Environment
+from configs.sections import Config, Environment, Live
 
 RESULT = {"metrics": {"accuracy": 0.5}, "answers": ["a"], "has_labels": True}
 
@@ -152,3 +153,36 @@ def test_a_merge_is_made_measured_and_removed(tmp_path):
     assert merged["answers"] == [None] * 3
     assert merged["has_labels"]
     assert not list(scratch.iterdir())
+
+
+def test_worlds_that_differ_in_their_tools_are_loaded_apart(monkeypatch):
+    loaded = []
+
+    def load(config):
+        loaded.append(config)
+        return len(loaded)
+
+    monkeypatch.setattr(zero_shot, "load_policy", lambda folder: (torch.nn.Identity(), None))
+    monkeypatch.setattr(zero_shot, "load_environment", load)
+    monkeypatch.setattr(zero_shot, "load_eval_questions", lambda config: [])
+    monkeypatch.setattr(zero_shot, "build_engine", lambda *_, environment: environment)
+    monkeypatch.setattr(zero_shot, "evaluate", lambda engine, _: ({"world": engine}, []))
+    evaluator = Evaluator(never_merge)
+
+    def world(country="us", **keys):
+        config = Config("out", environment=Environment(**keys), live=Live(country=country))
+        return evaluator.measure(Task("x", "x", config, "start"))["metrics"]["world"]
+
+    own = world()
+    assert world(data_seed=1, eval_size=3, strength=0.0, kinds=["image"]) == own
+    others = {
+        world(retrieval="http://localhost:1"),
+        world(text_provider="serper"),
+        world(text_provider="serper", country="de"),
+        world(page_reader="jina"),
+        world(cache="kept"),
+        world(cache="kept", cache_mode="offline"),
+        world(news="older"),
+        world(eval_domain="maps"),
+    }
+    assert len(others - {own}) == 8

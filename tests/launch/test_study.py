@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from compare.paper_table import CELLS, _finish_row, _new_row
+from compare.paper_table import CELLS, _finish_row, _new_row, _readings
 from configs.errors import ConfigError
 from launch.commands import calibrate as calibrate_module
 from launch.commands import eval as eval_module
@@ -824,6 +824,13 @@ def test_several_seeds_share_a_row_with_their_mean_and_an_interval():
     estimate = interval([0.4, 0.5, 0.6])
     assert cell["accuracy"]["interval"] == [estimate.low, estimate.high]
     assert cell["official/em"]["by_seed"] == [0.4, 0.5, 0.6]
+    one = {**row, "benchmarks": {"x": [result(0, 0.4)]}}
+    for members, words in (
+        ([one], "how another choice of questions would come out, not how another training would."),
+        ([one, row], "Those over seeds say how another training would come out"),
+    ):
+        table = {"benchmarks": {"x": {}}, "rows": [_finish_row(member) for member in members]}
+        assert words in _readings(table)[-1]
 
 
 def test_an_unknown_mode_of_an_arm_is_refused(table_file):

@@ -141,7 +141,7 @@ def test_questions_of_ones_own_are_asked_as_they_are_and_named(measured, tmp_pat
     sweep(ties("environment.eval_split=test", own), ["density=0.1,0.2"], tmp_path / "out")
     assert {task.config.environment.eval_split for task in measured} == {"test"}
     said = capsys.readouterr().out
-    assert "asked the questions of mine.jsonl" in said
+    assert "asked table questions (source: mine.jsonl)" in said
     assert "dev" not in said
 
 

@@ -221,13 +221,14 @@ def test_a_result_is_kept_until_something_that_decides_it_changes(tmp_path, monk
         key("environment.data_seed=1"),
         key("grpo.max_completion_length=8"),
         key("models.agent=atlas://base"),
+        key("live.country=de"),
     }
     (tmp_path / "agent").mkdir()
     (tmp_path / "agent" / "stats.safetensors").touch()
     changed.add(key())
     monkeypatch.setattr(tasks_module, "_code_digest", lambda: "other code")
     changed.add(key())
-    assert len(changed - {same}) == 6
+    assert len(changed - {same}) == 7
 
 
 def test_a_result_does_not_outlive_the_questions_it_was_asked(tmp_path):

@@ -162,7 +162,7 @@ def test_dry_runs_say_what_is_ones_own_and_find_bad_rows(folder, tiny_checkpoint
     assert main(["train", "--config", "mine.yaml", "--dry-run"]) == 0
     shown = capsys.readouterr().out
     assert "my_rewards.py:brevity, weight 0.2" in shown
-    assert "every 1 steps, benchmark table, split [80%:]" in shown
+    assert "every 1 steps, table questions (source: mine.jsonl; split: [80%:])" in shown
     Path("pictures/ar.png").unlink()
     command = ["eval", tiny_checkpoints["vlm"], "--config", "mine.yaml", "--dry-run"]
     assert main(command) == 2
