@@ -335,12 +335,10 @@ class EvaluationCallback(TrainerCallback):
         trainer, accelerator = self.trainer, self.trainer.accelerator
         start = time.perf_counter()
         rank, world = accelerator.process_index, accelerator.num_processes
-        mine = self.questions[rank::world]
         trainer.is_evaluating = True
         with trainer.policy_for_generation():
-            episodes = trainer.engine.rollout_rows(mine, greedy=True, number=0)
+            episodes = self._roll_out()
         trainer.is_evaluating = False
-        trainer.engine.release_images()
         numbered = [(rank + i * world, episode) for i, episode in enumerate(episodes)]
         gathered = gather_object(numbered) if world > 1 else numbered
         ordered = [episode for _, episode in sorted(gathered, key=lambda pair: pair[0])]
@@ -362,6 +360,24 @@ class EvaluationCallback(TrainerCallback):
             parts = "  ".join(f"{part} {metrics[part]:.3f}" for part in FOUR_PARTS)
             logger.info("evaluation at step %d  %s", step, parts)
         return metrics
+
+    def _roll_out(self) -> list[Trajectory]:
+        """Greedy episodes of this process' questions.
+
+        On an accelerator no more of them together than in a rollout of training, for which there
+        is room. In main memory only what an episode writes of its cache is taken.
+        """
+        engine, accelerator, args = self.trainer.engine, self.trainer.accelerator, self.trainer.args
+        mine = self.questions[accelerator.process_index :: accelerator.num_processes]
+        together = max(1, len(mine))
+        if accelerator.device.type != "cpu" and not engine.is_remote:
+            together = args.per_device_train_batch_size * args.steps_per_generation
+        episodes: list[Trajectory] = []
+        for first in range(0, len(mine), together):
+            part = mine[first : first + together]
+            episodes += engine.rollout_rows(part, greedy=True, number=0)
+            engine.release_images()
+        return episodes
 
 
 # ---------------------------------------------------------------- W&B

@@ -1,8 +1,14 @@
-"""The four parts of the floor, by hand."""
+"""The four parts of the floor, by hand; and an evaluation during training."""
+
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from compare.evaluate import evaluate
+from environments.dialects import get_dialect
+from train.callbacks import EvaluationCallback
 from train.evaluation import outcome, summarize
 from train.trajectories import Trajectory, Turn
 
@@ -91,3 +97,72 @@ def test_evaluation_is_greedy_and_leaves_the_random_numbers_alone(make_engine, q
     assert [t.completion_ids for t in first] == [t.completion_ids for t in second]
     assert engine.n_rollouts == 0
     assert metrics["n"] == len(questions)
+
+
+# ---------------------------------------------------------------- during training
+
+
+class Engine:
+    """Answers every question alike, and notes how many were asked together."""
+
+    is_remote = False
+    environment = SimpleNamespace(dialect=get_dialect("search_r1"))
+
+    def __init__(self):
+        self.asked = []
+
+    def rollout_rows(self, questions, *, greedy, number):
+        self.asked.append(len(questions))
+        episodes = [episode(("answer", "Paris", [])) for _ in questions]
+        for made, question in zip(episodes, questions, strict=True):
+            made.question_id, made.images = question["id"], [question["image"]]
+        return episodes
+
+    def release_images(self):
+        self.asked.append("released")
+
+
+def process(questions, rank=0, world=1, device="cpu"):
+    """The evaluation of one process, and what it records."""
+    recorded = []
+    recorder = SimpleNamespace(
+        is_main=rank == 0,
+        not_training=nullcontext,
+        metrics=lambda *values: None,
+        trajectories=lambda step, phase, episodes, questions: recorded.extend(episodes),
+    )
+    trainer = SimpleNamespace(
+        engine=Engine(),
+        accelerator=SimpleNamespace(
+            process_index=rank, num_processes=world, device=torch.device(device)
+        ),
+        args=SimpleNamespace(per_device_train_batch_size=2, steps_per_generation=2),
+        policy_for_generation=nullcontext,
+        reward_settings={"accuracy": 1.0, "format": 0.0, "search_penalty": 0.0},
+        judge=None,
+        functions=(),
+        state=SimpleNamespace(global_step=0),
+        n_policy_tokens=0,
+    )
+    return EvaluationCallback(trainer, recorder, questions, every=1), recorded
+
+
+@pytest.fixture
+def asked():
+    return [{**QUESTION, "id": f"q{number}", "image": f"picture {number}"} for number in range(5)]
+
+
+@pytest.mark.parametrize(
+    ("device", "is_remote", "expected"),
+    [
+        ("cpu", False, [5, "released"]),
+        ("cuda", True, [5, "released"]),
+        ("cuda", False, [4, "released", 1, "released"]),
+    ],
+)
+def test_an_accelerator_holds_no_more_episodes_than_in_training(asked, device, is_remote, expected):
+    callback, recorded = process(asked, device=device)
+    callback.trainer.engine.is_remote = is_remote
+    callback.evaluate()
+    assert callback.trainer.engine.asked == expected
+    assert [e.question_id for e in recorded] == ["q0", "q1", "q2", "q3", "q4"]
