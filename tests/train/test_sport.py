@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -233,6 +234,37 @@ def test_what_a_solver_gives_up_or_answers_wrongly_is_not_taught(settings, vlm):
     from train.cold_start import is_right
 
     assert not is_right(episode, question)
+
+
+def test_an_empty_turn_is_the_token_that_ends_it(settings, vlm):
+    config = load_config(settings(init="atlas://vlm", kind="text"))
+    engine = build_engine(config, *vlm)
+    episode = write_episode(engine, load_train_questions(config)[0], lambda running: "")
+    assert episode.turns[0].token_ids == [engine.tokenizer.eos_token_id]
+
+
+def test_only_a_teachers_right_episodes_search_again(settings, vlm, monkeypatch):
+    config = load_config(settings(), ["sft.teacher=atlas://agent"])
+    engine = build_engine(config, *vlm)
+    questions = load_train_questions(config)[:2]
+    answers = [questions[0]["answers"][0], "nowhere"]
+    turns = [f"<think> x </think> <answer> {answer} </answer>" for answer in answers]
+    played = [
+        write_episode(engine, question, lambda running, turn=turn: turn)
+        for question, turn in zip(questions, turns, strict=True)
+    ]
+    teacher = SimpleNamespace(
+        rollout_rows=lambda asked, **settings: played, release_images=lambda: None
+    )
+    monkeypatch.setattr("train.policy.load_policy", lambda folder: vlm)
+    monkeypatch.setattr("train.worlds.build_engine", lambda *parts, **settings: teacher)
+    started, start = [], engine.environment.start
+    monkeypatch.setattr(
+        engine.environment, "start", lambda question: started.append(question) or start(question)
+    )
+    [taught] = collect(config, engine, questions)
+    assert taught.answer == answers[0]
+    assert started == questions[:1]
 
 
 @pytest.mark.slow
