@@ -202,10 +202,10 @@ def _of_checkpoint(
     config: Config, engine: EpisodeEngine, questions: Sequence[dict[str, Any]]
 ) -> list[Trajectory | None]:
     """Right greedy episodes of another policy, said again in the student's tokens."""
-    from train.policy import load_policy
+    from train.policy import load_for_inference
     from train.worlds import build_engine
 
-    model, processor = load_policy(resolve_model(config.sft.teacher))
+    model, processor = load_for_inference(resolve_model(config.sft.teacher))
     teacher = build_engine(config, model, processor, rollout=None)
     played: list[Trajectory] = []
     for start in range(0, len(questions), BATCH):

@@ -15,7 +15,7 @@ from launch.cli import main
 from train import sport
 from train.cold_start import collect, run_cold_start, to_example, training_questions, write_episode
 from train.cost import Cost
-from train.policy import load_policy
+from train.policy import load_for_inference, load_policy
 from train.sft import IGNORE
 from train.sport import run_sport
 from train.sport_tasks import make_tasks
@@ -256,7 +256,7 @@ def test_only_a_teachers_right_episodes_search_again(settings, vlm, monkeypatch)
     teacher = SimpleNamespace(
         rollout_rows=lambda asked, **settings: played, release_images=lambda: None
     )
-    monkeypatch.setattr("train.policy.load_policy", lambda folder: vlm)
+    monkeypatch.setattr("train.policy.load_for_inference", lambda folder: vlm)
     monkeypatch.setattr("train.worlds.build_engine", lambda *parts, **settings: teacher)
     started, start = [], engine.environment.start
     monkeypatch.setattr(
@@ -293,6 +293,18 @@ def mean_nll(config, checkpoint):
     examples = [to_example(e) for e in collect(config, engine, training_questions(config))]
     with torch.no_grad():
         return model(**SFTCollator(processor)(examples)).loss.item()
+
+
+def test_a_checkpoint_runs_on_the_gpu_of_its_process(monkeypatch):
+    moved, model = [], SimpleNamespace(eval=lambda: "ready")
+    model.to = lambda device: moved.append(device) or model
+    monkeypatch.setattr("train.policy.load_policy", lambda folder: (model, "processor"))
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    for has_gpu in (True, False):
+        monkeypatch.setattr("torch.cuda.is_available", lambda has_gpu=has_gpu: has_gpu)
+        assert load_for_inference("folder") == ("ready", "processor")
+    load_for_inference("folder", "cpu")
+    assert moved == ["cuda:1", "cpu", "cpu"]
 
 
 @pytest.mark.slow
