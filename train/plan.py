@@ -17,6 +17,7 @@ backward was counted with saved-tensor hooks on transformers 5.23, see tests/tra
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from train.shapes import ModelShape
@@ -198,8 +199,8 @@ class Plan:
 
     @property
     def loss_prompts(self) -> int:
-        """Distinct prompts of a micro-batch."""
-        return -(-self.rows // self.group)
+        """Distinct prompts of a micro-batch, which may begin within a group."""
+        return -(-(self.rows + self.group - math.gcd(self.rows, self.group)) // self.group)
 
     @property
     def observation_tokens(self) -> int:

@@ -195,6 +195,16 @@ def test_the_cache_is_keys_and_values_of_every_slot(plan):
     assert cache_bytes(plan) == 28 * 4 * 128 * 2 * 2 * 8 * 2549
 
 
+@pytest.mark.parametrize(
+    ("rows", "n_prompts"), [(1, 1), (4, 1), (8, 1), (16, 2), (6, 2), (12, 2), (20, 3)]
+)
+def test_a_micro_batch_may_begin_within_a_group(plan, rows, n_prompts):
+    # groups of 8, one behind the other
+    starts = range(0, 8 * rows, rows)
+    assert max(len({i // 8 for i in range(s, s + rows)}) for s in starts) == n_prompts
+    assert replace(plan, rows=rows).loss_prompts == n_prompts
+
+
 def test_an_adapter_needs_states_for_itself_alone(plan):
     adapted = replace(plan, zero=2, lora_rank=16, has_reference=True)
     assert plan.shape.n_lora(16) == adapted.n_trained < 0.01 * plan.shape.n_parameters
