@@ -130,6 +130,8 @@ class Plan:
     """picture tokens in a prompt, contained in prompt_tokens"""
     steps_per_generation: int = 1
     """micro-batches that one rollout serves"""
+    has_own_steps_per_generation: bool = False
+    """it is set, and does not follow from the accumulation"""
     iterations: int = 1
     """passes over a rollout"""
     has_deepspeed: bool = True
