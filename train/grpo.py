@@ -509,15 +509,18 @@ class SearchGRPOTrainer(ResumableGRPOTrainer):
     def _rows_to_score(self, inputs: dict[str, Any]) -> torch.Tensor:
         """Rows whose tokens have a gradient, int64 [R].
 
-        Every variant of the loss multiplies a token's term by its advantage; where that is 0 (the
-        whole group got one reward) and nothing else pulls on the policy, the forward is spared. At
-        least one row stays, so that every parameter takes part on every process.
+        Every variant of the loss multiplies a token's term by its advantage and its mask; where
+        one of them is 0 (the whole group got one reward, the episode was cut) and nothing else
+        pulls on the policy, the forward is spared. At least one row stays, so that every parameter
+        takes part on every process.
         """
         everything = torch.arange(len(inputs["advantages"]))
         pulls_anyway = self.beta != 0.0 or self._entropy_bonus_enabled or self.aux_loss_enabled
         if pulls_anyway or self.top_entropy_quantile < 1.0:
             return everything
-        has_gradient = (inputs["advantages"] != 0).view(len(everything), -1).any(dim=1).cpu()
+        has_gradient = (inputs["advantages"] != 0).view(len(everything), -1).any(dim=1)
+        has_gradient &= (inputs["completion_mask"] * inputs["tool_mask"]).any(dim=1)
+        has_gradient = has_gradient.cpu()
         if not has_gradient.any():
             return inputs["completion_mask"].sum(dim=1).argmin().cpu().reshape(1)
         return everything[has_gradient]
