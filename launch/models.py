@@ -5,16 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 
-def load_for_inference(folder: str) -> tuple[Any, Any]:
-    """Model in evaluation mode and its processor, without a progress bar for each file.
-
-    Raises:
-        PolicyLoadError: see `train.policy.load_policy`.
-    """
+def load_for_inference(folder: str, device: str | None = None) -> tuple[Any, Any]:
+    """As `train.policy.load_for_inference`, without a progress bar for each file."""
     from transformers.utils.logging import disable_progress_bar
 
-    from train.policy import load_policy
+    from train.policy import load_for_inference as load
 
     disable_progress_bar()
-    model, processor = load_policy(folder)
-    return model.eval(), processor
+    return load(folder, device)

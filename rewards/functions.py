@@ -138,6 +138,8 @@ def add_functions(
     Raises:
         RewardError: a function fails, or returns what is no list of N numbers.
     """
+    if not trajectories:  # a round of dynamic sampling without a row of this process
+        return
     for function in functions:
         values = call_function(function, trajectories, questions)
         for parts, value in zip(scores, values, strict=True):

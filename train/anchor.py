@@ -47,24 +47,35 @@ class SaliencyAnchor:
         n_entries = sum(p.numel() for _, p, _ in moments)
         mean = sum(float(h.sum()) * len(p) for _, p, h in moments) / n_entries
         self._anchored = [(p, p.detach().clone(), (h / mean).to(p)) for _, p, h in moments]
-        for parameter, start, moment in self._anchored:
-            parameter.register_hook(self._pull(parameter, start, moment))
+        for number, (parameter, _, _) in enumerate(self._anchored):
+            parameter.register_hook(self._pull(number))
 
-    def _pull(self, parameter: Any, start: torch.Tensor, moment: torch.Tensor) -> Any:
+    def _pull(self, number: int) -> Any:
         def hook(gradient: torch.Tensor) -> torch.Tensor:
             scale = self.strength / self.accumulation_steps
-            away = parameter.detach() - start.to(parameter.device)
-            return gradient + scale * moment.to(parameter.device) * away
+            moment, away = self._away(number)
+            return gradient + (scale * moment * away).to(gradient.dtype)
 
         return hook
+
+    def _away(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """h [in] and theta - theta0 [out, in] of an anchored weight.
+
+        DeepSpeed moves and casts the policy after this was made. Start and moments follow it once;
+        the start is rounded as the weights are, so that rounding is no distance.
+        """
+        parameter, start, moment = self._anchored[number]
+        start, moment = start.to(parameter), moment.to(parameter.device)
+        self._anchored[number] = parameter, start, moment
+        return moment, parameter.detach() - start
 
     @torch.no_grad()
     def loss(self) -> float:
         """The value of L: how far the policy has been pulled away."""
         total = 0.0
-        for parameter, start, moment in self._anchored:
-            away = (parameter - start.to(parameter.device)).float()
-            total += float((away.square() * moment.to(parameter.device)).sum())
+        for number in range(len(self._anchored)):
+            moment, away = self._away(number)
+            total += float((away.float().square() * moment).sum())
         return 0.5 * self.strength * total
 
 

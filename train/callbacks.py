@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from accelerate.utils import broadcast_object_list, gather_object
 from transformers import TrainerCallback
 
+from configs.errors import ConfigError
 from rewards.compose import score_each
 from rewards.functions import add_functions
 from train.evaluation import FOUR_PARTS, summarize
@@ -333,28 +334,21 @@ class EvaluationCallback(TrainerCallback):
         return {f"eval_{name}": value for name, value in metrics.items()}
 
     def _evaluate(self) -> dict[str, float]:
-        trainer, accelerator = self.trainer, self.trainer.accelerator
-        start = time.perf_counter()
-        rank, world = accelerator.process_index, accelerator.num_processes
-        mine = self.questions[rank::world]
+        trainer, start = self.trainer, time.perf_counter()
         trainer.is_evaluating = True
         with trainer.policy_for_generation():
-            episodes = trainer.engine.rollout_rows(mine, greedy=True, number=0)
+            episodes = self._roll_out()
         trainer.is_evaluating = False
-        trainer.engine.release_images()
-        numbered = [(rank + i * world, episode) for i, episode in enumerate(episodes)]
-        gathered = gather_object(numbered) if world > 1 else numbered
-        ordered = [episode for _, episode in sorted(gathered, key=lambda pair: pair[0])]
-        check_format = trainer.engine.environment.dialect.check_format
-        judge = trainer.judge if self.recorder.is_main else None  # only its scores are kept
-        scores = score_each(ordered, self.questions, trainer.reward_settings, check_format, judge)
-        add_functions(trainer.functions, ordered, self.questions, scores)
-        for episode, rewards in zip(ordered, scores, strict=True):
-            episode.rewards = rewards
-        metrics = summarize(ordered, self.questions)
-        for function in trainer.functions:
-            values = [parts[function.name] or 0.0 for parts in scores]
-            metrics[f"rewards/{function.name}/mean"] = sum(values) / len(values)
+        ordered = self._gather(episodes)
+        scored: list[dict[str, float] | None] = [None]
+        try:
+            if self.recorder.is_main:  # a judge and functions of one's own are asked once
+                scored[0] = self._score(ordered)
+        finally:
+            broadcast_object_list(scored)
+        metrics = scored[0]
+        if metrics is None:
+            raise ConfigError("evaluation: the first process could not score it; see its error")
         metrics["time_s"] = round(time.perf_counter() - start, 3)
         step = trainer.state.global_step
         self.recorder.metrics(step, "eval", trainer.n_policy_tokens, metrics)
@@ -362,6 +356,55 @@ class EvaluationCallback(TrainerCallback):
         if self.recorder.is_main:
             parts = "  ".join(f"{part} {metrics[part]:.3f}" for part in FOUR_PARTS)
             logger.info("evaluation at step %d  %s", step, parts)
+        return metrics
+
+    def _roll_out(self) -> list[Trajectory]:
+        """Greedy episodes of this process' questions.
+
+        On an accelerator no more of them together than in a rollout of training, for which there
+        is room. In main memory only what an episode writes of its cache is taken.
+        """
+        engine, accelerator, args = self.trainer.engine, self.trainer.accelerator, self.trainer.args
+        mine = self.questions[accelerator.process_index :: accelerator.num_processes]
+        together = max(1, len(mine))
+        if accelerator.device.type != "cpu" and not engine.is_remote:
+            together = args.per_device_train_batch_size * args.steps_per_generation
+        episodes: list[Trajectory] = []
+        for first in range(0, len(mine), together):
+            part = mine[first : first + together]
+            episodes += engine.rollout_rows(part, greedy=True, number=0)
+            engine.release_images()
+        return episodes
+
+    def _gather(self, episodes: list[Trajectory]) -> list[Trajectory]:
+        """The episodes of all processes, in the order of the questions."""
+        rank = self.trainer.accelerator.process_index
+        world = self.trainer.accelerator.num_processes
+        if world == 1:
+            return episodes
+        for episode in episodes:
+            episode.images = []  # every process has the questions
+        numbered = [(rank + i * world, episode) for i, episode in enumerate(episodes)]
+        ordered = [e for _, e in sorted(gather_object(numbered), key=lambda pair: pair[0])]
+        for episode, question in zip(ordered, self.questions, strict=True):
+            image = question.get("image")
+            episode.images = [] if image is None else [image]
+        return ordered
+
+    def _score(self, episodes: list[Trajectory]) -> dict[str, float]:
+        """Gives the episodes their rewards; returns the metrics."""
+        trainer = self.trainer
+        check_format = trainer.engine.environment.dialect.check_format
+        scores = score_each(
+            episodes, self.questions, trainer.reward_settings, check_format, trainer.judge
+        )
+        add_functions(trainer.functions, episodes, self.questions, scores)
+        for episode, rewards in zip(episodes, scores, strict=True):
+            episode.rewards = rewards
+        metrics = summarize(episodes, self.questions)
+        for function in trainer.functions:
+            values = [parts[function.name] or 0.0 for parts in scores]
+            metrics[f"rewards/{function.name}/mean"] = sum(values) / len(values)
         return metrics
 
 

@@ -9,6 +9,7 @@ names anything else than a checkpoint needs is refused. The weights themselves a
 from __future__ import annotations
 
 import importlib
+import re
 from pathlib import Path
 
 from configs.errors import ConfigError
@@ -22,6 +23,10 @@ PLAIN = frozenset(
 )  # fmt: skip
 """What pickles of ours may name beside torch's own list, and DeepSpeed's classes."""
 PICKLES = ("*.pt", "*.pth")
+TAG_FILES = ("latest", "latest_universal")
+"""In these DeepSpeed looks up which folder it loads."""
+TAG = re.compile(r"global_step\d+(_universal)?")
+"""What DeepSpeed calls that folder."""
 RECORD = "rollout.json"
 """Written last; holds the sizes of the others."""
 
@@ -56,10 +61,12 @@ def check_pickles(checkpoint: Path) -> None:
     """Looks through the pickles of a checkpoint without opening any.
 
     Raises:
-        ConfigError: one is broken, or names code that no checkpoint needs.
+        ConfigError: one is broken, or names code that no checkpoint needs; or DeepSpeed would
+            open others than these.
     """
     from torch.serialization import get_unsafe_globals_in_checkpoint
 
+    _check_within(checkpoint)
     for path in sorted(found for pattern in PICKLES for found in checkpoint.rglob(pattern)):
         try:
             names = get_unsafe_globals_in_checkpoint(path)
@@ -77,6 +84,23 @@ def check_pickles(checkpoint: Path) -> None:
                     "checkpoint needs: a pickle can run code; take the run from a source that you "
                     "trust"
                 )
+
+
+def _check_within(checkpoint: Path) -> None:
+    """Refuses links and names of folders that would lead DeepSpeed past what is looked through."""
+    for path in sorted(checkpoint.rglob("*")):
+        if path.is_symlink():
+            raise ConfigError(
+                f"--resume: {path} is a link, and what it leads to is not looked through; copy the "
+                "run again with the files themselves (cp -rL)"
+            )
+    for path in (checkpoint / name for name in TAG_FILES):
+        tag = path.read_text(encoding="utf-8", errors="replace").strip() if path.is_file() else None
+        if tag is not None and not TAG.fullmatch(tag):
+            raise ConfigError(
+                f"--resume: {path} names {tag[:80]!r}, which is no folder that DeepSpeed wrote; "
+                "take the run from a source that you trust"
+            )
 
 
 def _is_deepspeed_class(name: str) -> bool:

@@ -190,7 +190,8 @@ def write_episode(
         if text is None:
             return None
         ids = engine.tokenizer(text, add_special_tokens=False)["input_ids"]
-        if not engine._is_complete(ids):  # a turn that its text does not end, ends by a token
+        # a turn that its text does not end, ends by a token
+        if not ids or not engine._is_complete(ids):
             ids = [*ids, engine.tokenizer.eos_token_id]
         trajectory.turns.append(Turn(text, ids, [0.0] * len(ids), {}))
         room = engine.max_completion_tokens - len(trajectory.completion_ids)
@@ -201,15 +202,12 @@ def write_episode(
 def _of_checkpoint(
     config: Config, engine: EpisodeEngine, questions: Sequence[dict[str, Any]]
 ) -> list[Trajectory | None]:
-    """Greedy episodes of another policy, said again in the student's tokens."""
-    import torch
-
-    from train.policy import load_policy
+    """Right greedy episodes of another policy, said again in the student's tokens."""
+    from train.policy import load_for_inference
     from train.worlds import build_engine
 
-    model, processor = load_policy(resolve_model(config.sft.teacher))
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    teacher = build_engine(config, model.to(device), processor, rollout=None)
+    model, processor = load_for_inference(resolve_model(config.sft.teacher))
+    teacher = build_engine(config, model, processor, rollout=None)
     played: list[Trajectory] = []
     for start in range(0, len(questions), BATCH):
         played += teacher.rollout_rows(questions[start : start + BATCH], greedy=True, number=0)
@@ -219,8 +217,9 @@ def _of_checkpoint(
         turns = iter(episode.turns)
         return lambda running: next((turn.text for turn in turns), None)
 
+    # saying an episode again searches again, which may cost money
     return [
-        write_episode(engine, question, repeat(episode))
+        write_episode(engine, question, repeat(episode)) if is_right(episode, question) else None
         for question, episode in zip(questions, played, strict=True)
     ]
 

@@ -87,11 +87,11 @@ def hop_advantages(
 ) -> list[np.ndarray]:
     """Advantage of each turn against the episodes that had come as far.
 
-    The episodes of a group that retrieved the same gold document are compared among themselves:
-    who got lost after a good search is blamed for what came after it, not for the search. It holds
-    from the turn of that retrieval on, until a later gold document has its own comparison. A
-    document that fewer than two scored episodes found, or whose finders all got one reward,
-    compares nothing.
+    The episodes of a group that retrieved the same gold document are compared among themselves,
+    from the turn of that retrieval on, until a later gold document has its own comparison: who got
+    lost after a good search is measured against those who made it, too, and not against the whole
+    group; what came before the search is not touched. A document that fewer than two scored
+    episodes found, or whose finders all got one reward, compares nothing.
 
     Source: hop-anchored advantages of HaPO (SearchEyes).
 

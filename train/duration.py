@@ -85,12 +85,13 @@ def loss_seconds(plan: Plan, machine: Machine) -> float:
 def reference_seconds(plan: Plan, machine: Machine) -> float:
     """A forward over the batch for the reference, and one for the old log-probs where needed.
 
-    They are needed where a rollout serves several optimizer steps, or came from another engine.
+    They are needed where a rollout serves several optimizer steps, or came from another engine;
+    several passes over a rollout have the same.
     """
     is_off_policy = plan.accumulation % (plan.steps_per_generation * plan.iterations) != 0
     n_forwards = int(plan.has_reference) + int(is_off_policy or plan.server_gpus > 0)
     passes = (2 if plan.lora_rank else 3) + int(plan.is_checkpointed)
-    return n_forwards * loss_seconds(plan, machine) / passes
+    return n_forwards * loss_seconds(plan, machine) / passes / plan.iterations
 
 
 def read_seconds(plan: Plan, machine: Machine) -> float:

@@ -176,7 +176,7 @@ def plan_of(
     completion = grpo["max_completion_length"]
     per_turn = (grpo.get("generation_kwargs") or {}).get("max_new_tokens", completion)
     searches = config.environment.image_searches + config.environment.text_searches
-    turns = min(config.environment.max_turns, searches + 1)
+    turns = min(config.environment.max_turns, searches + config.environment.visits + 1)
     text, picture = world_prompt(config)
     prompt = text + picture if prompt_tokens is None else prompt_tokens
     accumulation = grpo["gradient_accumulation_steps"]
@@ -192,6 +192,7 @@ def plan_of(
         policy_tokens=min(turns * per_turn, completion),
         completion_tokens=completion,
         steps_per_generation=steps_per_generation(grpo, n_processes),
+        has_own_steps_per_generation=bool(grpo.get("steps_per_generation")),
         iterations=grpo.get("num_iterations") or 1,
         is_bf16=grpo.get("bf16", True),
         is_checkpointed=bool(
@@ -309,6 +310,8 @@ def _difference(before: Plan, after: Plan) -> list[str]:
             f"grpo.per_device_train_batch_size={after.rows}",
             f"grpo.gradient_accumulation_steps={after.accumulation}",
         ]
+        if after.has_own_steps_per_generation:  # otherwise it follows
+            changes.append(f"grpo.steps_per_generation={after.steps_per_generation}")
     if after.lora_rank != before.lora_rank:
         changes.append(f"lora.r={after.lora_rank}")
     if after.server_gpus != before.server_gpus:
@@ -343,6 +346,7 @@ def describe_estimate(
     return "\n".join(
         [
             *_head_lines(plan, accelerator, origin),
+            *_prompt_lines(config, prompt_tokens),
             *_memory_lines(found),
             *_time_lines(found, resolved_grpo(config)["max_steps"]),
             *_assumption_lines(plan, accelerator),
@@ -369,6 +373,17 @@ def _head_lines(plan: Plan, machine: Machine, origin: str) -> list[str]:
         f"parameters    {shape.n_parameters / 1e6:,.1f} M ({', '.join(parts)}; {origin})",
         f"an episode    prompt {plan.prompt_tokens} tokens ({plan.picture_tokens} of a picture), "
         f"policy at most {plan.policy_tokens}, with observations {plan.completion_tokens}",
+    ]
+
+
+def _prompt_lines(config: Config, prompt_tokens: int | None) -> list[str]:
+    from train.worlds import is_benchmark
+
+    if prompt_tokens is not None or not is_benchmark(config.environment.train_benchmark):
+        return []
+    return [
+        "WARNING: a prompt is counted with the atlas's small photo, not with a picture of "
+        "environment.train_benchmark; say --prompt-tokens"
     ]
 
 

@@ -142,6 +142,11 @@ def check_pulls(config: Config) -> None:
                 "algorithm.anchor: needs whole parameters, which ZeRO-3 does not keep; use "
                 "deepspeed: zero2, or set algorithm.anchor to 0"
             )
+        if resolved_grpo(config).get("fp16"):
+            raise ConfigError(
+                "algorithm.anchor: fp16 scales the gradients of the loss, and not the pull; use "
+                "grpo.bf16, or set algorithm.anchor to 0"
+            )
 
 
 def make_anchor(config: Config, init: str, model: Any) -> Any:

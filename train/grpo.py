@@ -7,6 +7,8 @@ Differs from TRL 1.16 in what it would get wrong or slow here:
 * the rollout keeps its cache over turns (`train.rollout`) and stops at a call's closing tag;
 * TRL never sees the pictures: they travel beside the batch and are encoded once each, so a
   placeholder can not lose its picture and no process waits for another's images;
+* where a rollout serves several micro-batches its groups stay together, so that each prompt and
+  picture is read once, and not in nearly all of them;
 * log-probs are computed at the policy's own tokens only (`train.scoring`), and not at all for
   groups in which every episode got the same reward: their gradient is zero;
 * a resumed run continues the same random numbers and the same generation buffer
@@ -18,6 +20,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -27,6 +30,7 @@ from datasets import Dataset
 from PIL import Image
 from trl import GRPOConfig
 from trl.models import unwrap_model_for_generation
+from trl.trainer.utils import split_tensor_dict
 
 from configs.sections import Algorithm
 from environments.live import tool_counts
@@ -214,6 +218,18 @@ class SearchGRPOTrainer(ResumableGRPOTrainer):
         """TRL's; every process waits here for the rewards of all."""
         with self._timed("sync"):
             return super()._calculate_rewards(*args)
+
+    def _prepare_inputs(self, generation_batch: Any) -> Any:
+        """The next micro-batch; TRL's, but that a rollout is shuffled by groups and not by rows."""
+        n_parts = self.args.steps_per_generation
+        if n_parts == 1 or not self.model.training:
+            return super()._prepare_inputs(generation_batch)
+        if self._step % (n_parts * self.num_iterations) == 0 or self._buffered_inputs is None:
+            batch = self._generate_and_score_completions(generation_batch)
+            order = shuffled_groups(self._batch_rows)
+            batch = {name: _in_order(values, order) for name, values in batch.items()}
+            self._buffered_inputs = split_tensor_dict(batch, n_parts)
+        return self._buffered_inputs[self._step % n_parts]
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         """Rolls out, scores and gives TRL the padded batch; pictures ride along."""
@@ -475,15 +491,18 @@ class SearchGRPOTrainer(ResumableGRPOTrainer):
     def _rows_to_score(self, inputs: dict[str, Any]) -> torch.Tensor:
         """Rows whose tokens have a gradient, int64 [R].
 
-        Every variant of the loss multiplies a token's term by its advantage; where that is 0 (the
-        whole group got one reward) and nothing else pulls on the policy, the forward is spared. At
-        least one row stays, so that every parameter takes part on every process.
+        Every variant of the loss multiplies a token's term by its advantage and its mask; where
+        one of them is 0 (the whole group got one reward, the episode was cut) and nothing else
+        pulls on the policy, the forward is spared. At least one row stays, so that every parameter
+        takes part on every process.
         """
         everything = torch.arange(len(inputs["advantages"]))
         pulls_anyway = self.beta != 0.0 or self._entropy_bonus_enabled or self.aux_loss_enabled
         if pulls_anyway or self.top_entropy_quantile < 1.0:
             return everything
-        has_gradient = (inputs["advantages"] != 0).view(len(everything), -1).any(dim=1).cpu()
+        has_gradient = (inputs["advantages"] != 0).view(len(everything), -1).any(dim=1)
+        has_gradient &= (inputs["completion_mask"] * inputs["tool_mask"]).any(dim=1)
+        has_gradient = has_gradient.cpu()
         if not has_gradient.any():
             return inputs["completion_mask"].sum(dim=1).argmin().cpu().reshape(1)
         return everything[has_gradient]
@@ -554,6 +573,22 @@ class SearchGRPOTrainer(ResumableGRPOTrainer):
         """What an evaluation does is no part of a training step's time."""
         if not self.is_evaluating:
             self._seconds[stage] += seconds
+
+
+def shuffled_groups(questions: Sequence[int]) -> torch.Tensor:
+    """An order of rows, int64 [B], in which neighbours with the same question stay neighbours."""
+    begins = [i for i, one in enumerate(questions) if i == 0 or one != questions[i - 1]]
+    groups = [torch.arange(*ends) for ends in pairwise([*begins, len(questions)])]
+    return torch.cat([groups[i] for i in torch.randperm(len(groups)).tolist()])
+
+
+def _in_order(values: Any, order: torch.Tensor) -> Any:
+    """The rows of an entry of the batch in this order; a number for all rows stays."""
+    if values is None or (isinstance(values, torch.Tensor) and values.ndim == 0):
+        return values
+    if isinstance(values, list):
+        return [values[i] for i in order.tolist()]
+    return values[order]
 
 
 def _read_part(part: str) -> Callable[..., list[float | None]]:

@@ -17,6 +17,7 @@ backward was counted with saved-tensor hooks on transformers 5.23, see tests/tra
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from train.shapes import ModelShape
@@ -129,6 +130,8 @@ class Plan:
     """picture tokens in a prompt, contained in prompt_tokens"""
     steps_per_generation: int = 1
     """micro-batches that one rollout serves"""
+    has_own_steps_per_generation: bool = False
+    """it is set, and does not follow from the accumulation"""
     iterations: int = 1
     """passes over a rollout"""
     has_deepspeed: bool = True
@@ -198,8 +201,8 @@ class Plan:
 
     @property
     def loss_prompts(self) -> int:
-        """Distinct prompts of a micro-batch."""
-        return -(-self.rows // self.group)
+        """Distinct prompts of a micro-batch, which may begin within a group."""
+        return -(-(self.rows + self.group - math.gcd(self.rows, self.group)) // self.group)
 
     @property
     def observation_tokens(self) -> int:

@@ -9,6 +9,7 @@ Qwen2.5-VL folder: on a machine with torchvision plain `AutoProcessor.from_pretr
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -199,6 +200,25 @@ def load_policy(folder: str | Path, dtype: torch.dtype = torch.float32) -> tuple
     check_complete(folder, found["missing_keys"])
     run_as_usual()
     return model, processor
+
+
+def load_for_inference(folder: str | Path, device: str | None = None) -> tuple[Any, Any]:
+    """As `load_policy`, in evaluation mode, where it shall run.
+
+    Args:
+        folder: see there.
+        device: None = `device_of_process`.
+
+    Raises:
+        PolicyLoadError: see there.
+    """
+    model, processor = load_policy(folder)
+    return model.to(device or device_of_process()).eval(), processor
+
+
+def device_of_process() -> str:
+    """The GPU of this process, by its local rank; the processor where there is none."""
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
 
 
 def check_complete(folder: str | Path, missing: Iterable[str]) -> None:

@@ -170,17 +170,14 @@ def make_verifier(config: Config) -> tuple[Any, Verifier]:
 
 def _engine(config: Config, start: str) -> Any:
     """An engine of single turns for the policy of `start`, with the limits of training."""
-    import torch
-
-    from train.policy import load_policy
+    from train.policy import load_for_inference
     from train.sport_sampling import TurnEngine
     from train.worlds import build_engine
 
-    model, processor = load_policy(start)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, processor = load_for_inference(start)
     temperature = config.sport.temperature
     own = {} if temperature is None else {"temperature": temperature}
-    return build_engine(config, model.to(device), processor, make_engine=TurnEngine, **own)
+    return build_engine(config, model, processor, make_engine=TurnEngine, **own)
 
 
 # ---------------------------------------------------------------- checks and records

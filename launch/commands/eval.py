@@ -166,7 +166,7 @@ def evaluate_checkpoint(
 
     def make_asker() -> Asker:
         model, processor = load_for_inference(folder)
-        return Asker(config, model.to(_device()), processor, mode=mode, query=query)
+        return Asker(config, model, processor, mode=mode, query=query)
 
     header = {
         "arm": arm,
@@ -214,13 +214,6 @@ def read_shard(text: str | None) -> tuple[int, int]:
     if match is None or int(match[1]) >= int(match[2]):
         raise LaunchError(f"--shard {text[:60]}: write I/N with I from 0 to N - 1, such as 0/4")
     return int(match[1]), int(match[2])
-
-
-def _device() -> str:
-    """The GPU of this process, by its local rank; the processor where there is none."""
-    import torch
-
-    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
 
 
 def describe(record: dict[str, Any]) -> str:

@@ -307,7 +307,7 @@ def test_long_samples_are_cut_and_batches_can_be_read_again(tokenizer):
 def test_a_parent_answers_what_has_no_answer(trio, tokenizer):
     from launch.models import load_for_inference
 
-    model, _ = load_for_inference(trio["agent"])
+    model, _ = load_for_inference(trio["agent"], "cpu")
     samples = [Sample([5, 6, 7]), Sample([9], [], [3], [1])]
     generate_answers(samples, model, tokenizer, size=2, max_new_tokens=4)
     assert 0 < len(samples[0].answer_ids) <= 4

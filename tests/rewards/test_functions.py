@@ -66,6 +66,11 @@ def test_its_weight_times_its_value_is_added_to_the_total():
     ]
 
 
+def test_without_an_episode_no_function_is_asked():
+    # whose columns have no names then
+    add_functions([own(lambda t, answers: [len(gold) for gold in answers])], [], [], [])
+
+
 def test_an_episode_that_cannot_be_scored_stays_unscored():
     scores = [{"total": None}, {"total": 0.0}]
     add_functions([own(lambda t: [2.0, 4.0])], EPISODES, QUESTIONS, scores)

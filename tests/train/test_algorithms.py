@@ -338,6 +338,24 @@ def test_the_anchor_adds_the_gradient_of_its_loss(fresh_policy, statistics):
     assert anchor.loss() == pytest.approx(value, rel=1e-4)
 
 
+def test_the_anchor_follows_a_policy_that_is_cast_after_it_was_made(fresh_policy, statistics):
+    """As DeepSpeed casts it: bf16 weights, whose gradients are bf16."""
+    model, _ = fresh_policy
+    anchor = SaliencyAnchor(model, anchor_statistics("", statistics), strength=0.3)
+    weight = model.get_parameter("model.language_model.layers.0.mlp.up_proj.weight")
+    model.bfloat16()
+    (weight.sum() * 0).backward()
+    assert (weight.grad == 0).all()
+    assert anchor.loss() == 0.0
+    with torch.no_grad():
+        weight += 0.1
+    (weight.sum() * 0).backward()
+    h = torch.linspace(0, 1, weight.shape[1])
+    expected = 0.3 * 0.1 * h / h.mean()
+    # weights of about 0.1 in bf16 are 2^-11 apart, half a percent of the way
+    torch.testing.assert_close(weight.grad.float(), expected.expand_as(weight), rtol=0.03, atol=0)
+
+
 def test_a_strong_anchor_keeps_the_policy_nearer_to_its_start(
     make_trainer, tiny_checkpoints, statistics
 ):
@@ -411,6 +429,7 @@ def test_a_run_takes_the_switches_from_its_settings(tiny_checkpoints, tmp_path):
     [
         (["algorithm.anchor=1.0", "deepspeed=zero3"], "algorithm.anchor: needs whole parameters"),
         (["algorithm.anchor=1.0", "lora.r=4"], "algorithm.anchor: an adapter leaves"),
+        (["algorithm.anchor=1.0", "grpo.fp16=true"], "algorithm.anchor: fp16 scales the gradients"),
         (["models.reference=atlas://vlm"], "models.reference: without a KL term"),
         (
             ["models.reference=atlas://vlm", "grpo.beta=0.1", "lora.r=4"],

@@ -17,7 +17,14 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from configs.errors import ConfigError
 from configs.schema import load_config
-from train.duration import decode_seconds, forward_flops, loss_flops, seconds
+from configs.sections import Benchmark
+from train.duration import (
+    decode_seconds,
+    forward_flops,
+    loss_flops,
+    reference_seconds,
+    seconds,
+)
 from train.estimate import describe_estimate, estimate, find_machine, plan_of, repair
 from train.memory import (
     activation_bytes,
@@ -195,6 +202,23 @@ def test_the_cache_is_keys_and_values_of_every_slot(plan):
     assert cache_bytes(plan) == 28 * 4 * 128 * 2 * 2 * 8 * 2549
 
 
+@pytest.mark.parametrize(
+    ("rows", "n_prompts"), [(1, 1), (4, 1), (8, 1), (16, 2), (6, 2), (12, 2), (20, 3)]
+)
+def test_a_micro_batch_may_begin_within_a_group(plan, rows, n_prompts):
+    # groups of 8, one behind the other
+    starts = range(0, 8 * rows, rows)
+    assert max(len({i // 8 for i in range(s, s + rows)}) for s in starts) == n_prompts
+    assert replace(plan, rows=rows).loss_prompts == n_prompts
+
+
+def test_passes_over_a_rollout_share_its_reference(plan):
+    once = replace(plan, has_reference=True, accumulation=4, steps_per_generation=2)
+    twice = replace(once, iterations=2)
+    assert reference_seconds(once, H100) > 0
+    assert reference_seconds(twice, H100) == pytest.approx(reference_seconds(once, H100) / 2)
+
+
 def test_an_adapter_needs_states_for_itself_alone(plan):
     adapted = replace(plan, zero=2, lora_rank=16, has_reference=True)
     assert plan.shape.n_lora(16) == adapted.n_trained < 0.01 * plan.shape.n_parameters
@@ -278,6 +302,15 @@ def test_one_gpu_is_offered_offload_and_no_sharding(plan):
     assert repaired.fits
 
 
+def test_a_fix_names_the_steps_of_a_rollout_only_where_they_are_set(plan):
+    large = replace(plan, rows=32, accumulation=1, steps_per_generation=2, completion_tokens=8192)
+    changes, repaired = repair(estimate(large, H100))
+    assert repaired.plan.rows < 32
+    assert not any("steps_per_generation" in change for change in changes)
+    changes, repaired = repair(estimate(replace(large, has_own_steps_per_generation=True), H100))
+    assert f"grpo.steps_per_generation={repaired.plan.steps_per_generation}" in changes
+
+
 def test_what_fits_is_left_alone_and_what_nothing_helps_is_said(plan):
     assert repair(estimate(plan, H100))[0] == []
     tiny = replace(H100, memory=5e9)
@@ -314,6 +347,22 @@ def test_a_plan_reads_the_settings(config):
     assert plan.has_reference
     assert plan.is_bf16
     assert plan_of(config, 8, prompt_tokens=1500).picture_tokens > 1000
+
+
+def test_visits_of_pages_are_turns(config):
+    config.grpo = {"max_completion_length": 3000, "generation_kwargs": {"max_new_tokens": 100}}
+    config.environment.max_turns = 6
+    before = plan_of(config, 1)
+    config.environment.visits = 1
+    assert plan_of(config, 1).policy_tokens == before.policy_tokens + 100
+
+
+def test_a_picture_of_another_size_than_the_atlas_has_is_warned_of(config):
+    words = "WARNING: a prompt is counted with the atlas's small photo"
+    assert words not in describe_estimate(config, 1)
+    config.environment.train_benchmark = Benchmark(name="fvqa_train")
+    assert words in describe_estimate(config, 1)
+    assert words not in describe_estimate(config, 1, prompt_tokens=1500)
 
 
 def test_offload_is_read_from_a_deepspeed_file(config, tmp_path):

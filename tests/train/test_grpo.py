@@ -12,6 +12,7 @@ from trl.trainer.utils import shuffle_sequence_dict, split_tensor_dict
 
 from environments.episode import SearchEnvironment
 from train import scoring, trim
+from train.grpo import shuffled_groups
 from train.policy import load_policy
 
 REWARDS = {"accuracy": 1.0, "format": 0.1, "search_penalty": 0.1}
@@ -74,6 +75,13 @@ def test_trl_still_unpacks_the_eight_values_in_our_order():
     ) in source
     # without tools TRL leaves pictures alone
     assert "ifself.toolsandany(imgsforimgsintool_images)andself._is_vlm:" in source
+
+
+def test_trl_still_rolls_out_when_a_buffer_is_used_up():
+    source = "".join(inspect.getsource(GRPOTrainer._prepare_inputs).split())
+    assert "generate_every=self.args.steps_per_generation*self.num_iterations" in source
+    assert "ifself._step%generate_every==0orself._buffered_inputsisNone:" in source
+    assert "self._buffered_inputs[self._step%self.args.steps_per_generation]" in source
 
 
 def test_trl_still_masks_observations_with_the_tool_mask():
@@ -298,6 +306,7 @@ def test_rows_without_a_gradient_are_not_read_and_change_nothing(make_trainer, m
     trainer = make_trainer(script=right_half_the_time)
     batch = batch_of(trainer)
     batch["advantages"] = torch.tensor([0.0, 0.0, 1.0, -0.5] * 4)
+    batch["tool_mask"][2] = 0  # as of an episode that was cut
     read = []
     count = trainer._count_buckets
     monkeypatch.setattr(trainer, "_count_buckets", lambda n: read.append(n) or count(n))
@@ -308,7 +317,7 @@ def test_rows_without_a_gradient_are_not_read_and_change_nothing(make_trainer, m
     monkeypatch.setattr(trainer, "_rows_to_score", lambda inputs: torch.arange(16))
     full = trainer.compute_loss(trainer.model, batch)
     full.backward()
-    assert read == [8, 16]
+    assert read == [7, 16]
     assert torch.isclose(loss, full, atol=1e-7)
     for name, grad in _grads(trainer.model).items():
         assert torch.allclose(grad, spared[name], atol=1e-6), name
@@ -391,6 +400,32 @@ def test_one_pass_of_sixteen_rows_equals_eight_passes_of_two(
     assert one["grad_norm"] > 0
     for name, weight in weights.items():
         assert torch.allclose(weight, same_weights[name], atol=1e-6), name
+
+
+def test_the_micro_batches_of_a_rollout_hold_whole_groups(make_trainer):
+    trainer = make_trainer(
+        script=right_half_the_time, per_device_train_batch_size=2, steps_per_generation=8
+    )
+    trainer.model.train()
+    rows = [trainer.train_dataset[i // 4] for i in range(16)]
+    parts = []
+    for step in range(8):
+        trainer._step = step
+        parts.append(trainer._prepare_inputs(rows))
+    assert trainer.engine.n_rollouts == 1
+    prompts = [{row[0].key for row in part["pictures"]} for part in parts]
+    assert [len(one) for one in prompts] == [1] * 8
+    assert prompts[::2] == prompts[1::2]  # a group of four is two parts
+    assert len(set.union(*prompts)) == 4
+
+
+def test_groups_are_shuffled_whole_and_may_be_cut_at_the_ends():
+    questions = [7, 3, 3, 3, 5, 5]
+    orders = {tuple(shuffled_groups(questions).tolist()) for _ in range(100)}
+    assert orders == {
+        tuple(i for group in order for i in group)
+        for order in itertools.permutations([(0,), (1, 2, 3), (4, 5)])
+    }
 
 
 def test_the_shared_prefix_changes_neither_loss_nor_gradient_norm(

@@ -179,6 +179,24 @@ def test_a_pickle_that_names_code_is_refused_unopened(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.parametrize("name", ["latest", "latest_universal"])
+@pytest.mark.parametrize("tag", ["../other", "/other", "global_step2/../other", "", "\udcff"])
+def test_a_folder_that_deepspeed_would_not_write_is_refused(tmp_path, name, tag):
+    (tmp_path / name).write_text("global_step2_universal\n")
+    check_pickles(tmp_path)
+    (tmp_path / name).write_text(tag, errors="surrogateescape")
+    with pytest.raises(ConfigError, match=f"{name} names .* no folder that DeepSpeed wrote; take"):
+        check_pickles(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["global_step2", "rollout_state_0.pt"])
+def test_a_link_within_a_checkpoint_is_refused(tmp_path, name):
+    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "checkpoint" / name).symlink_to(tmp_path)
+    with pytest.raises(ConfigError, match=f"{name} is a link, .*; copy the run again with"):
+        check_pickles(tmp_path / "checkpoint")
+
+
 def test_a_function_within_deepspeed_is_not_taken_for_a_class_of_its_own(tmp_path, monkeypatch):
     import torch
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from launch.cli import main
 from train import sport
 from train.cold_start import collect, run_cold_start, to_example, training_questions, write_episode
 from train.cost import Cost
-from train.policy import load_policy
+from train.policy import load_for_inference, load_policy
 from train.sft import IGNORE
 from train.sport import run_sport
 from train.sport_tasks import make_tasks
@@ -235,6 +236,37 @@ def test_what_a_solver_gives_up_or_answers_wrongly_is_not_taught(settings, vlm):
     assert not is_right(episode, question)
 
 
+def test_an_empty_turn_is_the_token_that_ends_it(settings, vlm):
+    config = load_config(settings(init="atlas://vlm", kind="text"))
+    engine = build_engine(config, *vlm)
+    episode = write_episode(engine, load_train_questions(config)[0], lambda running: "")
+    assert episode.turns[0].token_ids == [engine.tokenizer.eos_token_id]
+
+
+def test_only_a_teachers_right_episodes_search_again(settings, vlm, monkeypatch):
+    config = load_config(settings(), ["sft.teacher=atlas://agent"])
+    engine = build_engine(config, *vlm)
+    questions = load_train_questions(config)[:2]
+    answers = [questions[0]["answers"][0], "nowhere"]
+    turns = [f"<think> x </think> <answer> {answer} </answer>" for answer in answers]
+    played = [
+        write_episode(engine, question, lambda running, turn=turn: turn)
+        for question, turn in zip(questions, turns, strict=True)
+    ]
+    teacher = SimpleNamespace(
+        rollout_rows=lambda asked, **settings: played, release_images=lambda: None
+    )
+    monkeypatch.setattr("train.policy.load_for_inference", lambda folder: vlm)
+    monkeypatch.setattr("train.worlds.build_engine", lambda *parts, **settings: teacher)
+    started, start = [], engine.environment.start
+    monkeypatch.setattr(
+        engine.environment, "start", lambda question: started.append(question) or start(question)
+    )
+    [taught] = collect(config, engine, questions)
+    assert taught.answer == answers[0]
+    assert started == questions[:1]
+
+
 @pytest.mark.slow
 def test_a_cold_start_learns_the_episodes_and_gives_a_policy(settings, tmp_path):
     path = settings(init="atlas://vlm", kind="two", output="cold")
@@ -261,6 +293,18 @@ def mean_nll(config, checkpoint):
     examples = [to_example(e) for e in collect(config, engine, training_questions(config))]
     with torch.no_grad():
         return model(**SFTCollator(processor)(examples)).loss.item()
+
+
+def test_a_checkpoint_runs_on_the_gpu_of_its_process(monkeypatch):
+    moved, model = [], SimpleNamespace(eval=lambda: "ready")
+    model.to = lambda device: moved.append(device) or model
+    monkeypatch.setattr("train.policy.load_policy", lambda folder: (model, "processor"))
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    for has_gpu in (True, False):
+        monkeypatch.setattr("torch.cuda.is_available", lambda has_gpu=has_gpu: has_gpu)
+        assert load_for_inference("folder") == ("ready", "processor")
+    load_for_inference("folder", "cpu")
+    assert moved == ["cuda:1", "cpu", "cpu"]
 
 
 @pytest.mark.slow
