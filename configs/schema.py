@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 from urllib.parse import urlsplit
 
 from configs.checks import Where, build, fail, nearest
@@ -28,6 +28,7 @@ from configs.sections import (
     FreezeHeads,
     Lora,
     Merge,
+    Method,
     Models,
     Rewards,
     Scope,
@@ -107,6 +108,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         if name in ROLES:
             reason = f"'{name}' is a model of its own, not a donor"
             fail(where, f"models.donors.{name}", reason, f"set models.{name}, or rename the donor")
+        if name in get_args(Method):
+            reason = f"'{name}' is the name of a merge method"
+            fail(where, f"models.donors.{name}", reason, "rename the donor")
     if not 0 <= config.seed <= LARGEST_SEED:
         fix = f"use a whole number from 0 to {LARGEST_SEED}"
         fail(where, "seed", f"{reprlib.repr(config.seed)} is out of range", fix)

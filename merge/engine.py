@@ -30,6 +30,7 @@ from merge.checkpoint import Checkpoint
 from merge.cost import estimate_cost, format_cost
 from merge.errors import MergeError
 from merge.journal import Journal
+from merge.methods import METHODS
 from merge.output import (
     RECORD_NAME,
     OutputFile,
@@ -106,6 +107,9 @@ def merge(
     for name in donors or {}:
         if name in sources:
             reason = f"'{name}' is a model of its own, not a donor"
+            raise MergeError(f"models.donors.{name}: {reason}; rename the donor")
+        if name in METHODS:  # an action is a method, or whose tensor is copied
+            reason = f"'{name}' is the name of a merge method"
             raise MergeError(f"models.donors.{name}: {reason}; rename the donor")
     sources |= donors or {}
     parents = {role: Checkpoint(source, role) for role, source in sources.items()}

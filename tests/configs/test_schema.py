@@ -472,6 +472,12 @@ def test_a_donor_does_not_take_the_name_of_another_model(write, name):
     assert text.endswith(f"; set models.{name}, or rename the donor")
 
 
+def test_a_donor_does_not_take_the_name_of_a_method(write):
+    text = message(write("output: x\nmodels: {donors: {ties: owner/model}}"))
+    reason = "'ties' is the name of a merge method; rename the donor"
+    assert text.endswith(f"run.yaml:models.donors.ties: {reason}")
+
+
 @pytest.mark.parametrize("sign", ["", "-"])
 def test_a_number_too_large_for_a_float_is_not_finite(write, sign):
     text = message(write("output: x"), f"rewards.accuracy={sign}{'9' * 400}")

@@ -404,6 +404,14 @@ def test_a_donor_does_not_take_the_place_of_a_parent(make_trio, tmp_path, name, 
     assert not (tmp_path / "out").exists()
 
 
+def test_a_donor_does_not_take_the_name_of_a_method(make_trio, tmp_path):
+    """Its tensors would be copied where the method was to merge."""
+    trio = make_trio()
+    words = r"models\.donors\.ties: 'ties' is the name of a merge method; rename the donor"
+    with pytest.raises(MergeError, match=words):
+        run(trio, tmp_path / "out", donors={"ties": trio.paths["agent"]}, method="ties")
+
+
 @pytest.mark.parametrize("method", ["obm", "ties", "sce", "ram_plus"])
 def test_a_donor_that_equals_the_base_changes_nothing(make_trio, stats, tmp_path, method):
     trio = make_trio()
