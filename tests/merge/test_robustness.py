@@ -1,5 +1,7 @@
 """Merges that are killed, interrupted, raced, or run out of disk: resumed, or refused cleanly."""
 
+import errno
+import fcntl
 import json
 import resource
 import signal
@@ -237,6 +239,44 @@ def test_a_second_merge_into_the_same_output_is_refused(make_trio, tmp_path):
     _, log = process.communicate(timeout=60)
     assert process.returncode == 0, log
     assert hash_files(tmp_path / "out") == undisturbed(make_trio(), tmp_path)
+
+
+def test_where_the_file_system_has_no_locks_a_merge_warns(make_trio, tmp_path, monkeypatch, caplog):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("merge.journal.fcntl.flock", refuse)
+    run(make_trio(), tmp_path / "out", method="ties")
+    assert f"{tmp_path}: no locks on this file system; start one merge" in caplog.text
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_lock_that_fails_is_not_taken_for_another_merge(make_trio, tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr("merge.journal.fcntl.flock", fail)
+    with pytest.raises(MergeError, match=r"cannot be written \(Input/output error\)"):
+        run(make_trio(), tmp_path / "out", method="ties")
+
+
+def test_a_lock_file_that_was_removed_meanwhile_is_not_taken_for_held(tmp_path, monkeypatch):
+    flock, seen = fcntl.flock, []
+
+    def slow(descriptor, how):
+        """The merge before removes its file between our opening and our locking it."""
+        if not seen:
+            (tmp_path / ".out.lock").unlink()
+        seen.append(descriptor)
+        return flock(descriptor, how)
+
+    monkeypatch.setattr("merge.journal.fcntl.flock", slow)
+    journal = Journal(tmp_path / PART, "digest")
+    assert len(seen) == 2
+    with pytest.raises(MergeError, match="out: another merge is writing it"):
+        Journal(tmp_path / PART, "digest")
+    journal.abandon()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_output_that_another_merge_finished_meanwhile_is_kept(make_trio, tmp_path, monkeypatch):
