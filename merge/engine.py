@@ -260,7 +260,8 @@ class _Run:
                 while waiting or running:
                     while waiting and len(running) < 2 * self._threads:
                         tensor = waiting.pop()
-                        for role, name in tensor.sources.items():
+                        for role in tensor.read_roles:
+                            name = tensor.sources[role]
                             self._parents[role].file_of(name).will_need(name)
                         writer = writers[tensor.name]
                         running[executor.submit(self._writer.write, tensor, writer)] = tensor
