@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from merge.errors import MergeError
+from merge.shards import cannot_write
 
 logger = logging.getLogger(__name__)
 
@@ -48,12 +49,12 @@ def hold_folder(folder: Path) -> int:
             "writing it; wait for it, or choose another output"
         ) from error
     except OSError as error:
-        raise _cannot_write(folder, error) from error
+        raise cannot_write(folder, error) from error
     try:
         folder.mkdir(exist_ok=True)
     except OSError as error:
         let_go(folder, descriptor)
-        raise _cannot_write(folder, error) from error
+        raise cannot_write(folder, error) from error
     return descriptor
 
 
@@ -122,14 +123,14 @@ class Journal:
                 self._write(entries[0])
         except OSError as error:
             self.abandon()
-            raise _cannot_write(folder, error) from error
+            raise cannot_write(folder, error) from error
 
     def add(self, tensor: str, entry: Mapping[str, Any]) -> None:
         """Notes that a tensor is in its place."""
         try:
             self._write({"tensor": tensor, **entry})
         except OSError as error:
-            raise _cannot_write(self.folder, error) from error
+            raise cannot_write(self.folder, error) from error
 
     def remove(self) -> None:
         """Deletes the journal of a folder that is complete; the folder stays held."""
@@ -179,9 +180,3 @@ def empty_folder(folder: Path) -> None:
             shutil.rmtree(path)
         else:
             path.unlink()
-
-
-def _cannot_write(path: Path, error: OSError) -> MergeError:
-    return MergeError(
-        f"{path}: cannot be written ({error.strerror}); free space or choose another output"
-    )
