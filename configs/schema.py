@@ -5,6 +5,7 @@ Precedence: dataclass default < inherited file < file < override on the command 
     config = load_config("configs/demo.yaml", ["grpo.learning_rate=2e-6", "seed=1"])
 """
 
+import os
 import re
 import reprlib
 from collections.abc import Sequence
@@ -272,7 +273,7 @@ def resolve_model(ref: str) -> str:
                 "make the checkpoints with 'obm atlas build'"
             )
         return str(folder / name)
-    path = Path(ref).expanduser()
+    path = Path(os.path.expanduser(ref))  # the ~ of an unknown user stays
     if path.is_dir():
         return str(path.resolve())
     owner = ref.partition("/")[0]

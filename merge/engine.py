@@ -102,7 +102,12 @@ def merge(
     settings = make_settings(weights, options)
     if threads is not None and threads < 1:
         raise MergeError(f"merge.threads: {threads} is less than 1; null means one a core")
-    output = Path(output).expanduser()
+    try:
+        output = Path(output).expanduser()
+    except RuntimeError as error:  # the home of nobody
+        raise MergeError(
+            f"{output}: cannot be a folder ({error}); choose another output"
+        ) from error
     sources = {"base": base, "vlm": vlm, "agent": agent}
     for name in donors or {}:
         if name in sources:

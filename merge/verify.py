@@ -1,6 +1,7 @@
 """Checks a merged folder against its merge.json: every byte, and whose vision tower it is."""
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ def verify_folder(folder: str | Path) -> dict[str, Any]:
     Raises:
         MergeError: Names every tensor that differs.
     """
-    folder = Path(folder).expanduser()
+    folder = Path(os.path.expanduser(folder))
     record = _read_record(folder)
     checkpoint = Checkpoint(folder, "merged")
     checksums: dict[str, str] = {}
@@ -55,7 +56,7 @@ def check_folder(folder: str | Path) -> None:
     Raises:
         MergeError: Names every tensor that differs.
     """
-    folder = Path(folder).expanduser()
+    folder = Path(os.path.expanduser(folder))
     record = _read_record(folder)
     _refuse(folder, list(_differences(Checkpoint(folder, "merged"), record, None)))
 
@@ -108,7 +109,7 @@ def _differences(
 
 def _find_vlm(record: dict[str, Any]) -> Checkpoint | None:
     """The VLM as it is now, if it lies where it lay; the hub is not asked."""
-    source = Path(str(record["parents"]["vlm"]["source"])).expanduser()
+    source = Path(os.path.expanduser(str(record["parents"]["vlm"]["source"])))
     if not source.is_dir():
         return None
     try:

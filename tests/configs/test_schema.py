@@ -336,8 +336,9 @@ def test_a_hub_id_passes_unchanged(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "ref",
-    ["runs/obn", "./x", "/no/where", "a/b/c", "merged", "here/x", "here/x@main", "a/b@", "a@b/c"],
-)
+    ["runs/obn", "./x", "/no/where", "a/b/c", "merged", "here/x", "here/x@main", "a/b@", "a@b/c",
+     "~nobody-of-this-name/x"],
+)  # fmt: skip
 def test_a_missing_folder_is_no_hub_id(ref, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "here").mkdir()

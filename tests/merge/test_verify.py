@@ -159,6 +159,7 @@ def test_a_folder_that_no_merge_wrote(merged, make_trio):
     vlm = Path(make_trio(torch.bfloat16).paths["vlm"])
     refuse(vlm, "merge.json: is missing; give a folder that `obm merge` wrote")
     refuse(merged / "nowhere", "merge.json: is missing")
+    refuse(Path("~nobody-of-this-name/x"), "merge.json: is missing")
 
 
 @pytest.mark.parametrize(
