@@ -17,6 +17,7 @@ import pytest
 from merge import engine
 from merge.errors import MergeError
 from merge.journal import JOURNAL_NAME, Journal
+from merge.reader import TensorReader
 from merge.shards import ShardWriter, encode_header, from_float
 from tests.merge.folders import flip_byte, hash_files, run, weights_of
 
@@ -442,3 +443,18 @@ def test_a_large_embedding_is_merged_in_little_memory(tmp_path):
     peak_kb, density = map(float, answer.stdout.split())
     assert peak_kb * 1024 < 0.5e9
     assert density == pytest.approx(0.2, abs=1e-7)
+
+
+@pytest.mark.parametrize(("threads", "piece_mib"), [(1, 12), (2, 12), (16, 12), (50, 4), (400, 1)])
+def test_many_workers_take_smaller_pieces(make_trio, tmp_path, monkeypatch, threads, piece_mib):
+    # of 200 MiB that they share: 4 each for 50, half a one for 400, which is too little
+    taken = set()
+
+    class Reader(TensorReader):
+        def __init__(self, *arguments):
+            taken.add(arguments[-1])
+            super().__init__(*arguments)
+
+    monkeypatch.setattr("merge.writer.TensorReader", Reader)
+    run(make_trio(), tmp_path / "out", method="ties", threads=threads)
+    assert taken == {piece_mib * 1024 * 1024}
