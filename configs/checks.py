@@ -142,7 +142,8 @@ def _list(value: Any, inner: Any, key: str, where: Where, default: Any) -> list[
 
 
 def _choice(value: Any, choices: tuple[Any, ...], key: str, where: Where) -> Any:
-    if value not in choices:
+    # types, too: 1 equals true
+    if (type(value), value) not in [(type(choice), choice) for choice in choices]:
         names = ", ".join(map(str, choices))
         fail(where, key, f"'{value}' is not one of {names}", nearest(value, map(str, choices)))
     return value

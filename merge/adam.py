@@ -32,7 +32,8 @@ from merge.stats import FILE_NAMES, StatsWriter
 from merge.sums import weight_checksums
 
 KEY = "exp_avg_sq"
-FILES = "zero_pp_rank_*_mp_rank_00_optim_states.pt"
+FILES = "*zero_pp_rank_*_mp_rank_00_optim_states.pt"
+"""One a process; their names begin with `bf16_` where the training was in bf16."""
 
 
 class _Empty:
@@ -169,7 +170,7 @@ def open_adam(folder: str | Path) -> AdamStates:
     """
     folder = Path(folder).expanduser()
     states = _states_folder(folder)
-    paths = sorted(states.glob(FILES), key=lambda path: int(path.name.split("_")[3]))
+    paths = sorted(states.glob(FILES), key=_rank_of)
     ranks = [_load(path)["optimizer_state_dict"] for path in paths]
     stage = ranks[0]["zero_stage"]
     stage = stage.arguments[0] if isinstance(stage, _Stage) else stage
@@ -180,7 +181,7 @@ def open_adam(folder: str | Path) -> AdamStates:
         )
     counts = ranks[0]["partition_count"]
     n_ranks = max(counts) if isinstance(counts, list) else int(counts)
-    numbers = [int(path.name.split("_")[3]) for path in paths]
+    numbers = [_rank_of(path) for path in paths]
     if numbers != list(range(n_ranks)):
         raise MergeError(
             f"{states}: was written by {n_ranks} processes, there are files of {numbers}; copy the "
@@ -210,6 +211,11 @@ def _states_folder(folder: Path) -> Path:
         f"{folder}: holds no optimizer of DeepSpeed ({FILES}); give a run's "
         "checkpoints/checkpoint-N"
     )
+
+
+def _rank_of(path: Path) -> int:
+    """The process that wrote a file of `FILES`."""
+    return int(path.name.partition("zero_pp_rank_")[2].partition("_")[0])
 
 
 def _load(path: Path) -> dict[str, Any]:

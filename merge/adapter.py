@@ -25,6 +25,7 @@ import xxhash
 from merge.checkpoint import Checkpoint
 from merge.errors import MergeError
 from merge.families import canonical_name, get_family, group_of
+from merge.journal import empty_folder, hold_folder, let_go
 from merge.output import (
     RECORD_NAME,
     OutputFile,
@@ -35,6 +36,7 @@ from merge.output import (
     write_index,
 )
 from merge.shards import SafetensorsFile, ShardWriter, from_float, is_finite
+from merge.verify import read_record
 
 SETTINGS_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -121,7 +123,8 @@ def merge_adapter(
     Args:
         adapter: Folder that peft saved, or the run folder of a training with `lora.r` above 0.
         output: Folder to write.
-        base: Checkpoint that the adapter was trained on; None for the one that it names itself.
+        base: Checkpoint that the adapter was trained on; None for the one that it names itself,
+            which must be as it was then where the adapter lies in a run folder that says so.
         families: YAML file with further model families.
         overwrite: Replace an output that a merge wrote.
 
@@ -130,7 +133,8 @@ def merge_adapter(
 
     Raises:
         MergeError: An adapter that is more than W + s B A, a target that the base does not have or
-            that has another shape, or values that are not finite; no output is left then.
+            that has another shape, a base that has changed since, values that are not finite, or an
+            output that another merge is writing; nothing is left of this one then.
     """
     folder, output = find_adapter(adapter), Path(output).expanduser()
     settings = _read_settings(folder)
@@ -160,11 +164,13 @@ def merge_adapter(
         )
         for file in checkpoint.files
     ]
-    check_output(output, {"base": checkpoint}, sum(file.n_bytes for file in files), overwrite)
+    sources = {"base": checkpoint.folder, "adapter": folder}
+    check_output(output, sources, sum(file.n_bytes for file in files), overwrite)
     part = output.with_name(f".{output.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
+    start = {} if base else _start_checksums(folder)
+    held = hold_folder(part)
     try:
-        part.mkdir(parents=True)
+        empty_folder(part)
         tensors: dict[str, Any] = {}
         for file in files:
             layout = [(tensor.name, tensor.dtype, tensor.shape) for tensor in file.tensors]
@@ -181,6 +187,12 @@ def merge_adapter(
                     }
             finally:
                 writer.close()
+        for name, entry in tensors.items() if start else ():
+            if start.get(name) != entry["inputs"]["vlm"]:
+                raise MergeError(
+                    f"{source}: {name} is not what {folder} was trained on, by the run's "
+                    f"{RECORD_NAME}; put that start back, or give --base"
+                )
         copy_companions(checkpoint.folder, part)
         write_index(part, files)
         record = {
@@ -197,6 +209,7 @@ def merge_adapter(
         ) from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
+        let_go(part, held)
     return record
 
 
@@ -329,6 +342,15 @@ def _check_shapes(
             f"fit {name} {list(stored)} of {checkpoint.source}; give the --base that the adapter "
             "was trained on"
         )
+
+
+def _start_checksums(folder: Path) -> dict[str, str]:
+    """Tensor -> checksum in the merge that the adapter's run began with; empty where unknown."""
+    for run in folder.absolute().parents[:2]:
+        if (run / "config.yaml").is_file() and (run / RECORD_NAME).is_file():
+            tensors = read_record(run)["tensors"]
+            return {name: entry["checksum"] for name, entry in tensors.items()}
+    return {}
 
 
 def _write(

@@ -58,6 +58,7 @@ def find_shared_cuts(
     with_reader: WithReader,
     kernels: ModuleType,
     executor: Executor,
+    threads: int,
 ) -> dict[str, list[Cut]]:
     """Finds the cuts of tensors that share a budget.
 
@@ -66,6 +67,7 @@ def find_shared_cuts(
         with_reader: Opens a reader.
         kernels: Module of kernels.
         executor: Workers.
+        threads: How many they are.
 
     Returns:
         Name of the tensor -> cut of each task.
@@ -87,7 +89,7 @@ def find_shared_cuts(
         with_reader(tensor, use)
         return result[0]
 
-    for counts, n in _bounded(executor, count, group):
+    for counts, n in _bounded(executor, count, group, 2 * threads):
         leading += counts
         n_entries += n
     n_wanted = [share_of(first.settings.density, n_entries)] * n_tasks
@@ -101,12 +103,12 @@ def find_shared_cuts(
                 kernels.refine(piece, score, bins, trailing)
 
         with_reader(tensor, use)
-        # few bits occur: what is kept is small however many tensors there are
+        # only the bits that occur: few where the weights are bf16, up to all of them for saliencies
         return [(found := np.flatnonzero(row), row[found]) for row in trailing]
 
     fine: list[Trailing] = []
     if bool((bins >= 0).any()):
-        fine = list(_bounded(executor, refine, group))
+        fine = list(_bounded(executor, refine, group, 2 * threads))
     total = np.zeros((n_tasks, N_TRAILING), np.int64)
     for tensor_counts in fine:
         for k, (bits, counts) in enumerate(tensor_counts):
@@ -142,13 +144,16 @@ def _share_ties(
 
 
 def _bounded(
-    executor: Executor, work: Callable[[PlannedTensor], object], tensors: Iterable[PlannedTensor]
+    executor: Executor,
+    work: Callable[[PlannedTensor], object],
+    tensors: Iterable[PlannedTensor],
+    n_pending: int,
 ) -> Iterator[Any]:
-    """Runs work on every tensor, in order of the results; histograms do not pile up."""
+    """Runs work on every tensor; results come in order, and only so many histograms wait."""
     pending: list[Future[object]] = []
     for tensor in tensors:
         pending.append(executor.submit(work, tensor))
-        if len(pending) > 8:
+        if len(pending) > n_pending:
             yield pending.pop(0).result()
     for future in pending:
         yield future.result()

@@ -169,6 +169,6 @@ def _check_same(
 ) -> None:
     if record.digests[number] != hash_batch(batch):
         raise MergeError(
-            f"{unfinished}: was begun with other data (batch {number} differs); remove it, or "
-            "pass --overwrite"
+            f"{unfinished}: was begun with other data (batch {number} differs); remove it to "
+            "start anew"
         )

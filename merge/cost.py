@@ -1,7 +1,7 @@
 """What a merge will cost: bytes, memory and time, from the plan and measured coefficients."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from merge.methods import METHODS
@@ -28,6 +28,12 @@ SECONDS_A_FLOP = 2e-11
 """Matrix products and solves of the dense methods."""
 
 
+def dense_bytes(shape: Sequence[int]) -> int:
+    """Memory that a dense method takes for one tensor: several fp64 matrices of both shapes."""
+    n_out, n_in = shape[0], shape[-1]
+    return 8 * (5 * n_in * n_in + 8 * n_out * n_in)
+
+
 def estimate_cost(plan: MergePlan, n_bytes: Mapping[str, int], n_files: int) -> dict[str, Any]:
     """Estimates what a merge will take.
 
@@ -37,7 +43,8 @@ def estimate_cost(plan: MergePlan, n_bytes: Mapping[str, int], n_files: int) -> 
         n_files: Files of the output.
 
     Returns:
-        bytes_read, bytes_written, files, memory_bytes (peak), cpu_s.
+        bytes_read, bytes_written, files, memory_bytes (peak; where more is free, dense methods take
+        it for further tensors at a time), cpu_s.
     """
     seconds = SECONDS_A_BYTE * (n_bytes["read"] + n_bytes["written"])
     memory = FIXED_MEMORY + RESIDENT_BYTES + RESIDENT_BYTES // 2
@@ -52,11 +59,9 @@ def estimate_cost(plan: MergePlan, n_bytes: Mapping[str, int], n_files: int) -> 
             an_entry = SECONDS_AN_ENTRY["arbitrate" if rule.arbitrate else rule.keep]
             seconds += an_entry * n * n_tasks / 2
             continue
-        n_out, n_in = tensor.shape[0], tensor.shape[-1]
         products = tensor.settings.steps if tensor.action == "wudi" else 4
-        seconds += SECONDS_A_FLOP * 2 * products * n * n_in
-        # several fp64 matrices of both shapes
-        memory = max(memory, FIXED_MEMORY + 8 * (5 * n_in * n_in + 8 * n_out * n_in))
+        seconds += SECONDS_A_FLOP * 2 * products * n * tensor.shape[-1]
+        memory = max(memory, FIXED_MEMORY + dense_bytes(tensor.shape))
     return {
         "bytes_read": n_bytes["read"],
         "bytes_written": n_bytes["written"],

@@ -5,6 +5,7 @@ largest tensor: twice for the entries (the second time the effective supports ar
 times more for the spectrum of each matrix. `geometry` and `spectrum` have the maths.
 """
 
+import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -43,6 +44,8 @@ from merge.geometry import (
 )
 from merge.shards import MERGEABLE_DTYPES, NUMPY_DTYPES, to_float
 from merge.spectrum import Blocks, leading_spectrum, subspace_energy
+
+logger = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 1
 BLOCK_ENTRIES = 1 << 20
@@ -159,7 +162,10 @@ def diagnose(
 def _shared_tensors(
     checkpoints: Mapping[str, Checkpoint], families: str | Path | None
 ) -> list[Shared]:
-    """The language tensors, in the base's order; all have them, with the same shapes."""
+    """The language tensors, in the base's order; all have them, with the same shapes.
+
+    An output head that some tie to their embeddings is named in the log, and left out.
+    """
     names: dict[str, dict[str, str]] = {}
     types: dict[str, tuple[str, ...]] = {}
     own: dict[str, Family] = {}
@@ -174,10 +180,12 @@ def _shared_tensors(
             )
         names[role] = canonical_names(checkpoint, family)
     shared = []
-    for canonical in names["base"]:
-        group = group_of(own["base"], canonical)
+    # the base's names first, then those that only models have
+    for canonical in dict.fromkeys(name for role in names for name in names[role]):
+        owner = next(role for role in names if canonical in names[role])
+        group = group_of(own[owner], canonical)
         if group in (LINEAR, NORM_BIAS, EMBEDDING):
-            found = _find(canonical, str(group), checkpoints, names)
+            found = _find(canonical, str(group), owner, checkpoints, names)
             if found is not None:
                 shared.append(found)
     return shared
@@ -186,18 +194,26 @@ def _shared_tensors(
 def _find(
     canonical: str,
     group: str,
+    owner: str,
     checkpoints: Mapping[str, Checkpoint],
     names: Mapping[str, Mapping[str, str]],
 ) -> Shared | None:
-    """One tensor in all checkpoints; None for an output head that some tie to their embeddings."""
+    """One tensor in all checkpoints; None for an output head that some tie to their embeddings.
+
+    `owner` is the first role that has it.
+    """
     stored, shapes = {}, {}
     for role, checkpoint in checkpoints.items():
         if canonical not in names[role]:
             if canonical == LM_HEAD and EMBED_TOKENS in names[role]:
+                logger.warning(
+                    "%s: not measured, for %s has one and %s ties it to %s",
+                    canonical, owner, role, EMBED_TOKENS,
+                )  # fmt: skip
                 return None
             raise MergeError(
-                f"{canonical}: the base has it, {role} {checkpoint.source} does not; an update is "
-                "a difference to its own base"
+                f"{canonical}: {owner} {checkpoints[owner].source} has it, {role} "
+                f"{checkpoint.source} does not; an update is a difference to its own base"
             )
         stored[role] = names[role][canonical]
         info = checkpoint.tensors[stored[role]]

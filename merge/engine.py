@@ -8,8 +8,9 @@ Nothing is written before everything is checked: names, shapes, vocabularies, se
 the output folder, free space. The output is then built in a hidden folder beside its place: the
 headers first, so that every tensor has its offset and no shard is held in memory; then the tensors,
 several at a time, each noted in a journal. The folder is renamed when it is complete, so it either
-is complete or does not exist, and a merge that was killed goes on when it is run again. Arithmetic
-is in fp32; each tensor is rounded once, to nearest even, to the dtype it has in the VLM.
+is complete or does not exist, and a merge that was killed goes on when it is run again. Nothing is
+forced to the disk: what a power cut has taken, `obm merge verify` finds. Arithmetic is in fp32;
+each tensor is rounded once, to nearest even, to the dtype it has in the VLM.
 """
 
 import json
@@ -130,7 +131,8 @@ def merge(
     )
     files = plan_files(plan, parents["vlm"], shard_size)
     n_bytes = sum(tensor.n_bytes for file in files for tensor in file.tensors)
-    check_output(output, parents, n_bytes, overwrite)
+    folders = {role: parent.folder for role, parent in parents.items()}
+    check_output(output, folders, n_bytes, overwrite)
     check_methods(plan)
     statistics = open_statistics(stats, plan, parents)
     groups = group_budgets(plan.tensors)
@@ -209,7 +211,11 @@ class _Run:
                     for group in budgets:
                         if any(tensor.name in open_names for tensor in group):
                             shared = find_shared_cuts(
-                                group, self._writer.with_reader, self._writer.kernels, executor
+                                group,
+                                self._writer.with_reader,
+                                self._writer.kernels,
+                                executor,
+                                self._threads,
                             )
                             self._writer.cuts.update(shared)
                     self._write_all(missing, writers, executor)
@@ -222,7 +228,11 @@ class _Run:
             raise
 
     def finish(self, record: dict[str, Any], overwrite: bool) -> None:
-        """Adds what lies beside the weights, and moves the folder into its place."""
+        """Adds what lies beside the weights, and moves the folder into its place.
+
+        An error removes the folder, unless it is whole and only cannot be moved.
+        """
+        is_whole = False
         try:
             copy_companions(self._parents["vlm"].folder, self.part)
             write_index(self.part, self._files)
@@ -231,8 +241,14 @@ class _Run:
             text = json.dumps(record, indent=2) + "\n"
             (self.part / RECORD_NAME).write_text(text, encoding="utf-8")
             self._journal.remove()
+            is_whole = True
             move_into_place(self.part, self._output, overwrite)
         except OSError as error:
+            if is_whole:
+                raise MergeError(
+                    f"{self._output}: the merge cannot be moved there ({error}); it is whole in "
+                    f"{self.part}, move it yourself"
+                ) from error
             self._journal.abandon()
             raise MergeError(
                 f"{self._output}: cannot be written ({error}); free space or choose another output"

@@ -122,23 +122,21 @@ def _output(tensor: PlannedTensor) -> OutputTensor:
     return OutputTensor(tensor.name, tensor.dtype, tensor.shape)
 
 
-def check_output(
-    output: Path, parents: Mapping[str, Checkpoint], n_bytes: int, overwrite: bool
-) -> None:
+def check_output(output: Path, sources: Mapping[str, Path], n_bytes: int, overwrite: bool) -> None:
     """Checks that the output may be written, before anything is.
 
     Args:
         output: Folder to write.
-        parents: Must not be the output or lie in it.
+        sources: Role -> folder that is read; must not be the output or lie in it.
         n_bytes: How much will be written.
         overwrite: Whether an earlier merge may be replaced.
 
     Raises:
-        MergeError: It is a file, a parent or above one, exists (unless `overwrite` and an earlier
-            merge wrote it), or the disk is too small.
+        MergeError: It is a file, a link, a mount point, a source or above one, exists (unless
+            `overwrite` and an earlier merge wrote it), or the disk is too small.
     """
-    for role, parent in parents.items():
-        if output.resolve() in (parent.folder.resolve(), *parent.folder.resolve().parents):
+    for role, source in sources.items():
+        if output.resolve() in (source.resolve(), *source.resolve().parents):
             raise MergeError(f"{output}: is or holds the {role} itself; choose another output")
     if not output.name:  # the current folder, or the root
         raise MergeError(f"{output}: has no name of its own; choose another output")
@@ -153,6 +151,12 @@ def check_output(
     if not existing.is_dir():
         reason = "is a file" if existing == output else f"lies below {existing}, which is a file"
         raise MergeError(f"{output}: {reason}; choose another output")
+    # the finished folder is renamed to its place, which none can be to these
+    if output.is_symlink() or os.path.ismount(output):
+        kind = "a symbolic link" if output.is_symlink() else "a mount point"
+        raise MergeError(
+            f"{output}: is {kind}; name a folder inside {output.resolve()} as the output"
+        )
     n_there = sum(path.stat().st_blocks * 512 for path in part.glob("*.safetensors"))
     n_free = shutil.disk_usage(existing).free + n_there
     if n_free < n_bytes:
@@ -164,10 +168,13 @@ def check_output(
         return
     if not overwrite:
         raise _exists(output)
-    if not (output / RECORD_NAME).exists():
+    # a run folder holds its settings, and a copy of its start's record
+    is_run = (output / "config.yaml").exists()
+    if is_run or not all((output / name).is_file() for name in (RECORD_NAME, "config.json")):
         raise MergeError(
-            f"{output}: exists and was not written by a merge (no {RECORD_NAME}), so it is not "
-            "overwritten; choose another output, or remove it yourself"
+            f"{output}: exists and was not written by a merge (it lacks {RECORD_NAME} or "
+            "config.json, or is a run folder), so it is not overwritten; choose another output, or "
+            "remove it yourself"
         )
 
 

@@ -65,7 +65,7 @@ def read_values(path: Path, device: torch.device, *keys: str | int) -> Any:
             return _unpack(structure, file, device)
     except (OSError, SafetensorError, ValueError) as error:
         raise MergeError(
-            f"{path}: cannot be read ({error}); pass --overwrite to start anew"
+            f"{path}: cannot be read ({error}); remove {path.parent} to start anew"
         ) from error
 
 

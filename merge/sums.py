@@ -1,12 +1,12 @@
 """Sums over calibration data on their way to a statistics file.
 
-A run sums squares of linear inputs, or their products x x^T, in fp64, and squared gradients, whose
-sums are as large as the model, in fp32. At the end a sum becomes a statistic: divided by the number
-of tokens (sequences for fisher), for `inverse` also inverted, rounded to fp32. A run that sees only
+A run sums in fp64 squares of linear inputs, or their products x x^T; in fp32, for they are as large
+as the model, squared gradients. At the end a sum becomes a statistic: divided by the number of
+tokens (sequences for fisher), for `inverse` also inverted, rounded to fp32. A run that sees only
 its share of the batches (`shard = (rank, world)`: batches rank, rank + world, ...) keeps its sums
 as they are, in a file of its own; `merge_shards` adds those files up and ends as one run does. fp64
 sums of fp32 numbers of like size are exact, so the order of the batches does not matter and both
-give the same fp32; the last bit of a fisher may depend on it.
+give the same fp32; for fisher the last bit may depend on it.
 """
 
 import hashlib

@@ -31,7 +31,7 @@ def verify_folder(folder: str | Path) -> dict[str, Any]:
         MergeError: Names every tensor that differs.
     """
     folder = Path(os.path.expanduser(folder))
-    record = _read_record(folder)
+    record = read_record(folder)
     checkpoint = Checkpoint(folder, "merged")
     checksums: dict[str, str] = {}
     problems = list(_differences(checkpoint, record, checksums))
@@ -57,7 +57,7 @@ def check_folder(folder: str | Path) -> None:
         MergeError: Names every tensor that differs.
     """
     folder = Path(os.path.expanduser(folder))
-    record = _read_record(folder)
+    record = read_record(folder)
     _refuse(folder, list(_differences(Checkpoint(folder, "merged"), record, None)))
 
 
@@ -67,7 +67,15 @@ def _refuse(folder: Path, problems: list[str]) -> None:
         raise MergeError(f"{folder}: {shown}; merge again, or copy the folder again")
 
 
-def _read_record(folder: Path) -> dict[str, Any]:
+def read_record(folder: Path) -> dict[str, Any]:
+    """Reads merge.json.
+
+    Args:
+        folder: What `obm merge` wrote, or a run folder with the record of its start.
+
+    Raises:
+        MergeError: It is missing or damaged.
+    """
     path = folder / RECORD_NAME
     try:
         record = json.loads(path.read_text(encoding="utf-8"))

@@ -5,14 +5,17 @@ Any number of threads may call a `TensorWriter`; each has buffers of its own.
 
 import math
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+import psutil
 import xxhash
 
 from merge import kernels as compiled
 from merge.checkpoint import Checkpoint
+from merge.cost import dense_bytes
 from merge.errors import MergeError
 from merge.kernels import Counts
 from merge.methods import METHODS
@@ -61,6 +64,7 @@ class TensorWriter:
         self._statistics = statistics
         self._threads = threads
         self._local = threading.local()
+        self._room = _Room(int(psutil.virtual_memory().available))
 
     def write(self, tensor: PlannedTensor, writer: ShardWriter) -> dict[str, Any]:
         """Makes one tensor and puts it in its place.
@@ -75,7 +79,8 @@ class TensorWriter:
         if tensor.action in self._parents:
             return self._copy(tensor, tensor.action, writer)
         if METHODS[tensor.action].rule is None:
-            return self._write_dense(tensor, writer)
+            with self._room.held(dense_bytes(tensor.shape)):
+                return self._write_dense(tensor, writer)
         entry: dict[str, Any] = {}
 
         def use(reader: TensorReader) -> None:
@@ -253,6 +258,34 @@ class TensorWriter:
         for (task, of_kind), stats in self._statistics.items():
             if of_kind == kind and task in inputs:
                 check_weights(tensor, task, stats, inputs[task], self._parents[task])
+
+
+class _Room:
+    """Free memory, of which each dense tensor takes its part; one finds room however large it is.
+
+    Args:
+        n_bytes: How much is free when the merge begins.
+    """
+
+    def __init__(self, n_bytes: int) -> None:
+        self._n_free = n_bytes
+        self._n_tensors = 0
+        self._turn = threading.Condition()
+
+    @contextmanager
+    def held(self, n_bytes: int) -> Iterator[None]:
+        """Waits until there is room, and keeps it."""
+        with self._turn:
+            self._turn.wait_for(lambda: n_bytes <= self._n_free or self._n_tensors == 0)
+            self._n_free -= n_bytes
+            self._n_tensors += 1
+        try:
+            yield
+        finally:
+            with self._turn:
+                self._n_free += n_bytes
+                self._n_tensors -= 1
+                self._turn.notify_all()
 
 
 def _plain_counts(counts: Counts, tasks: Sequence[str], tensor: PlannedTensor) -> dict[str, Any]:

@@ -114,6 +114,12 @@ class VLLMClient:
             parts, port = urlsplit(""), None
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise VLLMError(f"rollout.url: '{url}' is no server; write http://host:port")
+        if parts.username or parts.password or parts.query or parts.fragment:
+            # not shown, for it may be a key
+            raise VLLMError(
+                "rollout.url: holds more than host and path, which no request would carry; write "
+                "http://host:port"
+            )
         self.url = url.rstrip("/")
         self.timeout_s, self.retries, self.wait_s = timeout_s, retries, wait_s
         self.model = ""

@@ -262,6 +262,7 @@ def test_objects_cannot_be_built_from_yaml(write):
         ("environment.max_turns=0", "use a number of 1 or more"),
         ("environment.kinds=[]", "the list is empty"),
         ("environment.kinds=two", "expected a list, got str 'two'; write [two]"),
+        ("calibration.streaming=1", "calibration.streaming: '1' is not one of auto, True, False"),
         ("environment.kinds=[two, tree]", "environment.kinds[1]: 'tree' is not one of"),
         ("environment.relations=[1]", "environment.relations[0]: expected text"),
         ("seed=1.5", "expected a whole number"),

@@ -66,6 +66,18 @@ def test_moments_are_those_of_the_same_steps_without_deepspeed(checkpoints, expe
         assert moment.max() > 0
 
 
+@pytest.mark.parametrize("stage", [2, 3])
+def test_files_of_a_training_in_bf16_are_found_under_their_names(checkpoints, tmp_path, stage):
+    copied = tmp_path / "zero"
+    shutil.copytree(checkpoints / f"zero{stage}", copied)
+    for path in copied.rglob("*_optim_states.pt"):
+        path.rename(path.with_name(f"bf16_{path.name}"))
+    expected = dict(open_adam(checkpoints / f"zero{stage}").moments())
+    found = dict(open_adam(copied).moments())
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], moment) for name, moment in expected.items())
+
+
 def test_they_become_statistics_that_merges_read(checkpoints, expected, tmp_path):
     checkpoint = Checkpoint(checkpoints / "zero2", "agent")
     path = adam_fisher(checkpoints / "zero2", checkpoint, tmp_path)

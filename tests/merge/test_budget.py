@@ -1,11 +1,14 @@
 """Densities that a layer or the whole model shares, against a plain reference over all tensors."""
 
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from merge.budget import _bounded
 from merge.shards import SafetensorsFile
 from merge.stats import open_stats
 from tests.merge.folders import run, write_text_checkpoint
@@ -89,6 +92,17 @@ def test_a_global_density_is_exact_over_all_tensors_and_for_each_task(distinct_t
     densities = {entry["density"]["agent"] for entry in record["tensors"].values()
                  if entry["group"] == "linear"}  # fmt: skip
     assert len(densities) > 5, "tensors differ in what they keep"
+
+
+def test_the_passes_of_a_shared_budget_keep_every_worker_busy():
+    together = threading.Barrier(12)
+
+    def work(number):
+        together.wait(timeout=10)
+        return number
+
+    with ThreadPoolExecutor(12) as executor:
+        assert list(_bounded(executor, work, range(36), 24)) == list(range(36))
 
 
 @pytest.fixture

@@ -4,7 +4,9 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
+from merge import writer
 from merge.checkpoint import Checkpoint
 from merge.engine import merge
 from merge.errors import MergeError
@@ -250,6 +253,25 @@ def test_no_bit_depends_on_threads_pieces_shards_or_kernels(
     # four digits are the same however they are summed
     assert saliencies_of(plain) == saliencies_of(one)
     assert (len(saliencies_of(one)) > 0) == (method == "obm")
+
+
+@pytest.mark.parametrize(("n_free", "n_together"), [(0, 1), (10**9, 2)])
+def test_dense_tensors_are_merged_at_a_time_as_memory_allows(
+    make_trio, tmp_path, monkeypatch, n_free, n_together
+):
+    plain, running, most = writer.merge_tensor, [], []
+
+    def merge_slowly(*arguments):
+        running.append(1)
+        time.sleep(0.02)
+        most.append(len(running))
+        running.pop()
+        return plain(*arguments)
+
+    monkeypatch.setattr(writer, "merge_tensor", merge_slowly)
+    monkeypatch.setattr(writer.psutil, "virtual_memory", lambda: SimpleNamespace(available=n_free))
+    run(make_trio(), tmp_path / "out", method="wudi", steps=2, threads=2)
+    assert max(most) == n_together
 
 
 def saliencies_of(record: dict) -> dict:

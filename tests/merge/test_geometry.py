@@ -1,5 +1,7 @@
 """The figures of updates by hand, planted, and from files a block at a time."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -16,6 +18,7 @@ from merge.geometry import (
     pair_figures,
     sum_entries,
 )
+from tests.merge.folders import change_tensors, weights_of
 
 NAMES = ("vlm", "agent")
 
@@ -231,6 +234,22 @@ def test_sparse_disjoint_updates_are_seen_and_advised(make_trio, tmp_path):
     assert record["advice"][0]["method"].startswith("sar")
 
 
+def add_tensor(source, folder, name):
+    """A copy of a checkpoint with one tensor more."""
+    shutil.copytree(source, folder)
+    embeddings = "model.embed_tokens.weight"
+    value = weights_of(folder)[embeddings]
+    change_tensors(folder, **{embeddings: value, name: value.clone()})
+
+
+def test_an_output_head_that_only_a_model_has_is_named(make_trio, tmp_path, caplog):
+    trio, untied = make_trio(tied=True), tmp_path / "untied"
+    add_tensor(trio.paths["agent"], untied, "lm_head.weight")
+    diagnose(trio.paths["base"], {"agent": str(untied)}, dry_run=True)
+    [message] = [record.getMessage() for record in caplog.records]
+    assert message.startswith("lm_head.weight: not measured, for agent has one and base ties it")
+
+
 def test_what_cannot_be_compared_is_one_clear_error(make_trio, tmp_path, builders):
     trio = make_trio()
     with pytest.raises(MergeError, match="no model; set models"):
@@ -241,6 +260,10 @@ def test_what_cannot_be_compared_is_one_clear_error(make_trio, tmp_path, builder
     builders["text_model"](intermediate_size=100).save_pretrained(other)
     with pytest.raises(MergeError, match=r"wide has shape \[64, 100\], the base \[64, 96\]"):
         diagnose(trio.paths["base"], {"agent": str(other)})
+    deeper = tmp_path / "deeper"
+    add_tensor(trio.paths["agent"], deeper, "model.layers.2.mlp.up_proj.weight")
+    with pytest.raises(MergeError, match=r"layers\.2\..*: agent .* has it, base .* does not"):
+        diagnose(trio.paths["base"], {"vlm": trio.paths["vlm"], "agent": str(deeper)})
     broken = tmp_path / "broken"
     model = builders["agent"](trio.models["base"])
     with torch.no_grad():

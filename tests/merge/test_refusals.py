@@ -379,6 +379,14 @@ def test_an_output_that_exists_is_kept_unless_told_otherwise(make_trio, tmp_path
     refuse(tmp_path, "was not written by a merge", trio, overwrite=True)
 
 
+@pytest.mark.parametrize("names", [["merge.json"], ["merge.json", "config.json", "config.yaml"]])
+def test_a_run_folder_is_not_overwritten_for_its_starts_record(make_trio, tmp_path, names):
+    (tmp_path / "out" / "checkpoints").mkdir(parents=True)
+    for name in names:
+        (tmp_path / "out" / name).write_text("{}")
+    refuse(tmp_path, "was not written by a merge .* is a run folder", make_trio(), overwrite=True)
+
+
 def test_an_overwrite_that_fails_keeps_the_old_merge(make_trio, tmp_path):
     run(make_trio(), tmp_path / "out", method="ties")
     weights = {"vlm": 1e8, "agent": 1.0}
@@ -405,6 +413,17 @@ def test_an_output_that_no_folder_can_be(make_trio, tmp_path, dry_run):
     ):
         with pytest.raises(MergeError, match=f"{reason}choose another output"):
             run(trio, out, method="ties", dry_run=dry_run)
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_an_output_that_no_folder_can_be_renamed_to(make_trio, tmp_path, monkeypatch, dry_run):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "out").symlink_to("elsewhere")
+    advice = f"name a folder inside {tmp_path / 'elsewhere'} as the output"
+    refuse(tmp_path, f"is a symbolic link; {advice}", make_trio(), dry_run=dry_run)
+    (tmp_path / "out").unlink()
+    monkeypatch.setattr("os.path.ismount", lambda path: path == tmp_path / "out")
+    refuse(tmp_path, "out: is a mount point; name a folder inside", make_trio(), dry_run=dry_run)
 
 
 def test_an_output_that_is_a_file(make_trio, tmp_path):

@@ -295,6 +295,17 @@ def test_an_output_that_another_merge_finished_meanwhile_is_kept(make_trio, tmp_
     assert (tmp_path / "out" / "merge.json").read_text() == "of another merge"
 
 
+def test_a_merge_that_cannot_be_moved_is_kept(make_trio, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(16, "Device or resource busy")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "move_into_place", refuse)
+        with pytest.raises(MergeError, match=rf"busy.*it is whole in .*{PART}, move it yourself"):
+            run(make_trio(), tmp_path / "out", method="ties")
+    assert hash_files(tmp_path / PART) == undisturbed(make_trio(), tmp_path)
+
+
 # ---- the disk
 
 

@@ -273,6 +273,14 @@ def test_a_run_for_another_result_starts_anew(make_text, tmp_path, monkeypatch, 
     assert found[kinds[0]].read_bytes() == expected[kinds[0]].read_bytes()
 
 
+def test_a_damaged_activation_says_what_to_remove(tmp_path):
+    path = tmp_path / ".streaming" / "hidden-0-0.safetensors"
+    path.parent.mkdir()
+    path.write_bytes(b"cut short")
+    with pytest.raises(MergeError, match=r"cannot be read .*; remove .*\.streaming to start anew"):
+        read_values(path, torch.device("cpu"))
+
+
 def test_only_one_layer_has_memory_at_a_time(make_text, tmp_path, monkeypatch):
     import merge.streaming as streaming
 

@@ -206,6 +206,7 @@ def test_a_sound_folder_is_pushed(merged, api):
     assert create == ("create", "someone/warm", {"private": True, "exist_ok": True})
     assert upload[:2] == ("upload", "someone/warm")
     assert upload[2]["folder_path"] == str(merged)
+    assert 'from_pretrained("someone/warm")' in (merged / "README.md").read_text()
 
 
 def test_a_damaged_folder_is_not_pushed(merged, api):
@@ -227,6 +228,22 @@ def test_a_hub_that_refuses_is_one_clear_error(merged, api):
         push_folder(merged, "a/b/c", private=False)
     assert "\n" not in str(caught.value)
     assert "hf auth login" in str(caught.value)
+
+
+def test_a_push_that_the_network_or_the_card_stops_is_one_clear_error(merged, api):
+    class ConnectError(Exception):
+        """As the client's transport has it: of no class that it shares with others."""
+
+    for error in (ConnectError("no route"), ValueError("Invalid metadata in README.md.\n- bad")):
+
+        def fail(error=error, **_):
+            raise error
+
+        api.upload_folder = fail
+        words = rf"the hub refuses \({type(error).__name__}: .*hf upload someone/warm .*out`"
+        with pytest.raises(MergeError, match=words) as caught:
+            push_folder(merged, "someone/warm", private=False)
+        assert "\n" not in str(caught.value)
 
 
 def test_headers_alone_tell_another_dtype_but_not_a_flipped_byte(merged):

@@ -18,7 +18,9 @@ from launch.cli import main
 from merge import families
 from merge.adapter import find_adapter, merge_adapter
 from merge.errors import MergeError
+from merge.journal import hold_folder, let_go
 from merge.verify import verify_folder
+from tests.merge.folders import flip_byte
 from train.adapter import freeze_vision, make_lora
 from train.given import check_start
 from train.policy import PolicyLoadError, load_policy
@@ -244,6 +246,43 @@ def test_an_output_is_not_overwritten_without_a_word(save_adapter, tmp_path):
     with pytest.raises(MergeError, match="--overwrite"):
         merge_adapter(folder, tmp_path / "merged")
     merge_adapter(folder, tmp_path / "merged", overwrite=True)
+
+
+def test_an_output_that_another_merge_is_writing_is_refused(save_adapter, tmp_path):
+    adapter, part = save_adapter(), tmp_path / ".merged.part"
+    held = hold_folder(part)
+    (part / "model.safetensors").write_bytes(b"of another merge")
+    with pytest.raises(MergeError, match="merged: another merge is writing it; wait for it, or"):
+        merge_adapter(adapter, tmp_path / "merged")
+    assert (part / "model.safetensors").read_bytes() == b"of another merge"
+    let_go(part, held)
+    merge_adapter(adapter, tmp_path / "merged")
+    assert not part.exists()
+
+
+def test_the_output_may_not_be_the_run_folder_of_the_adapter(save_adapter, tmp_path):
+    policy = tmp_path / "run" / "checkpoints" / "checkpoint-2"
+    shutil.copytree(save_adapter(), policy)
+    for name in ("merge.json", "config.json"):
+        (tmp_path / "run" / name).write_text("{}")
+    with pytest.raises(MergeError, match="run: is or holds the adapter itself; choose another"):
+        merge_adapter(tmp_path / "run", tmp_path / "run", overwrite=True)
+    assert find_adapter(tmp_path / "run") == policy
+
+
+def test_a_start_that_has_changed_since_the_training_is_refused(save_adapter, tmp_path):
+    start, run = tmp_path / "start", tmp_path / "run"
+    merge_adapter(save_adapter(), start)
+    adapter = save_adapter(base_model_name_or_path=str(start))
+    shutil.copytree(adapter, run / "checkpoints" / "checkpoint-2")
+    (run / "config.yaml").write_text("")
+    shutil.copy(start / "merge.json", run)
+    merge_adapter(run, tmp_path / "merged")
+    flip_byte(start / "model.safetensors", -4)
+    with pytest.raises(MergeError, match=r"start: .* is not what .*checkpoint-2 was trained on"):
+        merge_adapter(run, tmp_path / "again")
+    assert not (tmp_path / "again").exists()
+    merge_adapter(run, tmp_path / "again", base=start)
 
 
 def test_an_adapter_of_a_family_of_ones_own(save_adapter, tiny_checkpoints, tmp_path, capsys):

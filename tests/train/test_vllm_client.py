@@ -358,6 +358,13 @@ def test_only_http_urls_are_taken(url):
         VLLMClient(url)
 
 
+@pytest.mark.parametrize("rest", ["user:secret@host:8000", "secret@host", "host:8000?key=secret"])
+def test_an_address_with_a_key_is_refused_and_not_shown(rest):
+    with pytest.raises(VLLMError, match="holds more than host and path") as caught:
+        VLLMClient(f"http://{rest}")
+    assert "secret" not in str(caught.value)
+
+
 # ---------------------------------------------------------------- what the server is
 
 
