@@ -33,6 +33,7 @@ from merge.output import (
     check_output,
     copy_companions,
     move_into_place,
+    output_path,
     write_index,
 )
 from merge.shards import SafetensorsFile, ShardWriter, from_float, is_finite
@@ -136,7 +137,7 @@ def merge_adapter(
             that has another shape, a base that has changed since, values that are not finite, or an
             output that another merge is writing; nothing is left of this one then.
     """
-    folder, output = find_adapter(adapter), Path(output).expanduser()
+    folder, output = find_adapter(adapter), output_path(output)
     settings = _read_settings(folder)
     source = str(base or settings.get("base_model_name_or_path") or "")
     if not source:

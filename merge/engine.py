@@ -38,6 +38,7 @@ from merge.output import (
     check_output,
     copy_companions,
     move_into_place,
+    output_path,
     plan_files,
     write_index,
 )
@@ -103,12 +104,7 @@ def merge(
     settings = make_settings(weights, options)
     if threads is not None and threads < 1:
         raise MergeError(f"merge.threads: {threads} is less than 1; null means one a core")
-    try:
-        output = Path(output).expanduser()
-    except RuntimeError as error:  # the home of nobody
-        raise MergeError(
-            f"{output}: cannot be a folder ({error}); choose another output"
-        ) from error
+    output = output_path(output)
     sources = {"base": base, "vlm": vlm, "agent": agent}
     for name in donors or {}:
         if name in sources:

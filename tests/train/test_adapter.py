@@ -233,6 +233,11 @@ def test_an_output_with_too_long_a_name_is_one_clear_error(save_adapter, tmp_pat
         merge_adapter(save_adapter(), tmp_path / name)
 
 
+def test_an_output_in_the_home_of_nobody_is_one_clear_error(save_adapter):
+    with pytest.raises(MergeError, match=r"cannot be a folder \(.*choose another output"):
+        merge_adapter(save_adapter(), "~nobody-of-this-name/x")
+
+
 def test_a_folder_that_only_looks_like_a_checkpoint_is_passed_over(tmp_path):
     for name in ("checkpoint-2", "checkpoint-10", "checkpoint-x"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
