@@ -5,13 +5,14 @@ Precedence: dataclass default < inherited file < file < override on the command 
     config = load_config("configs/demo.yaml", ["grpo.learning_rate=2e-6", "seed=1"])
 """
 
+import os
 import re
 import reprlib
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 from urllib.parse import urlsplit
 
 from configs.checks import Where, build, fail, nearest
@@ -29,6 +30,7 @@ from configs.sections import (
     FreezeHeads,
     Lora,
     Merge,
+    Method,
     Models,
     Rewards,
     Scope,
@@ -108,6 +110,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         if name in ROLES:
             reason = f"'{name}' is a model of its own, not a donor"
             fail(where, f"models.donors.{name}", reason, f"set models.{name}, or rename the donor")
+        if name in get_args(Method):
+            reason = f"'{name}' is the name of a merge method"
+            fail(where, f"models.donors.{name}", reason, "rename the donor")
     if not 0 <= config.seed <= LARGEST_SEED:
         fix = f"use a whole number from 0 to {LARGEST_SEED}"
         fail(where, "seed", f"{reprlib.repr(config.seed)} is out of range", fix)
@@ -283,7 +288,7 @@ def resolve_model(ref: str) -> str:
                 "make the checkpoints with 'obm atlas build'"
             )
         return str(folder / name)
-    path = Path(ref).expanduser()
+    path = Path(os.path.expanduser(ref))  # the ~ of an unknown user stays
     if path.is_dir():
         return str(path.resolve())
     owner = ref.partition("/")[0]

@@ -72,7 +72,7 @@ class Models:
     agent: str | None = None
     """text search agent (theta_S)"""
     donors: dict[str, str] = field(default_factory=dict)
-    """further text models of the same base that are merged in: name -> checkpoint"""
+    """further text models of the same base that are merged in: name (no method's) -> checkpoint"""
     init: str | None = None
     """checkpoint that training and evaluation start from: a merged folder, or the plain VLM"""
     reference: str = "init"

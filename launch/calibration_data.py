@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import random
 import re
 from collections.abc import Mapping, Sequence
@@ -33,7 +34,7 @@ _PLACE = re.compile(r"\{\{|\}\}|\{([^{}]+)\}")
 
 def is_trajectories(source: str) -> bool:
     """Whether a file holds rollouts that a run of ours recorded."""
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     if path.suffix != ".jsonl" or not path.is_file():
         return False
     with path.open(encoding="utf-8", errors="replace") as file:
@@ -81,7 +82,7 @@ def _open_table(data: CalibrationData) -> Any:
     import datasets
 
     source, split = str(data["source"]), data["split"]
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     try:
         if path.is_dir():
             table = datasets.load_from_disk(str(path))
@@ -215,7 +216,7 @@ def trajectory_samples(source: str, n: int, seed: int, processor: Any) -> list[S
     """
     tokenizer = getattr(processor, "tokenizer", processor)
     episodes = []
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     with path.open(encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
             try:
@@ -286,8 +287,8 @@ def _read_images(value: Any, data: CalibrationData, where: str) -> list[Any]:
                 image = Image.open(io.BytesIO(content))
             elif isinstance(content, str):
                 # a file's own pictures lie beside it
-                folder = Path(str(data["source"])).expanduser().parent
-                image = Image.open(folder / Path(content).expanduser())
+                folder = Path(os.path.expanduser(str(data["source"]))).parent
+                image = Image.open(folder / os.path.expanduser(content))
             else:
                 raise LaunchError(f"{where}: holds a {type(item).__name__}, not a picture")
             images.append(image.convert("RGB"))

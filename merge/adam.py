@@ -14,6 +14,7 @@ replaced by empty classes. Tensors are mapped, not loaded: one parameter is in m
 
 import json
 import math
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -168,7 +169,7 @@ def open_adam(folder: str | Path) -> AdamStates:
         MergeError: No DeepSpeed states there, a process' file is missing, or one names a class that
             no sound checkpoint needs.
     """
-    folder = Path(folder).expanduser()
+    folder = Path(os.path.expanduser(folder))  # the ~ of an unknown user stays
     states = _states_folder(folder)
     paths = sorted(states.glob(FILES), key=_rank_of)
     ranks = [_load(path)["optimizer_state_dict"] for path in paths]

@@ -11,7 +11,6 @@ LoRA: Hu et al., arXiv 2106.09685; the factor with sqrt(r): Kalajdzievski, arXiv
 
 import json
 import math
-import os
 import re
 import reprlib
 import shutil
@@ -26,7 +25,7 @@ import xxhash
 from merge.checkpoint import Checkpoint
 from merge.errors import MergeError
 from merge.families import canonical_name, get_family, group_of
-from merge.journal import empty_folder, hold_folder
+from merge.journal import empty_folder, hold_folder, let_go
 from merge.output import (
     RECORD_NAME,
     OutputFile,
@@ -34,6 +33,7 @@ from merge.output import (
     check_output,
     copy_companions,
     move_into_place,
+    output_path,
     write_index,
 )
 from merge.shards import SafetensorsFile, ShardWriter, from_float, is_finite
@@ -140,7 +140,7 @@ def merge_adapter(
             that has another shape, a base that has changed since, values that are not finite, or an
             output that another merge is writing; nothing is left of this one then.
     """
-    folder, output = find_adapter(adapter), Path(output).expanduser()
+    folder, output = find_adapter(adapter), output_path(output)
     settings = _read_settings(folder)
     source = str(base or settings.get("base_model_name_or_path") or "")
     if not source:
@@ -179,7 +179,7 @@ def merge_adapter(
         return record
     part = output.with_name(f".{output.name}.part")
     start = {} if base else _start_checksums(folder)
-    held, is_moved = hold_folder(part), False
+    held = hold_folder(part)
     try:
         empty_folder(part)
         tensors: dict[str, Any] = {}
@@ -209,15 +209,13 @@ def merge_adapter(
         record["tensors"] = tensors
         (part / RECORD_NAME).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         move_into_place(part, output, overwrite)
-        is_moved = True
     except OSError as error:
         raise MergeError(
             f"{output}: cannot be written ({error}); free space or choose another output"
         ) from error
     finally:
-        if not is_moved:  # else a folder of this name is another merge's
-            shutil.rmtree(part, ignore_errors=True)
-        os.close(held)
+        shutil.rmtree(part, ignore_errors=True)
+        let_go(part, held)
     return record
 
 

@@ -4,6 +4,7 @@ Only safetensors: a pickle can run code when it is opened.
 """
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -97,7 +98,7 @@ def _setting(role: str) -> str:
 
 
 def _resolve(source: str, role: str) -> tuple[Path, str | None]:
-    folder = Path(source).expanduser()
+    folder = Path(os.path.expanduser(source))  # the ~ of an unknown user stays
     if folder.is_dir():
         return folder, None
     if folder.exists():

@@ -31,12 +31,14 @@ from merge.checkpoint import Checkpoint
 from merge.cost import estimate_cost, format_cost
 from merge.errors import MergeError
 from merge.journal import Journal
+from merge.methods import METHODS
 from merge.output import (
     RECORD_NAME,
     OutputFile,
     check_output,
     copy_companions,
     move_into_place,
+    output_path,
     plan_files,
     write_index,
 )
@@ -102,11 +104,14 @@ def merge(
     settings = make_settings(weights, options)
     if threads is not None and threads < 1:
         raise MergeError(f"merge.threads: {threads} is less than 1; null means one a core")
-    output = Path(output).expanduser()
+    output = output_path(output)
     sources = {"base": base, "vlm": vlm, "agent": agent}
     for name in donors or {}:
         if name in sources:
             reason = f"'{name}' is a model of its own, not a donor"
+            raise MergeError(f"models.donors.{name}: {reason}; rename the donor")
+        if name in METHODS:  # an action is a method, or whose tensor is copied
+            reason = f"'{name}' is the name of a merge method"
             raise MergeError(f"models.donors.{name}: {reason}; rename the donor")
     sources |= donors or {}
     parents = {role: Checkpoint(source, role) for role, source in sources.items()}
@@ -272,7 +277,8 @@ class _Run:
                 while waiting or running:
                     while waiting and len(running) < 2 * self._threads:
                         tensor = waiting.pop()
-                        for role, name in tensor.sources.items():
+                        for role in tensor.read_roles:
+                            name = tensor.sources[role]
                             self._parents[role].file_of(name).will_need(name)
                         writer = writers[tensor.name]
                         running[executor.submit(self._writer.write, tensor, writer)] = tensor

@@ -1,5 +1,6 @@
 """Puts a merged checkpoint on the hub."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ def push_folder(folder: str | Path, repository: str, *, private: bool) -> str:
     """
     from huggingface_hub import HfApi
 
-    folder = Path(folder).expanduser()
+    folder = Path(os.path.expanduser(folder))
     verify_folder(folder)
     card = render_card(read_record(folder), repository)
     (folder / "README.md").write_text(card, encoding="utf-8")

@@ -7,45 +7,89 @@ only if the bytes in the file still have its checksum, so it may have been writt
 reached the disk.
 """
 
+import errno
 import fcntl
 import json
+import logging
 import os
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from merge.errors import MergeError
+from merge.shards import cannot_write
+
+logger = logging.getLogger(__name__)
 
 JOURNAL_NAME = ".journal.jsonl"
+NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
+"""What a file system without locks answers."""
 
 
 def hold_folder(folder: Path) -> int:
-    """Makes an unfinished folder, and holds it against other processes.
+    """Makes an unfinished folder, and holds it against other processes by a lock file beside it.
 
     Args:
-        folder: `.NAME.part` beside the output.
+        folder: `.NAME.part` beside the output; the lock file is `.NAME.lock`.
 
     Returns:
-        A descriptor; closing it lets go of the folder.
+        A descriptor, for `let_go`.
 
     Raises:
         MergeError: Another process is writing this output, or the folder cannot be made.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder, os.O_RDONLY)
-    except OSError as error:
-        raise _cannot_write(folder, error) from error
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(descriptor)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = _lock(_lock_path(folder))
+    except BlockingIOError as error:
         raise MergeError(
             f"{folder.parent / folder.name.strip('.').removesuffix('.part')}: another merge is "
             "writing it; wait for it, or choose another output"
         ) from error
+    except OSError as error:
+        raise cannot_write(folder, error) from error
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        let_go(folder, descriptor)
+        raise cannot_write(folder, error) from error
     return descriptor
+
+
+def let_go(folder: Path, descriptor: int) -> None:
+    """Lets go of a folder that `hold_folder` holds, wherever it lies now."""
+    # while it is held: whoever has opened it meanwhile will see that it is no longer there
+    with suppress(OSError):
+        _lock_path(folder).unlink()
+    os.close(descriptor)
+
+
+def _lock_path(folder: Path) -> Path:
+    return folder.with_suffix(".lock")
+
+
+def _lock(path: Path) -> int:
+    """Opens and locks a file: not the folder itself, which network file systems do not lock.
+
+    Raises:
+        BlockingIOError: Another process holds it.
+    """
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                os.close(descriptor)
+                raise
+            logger.warning("%s: no locks on this file system; start one merge", path.parent)
+        # its holder may have removed it between our two calls
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), path.stat()):
+                return descriptor
+        os.close(descriptor)
 
 
 class Journal:
@@ -79,14 +123,14 @@ class Journal:
                 self._write(entries[0])
         except OSError as error:
             self.abandon()
-            raise _cannot_write(folder, error) from error
+            raise cannot_write(folder, error) from error
 
     def add(self, tensor: str, entry: Mapping[str, Any]) -> None:
         """Notes that a tensor is in its place."""
         try:
             self._write({"tensor": tensor, **entry})
         except OSError as error:
-            raise _cannot_write(self.folder, error) from error
+            raise cannot_write(self.folder, error) from error
 
     def remove(self) -> None:
         """Deletes the journal of a folder that is complete; the folder stays held."""
@@ -99,9 +143,10 @@ class Journal:
 
     def close(self) -> None:
         """Lets go of the folder."""
-        for descriptor in (self._file, self._lock):
-            if descriptor >= 0:
-                os.close(descriptor)
+        if self._file >= 0:
+            os.close(self._file)
+        if self._lock >= 0:
+            let_go(self.folder, self._lock)
         self._file = self._lock = -1
 
     def _write(self, entry: Mapping[str, Any]) -> None:
@@ -135,9 +180,3 @@ def empty_folder(folder: Path) -> None:
             shutil.rmtree(path)
         else:
             path.unlink()
-
-
-def _cannot_write(path: Path, error: OSError) -> MergeError:
-    return MergeError(
-        f"{path}: cannot be written ({error.strerror}); free space or choose another output"
-    )

@@ -66,7 +66,7 @@ def apply(piece: Piece, decision: Decision, out: np.ndarray) -> Counts:
     """As `kernels.apply`."""
     rule = decision.rule
     with np.errstate(all="ignore"):  # what is not finite is reported by `not_finite`
-        origin, parents = _values(piece.base), _values(piece.tasks)
+        origin, parents = values_of(piece.base), values_of(piece.tasks)
         deltas = parents - origin
         scores = _scores(piece, deltas, rule.score)
         kept, chance = _keep(piece, decision, deltas, scores)
@@ -93,7 +93,7 @@ def apply(piece: Piece, decision: Decision, out: np.ndarray) -> Counts:
     bad = int(not np.isfinite(origin).all())
     for k, parent in enumerate(parents):
         bad |= int(not np.isfinite(parent).all()) << (1 + k)
-    bad |= int(not np.isfinite(_values(out)).all()) << (1 + len(parents))
+    bad |= int(not np.isfinite(values_of(out)).all()) << (1 + len(parents))
     return Counts(
         kept=kept.sum(axis=1),
         conflicts=int(conflict.sum()),
@@ -112,7 +112,8 @@ def apply(piece: Piece, decision: Decision, out: np.ndarray) -> Counts:
     )
 
 
-def _values(stored: np.ndarray) -> np.ndarray:
+def values_of(stored: np.ndarray) -> np.ndarray:
+    """Decodes what a piece holds, fp32 or the bits of bf16, to fp32."""
     return to_float(stored, "BF16" if stored.dtype == np.uint16 else "F32")
 
 
@@ -147,7 +148,7 @@ def _ordered_sum(terms: np.ndarray) -> np.ndarray:
 def scored(piece: Piece, score: str) -> list[tuple[np.ndarray, np.ndarray]]:
     """Scores and whether an entry is changed, task by task, or once for the variance."""
     with np.errstate(all="ignore"):
-        deltas = _values(piece.tasks) - _values(piece.base)
+        deltas = values_of(piece.tasks) - values_of(piece.base)
         if score == "variance":
             return [(_variance(deltas), (deltas != 0).any(axis=0))]
         return list(zip(_scores(piece, deltas, score), deltas != 0, strict=True))

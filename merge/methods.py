@@ -8,8 +8,8 @@ entry of a tensor on its own, once a few numbers over the whole tensor are known
     combine   what is done with the survivors:   theta_M = theta_B + update
 
 The numbers over the whole tensor (thresholds, scales) come from `selection`, the entries from
-`kernels`. Three methods need whole matrices and are in `dense`; `layer_swap` copies, and is
-resolved in the plan. `merge_tensor` in `kernels` applies any of them to one tensor in memory.
+`kernels`. Two methods need whole matrices and are in `dense`; `layer_swap` copies, and is resolved
+in the plan. `merge_tensor` in `tensor` applies any of the others to one tensor in memory.
 
 What all share, where papers differ or are silent:
 

@@ -122,6 +122,20 @@ def _output(tensor: PlannedTensor) -> OutputTensor:
     return OutputTensor(tensor.name, tensor.dtype, tensor.shape)
 
 
+def output_path(output: str | Path) -> Path:
+    """The output with the home folder in the place of `~`.
+
+    Raises:
+        MergeError: It is the home of an unknown user.
+    """
+    try:
+        return Path(output).expanduser()
+    except RuntimeError as error:
+        raise MergeError(
+            f"{output}: cannot be a folder ({error}); choose another output"
+        ) from error
+
+
 def check_output(output: Path, sources: Mapping[str, Path], n_bytes: int, overwrite: bool) -> None:
     """Checks that the output may be written, before anything is.
 

@@ -35,6 +35,11 @@ class PlannedTensor:
     protected_rows: tuple[int, ...] = ()
     """Embeddings: rows that stay the VLM's."""
 
+    @property
+    def read_roles(self) -> tuple[str, ...]:
+        """Whose tensors are read: of all sources, or of the one that is copied."""
+        return (self.action,) if self.action in COPIES else tuple(self.sources)
+
 
 @dataclass(frozen=True)
 class MergePlan:
@@ -61,8 +66,7 @@ def plan_bytes(plan: MergePlan, parents: Mapping[str, Checkpoint]) -> dict[str, 
     for tensor in plan.tensors:
         vlm = parents["vlm"].tensors[tensor.sources["vlm"]]
         written += vlm.n_bytes
-        roles = [tensor.action] if tensor.action in COPIES else list(tensor.sources)
-        for role in roles:
+        for role in tensor.read_roles:
             info = parents[role].tensors[tensor.sources[role]]
             n_bytes = info.n_bytes
             if role != "vlm" and tensor.n_common_rows is not None:

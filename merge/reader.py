@@ -23,7 +23,10 @@ from merge.tensor import needs_entries, needs_rows
 RESIDENT_BYTES = 200 * 1024 * 1024
 """Memory for whole tensors, all workers together."""
 PIECE_BYTES = 12 * 1024 * 1024
-"""Memory for one piece of a tensor that is too large to stay, a worker."""
+"""Memory for one piece of a tensor that is too large to stay, a worker; but no more than its share
+of RESIDENT_BYTES, so that many workers take no more than few."""
+LEAST_PIECE_BYTES = 1024 * 1024
+"""That of any number of workers; shorter pieces would take longer."""
 
 DISK_RUN = 512
 """Entries of a sample that are read side by side."""

@@ -7,20 +7,18 @@ base's. What is left has no conflicts, and the kernels trim and add it as any ot
 Plain numpy, a block at a time, for all three kernels: the same bits whatever the pieces.
 """
 
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from merge.kernels import ALL_TIES, N_LEADING, TRAILING_BITS, Counts, Piece
-from merge.shards import to_float
+from merge.kernels_numpy import values_of
+from merge.selection import Pieces
 
 BLOCK = 1 << 15
 """Entries that are settled at a time: their intermediate results stay in the cache."""
 FACTOR_UNIT = 2.0**-20
 """Rescaling factors are rounded to it, so that no order of summing can be seen in them."""
-
-Pieces = Callable[[], Iterable[Piece]]
 
 
 def settle_conflicts(
@@ -95,7 +93,7 @@ class Arbiter:
         with np.errstate(all="ignore"):  # what is not finite is reported
             for begin in range(0, n, BLOCK):
                 part = slice(begin, begin + BLOCK)
-                parents, origin = _values(piece.tasks[:, part]), _values(piece.base[part])
+                parents, origin = values_of(piece.tasks[:, part]), values_of(piece.base[part])
                 deltas = parents - origin
                 votes = self._votes(piece.entries[:, part] * np.square(deltas))
                 stays, conflict = settle_conflicts(deltas, votes, self.threshold)
@@ -152,7 +150,7 @@ def norm_factors(
         for begin in range(0, piece.base.size, BLOCK):
             part = slice(begin, begin + BLOCK)
             with np.errstate(all="ignore"):
-                magnitudes = np.abs(_values(piece.tasks[:, part]) - _values(piece.base[part]))
+                magnitudes = np.abs(values_of(piece.tasks[:, part]) - values_of(piece.base[part]))
             for k, own in enumerate(magnitudes):
                 before[k] += np.square(own, dtype=np.float64).sum()
                 after[k] += np.square(own[own > limits[k]], dtype=np.float64).sum()
@@ -175,7 +173,3 @@ def join_counts(settled: Counts, applied: Counts) -> Counts:
         delta_square=settled.delta_square,
         not_finite=applied.not_finite | settled.not_finite,
     )
-
-
-def _values(stored: np.ndarray) -> np.ndarray:
-    return to_float(stored, "BF16" if stored.dtype == np.uint16 else "F32")

@@ -339,9 +339,9 @@ class ShardWriter:
         try:
             self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
             os.ftruncate(self._descriptor, n_bytes)
-            _write_all(self._descriptor, header, 0)
+            write_all(self._descriptor, header, 0)
         except OSError as error:
-            raise _cannot_write(path, error) from error
+            raise cannot_write(path, error) from error
 
     def write(self, name: str, begin: int, data: Any) -> None:
         """Writes bytes of a tensor from an offset in it on.
@@ -351,9 +351,9 @@ class ShardWriter:
         """
         try:
             with self._turn:
-                _write_all(self._descriptor, data, self.tensors[name].begin + begin)
+                write_all(self._descriptor, data, self.tensors[name].begin + begin)
         except OSError as error:
-            raise _cannot_write(self.path, error) from error
+            raise cannot_write(self.path, error) from error
 
     def checksum(self, name: str) -> str:
         """Returns the xxh3_128 of what the file holds in a tensor's place."""
@@ -369,14 +369,16 @@ class ShardWriter:
         os.close(self._descriptor)
 
 
-def _write_all(descriptor: int, data: Any, offset: int) -> None:
+def write_all(descriptor: int, data: Any, offset: int) -> None:
+    """Writes bytes at an offset; the system may take them in several parts."""
     view = memoryview(data).cast("B")
     n_written = 0
     while n_written < len(view):
         n_written += os.pwrite(descriptor, view[n_written:], offset + n_written)
 
 
-def _cannot_write(path: Path, error: OSError) -> MergeError:
+def cannot_write(path: Path, error: OSError) -> MergeError:
+    """The one line for a file or folder that the system does not let be written."""
     return MergeError(
         f"{path}: cannot be written ({error.strerror}); free space or choose another output"
     )

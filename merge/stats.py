@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 
 from merge.errors import MergeError
-from merge.shards import NUMPY_DTYPES, SafetensorsFile, encode_header
+from merge.shards import NUMPY_DTYPES, SafetensorsFile, cannot_write, encode_header, write_all
 
 FORMAT = "obm-warmstart statistics 2"
 KINDS = ("diagonal", "inverse", "fisher", "gram")
@@ -198,7 +198,7 @@ class StatsWriter:
             self.is_resumed = os.pread(self._descriptor, len(head), 0) == head
             if not self.is_resumed:
                 os.truncate(self._descriptor, 0)
-                _pwrite(self._descriptor, head, 0)
+                write_all(self._descriptor, head, 0)
             end = max((info.end for info in self._infos.values()), default=len(head))
             os.truncate(self._descriptor, end)
 
@@ -217,7 +217,7 @@ class StatsWriter:
         _check(values, self.kind, name)
         if values.size:
             with self._writing():
-                _pwrite(self._descriptor, values.data.cast("B"), info.begin)
+                write_all(self._descriptor, values.data, info.begin)
 
     def finish(self) -> Path:
         """Puts the complete file in its place and returns its path."""
@@ -232,10 +232,7 @@ class StatsWriter:
         try:
             yield
         except OSError as error:
-            raise MergeError(
-                f"{self.path}: cannot be written ({error.strerror}); "
-                "free space or choose another output"
-            ) from error
+            raise cannot_write(self.path, error) from error
 
 
 def save_stats(
@@ -277,10 +274,3 @@ def _check(values: np.ndarray, kind: str, where: str) -> None:
     squares = values.diagonal() if is_matrix else values
     if values.size and float(squares.min()) < 0:
         raise MergeError(f"{where}: values are negative, no mean of squares; calibrate again")
-
-
-def _pwrite(descriptor: int, data: bytes | memoryview, offset: int) -> None:
-    view = memoryview(data)
-    n_written = 0
-    while n_written < len(view):
-        n_written += os.pwrite(descriptor, view[n_written:], offset + n_written)

@@ -269,8 +269,10 @@ def merge_shards(folder: str | Path, kind: str, *, damping: float = DAMPING) -> 
         damping=damping,
     )
     for name in first.tensors:
-        parts = [read_f64(file, name) for file in files]
-        writer.write(name, sum(parts[1:], parts[0]))
+        added = read_f64(first, name)
+        for file in files[1:]:  # one at a time: a matrix of a wide input has gigabytes
+            added += read_f64(file, name)
+        writer.write(name, added)
     return writer.finish()
 
 

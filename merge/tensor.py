@@ -209,16 +209,16 @@ def merge_tensor(
     tasks = list(parents)
     name = settings.tensor_name or "the tensor"
     found = check_statistics(method, base.shape, tasks, statistics, name)
-    # writable, since for a read-only array the kernels would be compiled once more
-    flat_base = np.require(base, np.float32, ["C", "W"]).reshape(-1)
-    flat = np.stack([np.ascontiguousarray(parents[task], np.float32) for task in tasks])
-    flat = flat.reshape(len(tasks), -1)
     module = load_kernels(kernels)
     if rule_of is None:
         merged, counts = merge_matrix(method, base, parents, found, settings)
         check_finite(counts, ["base", *tasks], name)
         return merged, counts
     rule = rule_of(settings)
+    # writable, since for a read-only array the kernels would be compiled once more
+    flat_base = np.require(base, np.float32, ["C", "W"]).reshape(-1)
+    flat = np.stack([np.ascontiguousarray(parents[task], np.float32) for task in tasks])
+    flat = flat.reshape(len(tasks), -1)
     n_columns = base.shape[-1] if base.ndim and needs_rows(rule) else flat_base.size
     empty = np.zeros((len(tasks), 0), np.float32)
     stacked = np.stack([found[task].reshape(-1) for task in tasks]) if found else empty

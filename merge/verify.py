@@ -1,6 +1,7 @@
 """Checks a merged folder against its merge.json: every byte, and whose vision tower it is."""
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,13 +30,14 @@ def verify_folder(folder: str | Path) -> dict[str, Any]:
     Raises:
         MergeError: Names every tensor that differs.
     """
-    folder = Path(folder).expanduser()
+    folder = Path(os.path.expanduser(folder))
     record = read_record(folder)
     checkpoint = Checkpoint(folder, "merged")
-    problems = list(_differences(checkpoint, record, with_bytes=True))
+    checksums: dict[str, str] = {}
+    problems = list(_differences(checkpoint, record, checksums))
     vlm = _find_vlm(record)
     if vlm is not None:
-        problems += _vision_differences(checkpoint, record, vlm)
+        problems += _vision_differences(checksums, record, vlm)
     _refuse(folder, problems)
     vision = [name for name, entry in record["tensors"].items() if entry["group"] == VISION]
     return {
@@ -54,9 +56,9 @@ def check_folder(folder: str | Path) -> None:
     Raises:
         MergeError: Names every tensor that differs.
     """
-    folder = Path(folder).expanduser()
+    folder = Path(os.path.expanduser(folder))
     record = read_record(folder)
-    _refuse(folder, list(_differences(Checkpoint(folder, "merged"), record, with_bytes=False)))
+    _refuse(folder, list(_differences(Checkpoint(folder, "merged"), record, None)))
 
 
 def _refuse(folder: Path, problems: list[str]) -> None:
@@ -89,22 +91,25 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 
 def _differences(
-    checkpoint: Checkpoint, record: dict[str, Any], *, with_bytes: bool
+    checkpoint: Checkpoint, record: dict[str, Any], checksums: dict[str, str] | None
 ) -> Iterator[str]:
+    """Compares a checkpoint with its record; `checksums` gets those found, None = read no bytes."""
     recorded = record["tensors"]
     for name in sorted(set(recorded) ^ set(checkpoint.tensors)):
         yield f"tensor {name} is {'missing' if name in recorded else 'not of the merge'}"
     names = [name for name in recorded if name in checkpoint.tensors]
-    # disable=None: a bar on a terminal, silence in a log
-    for name in tqdm(names, desc="verify", unit="tensor", disable=None if with_bytes else True):
+    # None: a bar on a terminal, silence in a log
+    for name in tqdm(names, desc="verify", unit="tensor", disable=checksums is None or None):
         entry, info = recorded[name], checkpoint.tensors[name]
         where = f"tensor {name} in {checkpoint.file_of(name).path.name}"
+        if checksums is not None:
+            checksums[name] = checkpoint.checksum(name)
         if [info.dtype, list(info.shape)] != [entry["dtype"], entry["shape"]]:
             yield (
                 f"{where} is {info.dtype} {list(info.shape)}, written was {entry['dtype']} "
                 f"{entry['shape']}"
             )
-        elif with_bytes and checkpoint.checksum(name) != entry["checksum"]:
+        elif checksums is not None and checksums[name] != entry["checksum"]:
             yield f"{where} has other bytes than were written"
         if entry["group"] == VISION and entry["inputs"].get("vlm") != entry["checksum"]:
             yield f"tensor {name} is not recorded as the VLM's own"
@@ -112,7 +117,7 @@ def _differences(
 
 def _find_vlm(record: dict[str, Any]) -> Checkpoint | None:
     """The VLM as it is now, if it lies where it lay; the hub is not asked."""
-    source = Path(str(record["parents"]["vlm"]["source"])).expanduser()
+    source = Path(os.path.expanduser(str(record["parents"]["vlm"]["source"])))
     if not source.is_dir():
         return None
     try:
@@ -122,10 +127,10 @@ def _find_vlm(record: dict[str, Any]) -> Checkpoint | None:
 
 
 def _vision_differences(
-    checkpoint: Checkpoint, record: dict[str, Any], vlm: Checkpoint
+    checksums: dict[str, str], record: dict[str, Any], vlm: Checkpoint
 ) -> Iterator[str]:
     for name, entry in record["tensors"].items():
-        if entry["group"] != VISION or name not in checkpoint.tensors:
+        if entry["group"] != VISION or name not in checksums:
             continue
-        if name not in vlm.tensors or vlm.checksum(name) != checkpoint.checksum(name):
+        if name not in vlm.tensors or vlm.checksum(name) != checksums[name]:
             yield f"tensor {name} differs from the VLM's in {vlm.source}"

@@ -194,6 +194,9 @@ def _read_tokens(folder: Path) -> _Tokenizer | None:
         else:  # unigram: [token, score], the id is the place in the list
             ids = {token: index for index, (token, _) in enumerate(vocabulary)}
         added = {entry["content"]: entry["id"] for entry in content.get("added_tokens") or []}
-    except (ValueError, KeyError, TypeError) as error:
+    except OSError as error:
+        raise MergeError(f"{path}: cannot be read ({error.strerror}); check the path") from error
+    # RecursionError: JSON that is nested thousands deep
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise MergeError(f"{path}: is not a tokenizer file; copy it again") from error
     return _Tokenizer(ids | added, frozenset(added.values()))

@@ -20,7 +20,7 @@ from merge.errors import MergeError
 from merge.kernels import Counts
 from merge.methods import METHODS
 from merge.plan import PlannedTensor
-from merge.reader import PIECE_BYTES, RESIDENT_BYTES, TensorReader, Workspace
+from merge.reader import LEAST_PIECE_BYTES, PIECE_BYTES, RESIDENT_BYTES, TensorReader, Workspace
 from merge.selection import Cut
 from merge.shards import (
     COPY_CHUNK_BYTES,
@@ -229,6 +229,8 @@ class TensorWriter:
         statistics = {
             task: stats for (task, of_kind), stats in self._statistics.items() if of_kind == kind
         }
+        share = RESIDENT_BYTES // self._threads
+        piece_bytes = min(PIECE_BYTES, max(share, LEAST_PIECE_BYTES))
         use(
             TensorReader(
                 tensor,
@@ -237,8 +239,8 @@ class TensorWriter:
                 statistics,
                 self._workspace,
                 # the other kernels' intermediate results are several times as large as the piece
-                RESIDENT_BYTES // self._threads if self.kernels is compiled else 0,
-                PIECE_BYTES if self.kernels is compiled else PIECE_BYTES // 3,
+                share if self.kernels is compiled else 0,
+                piece_bytes if self.kernels is compiled else piece_bytes // 3,
             )
         )
 

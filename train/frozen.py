@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import random
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -62,7 +63,7 @@ def choose_heads(settings: FreezeHeads, layout: HeadLayout, start: str) -> Froze
     if settings.source == "random":
         heads = random.Random(settings.seed).sample(layout.heads(), n_frozen)
     else:
-        path = Path(settings.map).expanduser() if settings.map else Path(start) / MAP_NAME
+        path = Path(os.path.expanduser(settings.map)) if settings.map else Path(start) / MAP_NAME
         record, digest = read_map(path)
         ranked = rank_heads(record, layout, path)
         heads = ranked[:n_frozen] if settings.source == "cast" else ranked[-n_frozen:]

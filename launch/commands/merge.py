@@ -69,7 +69,8 @@ def run(options: argparse.Namespace) -> int:
         raise LaunchError("--base goes with `obm merge adapter`; here set models.base=...")
     extra = [f"calibration.output={options.stats}"] if options.stats else []
     config = read_config(options, *extra)
-    output = Path(options.output or Path(config.output).parent / "merged" / config.merge.method)
+    output = options.output or Path(config.output).parent / "merged" / config.merge.method
+    output = Path(os.path.expanduser(output))
     if options.agreement and not options.sweep:
         raise LaunchError("--agreement chooses among the settings of --sweep; give it too")
     if options.sweep:

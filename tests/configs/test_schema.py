@@ -337,8 +337,9 @@ def test_a_hub_id_passes_unchanged(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "ref",
-    ["runs/obn", "./x", "/no/where", "a/b/c", "merged", "here/x", "here/x@main", "a/b@", "a@b/c"],
-)
+    ["runs/obn", "./x", "/no/where", "a/b/c", "merged", "here/x", "here/x@main", "a/b@", "a@b/c",
+     "~nobody-of-this-name/x"],
+)  # fmt: skip
 def test_a_missing_folder_is_no_hub_id(ref, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "here").mkdir()
@@ -482,6 +483,12 @@ def test_a_donor_does_not_take_the_name_of_another_model(write, name):
     text = message(write(f"output: x\nmodels: {{donors: {{{name}: owner/model}}}}"))
     assert f"run.yaml:models.donors.{name}: '{name}' is a model of its own, not a donor" in text
     assert text.endswith(f"; set models.{name}, or rename the donor")
+
+
+def test_a_donor_does_not_take_the_name_of_a_method(write):
+    text = message(write("output: x\nmodels: {donors: {ties: owner/model}}"))
+    reason = "'ties' is the name of a merge method; rename the donor"
+    assert text.endswith(f"run.yaml:models.donors.ties: {reason}")
 
 
 @pytest.mark.parametrize("sign", ["", "-"])

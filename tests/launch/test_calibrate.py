@@ -111,8 +111,10 @@ def test_the_choice_of_rows_depends_on_the_seed_alone(tmp_path):
 def test_sources_without_rows_are_refused(tmp_path):
     import datasets
 
-    with pytest.raises(LaunchError, match=r"none\.json: no such file"):
-        read_rows({**NO_DATA, "source": str(tmp_path / "none.json")}, n=1, seed=0)
+    for missing in (str(tmp_path / "none.json"), "~nobody-of-this-name/none.json"):
+        assert not is_trajectories(missing)
+        with pytest.raises(LaunchError, match=r"none\.json: no such file"):
+            read_rows({**NO_DATA, "source": missing}, n=1, seed=0)
     (tmp_path / "rows.txt").touch()
     with pytest.raises(LaunchError, match=r"is none of \.json"):
         read_rows({**NO_DATA, "source": str(tmp_path / "rows.txt")}, n=1, seed=0)

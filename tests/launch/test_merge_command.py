@@ -68,6 +68,18 @@ def test_a_dry_run_prints_what_happens_to_every_tensor_and_writes_nothing(obm_me
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_output_in_the_home_of_nobody_is_refused(obm_merge):
+    path = "~nobody-of-this-name/out"
+    assert_refused(obm_merge(output=path), f"{path}: cannot be a folder (")
+
+
+def test_an_output_below_home_gets_all_of_the_merge(obm_merge, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert obm_merge(output="~/out")[0] == 0
+    assert (tmp_path / "home" / "out" / "cost.json").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]
+
+
 def test_a_tensor_that_is_unaccounted_for_is_exit_code_2(obm_merge, folders, tmp_path):
     shutil.copytree(folders / "agent", tmp_path / "agent")
     path = tmp_path / "agent" / "model.safetensors"

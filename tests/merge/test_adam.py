@@ -121,6 +121,11 @@ def test_a_file_that_is_missing_is_named(checkpoints, tmp_path):
         open_adam(copied)
 
 
+def test_the_home_of_nobody_holds_no_optimizer():
+    with pytest.raises(MergeError, match="x: holds no optimizer of DeepSpeed"):
+        open_adam("~nobody-of-this-name/x")
+
+
 class NamedByGetattr:
     """A member of an enum, as Python 3.11.0 to 3.11.3 pickle it."""
 

@@ -1,12 +1,14 @@
 """Second moments against a slow reference: one sample at a time, no padding, sums in fp64."""
 
+import weakref
+
 import pytest
 import torch
 
 from merge.calibration import collect_second_moments, save_stats
 from merge.errors import MergeError
 from merge.stats import open_stats
-from merge.sums import merge_shards, shard_name
+from merge.sums import merge_shards, read_f64, shard_name
 
 LINEARS = (
     *(f"self_attn.{part}_proj" for part in "qkvo"),
@@ -196,6 +198,24 @@ def test_shards_add_up_to_the_bytes_of_one_run(make_trio, tmp_path, world):
         share = collect_second_moments(model, batches[rank::world], shard=(rank, world))
         save_stats(share, tmp_path / shard_name("diagonal", (rank, world)))
     assert merge_shards(tmp_path, "diagonal").read_bytes() == whole.read_bytes()
+
+
+def test_shards_are_added_up_with_one_sum_in_memory(make_trio, tmp_path, monkeypatch):
+    for rank, sequence in enumerate(SEQUENCES):
+        batch = padded([sequence], "left")
+        share = collect_second_moments(make_trio().models["agent"], [batch], shard=(rank, 3))
+        save_stats(share, tmp_path / shard_name("diagonal", (rank, 3)))
+    found = []
+
+    def read_alone(file, name):
+        assert sum(part() is not None for part in found) <= 1
+        part = read_f64(file, name)
+        found.append(weakref.ref(part))
+        return part
+
+    monkeypatch.setattr("merge.sums.read_f64", read_alone)
+    merge_shards(tmp_path, "diagonal")
+    assert len(found) == 3 * 8  # two layers, four places each
 
 
 def test_shards_that_do_not_belong_together_are_refused(make_trio, tmp_path):

@@ -1,6 +1,7 @@
 """JSON that is nested a hundred thousand deep, and settings that are no settings."""
 
 import json
+import shutil
 import struct
 
 import pytest
@@ -9,6 +10,7 @@ from merge.checkpoint import Checkpoint
 from merge.errors import MergeError
 from merge.shards import SafetensorsFile
 from merge.verify import check_folder
+from merge.vocabulary import compare_tokens
 
 DEEP = "[" * 100_000 + "]" * 100_000
 
@@ -24,6 +26,13 @@ def test_a_config_that_is_nested_too_deep_is_not_valid(tmp_path):
     (tmp_path / "config.json").write_text(DEEP)
     with pytest.raises(MergeError, match=r"config\.json: is not valid JSON .*; copy it again"):
         Checkpoint(tmp_path, "vlm")
+
+
+def test_a_tokenizer_that_is_nested_too_deep_is_none(make_trio, tmp_path):
+    shutil.copytree(make_trio().paths["vlm"], tmp_path / "vlm")
+    (tmp_path / "vlm" / "tokenizer.json").write_text(DEEP)
+    with pytest.raises(MergeError, match=r"tokenizer\.json: is not a tokenizer file; copy it"):
+        compare_tokens({"vlm": Checkpoint(tmp_path / "vlm", "vlm")})
 
 
 @pytest.mark.parametrize("value", ["x", [1], 7])

@@ -1,5 +1,7 @@
 """RegMean against the equations it solves, WUDI against torch's Adam on the loss it states."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 import torch
@@ -221,3 +223,17 @@ def test_inputs_are_left_alone(method):
     before = [array.copy() for array in arrays]
     merge_tensor(method, base, parents, grams, settings_of(steps=3))
     assert all(np.array_equal(a, b) for a, b in zip(arrays, before, strict=True))
+
+
+# ---- memory
+
+
+def test_the_parents_are_not_copied_on_their_way_to_a_dense_method(monkeypatch):
+    base, parents, _, grams = layer(0, n_out=4096)
+    done = merge_tensor("regmean", base, parents, grams, settings_of())
+    monkeypatch.setattr("merge.tensor.merge_matrix", lambda *_: done)
+    tracemalloc.start()
+    merge_tensor("regmean", base, parents, grams, settings_of())
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < base.nbytes

@@ -161,6 +161,21 @@ def test_vision_tower_and_embeddings_are_the_vlms_byte_for_byte(make_trio, stats
     assert all(merged[name] != vlm[name] for name in filter(is_merged, vlm))
 
 
+def test_of_a_tensor_that_is_copied_the_disk_is_asked_for_one_parents_only(
+    make_trio, tmp_path, monkeypatch
+):
+    asked = set()
+
+    def will_need(file, name):
+        asked.add((file.path.parent, name))
+
+    monkeypatch.setattr(SafetensorsFile, "will_need", will_need)
+    paths = {role: Path(path) for role, path in make_trio().paths.items()}
+    run(make_trio(), tmp_path / "out", method="ties")
+    assert {folder for folder, name in asked if name == EMBEDDINGS[0]} == {paths["vlm"]}
+    assert {folder for folder, name in asked if name == Q} == set(paths.values())
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_arithmetic_is_fp32_and_rounded_once_to_nearest_even(make_trio, tmp_path, dtype):
     trio = make_trio(dtype)
@@ -424,6 +439,14 @@ def test_a_donor_does_not_take_the_place_of_a_parent(make_trio, tmp_path, name, 
     with pytest.raises(MergeError, match=words):
         run(trio, tmp_path / "out", donors={name: trio.paths["agent"]}, dry_run=dry_run)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_donor_does_not_take_the_name_of_a_method(make_trio, tmp_path):
+    """Its tensors would be copied where the method was to merge."""
+    trio = make_trio()
+    words = r"models\.donors\.ties: 'ties' is the name of a merge method; rename the donor"
+    with pytest.raises(MergeError, match=words):
+        run(trio, tmp_path / "out", donors={"ties": trio.paths["agent"]}, method="ties")
 
 
 @pytest.mark.parametrize("method", ["obm", "ties", "sce", "ram_plus"])

@@ -540,6 +540,13 @@ def test_a_broken_tokenizer_is_named(folders):
             plan_of(folders)
 
 
+def test_a_tokenizer_that_cannot_be_read_is_named(folders):
+    path = Path(folders["vlm"]) / "tokenizer.json"
+    path.mkdir()
+    with pytest.raises(MergeError, match=r"tokenizer\.json: cannot be read \(Is a directory\)"):
+        plan_of(folders)
+
+
 # ---------------------------------------------------------------- table and estimates
 
 

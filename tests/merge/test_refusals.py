@@ -47,6 +47,13 @@ def test_a_missing_checkpoint(make_trio, tmp_path, role):
     refuse(tmp_path, match, make_trio(), **{role: missing})
 
 
+def test_the_home_of_nobody(make_trio, tmp_path):
+    trio, path = make_trio(), "~nobody-of-this-name/x"
+    refuse(tmp_path, f"agent {path}: no such folder; check models.agent", trio, agent=path)
+    with pytest.raises(MergeError, match=rf"{path}: cannot be a folder \(.*choose another output"):
+        run(trio, path, method="ties")
+
+
 def test_a_missing_donor(make_trio, tmp_path):
     donors = {"reasoner": str(tmp_path / "nowhere")}
     refuse(tmp_path, "reasoner .*models.donors.reasoner", make_trio(), donors=donors)

@@ -1,5 +1,7 @@
 """Merges that are killed, interrupted, raced, or run out of disk: resumed, or refused cleanly."""
 
+import errno
+import fcntl
 import json
 import resource
 import signal
@@ -15,6 +17,7 @@ import pytest
 from merge import engine
 from merge.errors import MergeError
 from merge.journal import JOURNAL_NAME, Journal
+from merge.reader import TensorReader
 from merge.shards import ShardWriter, encode_header, from_float
 from tests.merge.folders import flip_byte, hash_files, run, weights_of
 
@@ -239,6 +242,44 @@ def test_a_second_merge_into_the_same_output_is_refused(make_trio, tmp_path):
     assert hash_files(tmp_path / "out") == undisturbed(make_trio(), tmp_path)
 
 
+def test_where_the_file_system_has_no_locks_a_merge_warns(make_trio, tmp_path, monkeypatch, caplog):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("merge.journal.fcntl.flock", refuse)
+    run(make_trio(), tmp_path / "out", method="ties")
+    assert f"{tmp_path}: no locks on this file system; start one merge" in caplog.text
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_lock_that_fails_is_not_taken_for_another_merge(make_trio, tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr("merge.journal.fcntl.flock", fail)
+    with pytest.raises(MergeError, match=r"cannot be written \(Input/output error\)"):
+        run(make_trio(), tmp_path / "out", method="ties")
+
+
+def test_a_lock_file_that_was_removed_meanwhile_is_not_taken_for_held(tmp_path, monkeypatch):
+    flock, seen = fcntl.flock, []
+
+    def slow(descriptor, how):
+        """The merge before removes its file between our opening and our locking it."""
+        if not seen:
+            (tmp_path / ".out.lock").unlink()
+        seen.append(descriptor)
+        return flock(descriptor, how)
+
+    monkeypatch.setattr("merge.journal.fcntl.flock", slow)
+    journal = Journal(tmp_path / PART, "digest")
+    assert len(seen) == 2
+    with pytest.raises(MergeError, match="out: another merge is writing it"):
+        Journal(tmp_path / PART, "digest")
+    journal.abandon()
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_output_that_another_merge_finished_meanwhile_is_kept(make_trio, tmp_path, monkeypatch):
     """Both found no output when they began; the second comes to its end behind the first."""
     move = engine.move_into_place
@@ -413,3 +454,18 @@ def test_a_large_embedding_is_merged_in_little_memory(tmp_path):
     peak_kb, density = map(float, answer.stdout.split())
     assert peak_kb * 1024 < 0.5e9
     assert density == pytest.approx(0.2, abs=1e-7)
+
+
+@pytest.mark.parametrize(("threads", "piece_mib"), [(1, 12), (2, 12), (16, 12), (50, 4), (400, 1)])
+def test_many_workers_take_smaller_pieces(make_trio, tmp_path, monkeypatch, threads, piece_mib):
+    # of 200 MiB that they share: 4 each for 50, half a one for 400, which is too little
+    taken = set()
+
+    class Reader(TensorReader):
+        def __init__(self, *arguments):
+            taken.add(arguments[-1])
+            super().__init__(*arguments)
+
+    monkeypatch.setattr("merge.writer.TensorReader", Reader)
+    run(make_trio(), tmp_path / "out", method="ties", threads=threads)
+    assert taken == {piece_mib * 1024 * 1024}

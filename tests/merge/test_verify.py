@@ -71,6 +71,18 @@ def test_a_sound_folder(merged):
     assert n_vision > 5
 
 
+def test_every_tensor_is_read_once(merged, monkeypatch):
+    read = []
+
+    def checksum(file, name, _checksum=SafetensorsFile.checksum):
+        read.append((file.path, name))
+        return _checksum(file, name)
+
+    monkeypatch.setattr(SafetensorsFile, "checksum", checksum)
+    found = verify_folder(merged)
+    assert len(read) == len(set(read)) == found["tensors"] + found["vision"]
+
+
 def test_where_the_vlm_is_gone_the_record_is_what_vision_is_compared_with(merged):
     shutil.rmtree(merged.parent / "vlm")
     assert verify_folder(merged)["vlm"] is None
@@ -147,6 +159,7 @@ def test_a_folder_that_no_merge_wrote(merged, make_trio):
     vlm = Path(make_trio(torch.bfloat16).paths["vlm"])
     refuse(vlm, "merge.json: is missing; give a folder that `obm merge` wrote")
     refuse(merged / "nowhere", "merge.json: is missing")
+    refuse(Path("~nobody-of-this-name/x"), "merge.json: is missing")
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 """LoRA from the settings, a frozen vision tower, and the adapter back in the weights."""
 
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from launch.cli import main
 from merge import families
 from merge.adapter import find_adapter, merge_adapter
 from merge.errors import MergeError
-from merge.journal import hold_folder
+from merge.journal import hold_folder, let_go
 from merge.verify import verify_folder
 from tests.merge.folders import flip_byte
 from train.adapter import freeze_vision, make_lora
@@ -234,6 +233,11 @@ def test_an_output_with_too_long_a_name_is_one_clear_error(save_adapter, tmp_pat
         merge_adapter(save_adapter(), tmp_path / name)
 
 
+def test_an_output_in_the_home_of_nobody_is_one_clear_error(save_adapter):
+    with pytest.raises(MergeError, match=r"cannot be a folder \(.*choose another output"):
+        merge_adapter(save_adapter(), "~nobody-of-this-name/x")
+
+
 def test_a_folder_that_only_looks_like_a_checkpoint_is_passed_over(tmp_path):
     for name in ("checkpoint-2", "checkpoint-10", "checkpoint-x"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
@@ -275,7 +279,7 @@ def test_an_output_that_another_merge_is_writing_is_refused(save_adapter, tmp_pa
     with pytest.raises(MergeError, match="merged: another merge is writing it; wait for it, or"):
         merge_adapter(adapter, tmp_path / "merged")
     assert (part / "model.safetensors").read_bytes() == b"of another merge"
-    os.close(held)
+    let_go(part, held)
     merge_adapter(adapter, tmp_path / "merged")
     assert not part.exists()
 

@@ -199,6 +199,11 @@ def test_a_map_that_is_none_is_refused(tmp_path, content, message):
         choose_heads(FreezeHeads("cast", 0.1, str(path)), LAYOUT, "unused")
 
 
+def test_a_map_in_the_home_of_nobody_is_not_there():
+    with pytest.raises(ConfigError, match="no conflict map at ~nobody-of-this-name/map"):
+        choose_heads(FreezeHeads("cast", 0.1, "~nobody-of-this-name/map.json"), LAYOUT, "unused")
+
+
 def test_a_changed_map_is_refused_when_a_run_goes_on(tmp_path):
     path = write_map(tmp_path / "map.json", range(12))
     chosen = choose_heads(FreezeHeads("cast", 0.1, str(path)), LAYOUT, "unused")
