@@ -74,6 +74,18 @@ def make_statistics(config: Config, kinds: Sequence[str]) -> None:
             )
 
 
+def evaluation_inputs(config: Config) -> dict[str, Any]:
+    """What decides an evaluation, beside its checkpoint and seed, as the inputs of a stage."""
+    inputs = {
+        "environment": asdict(config.environment),
+        "grpo": config.grpo,
+        **named_files(config, "eval", "dialect"),
+    }
+    if config.live != Live():  # what was made without it stays valid
+        inputs["live"] = asdict(config.live)
+    return inputs
+
+
 def named_files(config: Config, *uses: str) -> dict[str, Any]:
     """Files of the user's that settings name, so that no result outlives their content.
 
@@ -124,15 +136,11 @@ def make_task(
     from launch.commands.calibrate import parent_folder
 
     inputs: dict[str, Any] = {
-        "environment": asdict(config.environment),
-        "grpo": config.grpo,
+        **evaluation_inputs(config),
         "seed": config.seed,
         "recognition": recognition,
         "code": _code_digest(),
-        **named_files(config, "eval", "dialect"),
     }
-    if config.live != Live():  # keys of measurements that were made without it stay as they are
-        inputs["live"] = asdict(config.live)
     if checkpoint is not None:
         inputs["checkpoint"] = fingerprint(checkpoint)
     else:

@@ -153,7 +153,7 @@ def evaluate_checkpoint(
     from configs.schema import resolve_model
     from launch.models import load_for_inference
     from launch.stages import fingerprint
-    from launch.tasks import named_files
+    from launch.tasks import evaluation_inputs
 
     folder = resolve_model(checkpoint)
     benchmark = benchmark_of(config)
@@ -180,12 +180,10 @@ def evaluate_checkpoint(
     }
     plan = {
         "checkpoint": fingerprint(folder),
-        "environment": asdict(config.environment),
-        "grpo": config.grpo,
+        **evaluation_inputs(config),
         "seed": config.seed,
         "mode": mode,
         "query": query,
-        **named_files(config, "eval", "dialect"),
     }
     with tqdm(desc=f"eval {arm}", unit="question", disable=None) as bar:
         return run_evaluation(

@@ -24,7 +24,7 @@ from launch.studies.plan import COMMAND_LINE, Plan, flatten, load_settings, star
 from launch.studies.report import publish
 from launch.studies.starts import evaluate, make_starts, reused, say
 from launch.studies.trainings import raise_failures, train_arms, trained_policy
-from launch.tasks import named_files
+from launch.tasks import evaluation_inputs
 
 if TYPE_CHECKING:
     from configs.schema import Config
@@ -159,10 +159,8 @@ def _evaluate(
         "checkpoint": start_key(plan, stages, entry.arm)
         if is_start
         else fingerprint(str(entry.checkpoint)),
-        "environment": asdict(config.environment),
-        "grpo": config.grpo,
+        **evaluation_inputs(config),
         "mode": entry.mode,
-        **named_files(config, "eval", "dialect"),
     }
     make = partial(
         evaluate, config, str(entry.checkpoint), target,

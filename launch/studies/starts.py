@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from launch.stages import Stages, fingerprint
 from launch.studies.plan import Plan, calibrations, start_key
-from launch.tasks import merged_roles, named_files
+from launch.tasks import evaluation_inputs, merged_roles, named_files
 
 if TYPE_CHECKING:
     from configs.schema import Config
@@ -149,9 +149,7 @@ def evaluation_steps(plan: Plan, stages: Stages, command: str) -> Iterator[Step]
         target = plan.study.output / "zero-shot" / arm.name
         inputs = {
             "start": start_key(plan, stages, arm),
-            "environment": asdict(config.environment),
-            "grpo": config.grpo,
-            **named_files(config, "eval", "dialect"),
+            **evaluation_inputs(config),
         }
         make = partial(
             evaluate, config, str(plan.start(arm)), target, arm=arm.name, command=command

@@ -55,7 +55,7 @@ class Training:
 
 def list_trainings(plan: Plan, stages: Stages) -> Iterator[Training]:
     """All of them, whole seeds first; the starts must have been looked at."""
-    from configs.sections import Algorithm, Lora, Rollout
+    from configs.sections import Algorithm, Live, Lora, Rollout
     from train.run_folder import own_files
 
     for seed, arm in product(plan.study.seeds, plan.study.arms):
@@ -75,7 +75,8 @@ def list_trainings(plan: Plan, stages: Stages) -> Iterator[Training]:
         if config.freeze_heads.source != "none":
             inputs["freeze_heads"] = frozen_inputs(plan, stages, arm, config)
         # defaults are left out, so that what was trained before a section came stays valid
-        for name, default in (("algorithm", Algorithm), ("lora", Lora), ("rollout", Rollout)):
+        sections = (("algorithm", Algorithm), ("live", Live), ("lora", Lora), ("rollout", Rollout))
+        for name, default in sections:
             if settings[name] != asdict(default()):
                 inputs[name] = settings[name]
         if config.models.reference != "init" or config.models.freeze_vision:
