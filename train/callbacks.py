@@ -377,7 +377,8 @@ class EvaluationCallback(TrainerCallback):
         return episodes
 
     def _gather(self, episodes: list[Trajectory]) -> list[Trajectory]:
-        """The episodes of all processes, in the order of the questions."""
+        """The episodes of all processes, in the order of the questions; with their pictures on the
+        first process, which records them."""
         rank = self.trainer.accelerator.process_index
         world = self.trainer.accelerator.num_processes
         if world == 1:
@@ -386,9 +387,10 @@ class EvaluationCallback(TrainerCallback):
             episode.images = []  # every process has the questions
         numbered = [(rank + i * world, episode) for i, episode in enumerate(episodes)]
         ordered = [e for _, e in sorted(gather_object(numbered), key=lambda pair: pair[0])]
-        for episode, question in zip(ordered, self.questions, strict=True):
-            image = question.get("image")
-            episode.images = [] if image is None else [image]
+        if self.recorder.is_main:
+            for episode, question in zip(ordered, self.questions, strict=True):
+                image = question.get("image")
+                episode.images = [] if image is None else [image]
         return ordered
 
     def _score(self, episodes: list[Trajectory]) -> dict[str, float]:
