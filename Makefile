@@ -27,7 +27,7 @@ export PYTHONSAFEPATH := 1
 unexport PYTHONDONTWRITEBYTECODE
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install demo test coverage test-vllm bench bench-merge bench-serve bench-rollout bench-rewards lint atlas tune study-floor study-ceiling study-ablation study-transfer study-neighbours study-cold study-zero study-cast study-worlds soak drill results results-all results-paper results-check dist mutation walk clean
+.PHONY: help install demo test coverage test-vllm bench bench-merge bench-serve bench-rollout bench-rewards lint atlas tune tune-second study-floor study-ceiling study-ablation study-transfer study-neighbours study-cold study-zero study-cast study-worlds soak drill results results-all results-paper results-check dist mutation walk clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1: /p' Makefile
@@ -83,6 +83,11 @@ atlas: $(STAMP) ## train the tiny base, VLM and agent again (under half an hour)
 tune: $(STAMP) ## every method's merge, tuned alike on dev; writes configs/studies/recipes.yaml (twenty minutes)
 	$(BIN)/obm tune --grid configs/studies/grid.yaml --output docs/results/tuning \
 	  --recipes configs/studies/recipes.yaml --overwrite $(ARGS)
+
+tune-second: $(STAMP) ## around the best of `make tune`, then the floors of what is best there (half an hour)
+	$(BIN)/obm tune --grid configs/studies/grid-second.yaml --output docs/results/tuning-second \
+	  --recipes configs/studies/recipes-second.yaml --overwrite $(ARGS)
+	$(BIN)/obm study floor-second $(ARGS)
 
 study-floor: $(STAMP) ## every recipe before training, five seeds on test, then docs/results/floor.* (a quarter of an hour)
 	$(BIN)/obm study floor $(ARGS)

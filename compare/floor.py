@@ -201,9 +201,8 @@ def _markdown(record: Mapping[str, Any], title: str, name: str) -> str:
         "* A seed changes the calibration sample, the random stream of the methods that draw, and "
         "the choice of questions and photos from one test split. The three checkpoints are the "
         "same in all, so nothing here says how another trio would come out.",
-        "* Every recipe is the best of equally many settings on dev (configs/studies/grid.yaml), "
-        "so what was tuned there has lost nothing to its rivals by less search; a wider grid may "
-        "still change the order.",
+        "* Every recipe is the best of equally many settings on dev, so what was tuned there has "
+        "lost nothing to its rivals by less search; a wider grid may still change the order.",
         "",
         "## Recipes",
         "",

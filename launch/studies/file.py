@@ -23,7 +23,7 @@ NEEDED = {
     "table": {"arms", "benchmarks"},
 }
 OPTIONAL = {"ceiling": {"zero_shot", "perception"}, "transfer": {"trained", "starts"}}
-NOT_STUDIES = ("recipes", "grid")
+NOT_STUDIES = ("recipes", "recipes-second", "grid", "grid-second")
 """Files in configs/studies that studies and `obm tune` read."""
 PREPARE = ("sport", "sft")
 """Verbs that make a start from another one, see docs/sport.md."""
