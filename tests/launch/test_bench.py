@@ -252,6 +252,13 @@ def test_bench_merge_writes_a_missed_target_as_missed(obm, tmp_path, fake_measur
     assert not any(work.iterdir())
 
 
+def test_a_missed_target_can_be_allowed(obm, tmp_path, fake_measurements):
+    arguments = ["--sizes", "tiny", "--peer", "none", "--work", tmp_path / "work"]
+    code, _, _ = obm("bench", "merge", *arguments, "--allow-missed", "--output", tmp_path)
+    assert code == 0
+    assert "(missed)" in (tmp_path / "bench-merge.md").read_text()
+
+
 def test_kept_files_stay(obm, tmp_path, fake_measurements):
     arguments = ["--sizes", "tiny", "--peer", "none", "--output", tmp_path / "results", "--keep"]
     obm("bench", "merge", *arguments, "--work", tmp_path / "work")
