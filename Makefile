@@ -66,7 +66,7 @@ bench-merge: $(STAMP) ## merge 0.5B, 1.5B and 7B beside mergekit and a raw copy 
 bench-rewards: $(STAMP) ## a million answers checked, and what tricks earn (two minutes)
 	OMP_NUM_THREADS=1 $(BIN)/obm bench rewards $(ARGS)
 
-bench-serve: $(STAMP) ## the search server beside Search-R1's at 1, 8 and 64 clients, a million passages (ten minutes)
+bench-serve: $(STAMP) ## the search server beside Search-R1's at 1, 8 and 64 clients, a million passages (a quarter of an hour)
 	$(BIN)/obm bench serve $(ARGS)
 
 bench-rollout: $(STAMP) ## rollout and GRPO step beside stock TRL's tool loop, tiny and 80M (a quarter of an hour)

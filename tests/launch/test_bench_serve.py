@@ -2,12 +2,16 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from launch import bench_serve
 from launch.bench_load import quantile
 from launch.bench_serve import Corpus, _word, ask, serve_command, serving, write_synthetic
 from launch.bench_serve_report import judge, render_page
@@ -56,6 +60,23 @@ def test_the_load_is_answered_by_the_real_command(tmp_path):
     assert process.returncode == 0
 
 
+@pytest.mark.parametrize("server", ["ours", "lucene"])
+def test_every_server_is_warm_before_it_is_measured(tmp_path, monkeypatch, server):
+    asked = []
+
+    def ask(port, n_clients, seconds, queries):
+        asked.append((n_clients, seconds))
+        return {"queries": 9, "failed": 0, "wall_s": 1.0, "p50_ms": 1.0, "p99_ms": 1.0}
+
+    process = SimpleNamespace(pid=os.getpid())
+    monkeypatch.setattr(bench_serve, "serving", lambda *_: nullcontext((1, process)))
+    monkeypatch.setattr(bench_serve, "ask", ask)
+    bench = bench_serve.Bench(tmp_path, 8.0, [], [], [])
+    bench.load(Corpus("atlas", tmp_path, tmp_path), server, ["command"])
+    assert asked == [(8, 30.0), (1, 8.0), (8, 8.0), (64, 8.0)]
+    assert len(bench.runs) == 3
+
+
 def test_targets_are_judged_on_both_corpora_and_shown():
     def row(corpus, server, clients, qps, cpu_ms):
         return {
@@ -72,8 +93,8 @@ def test_targets_are_judged_on_both_corpora_and_shown():
     ]
     memory = [{"corpus": "synthetic", "server": "ours", "rss_gb": 0.8, "anonymous_gb": 0.2}]
     record = {
-        "peer": "lucene", "passages": 1000, "runs": runs, "memory": memory, "builds": [],
-        "versions": {}, "command": "c", "commit": "d", "hardware": "h",
+        "peer": "lucene", "passages": 1000, "warm_up_s": 30.0, "runs": runs, "memory": memory,
+        "builds": [], "versions": {}, "command": "c", "commit": "d", "hardware": "h",
     }  # fmt: skip
     targets = {target["name"]: target for target in judge(record)}
     assert not targets["atlas: p99 at 64 clients, ms (at most)"]["met"]
@@ -84,6 +105,7 @@ def test_targets_are_judged_on_both_corpora_and_shown():
     assert cpu["value"] == 3.0
     page = render_page({**record, "targets": list(targets.values())})
     assert "| synthetic | lucene | 64 | 80 |" in page
+    assert "under load for 30 s before it is measured" in page
     assert "Index and searcher are pyserini's" in page
     assert "missed" in page
     assert len(judge({**record, "peer": "none"})) == 4
