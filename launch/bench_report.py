@@ -145,15 +145,20 @@ def _ratio(above: Measurement | None, below: Measurement | None, figure: str) ->
     return f"{above[figure] / below[figure]:.1f}"
 
 
+def target_lines(targets: Sequence[Measurement]) -> list[str]:
+    """One line for each target: what was found, what it should be, and whether it is."""
+    return [
+        f"* {target['name']}: {target['value']}, target {target['target']:g} "
+        f"({'met' if target['met'] else 'missed'})"
+        for target in targets
+    ]
+
+
 def ending(record: Measurement) -> list[str]:
     """Last lines of a bench's page: its targets, and what made it."""
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     return [
-        *(
-            f"* {target['name']}: {target['value']}, target {target['target']:g} "
-            f"({'met' if target['met'] else 'missed'})"
-            for target in record["targets"]
-        ),
+        *target_lines(record["targets"]),
         "",
         f"Made by `{record['command']}` at commit {record['commit']} on {record['hardware']}, "
         f"with {versions}.",
