@@ -60,7 +60,7 @@ $(VLLM)/.installed: tests/train/vllm_server/install.sh tests/train/vllm_server/r
 bench: $(STAMP) ## processor time of every verb's --help
 	OMP_NUM_THREADS=1 $(BIN)/obm bench $(ARGS)
 
-bench-merge: $(STAMP) ## merge 0.5B, 1.5B and 7B beside mergekit and a raw copy (half an hour, 25 GB of disk)
+bench-merge: $(STAMP) ## merge 0.5B, 1.5B and 7B beside mergekit and a raw copy (half an hour, 27 GB of disk)
 	$(BIN)/obm bench merge $(ARGS)
 
 bench-rewards: $(STAMP) ## a million answers checked, and what tricks earn (two minutes)

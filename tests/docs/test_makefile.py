@@ -1,10 +1,13 @@
 """Longer targets of the Makefile, with programs in place of the real ones that only take notes."""
 
+import math
+import re
 import shutil
 import subprocess
 
 import pytest
 
+from launch.bench_merge import bytes_needed
 from tests.docs.blocks import ROOT
 
 PROGRAM = """#!/bin/sh
@@ -65,3 +68,8 @@ def test_half_a_calibration_of_the_worlds_is_finished(make, tmp_path, calibrated
         (folder / "stats.safetensors").touch()
     _, calls = make("study-worlds")
     assert sum(call.startswith("obm calibrate") for call in calls) == n_calls
+
+
+def test_the_disk_that_the_bench_of_the_merge_takes_is_what_it_asks_for():
+    [said] = re.findall(r"^bench-merge: .* (\d+) GB of disk", (ROOT / "Makefile").read_text(), re.M)
+    assert int(said) == math.ceil(bytes_needed(["0.5b", "1.5b", "7b"], keep=False) / 1e9)
