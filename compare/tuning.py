@@ -143,6 +143,29 @@ def best_settings(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]
     return best
 
 
+def at_ends(best: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Where the best setting of a name has the least or the most of what was tried.
+
+    Args:
+        best: row of the setting.
+        rows: of all settings.
+
+    Returns:
+        Words such as `largest agent`, for keys with three numbers or more; of two one is always at
+        an end.
+    """
+    settings = [row["setting"] for row in rows if row["name"] == best["name"]]
+    words = []
+    for key, value in best["setting"].items():
+        tried = [setting[key] for setting in settings]
+        if not _are_numbers(tried) or len(set(tried)) < 3:
+            continue
+        name = key.removeprefix("weights.")
+        words += [f"smallest {name}"] if value == min(tried) else []
+        words += [f"largest {name}"] if value == max(tried) else []
+    return words
+
+
 def find_neighbours(grid: Mapping[str, Sequence[Any]]) -> list[list[int]]:
     """For every row of the expanded grid, the rows that differ in one key by one step.
 
@@ -158,8 +181,11 @@ def find_neighbours(grid: Mapping[str, Sequence[Any]]) -> list[list[int]]:
 
 
 def _order(values: Sequence[Any]) -> list[Any]:
-    is_number = all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
-    return sorted(values) if is_number else list(values)
+    return sorted(values) if _are_numbers(values) else list(values)
+
+
+def _are_numbers(values: Sequence[Any]) -> bool:
+    return all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
 
 
 def agreement(

@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from compare.tuning import setting_text
+from compare.tuning import at_ends, setting_text
 from configs.reader import write_yaml
 from train.settings import asked_words
 
@@ -74,6 +74,7 @@ def tuning_markdown(record: Mapping[str, Any]) -> str:
         "",
         *settings_table(best),
         "",
+        *_caveats(best, record["rows"]),
         "## Every setting, best first within a name",
         "",
         *settings_table(ranked),
@@ -86,6 +87,23 @@ def tuning_markdown(record: Mapping[str, Any]) -> str:
         ),
         "",
     ])  # fmt: skip
+
+
+def _caveats(best: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Which of the best may not be the method's best, and which are none; empty where all are."""
+    ends = {row["name"]: ", ".join(at_ends(row, rows)) for row in best if row["score"] > 0}
+    at_an_end = [f"{name} ({words})" for name, words in ends.items() if words]
+    without = [row["name"] for row in best if row["score"] <= 0]
+    lines = []
+    if at_an_end:
+        lines += [
+            "Best at an end of what was tried, so that a value beyond it may be better, where "
+            f"there can be one: {', '.join(at_an_end)}.",
+            "",
+        ]
+    if without:
+        lines += [f"No setting scored, so the first one stands there: {', '.join(without)}.", ""]
+    return lines
 
 
 def settings_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -1,6 +1,7 @@
 """How fast answers are checked, on a million spellings of the atlas's answers; what tricks earn.
 
-Every prediction is another text, so that no cache of normal forms helps; half of them are right.
+Every prediction is another text, so that no cache of normal forms helps; three
+of the eight forms are right for an exact match.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from environments.atlas.questions import KINDS, list_questions
+from launch.bench_report import target_lines
 from rewards.answer import Match, correctness, exact_match
 from rewards.compose import score
 from rewards.lunches import DEFAULT, QUESTION, SEARCH_R1, SETTINGS, TRICKS, earned
@@ -113,11 +115,7 @@ def render_page(record: dict[str, Any]) -> str:
             for row in record["speeds"]
         ),
         "",
-        *(
-            f"* {target['name']}: {target['value']}, target {target['target']:g} "
-            f"({'met' if target['met'] else 'missed'})"
-            for target in record["targets"]
-        ),
+        *target_lines(record["targets"]),
         "",
         f"Made by `{record['command']}` at commit {record['commit']} on {record['hardware']}.",
     ]

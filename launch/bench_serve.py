@@ -31,7 +31,8 @@ import numpy as np
 from launch.errors import JobFailedError, LaunchError
 
 CLIENTS = (1, 8, 64)
-WARM_UP_S = 2.0
+WARM_UP_S = 30.0
+"""Of load before the first measurement: Java compiles what runs often, after thousands of calls."""
 START_S = 300.0
 N_QUERIES = 2000
 N_WORDS = 300_000
@@ -76,7 +77,7 @@ class Bench:
     memory: list[dict[str, Any]]
 
     def load(self, corpus: Corpus, server: str, command: Sequence[str]) -> None:
-        """Measures one server at every number of clients."""
+        """Measures one server at every number of clients, once it is warm."""
         with serving(command, self.folder / f"{corpus.name}-{server}.log") as (port, process):
             ask(port, 8, WARM_UP_S, corpus.queries)
             for n_clients in CLIENTS:
@@ -134,7 +135,7 @@ def bench_serve(
         keep: leave corpora and indexes for another run.
 
     Returns:
-        peer, passages, runs, builds, memory.
+        peer, passages, warm_up_s, runs, builds, memory.
 
     Raises:
         LaunchError: the peer's environment cannot be made.
@@ -163,8 +164,8 @@ def bench_serve(
                 if path.suffix != ".log":
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
     return {
-        "peer": peer, "passages": n_passages, "runs": bench.runs, "builds": bench.builds,
-        "memory": bench.memory,
+        "peer": peer, "passages": n_passages, "warm_up_s": WARM_UP_S, "runs": bench.runs,
+        "builds": bench.builds, "memory": bench.memory,
     }  # fmt: skip
 
 

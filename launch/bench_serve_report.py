@@ -71,7 +71,8 @@ def render_page(record: Row) -> str:
         f"and is asked 1338 queries of the form REL of NAME; the synthetic corpus has "
         f"{record['passages']:,} "
         "passages of 60 words drawn from a Zipf law, asked with five words of one passage each. "
-        "Server, clients and bench share the machine.",
+        f"Every server is under load for {record['warm_up_s']:g} s before it is measured. Server, "
+        "clients and bench share the machine.",
         "",
         "| corpus | server | clients | queries/s | p50 ms | p99 ms | CPU ms a query | failed "
         "| load |",

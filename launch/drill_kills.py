@@ -47,6 +47,8 @@ def drill_kills(task: Task, whole: Whole, folder: Path, dice: random.Random, n_k
     words = "results equal the undisturbed run's"
     if killed.problems:
         words = "NOT as undisturbed"
+    if not killed.n_kills and not whole.problem:
+        killed.problems.append("no kill came before its end: the drill shows nothing of it")
     n = len(killed.rounds)
     return Row(
         "kills", task.name, "SIGKILL of the process group", killed.n_kills,

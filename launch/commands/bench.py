@@ -8,7 +8,7 @@ serve         the search server beside Search-R1's, under load
 rollout       rollout and GRPO step beside stock TRL's tool loop
 
 Each writes bench-NAME.json; merge, serve and rollout write a page as well. The exit code is 1 if a
-target is missed.
+target is missed and --allow-missed is not given.
 """
 
 from __future__ import annotations
@@ -38,6 +38,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output", metavar="DIR", default="docs/results", help="default: docs/results"
     )
+    parser.add_argument(
+        "--allow-missed", action="store_true",
+        help="exit code 0 where a target is missed; what was written says so",
+    )  # fmt: skip
     merge = parser.add_argument_group("merge")
     merge.add_argument(
         "--sizes", default="0.5b,1.5b,7b", metavar="LIST",
@@ -85,7 +89,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Measure, print, write bench-NAME.json; exit code 1 if a target is missed."""
+    """Measure, print, write bench-NAME.json; exit code 1 if a target is missed (see above)."""
     for name in options.names:
         if name not in NAMES:
             raise LaunchError(f"there is no bench {name!r}; choose of {', '.join(NAMES)}")
@@ -102,7 +106,7 @@ def run(options: argparse.Namespace) -> int:
         record = measure[name](options)
         _write(Path(options.output), name, record)
         all_met &= all(target["met"] for target in record["targets"])
-    return 0 if all_met else 1
+    return 0 if all_met or options.allow_missed else 1
 
 
 def bench_cli(options: argparse.Namespace) -> dict[str, Any]:

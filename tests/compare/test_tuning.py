@@ -20,6 +20,7 @@ from configs.errors import ConfigError
 from configs.sections import Config, Merge, Models
 
 CONFIG = Config("out", models=Models(donors={"coder": "x"}), merge=Merge(normalization="mean"))
+ENVIRONMENT = {"eval_size": 8, "eval_split": "dev", "eval_kinds": ["two"]}
 
 
 def row(name, score, setting=None, method=None):
@@ -173,14 +174,37 @@ def test_the_page_lists_the_best_of_each_first_and_the_csv_every_setting():
     rows = [row("obm", 0.1, {"density": 0.2}), row("obm", 0.4, {"density": 0.5}), row("ties", 0.6)]
     record = {
         "rows": rows, "best": best_settings(rows), "command": "c", "commit": "abc", "hardware": "h",
-        "environment": {"eval_size": 8, "eval_split": "dev", "eval_kinds": ["two"]},
+        "environment": ENVIRONMENT,
     }  # fmt: skip
     page = tuning_markdown(record)
     first, every = page.split("## Every setting")
     assert first.index("| ties |") < first.index("| obm | density 0.5 |")
     assert "density 0.2" not in first
     assert every.index("density 0.5") < every.index("density 0.2") < every.index("| ties |")
+    # of two values one is always at an end, and everything scored
+    assert "Best at an end" not in page
+    assert "No setting scored" not in page
     assert tuning_csv(rows).splitlines() == [
         "name,method,density,score,accuracy", "obm,obm,0.2,0.1,0.1", "obm,obm,0.5,0.4,0.4",
         "ties,ties,,0.6,0.6",
     ]  # fmt: skip
+
+
+def test_the_page_says_whose_best_is_at_an_end_of_its_range_and_who_has_none():
+    def settings(name, best, **values):
+        grid = {"weights.agent": [1.0, 2.0, 4.0], "scope.norm_bias": ["linear", "ties", "vlm"]}
+        return [row(name, float(s == best), s) for s in expand_grid({**grid, **values})]
+
+    rising = {"weights.agent": 4.0, "scope.norm_bias": "vlm", "density": 0.2}
+    within = {"weights.agent": 2.0, "scope.norm_bias": "linear"}
+    rows = [
+        *settings("obm", rising, density=[0.2, 0.5, 0.8]),
+        *settings("ties", within),
+        *settings("sce", None),
+    ]
+    page = tuning_markdown({
+        "rows": rows, "best": best_settings(rows), "command": "c", "commit": "d", "hardware": "h",
+        "environment": ENVIRONMENT,
+    })  # fmt: skip
+    assert "where there can be one: obm (largest agent, smallest density).\n" in page
+    assert "No setting scored, so the first one stands there: sce.\n" in page

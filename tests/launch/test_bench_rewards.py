@@ -14,7 +14,7 @@ def test_predictions_are_right_and_wrong_and_hardly_repeat():
     pairs = list(itertools.islice(spellings(questions), 4000))
     assert len({prediction for prediction, _ in pairs}) > 3800
     n_right = sum(exact_match(p, question["answers"]) for p, question in pairs)
-    assert 0.2 * len(pairs) < n_right < 0.8 * len(pairs)
+    assert n_right == 3 / 8 * len(pairs)
 
 
 def test_the_bench_judges_and_writes(tmp_path, capsys):

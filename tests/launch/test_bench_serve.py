@@ -1,14 +1,21 @@
 """The bench of the search server: its corpora, its load against a real server, its targets."""
 
+import asyncio
+import contextlib
+import itertools
 import json
 import math
+import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from launch.bench_load import quantile
+from launch import bench_serve
+from launch.bench_load import measure, quantile
 from launch.bench_serve import Corpus, _word, ask, serve_command, serving, write_synthetic
 from launch.bench_serve_report import judge, render_page
 
@@ -56,6 +63,69 @@ def test_the_load_is_answered_by_the_real_command(tmp_path):
     assert process.returncode == 0
 
 
+OK, GONE = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}", b""
+
+
+@pytest.mark.parametrize(
+    ("answers", "failed"),
+    [
+        ([OK, OK], 0.0),
+        ([OK, GONE], 0.5),
+        ([OK, OK[:-1]], 0.5),
+        ([OK, OK.replace(b"200", b"503")], 0.5),
+    ],
+)
+def test_a_request_whose_connection_is_lost_has_failed(answers, failed):
+    turns = itertools.cycle(answers)
+
+    async def answer(reader, writer):
+        while not reader.at_eof():
+            with contextlib.suppress(asyncio.IncompleteReadError):
+                await reader.readuntil(b"}")
+                reply = next(turns)
+                writer.write(reply)
+                if len(reply) < len(OK):
+                    break
+        writer.close()
+
+    async def load():
+        server = await asyncio.start_server(answer, "127.0.0.1", 0)
+        async with server:
+            return await measure(server.sockets[0].getsockname()[1], 1, 0.4, ["a"])
+
+    found = asyncio.run(load())
+    n = found["queries"] + found["failed"]
+    assert n >= 8
+    assert found["failed"] == pytest.approx(failed * n, abs=1)
+
+
+def test_a_server_that_is_gone_fails_every_request():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    found = asyncio.run(measure(port, 2, 0.12, ["a", "b"]))
+    assert found["queries"] == 0
+    # two clients, a pause of 0.05 s after each refusal
+    assert 2 <= found["failed"] <= 6
+
+
+@pytest.mark.parametrize("server", ["ours", "lucene"])
+def test_every_server_is_warm_before_it_is_measured(tmp_path, monkeypatch, server):
+    asked = []
+
+    def ask(port, n_clients, seconds, queries):
+        asked.append((n_clients, seconds))
+        return {"queries": 9, "failed": 0, "wall_s": 1.0, "p50_ms": 1.0, "p99_ms": 1.0}
+
+    process = SimpleNamespace(pid=os.getpid())
+    monkeypatch.setattr(bench_serve, "serving", lambda *_: contextlib.nullcontext((1, process)))
+    monkeypatch.setattr(bench_serve, "ask", ask)
+    bench = bench_serve.Bench(tmp_path, 8.0, [], [], [])
+    bench.load(Corpus("atlas", tmp_path, tmp_path), server, ["command"])
+    assert asked == [(8, 30.0), (1, 8.0), (8, 8.0), (64, 8.0)]
+    assert len(bench.runs) == 3
+
+
 def test_targets_are_judged_on_both_corpora_and_shown():
     def row(corpus, server, clients, qps, cpu_ms):
         return {
@@ -72,8 +142,8 @@ def test_targets_are_judged_on_both_corpora_and_shown():
     ]
     memory = [{"corpus": "synthetic", "server": "ours", "rss_gb": 0.8, "anonymous_gb": 0.2}]
     record = {
-        "peer": "lucene", "passages": 1000, "runs": runs, "memory": memory, "builds": [],
-        "versions": {}, "command": "c", "commit": "d", "hardware": "h",
+        "peer": "lucene", "passages": 1000, "warm_up_s": 30.0, "runs": runs, "memory": memory,
+        "builds": [], "versions": {}, "command": "c", "commit": "d", "hardware": "h",
     }  # fmt: skip
     targets = {target["name"]: target for target in judge(record)}
     assert not targets["atlas: p99 at 64 clients, ms (at most)"]["met"]
@@ -84,6 +154,7 @@ def test_targets_are_judged_on_both_corpora_and_shown():
     assert cpu["value"] == 3.0
     page = render_page({**record, "targets": list(targets.values())})
     assert "| synthetic | lucene | 64 | 80 |" in page
+    assert "under load for 30 s before it is measured" in page
     assert "Index and searcher are pyserini's" in page
     assert "missed" in page
     assert len(judge({**record, "peer": "none"})) == 4

@@ -19,10 +19,12 @@ from launch.drill_compare import CLOCKS, compare_folders
 from launch.drill_damage import Place
 from launch.drill_disk import PAGE, TMPFS, kind_of_disk, make_room, small_disk
 from launch.drill_files import check_case
+from launch.drill_kills import drill_kills
 from launch.drill_network import judge_training
 from launch.drill_process import Ended, Moment, Row, Running, Span, kill_at, run
 from launch.drill_report import render
 from launch.drill_rivals import judge_pair
+from launch.drill_tasks import Task, Whole
 
 # ---------------------------------------------------------------- comparison
 
@@ -138,6 +140,16 @@ def test_a_child_that_outlives_its_parent_is_a_problem(tmp_path, monkeypatch):
     with pytest.raises(TimeoutError, match="1 processes live on"):
         kill_at(running, Moment(0.05, True), folder)
     assert has_ended(int((folder / "pid").read_text()))  # and it was tidied up
+
+
+def test_a_command_that_no_kill_hits_is_a_problem_of_the_drill(tmp_path):
+    whole = Whole(tmp_path / "whole", Span(begin_s=50.0, end_s=50.0), problem="")
+    (whole.folder / "run").mkdir(parents=True)
+    task = Task("quick", "run", lambda folder: ["mkdir", str(folder / "run")], marks=())
+    row = drill_kills(task, whole, tmp_path / "kills", random.Random(0), n_kills=2)
+    assert row.n == 0
+    assert row.problems == ["no kill came before its end: the drill shows nothing of it"]
+    assert "equal the undisturbed run's" in row.happened
 
 
 def test_moments_come_sooner_where_the_undisturbed_run_was_slow():

@@ -2,7 +2,8 @@
 
 The number of turns is random, pictures and text-only questions fall on either process, tools fail,
 are slow, or answer too late. Per step and process the resident memory, the seconds and the faults
-are recorded; a watchdog ends the run if nothing moves for two minutes.
+are recorded; a watchdog ends the run if nothing moves for two minutes. The exit code is 1 if a
+target was missed: steps, memory, threads, or how the run ended.
 
     make soak          (a quarter of an hour; writes docs/results/soak.json and soak.md)
     python tests/train/soak.py --steps 20 --output soak_test     (a short one, elsewhere)
@@ -16,6 +17,7 @@ import argparse
 import json
 import os
 import random
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -29,6 +31,8 @@ sys.path[:0] = [str(ROOT), str(here)]
 
 import numpy as np
 
+from launch.bench_report import at_least, at_most, target_lines
+
 ROWS = 8
 GROUP = 4
 TIMEOUT_S = 0.15
@@ -38,6 +42,10 @@ DOWN_FOR = 6
 """searches until it is up again, at most"""
 SETTLED = 50
 """steps before memory is looked at: allocators and caches fill"""
+MOST_KB_PER_STEP = 100.0
+"""an allocator that takes and gives back a few MB at a time makes slopes of 40 over 150 steps"""
+FEWEST_STEPS = 4
+"""without as many there is nothing to say of memory"""
 
 
 class Unreliable:
@@ -164,12 +172,17 @@ def train(init: str, folder: Path, n_steps: int) -> None:
 # ---------------------------------------------------------------- report
 
 
-def summarize(folder: Path) -> dict[str, Any]:
-    """Both processes' lines as one record."""
-    lines = [
-        [json.loads(line) for line in (folder / f"steps_{rank}.jsonl").read_text().splitlines()]
-        for rank in (0, 1)
+def read_steps(folder: Path) -> list[list[dict[str, Any]]]:
+    """Both processes' lines, as far as they came."""
+    paths = [folder / f"steps_{rank}.jsonl" for rank in (0, 1)]
+    return [
+        [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        for path in paths
     ]
+
+
+def summarize(lines: list[list[dict[str, Any]]]) -> dict[str, Any]:
+    """Both processes' lines as one record."""
     n_steps = min(map(len, lines))
     settled = min(SETTLED, n_steps // 2)
     shown = sorted({1, settled, n_steps // 2, n_steps})
@@ -220,6 +233,21 @@ def summarize(folder: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def judge(found: dict[str, Any]) -> list[dict[str, Any]]:
+    """The targets: name, value, target, met."""
+    memory = found["memory"].values()
+    more_threads = max(m["threads"][1] - m["threads"][0] for m in memory)
+    targets = [
+        at_least("steps that were made", found["steps"], found["planned"]),
+        at_most("exit code of the launcher", abs(found["exit_code"]), 0),
+        at_most("more threads at the end", more_threads, 0),
+    ]
+    if found["settled_after"] == SETTLED:
+        slope = max(m["slope_kb_per_step"] for m in memory)
+        targets.append(at_most("growth of memory, KB per step", slope, MOST_KB_PER_STEP))
+    return targets
+
+
 def render(found: dict[str, Any]) -> str:
     """docs/results/soak.md."""
     memory = found["memory"]
@@ -241,7 +269,7 @@ def render(found: dict[str, Any]) -> str:
             "",
             "| what happened | |",
             "| --- | --- |",
-            f"| steps without a hang | {found['steps']} of {found['steps']} |",
+            f"| steps without a hang | {found['steps']} of {found['planned']} |",
             f"| turns per episode | {found['turns_per_episode']['mean']} on average, up to "
             f"{found['turns_per_episode']['max']} |",
             "| steps whose processes had other numbers of turns | "
@@ -260,7 +288,10 @@ def render(found: dict[str, Any]) -> str:
             "| --- | --- | --- | --- | --- |",
             *rows,
             "",
-            "`soak.json` has memory, seconds and loss of every step.",
+            *target_lines(found["targets"]),
+            "",
+            "`soak.json` has memory, seconds and loss of every step. Made by "
+            f"`{found['command']}` at commit {found['commit']}.",
             "",
         ]
     )
@@ -277,8 +308,9 @@ def main() -> int:
     if options.folder:
         train(str(options.folder / "tiny" / "vlm"), options.folder, options.steps)
         return 0
+    from compare.provenance import origin
     from launch.jobs import deepspeed_launcher
-    from train.machine import processor_name
+    from train.files import write_json, write_text
     from train.tiny import make_tiny_checkpoints
 
     with tempfile.TemporaryDirectory() as name:
@@ -297,14 +329,22 @@ def main() -> int:
             ).returncode
         if code:
             print(log.read_text(errors="replace")[-4000:], file=sys.stderr)
-            return code
-        found = summarize(folder)
-    found["wall_s"] = round(time.perf_counter() - start, 1)
-    found["hardware"] = f"{processor_name()}, {len(os.sched_getaffinity(0))} cores"
-    options.output.with_suffix(".json").write_text(json.dumps(found) + "\n")
-    options.output.with_suffix(".md").write_text(render(found))
+        lines = read_steps(folder)
+    if min(map(len, lines)) < FEWEST_STEPS:
+        print(f"error: fewer than {FEWEST_STEPS} steps were made", file=sys.stderr)
+        return code or 1
+    found = {
+        **origin(shlex.join(["python", "tests/train/soak.py", *sys.argv[1:]])),
+        "planned": options.steps,
+        "exit_code": code,
+        **summarize(lines),
+        "wall_s": round(time.perf_counter() - start, 1),
+    }
+    found["targets"] = judge(found)
+    write_json(options.output.with_suffix(".json"), found)
+    write_text(options.output.with_suffix(".md"), render(found))
     print(render(found))
-    return 0
+    return 0 if all(target["met"] for target in found["targets"]) else 1
 
 
 if __name__ == "__main__":
