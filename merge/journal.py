@@ -132,9 +132,10 @@ class Journal:
         except OSError as error:
             raise cannot_write(self.folder, error) from error
 
-    def remove(self) -> None:
-        """Deletes the journal of a folder that is complete; the folder stays held."""
-        (self.folder / JOURNAL_NAME).unlink()
+    def remove(self, output: Path) -> None:
+        """Deletes the journal of a folder that is complete and in its place; it stays held."""
+        with suppress(OSError):  # one that stays does no harm there
+            (output / JOURNAL_NAME).unlink()
 
     def abandon(self) -> None:
         """Removes the unfinished folder and lets go of it."""
