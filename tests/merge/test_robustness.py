@@ -246,7 +246,7 @@ def test_where_the_file_system_has_no_locks_a_merge_warns(make_trio, tmp_path, m
     def refuse(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr("merge.journal.fcntl.flock", refuse)
+    monkeypatch.setattr("merge.lock.fcntl.flock", refuse)
     run(make_trio(), tmp_path / "out", method="ties")
     assert f"{tmp_path}: no locks on this file system; start one merge" in caplog.text
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -256,7 +256,7 @@ def test_a_lock_that_fails_is_not_taken_for_another_merge(make_trio, tmp_path, m
     def fail(*_):
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr("merge.journal.fcntl.flock", fail)
+    monkeypatch.setattr("merge.lock.fcntl.flock", fail)
     with pytest.raises(MergeError, match=r"cannot be written \(Input/output error\)"):
         run(make_trio(), tmp_path / "out", method="ties")
 
@@ -271,7 +271,7 @@ def test_a_lock_file_that_was_removed_meanwhile_is_not_taken_for_held(tmp_path, 
         seen.append(descriptor)
         return flock(descriptor, how)
 
-    monkeypatch.setattr("merge.journal.fcntl.flock", slow)
+    monkeypatch.setattr("merge.lock.fcntl.flock", slow)
     journal = Journal(tmp_path / PART, "digest")
     assert len(seen) == 2
     with pytest.raises(MergeError, match="out: another merge is writing it"):
