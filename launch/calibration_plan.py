@@ -11,7 +11,7 @@ from math import prod
 from typing import TYPE_CHECKING
 
 from launch.errors import LaunchError
-from launch.studies.machine import available_memory
+from merge.memory import available_memory
 
 if TYPE_CHECKING:
     from merge.checkpoint import Checkpoint

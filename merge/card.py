@@ -14,37 +14,31 @@ def render_card(record: Mapping[str, Any], name: str) -> str:
     """Writes the README.md of a merged checkpoint.
 
     Args:
-        record: Content of merge.json.
+        record: Content of merge.json; of a merged adapter, too, which has no figures.
         name: Title of the card, usually the output folder's name.
 
     Returns:
         Markdown with the front matter that the hub reads.
     """
     parents = record["parents"]
-    totals = record["totals"]
+    is_adapter = "adapter" in record
     has_vision = any(entry["group"] == VISION for entry in record["tensors"].values())
     auto_class = "AutoModelForImageTextToText" if has_vision else "AutoModelForCausalLM"
-    recipe = {key: record[key] for key in RECIPE_KEYS}
-    recipe["stats"] = {
-        key: {**entry, "source": Path(entry["source"]).name}
-        for key, entry in recipe["stats"].items()
-    }
     lines = [
         "---",
         "base_model:",
         *(f"- {json.dumps(_model_name(parent['source']))}" for parent in parents.values()),
-        "base_model_relation: merge",
+        f"base_model_relation: {'finetune' if is_adapter else 'merge'}",
         "library_name: transformers",
         f"pipeline_tag: {'image-text-to-text' if has_vision else 'text-generation'}",
         "tags:",
-        "- merge",
+        *([] if is_adapter else ["- merge"]),
         "- obm-warmstart",
         *(["- optimal-brain-merging"] if record["method"] == "obm" else []),
         "---",
         f"# {name}",
         "",
-        *_summary(record["method"], has_vision),
-        f"The licences of all {len(parents)} parents apply.",
+        *_summary(record, has_vision),
         "",
         "```python",
         f"from transformers import {auto_class}",
@@ -52,6 +46,40 @@ def render_card(record: Mapping[str, Any], name: str) -> str:
         f'model = {auto_class}.from_pretrained("{name}")',
         "```",
         "",
+        *([] if is_adapter else _figures(record)),
+    ]
+    return "\n".join(lines)
+
+
+def _summary(record: Mapping[str, Any], has_vision: bool) -> list[str]:
+    """What it is, and whose licences apply."""
+    parents, method = record["parents"], record["method"]
+    if "adapter" in record:
+        base = _model_name(parents["vlm"]["source"])
+        return [
+            f"{base} with a LoRA adapter put into {record['adapter']['tensors']} of its tensors.",
+            f"The licence of {base} applies.",
+        ]
+    licences = f"The licences of all {len(parents)} parents apply."
+    if has_vision:
+        return [
+            f"A vision-language model with task vectors of text models merged in by `{method}`,",
+            "without training. Vision tower and projector are the vision-language model's, byte",
+            "for byte.",
+            licences,
+        ]
+    return [f"Text models of one base merged by `{method}`, without training.", licences]
+
+
+def _figures(record: Mapping[str, Any]) -> list[str]:
+    """Parents, recipe and what was merged."""
+    parents, totals = record["parents"], record["totals"]
+    recipe = {key: record[key] for key in RECIPE_KEYS}
+    recipe["stats"] = {
+        key: {**entry, "source": Path(entry["source"]).name}
+        for key, entry in recipe["stats"].items()
+    }
+    return [
         "## Parents",
         "",
         "| role | model | revision | xxh3_128 of the tensors that were read |",
@@ -85,17 +113,6 @@ def render_card(record: Mapping[str, Any], name: str) -> str:
         "`obm merge verify FOLDER` checks them.",
         "",
     ]
-    return "\n".join(lines)
-
-
-def _summary(method: str, has_vision: bool) -> list[str]:
-    if has_vision:
-        return [
-            f"A vision-language model with task vectors of text models merged in by `{method}`,",
-            "without training. Vision tower and projector are the vision-language model's, byte",
-            "for byte.",
-        ]
-    return [f"Text models of one base merged by `{method}`, without training."]
 
 
 def _model_name(source: str) -> str:

@@ -226,7 +226,8 @@ class _Run:
     def finish(self, record: dict[str, Any], overwrite: bool) -> None:
         """Adds what lies beside the weights, and moves the folder into its place.
 
-        An error removes the folder, unless it is whole and only cannot be moved.
+        An error removes the folder, unless it is whole and only cannot be moved: it then keeps its
+        journal, so that the same command only checks and moves it.
         """
         is_whole = False
         try:
@@ -236,22 +237,21 @@ class _Run:
             (self.part / "README.md").write_text(card, encoding="utf-8")
             text = json.dumps(record, indent=2) + "\n"
             (self.part / RECORD_NAME).write_text(text, encoding="utf-8")
-            self._journal.remove()
             is_whole = True
             move_into_place(self.part, self._output, overwrite)
-        except OSError as error:
+            self._journal.remove(self._output)
+        except Exception as error:
             if is_whole:
                 raise MergeError(
                     f"{self._output}: the merge cannot be moved there ({error}); it is whole in "
-                    f"{self.part}, move it yourself"
+                    f"{self.part}, move it yourself or run the same command again"
                 ) from error
             self._journal.abandon()
+            if not isinstance(error, OSError):
+                raise
             raise MergeError(
                 f"{self._output}: cannot be written ({error}); free space or choose another output"
             ) from error
-        except Exception:
-            self._journal.abandon()
-            raise
         finally:
             self._journal.close()
 

@@ -7,10 +7,7 @@ only if the bytes in the file still have its checksum, so it may have been writt
 reached the disk.
 """
 
-import errno
-import fcntl
 import json
-import logging
 import os
 import shutil
 from collections.abc import Mapping
@@ -19,13 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from merge.errors import MergeError
+from merge.lock import open_locked
 from merge.shards import cannot_write
 
-logger = logging.getLogger(__name__)
-
 JOURNAL_NAME = ".journal.jsonl"
-NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
-"""What a file system without locks answers."""
 
 
 def hold_folder(folder: Path) -> int:
@@ -41,8 +35,7 @@ def hold_folder(folder: Path) -> int:
         MergeError: Another process is writing this output, or the folder cannot be made.
     """
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = _lock(_lock_path(folder))
+        descriptor = open_locked(_lock_path(folder), "merge")
     except BlockingIOError as error:
         raise MergeError(
             f"{folder.parent / folder.name.strip('.').removesuffix('.part')}: another merge is "
@@ -68,28 +61,6 @@ def let_go(folder: Path, descriptor: int) -> None:
 
 def _lock_path(folder: Path) -> Path:
     return folder.with_suffix(".lock")
-
-
-def _lock(path: Path) -> int:
-    """Opens and locks a file: not the folder itself, which network file systems do not lock.
-
-    Raises:
-        BlockingIOError: Another process holds it.
-    """
-    while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
-                os.close(descriptor)
-                raise
-            logger.warning("%s: no locks on this file system; start one merge", path.parent)
-        # its holder may have removed it between our two calls
-        with suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(descriptor), path.stat()):
-                return descriptor
-        os.close(descriptor)
 
 
 class Journal:
@@ -132,9 +103,10 @@ class Journal:
         except OSError as error:
             raise cannot_write(self.folder, error) from error
 
-    def remove(self) -> None:
-        """Deletes the journal of a folder that is complete; the folder stays held."""
-        (self.folder / JOURNAL_NAME).unlink()
+    def remove(self, output: Path) -> None:
+        """Deletes the journal of a folder that is complete and in its place; it stays held."""
+        with suppress(OSError):  # one that stays does no harm there
+            (output / JOURNAL_NAME).unlink()
 
     def abandon(self) -> None:
         """Removes the unfinished folder and lets go of it."""

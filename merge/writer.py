@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-import psutil
 import xxhash
 
 from merge import kernels as compiled
@@ -18,6 +17,7 @@ from merge.checkpoint import Checkpoint
 from merge.cost import dense_bytes
 from merge.errors import MergeError
 from merge.kernels import Counts
+from merge.memory import available_memory
 from merge.methods import METHODS
 from merge.plan import PlannedTensor
 from merge.reader import LEAST_PIECE_BYTES, PIECE_BYTES, RESIDENT_BYTES, TensorReader, Workspace
@@ -64,7 +64,7 @@ class TensorWriter:
         self._statistics = statistics
         self._threads = threads
         self._local = threading.local()
-        self._room = _Room(int(psutil.virtual_memory().available))
+        self._room = _Room(available_memory())
 
     def write(self, tensor: PlannedTensor, writer: ShardWriter) -> dict[str, Any]:
         """Makes one tensor and puts it in its place.

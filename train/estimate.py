@@ -199,6 +199,7 @@ def plan_of(
             grpo.get("gradient_checkpointing", grpo.get("activation_checkpointing"))
         ),
         has_reference=grpo["beta"] != 0.0,
+        has_anchor=config.algorithm.anchor > 0,
         lora_rank=config.lora.r or None,
         lora_targets=tuple(config.lora.target_modules) if config.lora.target_modules else None,
         is_vision_frozen=config.models.freeze_vision,
@@ -276,7 +277,8 @@ def _repairs(plan: Plan, machine: Machine) -> Iterator[dict[str, Any]]:
     """Changes of a plan's fields, from the cheapest to the dearest."""
     yield {"is_checkpointed": True}
     if plan.n_processes > 1:
-        for stage in range(plan.zero + 1, 4):
+        # an anchor goes neither with ZeRO-3 nor with an adapter
+        for stage in range(plan.zero + 1, 3 if plan.has_anchor else 4):
             if stage > 1:
                 yield {"zero": stage, "has_deepspeed": True}
     if not plan.server_gpus and plan.weight_bytes * plan.n_stored > machine.memory:
@@ -294,7 +296,8 @@ def _repairs(plan: Plan, machine: Machine) -> Iterator[dict[str, Any]]:
         }
     stage = 3 if plan.zero >= 3 else 2
     yield {"zero": stage, "has_deepspeed": True, "offload_optimizer": True}
-    yield {"lora_rank": LORA_RANK}
+    if not plan.has_anchor:
+        yield {"lora_rank": LORA_RANK}
 
 
 def _difference(before: Plan, after: Plan) -> list[str]:

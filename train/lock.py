@@ -6,10 +6,8 @@ clean up: the file that it leaves is taken over.
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import json
-import logging
 import os
 import shlex
 import socket
@@ -20,12 +18,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from configs.errors import ConfigError
-
-logger = logging.getLogger(__name__)
+from merge.lock import lock, open_locked
 
 LOCK_NAME = ".lock"
-NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
-"""What a file system without locks answers."""
 
 
 @contextmanager
@@ -43,7 +38,7 @@ def locked(output: Path, name: str = LOCK_NAME, *, setting: str = "--output") ->
     """
     path = output / name
     try:
-        descriptor = _open(path)
+        descriptor = open_locked(path, "process")
     except BlockingIOError as error:
         raise ConfigError(
             f"{output} is in use by {_holder(path)}; wait for it, or choose another {setting}"
@@ -53,6 +48,7 @@ def locked(output: Path, name: str = LOCK_NAME, *, setting: str = "--output") ->
             f"{path}: cannot be written ({error.strerror}); free space, or choose another {setting}"
         ) from error
     try:
+        _sign(descriptor)
         yield
     finally:
         # while it is held: whoever waits for this file will see that it is another one now
@@ -71,44 +67,8 @@ def in_turn(path: Path) -> Iterator[None]:
         path: the file, in a folder that is there.
     """
     with path.open("w") as file:
-        _lock(file.fileno(), path, fcntl.LOCK_EX)
+        lock(file.fileno(), path, fcntl.LOCK_EX, "process")
         yield
-
-
-def _open(path: Path) -> int:
-    """Opens and locks the file that has this name, and signs it.
-
-    Raises:
-        BlockingIOError: another process holds it.
-    """
-    while True:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        except FileNotFoundError:
-            continue  # its holder has just removed the folder, which stayed empty
-        try:
-            _lock(descriptor, path, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # its holder may have removed it between our two calls
-            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
-                _sign(descriptor)
-                return descriptor
-        except FileNotFoundError:
-            pass
-        except OSError:
-            os.close(descriptor)
-            raise
-        os.close(descriptor)
-
-
-def _lock(descriptor: int, path: Path, how: int) -> None:
-    """Locks an open file, where the file system has locks."""
-    try:
-        fcntl.flock(descriptor, how)
-    except OSError as error:
-        if error.errno not in NO_LOCKS:
-            raise
-        logger.warning("%s: no locks on this file system; start one process", path.parent)
 
 
 def _sign(descriptor: int) -> None:

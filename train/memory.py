@@ -53,7 +53,8 @@ class Memory:
 def memory(plan: Plan) -> Memory:
     """Bytes of one accelerator.
 
-    Always: weights, optimizer states, reference, and cast weights of plain torch under bf16.
+    Always: weights, optimizer states, reference, the start of an anchor, and cast weights of plain
+    torch under bf16.
     Rollout: the gathered weights of ZeRO-3, the cache, logits, the forward that reads prompts.
     Loss: gradients, activations, logits. Update: gradients and the optimizer's scratch.
     """
@@ -62,6 +63,7 @@ def memory(plan: Plan) -> Memory:
         "weights": weight_bytes(plan),
         "optimizer": 0.0 if plan.offload_optimizer else optimizer_bytes(plan),
         "reference": reference_bytes(plan),
+        "anchor": anchor_bytes(plan),
     }
     # ZeRO-3 never frees its part; between two rollouts of one step gradients are half done
     is_kept = plan.zero >= 3 or plan.accumulation > plan.steps_per_generation
@@ -121,6 +123,11 @@ def reference_bytes(plan: Plan) -> float:
     if not plan.has_reference or plan.lora_rank:
         return 0.0
     return plan.weight_bytes * plan.shape.n_parameters / plan.shares["weights"]
+
+
+def anchor_bytes(plan: Plan) -> float:
+    """e for each parameter of the language module, whole; moments, one a channel, are few."""
+    return float(plan.weight_bytes * plan.shape.n_language) if plan.has_anchor else 0.0
 
 
 def gathered_bytes(plan: Plan) -> float:

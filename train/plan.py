@@ -146,6 +146,8 @@ class Plan:
     is_vision_frozen: bool = False
     has_reference: bool = False
     """beta > 0"""
+    has_anchor: bool = False
+    """algorithm.anchor > 0"""
     server_gpus: int = 0
     """accelerators of a rollout server beside the trainer's; 0 = rollouts in process"""
     tool_s: float = 0.0

@@ -17,6 +17,9 @@ from typing import Any
 
 from configs.errors import ConfigError
 from configs.schema import DIALECT_SUFFIX, Config, dump_config, load_config
+from merge.errors import MergeError
+from merge.output import RECORD_NAME
+from merge.verify import read_record
 from rewards.functions import split_place
 from train.files import write_json, write_text
 from train.frozen import FILE_NAME as FROZEN_HEADS
@@ -67,11 +70,13 @@ def prepare_folder(
         can_resume: the stage has `--resume`, for the message.
 
     Raises:
-        ConfigError: it is in use, or holds a run with other settings.
+        ConfigError: it is in use, or holds a run with other settings or of another start.
     """
+    recipe, kept = Path(init) / RECORD_NAME, folder / RECORD_NAME
     if _holds_anything(folder):
         if resume:
             check_same_run(folder, config, frozen)
+            _check_same_start(recipe, kept)
         elif overwrite:
             if not (folder / "config.yaml").exists():
                 raise ConfigError(
@@ -96,9 +101,8 @@ def prepare_folder(
         shutil.copyfile(Path(name).expanduser(), folder / OWN_FOLDER / Path(name).name)
     if frozen is not None:
         write_json(folder / FROZEN_HEADS, frozen.to_dict())
-    recipe = Path(init) / "merge.json"
-    if recipe.is_file():
-        shutil.copyfile(recipe, folder / "merge.json")
+    if recipe.is_file() and not kept.is_file():
+        write_text(kept, recipe.read_text(encoding="utf-8"))  # whole, or not there
     if cost := cost_of_start(init, frozen):
         write_json(folder / "start_cost.json", cost)
 
@@ -199,6 +203,27 @@ def _refuse_other_files(folder: Path, config: Config) -> None:
                 f"{folder / OWN_FOLDER / Path(name).name} back in its place, or choose another "
                 "output"
             )
+
+
+def _check_same_start(recipe: Path, kept: Path) -> None:
+    """An adapter, a reference or an anchor would go on upon other weights than it began with."""
+    if not recipe.is_file() or not kept.is_file():
+        return
+    try:
+        now, before = (read_record(path.parent)["tensors"] for path in (recipe, kept))
+    except MergeError as error:
+        raise ConfigError(f"output: {error}") from error
+    changed = [
+        name
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name, {}).get("checksum") != now.get(name, {}).get("checksum")
+    ]
+    if changed:
+        raise ConfigError(
+            f"models.init: {recipe.parent} was merged otherwise since {kept.parent} was started "
+            f"({len(changed)} tensors differ, {changed[0]} is the first); put that start back, or "
+            "choose another output"
+        )
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -299,12 +299,16 @@ def _handover_folder(parent: str | Path | None) -> Iterator[Path]:
     """A new folder that exists for one handover of weights.
 
     It is named after this process: what others of this machine left, that were killed in the midst
-    of theirs, is removed, since it would fill the memory handover by handover.
+    of theirs, is removed, since it would fill the memory handover by handover. Containers may share
+    the place and the machine's name, but number their processes each for itself: what lies there
+    of another's is left alone.
     """
     shared = Path("/dev/shm")
     place = Path(parent or (shared if shared.is_dir() else tempfile.gettempdir()))
     place.mkdir(parents=True, exist_ok=True)
+    numbering = Path("/proc/self/ns/pid")
     ours = f"policy-{socket.gethostname()}-"
+    ours += f"{numbering.stat().st_ino if numbering.exists() else 0}-"
     for path in place.glob(f"{ours}*"):
         left = re.fullmatch(rf"{re.escape(ours)}(\d+:[\d.]+)-\w+", path.name)
         if left is not None and not is_alive(left[1]):

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
+
+from merge.memory import available_memory
 
 if TYPE_CHECKING:
     from configs.schema import Config
@@ -19,7 +20,6 @@ LAUNCHER_BYTES = 500_000_000
 """The launcher's two processes beside a training (2 x 250 MB measured)."""
 MEMORY_SHARE = 0.9
 """Of the memory that is available, what trainings may fill."""
-CGROUP = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
@@ -45,25 +45,6 @@ def this_machine() -> Machine:
     import torch
 
     return Machine(len(os.sched_getaffinity(0)), available_memory(), torch.cuda.device_count())
-
-
-def available_memory(cgroup: Path = CGROUP) -> int:
-    """Bytes that can be taken now: the system's, or what a container's limit leaves."""
-    import psutil
-
-    available = int(psutil.virtual_memory().available)
-    try:
-        limit = (cgroup / "memory.max").read_text().strip()
-        used = int((cgroup / "memory.current").read_text()) - _reclaimable(cgroup)
-    except (OSError, ValueError):
-        return available
-    return available if limit == "max" else max(0, min(available, int(limit) - used))
-
-
-def _reclaimable(cgroup: Path) -> int:
-    """Bytes of files that the kernel keeps as long as nobody needs the memory."""
-    lines = (cgroup / "memory.stat").read_text().splitlines()
-    return next((int(line.split()[1]) for line in lines if line.startswith("inactive_file ")), 0)
 
 
 def training_bytes(config: Config, n_processes: int = 1) -> int:

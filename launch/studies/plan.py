@@ -88,7 +88,7 @@ class Plan:
     def map_owner(self, arm: Arm) -> str | None:
         """The arm under whose name the study makes the conflict map that this arm freezes heads by.
 
-        Arms with one start share the map of the first; None where the arm needs none.
+        Arms with one start and reward share the map of the first; None where the arm needs none.
         """
         return self._map_owners.get(arm.name)
 
@@ -164,7 +164,8 @@ def map_owners(study: Study, configs: Mapping[str, Config]) -> dict[str, str]:
     """Arm -> arm whose conflict map it freezes heads by, of those that bring no map of their own.
 
     Args:
-        study: its arms; one start and one way to diagnose it make one map, the first arm's.
+        study: its arms; one start, one reward and one way to diagnose it make one map, the first
+            arm's.
         configs: settings by arm.
     """
     first: dict[tuple[str, ...], str] = {}
@@ -173,8 +174,10 @@ def map_owners(study: Study, configs: Mapping[str, Config]) -> dict[str, str]:
         config = configs[arm.name]
         frozen = config.freeze_heads
         if frozen.source in ("cast", "anti") and frozen.map is None:
-            start = flatten({"start": [arm.init, arm.merge, arm.models], **asdict(config.conflict)})
-            owners[arm.name] = first.setdefault(tuple(start), arm.name)
+            sections = ("conflict", "rewards", "reward_functions", "grpo", "algorithm")
+            decides = {"start": [arm.init, arm.merge, arm.models]}
+            decides |= {name: asdict(config)[name] for name in sections}
+            owners[arm.name] = first.setdefault(tuple(flatten(decides)), arm.name)
     return owners
 
 

@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 
 def map_steps(plan: Plan, stages: Stages) -> Iterator[Step]:
     """Conflict maps of the starts whose heads are frozen by one; the starts must be there."""
+    from configs.sections import Algorithm
+    from train.run_folder import own_files
+
     for arm in plan.study.arms:
         if plan.map_owner(arm) != arm.name:
             continue
@@ -40,6 +43,12 @@ def map_steps(plan: Plan, stages: Stages) -> Iterator[Step]:
             **{key: settings[key] for key in keys},
             **named_files(config, "train", "dialect"),
         }
+        # defaults are left out, as those of a training are
+        if config.reward_functions:
+            inputs["reward_functions"] = settings["reward_functions"]
+            inputs["own_files"] = own_files(config)
+        if config.algorithm != Algorithm():
+            inputs["algorithm"] = settings["algorithm"]
         words = f"diagnose   {arm.name}: conflict map of its heads"
         make = partial(_make_map, config, str(plan.start(arm)), target)
         yield Step(map_stage(arm.name), inputs, target, make, partial(str, words))

@@ -7,7 +7,6 @@ from launch.studies.machine import (
     LAUNCHER_BYTES,
     PROCESS_BYTES,
     Machine,
-    available_memory,
     duration_words,
     evaluation_bytes,
     gpu_groups,
@@ -67,19 +66,6 @@ def test_a_training_takes_more_than_its_libraries_and_an_evaluation_less_than_a_
     assert training_bytes(merged) == training_bytes(config)
     unknown = ["models.init=owner/unknown", "models.vlm=owner/unknown"]
     assert training_bytes(load_config(shipped_config("demo"), unknown)) == floor
-
-
-def test_a_containers_limit_counts(tmp_path):
-    everything = available_memory(tmp_path)
-    assert everything > 0
-    (tmp_path / "memory.max").write_text("3000000\n")
-    (tmp_path / "memory.current").write_text("1600000\n")
-    # files that were read count as used until somebody needs the memory
-    stat = "anon 900000\nfile 700000\ninactive_anon 1\ninactive_file 600000\nactive_file 100000\n"
-    (tmp_path / "memory.stat").write_text(stat)
-    assert available_memory(tmp_path) == 2_000_000
-    (tmp_path / "memory.max").write_text("max\n")
-    assert available_memory(tmp_path) > 2_000_000
 
 
 def test_time_left_is_the_mean_over_what_is_left():

@@ -685,6 +685,35 @@ def test_a_preparation_sees_what_else_of_the_settings_decides_it(neighbours_file
     assert (changed["lora"]["r"], changed["models"]) == (4, {"freeze_vision": True})
 
 
+def test_a_conflict_map_is_of_one_reward(neighbours_file, tmp_path):
+    function = tmp_path / "own.py"
+    function.write_text("def short(completions, **columns):\n    return [0.0] * len(completions)\n")
+    content = yaml.safe_load(neighbours_file.read_text())
+    cast = content["arms"][1]
+    for name, own in (
+        ("own", {"reward_functions": [{"function": f"{function}:short"}]}),
+        ("thrifty", {"algorithm": {"efficiency_bonus": 0.5}}),
+        ("again", {}),
+    ):
+        content["arms"].append({**cast, "name": name, "settings": {**cast["settings"], **own}})
+    neighbours_file.write_text(yaml.safe_dump(content))
+
+    def steps():
+        plan = Plan(load_study(neighbours_file), [])
+        stages = Stages(tmp_path, redo=False)
+        for step in start_steps(plan, stages):
+            stages.look(step.name, step.inputs, step.target)
+        return {step.name: step.inputs for step in preparations_module.map_steps(plan, stages)}
+
+    before = steps()
+    assert list(before) == ["diagnose-cast", "diagnose-own", "diagnose-thrifty"]
+    assert not {"reward_functions", "own_files", "algorithm"} & set(before["diagnose-cast"])
+    assert before["diagnose-thrifty"]["algorithm"]["efficiency_bonus"] == 0.5
+    function.write_text("def short(completions, **columns):\n    return [1.0] * len(completions)\n")
+    changed = {name for name, inputs in steps().items() if inputs != before[name]}
+    assert changed == {"diagnose-own"}
+
+
 def test_arms_of_one_start_share_a_conflict_map_and_drawn_heads_differ_by_seed():
     study = load_study("cast")
     plan = Plan(study, [])

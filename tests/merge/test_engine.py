@@ -6,7 +6,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +17,7 @@ from merge import writer
 from merge.checkpoint import Checkpoint
 from merge.engine import merge
 from merge.errors import MergeError
+from merge.memory import available_memory
 from merge.methods import METHODS
 from merge.report import figures
 from merge.shards import SafetensorsFile
@@ -269,9 +269,22 @@ def test_dense_tensors_are_merged_at_a_time_as_memory_allows(
         return plain(*arguments)
 
     monkeypatch.setattr(writer, "merge_tensor", merge_slowly)
-    monkeypatch.setattr(writer.psutil, "virtual_memory", lambda: SimpleNamespace(available=n_free))
+    monkeypatch.setattr(writer, "available_memory", lambda: n_free)
     run(make_trio(), tmp_path / "out", method="wudi", steps=2, threads=2)
     assert max(most) == n_together
+
+
+def test_a_containers_limit_counts(tmp_path):
+    everything = available_memory(tmp_path)
+    assert everything > 0
+    (tmp_path / "memory.max").write_text("3000000\n")
+    (tmp_path / "memory.current").write_text("1600000\n")
+    # files that were read count as used until somebody needs the memory
+    stat = "anon 900000\nfile 700000\ninactive_anon 1\ninactive_file 600000\nactive_file 100000\n"
+    (tmp_path / "memory.stat").write_text(stat)
+    assert available_memory(tmp_path) == 2_000_000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert available_memory(tmp_path) > 2_000_000
 
 
 def saliencies_of(record: dict) -> dict:

@@ -246,7 +246,7 @@ def test_where_the_file_system_has_no_locks_a_merge_warns(make_trio, tmp_path, m
     def refuse(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr("merge.journal.fcntl.flock", refuse)
+    monkeypatch.setattr("merge.lock.fcntl.flock", refuse)
     run(make_trio(), tmp_path / "out", method="ties")
     assert f"{tmp_path}: no locks on this file system; start one merge" in caplog.text
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -256,7 +256,7 @@ def test_a_lock_that_fails_is_not_taken_for_another_merge(make_trio, tmp_path, m
     def fail(*_):
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr("merge.journal.fcntl.flock", fail)
+    monkeypatch.setattr("merge.lock.fcntl.flock", fail)
     with pytest.raises(MergeError, match=r"cannot be written \(Input/output error\)"):
         run(make_trio(), tmp_path / "out", method="ties")
 
@@ -271,7 +271,7 @@ def test_a_lock_file_that_was_removed_meanwhile_is_not_taken_for_held(tmp_path, 
         seen.append(descriptor)
         return flock(descriptor, how)
 
-    monkeypatch.setattr("merge.journal.fcntl.flock", slow)
+    monkeypatch.setattr("merge.lock.fcntl.flock", slow)
     journal = Journal(tmp_path / PART, "digest")
     assert len(seen) == 2
     with pytest.raises(MergeError, match="out: another merge is writing it"):
@@ -280,7 +280,7 @@ def test_a_lock_file_that_was_removed_meanwhile_is_not_taken_for_held(tmp_path, 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_output_that_another_merge_finished_meanwhile_is_kept(make_trio, tmp_path, monkeypatch):
+def test_two_merges_that_finish_one_output_are_both_kept(make_trio, tmp_path, monkeypatch):
     """Both found no output when they began; the second comes to its end behind the first."""
     move = engine.move_into_place
 
@@ -289,13 +289,18 @@ def test_an_output_that_another_merge_finished_meanwhile_is_kept(make_trio, tmp_
         (output / "merge.json").write_text("of another merge")
         move(part, output, *arguments)
 
-    monkeypatch.setattr(engine, "move_into_place", move_behind_another)
-    with pytest.raises(MergeError, match="out: exists; choose another output"):
-        run(make_trio(), tmp_path / "out", method="ties")
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "move_into_place", move_behind_another)
+        whole = rf"out: exists; choose another output.*it is whole in .*{PART}, move it yourself"
+        with pytest.raises(MergeError, match=whole):
+            run(make_trio(), tmp_path / "out", method="ties")
     assert (tmp_path / "out" / "merge.json").read_text() == "of another merge"
+    assert set(undisturbed(make_trio(), tmp_path)) <= set(hash_files(tmp_path / PART))
 
 
-def test_a_merge_that_cannot_be_moved_is_kept(make_trio, tmp_path, monkeypatch):
+def test_a_merge_that_cannot_be_moved_is_kept_and_moved_by_the_same_command(
+    make_trio, tmp_path, monkeypatch, count_written
+):
     def refuse(*_):
         raise OSError(16, "Device or resource busy")
 
@@ -303,7 +308,11 @@ def test_a_merge_that_cannot_be_moved_is_kept(make_trio, tmp_path, monkeypatch):
         patch.setattr(engine, "move_into_place", refuse)
         with pytest.raises(MergeError, match=rf"busy.*it is whole in .*{PART}, move it yourself"):
             run(make_trio(), tmp_path / "out", method="ties")
-    assert hash_files(tmp_path / PART) == undisturbed(make_trio(), tmp_path)
+    count_written.clear()
+    run(make_trio(), tmp_path / "out", method="ties")
+    assert not count_written
+    assert hash_files(tmp_path / "out") == undisturbed(make_trio(), tmp_path)
+    assert not (tmp_path / PART).exists()
 
 
 # ---- the disk

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -257,9 +258,16 @@ def test_the_verbs_options_hold_for_an_adapter_or_are_refused(
     save_adapter, tmp_path, capsys, monkeypatch
 ):
     pushed = []
-    monkeypatch.setattr(
-        "merge.hub.push_folder", lambda folder, name, private: pushed.append((folder.name, name))
-    )
+
+    class Api:
+        def create_repo(self, repository, **_):
+            pass
+
+        def upload_folder(self, repo_id, folder_path, **_):
+            pushed.append((repo_id, (Path(folder_path) / "README.md").read_text()))
+            return SimpleNamespace(commit_url=f"https://hub/{repo_id}/commit/1")
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
     words = ["merge", "adapter", str(save_adapter()), "--output", str(tmp_path / "merged")]
     words += ["--push-to-hub", "someone/warm"]
     assert main([*words, "--dry-run"]) == 0
@@ -269,7 +277,13 @@ def test_the_verbs_options_hold_for_an_adapter_or_are_refused(
     assert main([*words, "--sweep", "density=0.2,0.5"]) == 2
     assert "--sweep: goes with a merge, not with an adapter" in capsys.readouterr().err
     assert main(words) == 0
-    assert pushed == [("merged", "someone/warm")]
+    assert capsys.readouterr().out.endswith("https://hub/someone/warm/commit/1\n")
+    [(repository, card)] = pushed
+    assert repository == "someone/warm"
+    front, text = card.split("---")[1:]
+    assert yaml.safe_load(front)["base_model_relation"] == "finetune"
+    assert 'AutoModelForImageTextToText.from_pretrained("someone/warm")' in text
+    assert "The licence of " in text
 
 
 def test_an_output_that_another_merge_is_writing_is_refused(save_adapter, tmp_path):

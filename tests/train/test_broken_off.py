@@ -83,5 +83,31 @@ def test_an_overwrite_that_is_killed_leaves_a_folder_that_can_be_overwritten(
     assert not (folder / "z").exists()
 
 
+def test_a_run_does_not_go_on_from_a_start_that_was_merged_anew(write_config, tmp_path):  # noqa: F811
+    config = load_config(write_config())
+    folder, start = tmp_path / "run", tmp_path / "start"
+    start.mkdir()
+
+    def record(checksum):
+        entry = {"checksum": checksum, "inputs": {}, "group": "linear", "dtype": "F32", "shape": []}
+        vlm = {"source": "vlm"}
+        content = {"method": checksum, "parents": {"vlm": vlm}, "tensors": {"up": entry}}
+        (start / "merge.json").write_text(json.dumps(content))
+        return (start / "merge.json").read_bytes()
+
+    first = record("1")
+    prepare_folder(folder, config, str(start), False, False)
+    prepare_folder(folder, config, str(start), True, False)
+    record("2")
+    with pytest.raises(
+        ConfigError, match=r"models\.init: .*start was merged otherwise .* up is the"
+    ):
+        prepare_folder(folder, config, str(start), True, False)
+    assert (folder / "merge.json").read_bytes() == first
+    second = record("2")
+    prepare_folder(folder, config, str(start), False, True)
+    assert (folder / "merge.json").read_bytes() == second
+
+
 def interrupt(path, *arguments, **options):
     raise KeyboardInterrupt

@@ -229,6 +229,17 @@ def test_an_adapter_needs_states_for_itself_alone(plan):
     )
 
 
+def test_an_anchor_keeps_the_language_module_twice(plan, config):
+    assert not plan_of(config, 1).has_anchor
+    config.algorithm.anchor = 0.1
+    assert plan_of(config, 1).has_anchor
+    whole = replace(plan, zero=2)
+    anchored = replace(whole, has_anchor=True)
+    assert memory(anchored).always["anchor"] == 2 * plan.shape.n_language
+    more = memory(anchored).peak - memory(whole).peak
+    assert more == pytest.approx(2 * plan.shape.n_language)
+
+
 def test_a_frozen_tower_has_no_states_and_no_activations(plan):
     frozen = replace(plan, is_vision_frozen=True)
     assert plan.n_trained - frozen.n_trained == plan.shape.n_vision
@@ -300,6 +311,14 @@ def test_one_gpu_is_offered_offload_and_no_sharding(plan):
     changes, repaired = repair(estimate(alone, H100))
     assert changes == ["deepspeed=zero2_offload"]
     assert repaired.fits
+
+
+def test_an_anchor_is_offered_neither_zero3_nor_an_adapter(plan):
+    for rows in (4, 64):
+        anchored = replace(plan, zero=1, rows=rows, has_anchor=True)
+        for memory_gb in (5, 40, 60, 80):
+            changes, _ = repair(estimate(anchored, replace(H100, memory=memory_gb * 1e9)))
+            assert not any("zero3" in change or "lora" in change for change in changes)
 
 
 def test_a_fix_names_the_steps_of_a_rollout_only_where_they_are_set(plan):

@@ -79,7 +79,7 @@ def test_a_lock_file_that_was_replaced_meanwhile_is_not_taken_for_held(tmp_path,
         seen.append(descriptor)
         return flock(descriptor, how)
 
-    monkeypatch.setattr("train.lock.fcntl.flock", slow)
+    monkeypatch.setattr("merge.lock.fcntl.flock", slow)
     with locked(tmp_path):
         monkeypatch.undo()
         assert len(seen) == 2
@@ -91,7 +91,7 @@ def test_a_file_system_without_locks_is_worked_on_all_the_same(tmp_path, monkeyp
     def refuse(descriptor, how):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr("train.lock.fcntl.flock", refuse)
+    monkeypatch.setattr("merge.lock.fcntl.flock", refuse)
     with locked(tmp_path / "out"):
         assert (tmp_path / "out" / ".lock").exists()
     with in_turn(tmp_path / ".lock"):

@@ -6,6 +6,7 @@ import math
 import socket
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 import torch
@@ -436,14 +437,17 @@ def test_a_cache_that_was_not_reset_is_an_error(server, client):
 
 
 def test_a_handover_that_was_killed_is_cleared_away_by_the_next(tmp_path):
-    ours = f"policy-{socket.gethostname()}-"
-    alive, others = f"{ours}{name_myself()}-abc", "policy-elsewhere-999999999:1-abc"
-    for name in (f"{ours}999999999:1-abc", alive, others):
+    here, numbering = f"policy-{socket.gethostname()}-", Path("/proc/self/ns/pid").stat().st_ino
+    ours = f"{here}{numbering}-"
+    alive = f"{ours}{name_myself()}-abc"
+    # of another machine, and of a container whose processes have numbers of their own
+    others = {"policy-elsewhere-1-999999999:1-abc", f"{here}{numbering + 1}-999999999:1-abc"}
+    for name in (f"{ours}999999999:1-abc", alive, *others):
         (tmp_path / name).mkdir()
         (tmp_path / name / "model.safetensors").touch()
     with _handover_folder(tmp_path) as folder:
-        assert {path.name for path in tmp_path.iterdir()} == {alive, others, folder.name}
-    assert {path.name for path in tmp_path.iterdir()} == {alive, others}
+        assert {path.name for path in tmp_path.iterdir()} == {alive, *others, folder.name}
+    assert {path.name for path in tmp_path.iterdir()} == {alive, *others}
 
 
 # ---------------------------------------------------------------- the engine on the fake
