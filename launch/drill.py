@@ -10,8 +10,9 @@ rivals    two commands on one output at once
     make drill                                   (a quarter of an hour on two cores)
     python -m launch.drill --quick --only kills  (two minutes)
 
-Writes docs/results/reliability.md and .json. The exit code is 1 where anything happened that
-docs/reliability.md rules out.
+Writes docs/results/reliability.md and .json; a part, or a quick drill, writes them into --work, so
+that the whole one's stay. The exit code is 1 where anything happened that docs/reliability.md rules
+out.
 """
 
 from __future__ import annotations
@@ -169,6 +170,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         0; 1 where anything happened that should not.
     """
     options = _parse(argv)
+    output = options.output or (
+        options.work if options.only or options.quick else Path("docs/results")
+    )
     work, started = options.work.absolute(), time.monotonic()
     shutil.rmtree(work, ignore_errors=True)
     drill = Drill(work, options.seed, options.quick)
@@ -189,8 +193,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows, command=shlex.join(words), seed=options.seed,
         seconds=time.monotonic() - started, notes=notes,
     )  # fmt: skip
-    write_report(record, options.output)
-    print(f"{len(rows)} disturbances, {record['problems']} problems: {options.output}")
+    write_report(record, output)
+    print(f"{len(rows)} disturbances, {record['problems']} problems: {output}")
     return 1 if record["problems"] else 0
 
 
@@ -205,7 +209,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="of moments and damage (default: 0)")
     parser.add_argument("--quick", action="store_true", help="fewer commands, fewer kills")
-    parser.add_argument("--output", type=Path, default=Path("docs/results"), metavar="DIR")
+    parser.add_argument(
+        "--output", type=Path, metavar="DIR",
+        help="of the report (default: docs/results; with --only or --quick that of --work)",
+    )  # fmt: skip
     parser.add_argument(
         "--work", type=Path, default=Path("runs/drill"), metavar="DIR",
         help="emptied first (default: runs/drill)",

@@ -268,16 +268,26 @@ def settings_file(text: str, *more: str) -> Callable[[Place], list[str]]:
     return make
 
 
-def questions(rows: Sequence[object], *, raw: bytes = b"") -> Callable[[Place], list[str]]:
-    """An evaluation on a table of these rows, and of bytes behind them."""
+def questions(
+    rows: Sequence[object], *, raw: bytes = b"", are_asked: bool = False
+) -> Callable[[Place], list[str]]:
+    """An evaluation on a table of these rows, and of bytes behind them; CANARY as above.
+
+    Args:
+        rows: of the table; a text is a line as it is.
+        raw: bytes behind them.
+        are_asked: the model answers; without, they are read alone.
+    """
 
     def make(place: Place) -> list[str]:
         path = place.folder / "questions.jsonl"
         lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
-        place.write(path, ("".join(f"{line}\n" for line in lines)).encode() + raw)
+        text = "".join(f"{line}\n" for line in lines).replace("CANARY", str(place.canary))
+        place.write(path, text.encode() + raw)
         where = f"environment.eval_benchmark.source={path}"
         name = "environment.eval_benchmark.name=table"
-        return obm("eval", "atlas://vlm", name, where, "--dry-run", "--output", place.output)
+        how = [] if are_asked else ["--dry-run"]
+        return obm("eval", "atlas://vlm", name, where, *how, "--output", place.output)
 
     return make
 

@@ -1,7 +1,7 @@
 """Damaged and hostile files: each is refused by one line with file, reason and fix.
 
 Nothing may be written for it, no traceback shown, no pickle opened. Cases whose file is sound but
-hostile in its words must be taken as data.
+hostile in its words must be taken as data: questions are asked, and their episodes put on a page.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from launch.drill_cases import CASES, Case
+from launch.drill_cases import CASES, HOSTILE_WORDS, Case
 from launch.drill_damage import Place, train_from
 from launch.drill_process import Ended, Row, Running, listing, obm, run_sound
 
@@ -57,7 +57,11 @@ def run_case(case: Case, base: Path, folder: Path, seed: str) -> Row:
             place.output.rename(place.folder / "merged")
             ended = Running(place.evaluate("merged"), place.folder / "log").wait(CASE_LIMIT_S)
         problems += check_case(case, place, ended)
-        if [entry[:2] for entry in listing(place.output)] != [entry[:2] for entry in before]:
+        if case.is_data and ended.code == 0:
+            view = obm("view", place.output)
+            ended = Running(view, place.folder / "log").wait(CASE_LIMIT_S)
+            problems += check_case(case, place, ended) or check_shown(place)
+        elif [entry[:2] for entry in listing(place.output)] != [entry[:2] for entry in before]:
             problems.append("something was written")
         shown = shown or " ".join(ended.errors).removeprefix("error: ")
     shown = shown.replace(str(folder.absolute()), "").replace(str(base.absolute()), "")
@@ -77,6 +81,22 @@ def check_case(case: Case, place: Place, ended: Ended) -> list[str]:
         found.append(f"refused with {ended.code}: {' '.join(ended.errors)[:200]}")
     if "\x1b" in ended.output:
         found.append("its control characters reach the terminal")
+    return found
+
+
+def check_shown(place: Place) -> list[str]:
+    """What is wrong with the record of questions with hostile words, and with its page."""
+    words = HOSTILE_WORDS.replace("CANARY", str(place.canary))
+    lines = (place.output / "trajectories.jsonl").read_text(encoding="utf-8").splitlines()
+    episodes = [json.loads(line) for line in lines]
+    found = []
+    if [episode["gold"]["answers"] for episode in episodes] != [[words]] * 2:
+        found.append("the record does not have its words")
+    if any("<answer> owned" in e["prompt"] or "\x1b" in e["prompt"] for e in episodes):
+        found.append("its tags reach the prompt")
+    page = (place.output / "view.html").read_text(encoding="utf-8")
+    if "<script>alert" in page or "\x1b" in page:
+        found.append("its words are code on the page")
     return found
 
 

@@ -1,7 +1,8 @@
 """What this machine has: versions, cores, memory, devices, disk, logins, and what is missing.
 
 The output is meant to be pasted into an issue. Exit code 1 if something needed is missing.
---markdown prints docs/versions.md instead: what pyproject.toml asks for beside what is here.
+--markdown prints docs/versions.md instead: what pyproject.toml asks for beside what is here;
+--constraints prints constraints.txt, the same versions for pip.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ EXAMPLES = (
     "obm doctor",
     "obm doctor --output runs/demo",
     "obm doctor --markdown",
+    "obm doctor --constraints",
 )
 
 # Free space that the demo needs: six merged checkpoints, two runs, the environment's caches.
@@ -38,8 +40,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output", metavar="DIR", default="runs", help="where runs go (default: runs)"
     )
-    parser.add_argument(
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument(
         "--markdown", action="store_true", help="print the table of versions for docs/versions.md"
+    )
+    instead.add_argument(
+        "--constraints", action="store_true", help="print these versions for constraints.txt"
     )
 
 
@@ -47,6 +53,9 @@ def run(options: argparse.Namespace) -> int:
     """Print the report."""
     if options.markdown:
         print(versions_page(), end="")
+        return 0
+    if options.constraints:
+        print(constraints(), end="")
         return 0
     missing: list[str] = []
     rows = [
@@ -102,13 +111,41 @@ def versions_page() -> str:
         "",
         "What `pyproject.toml` allows, and the versions that the tests ran with. Made by",
         "`obm doctor --markdown > docs/versions.md` in the environment that passed them; a test",
-        "holds this page against `pyproject.toml` and against what is installed.",
+        "holds this page against `pyproject.toml` and against what is installed. `make install`",
+        "and the `Dockerfile` install these versions (`constraints.txt`, made by",
+        "`obm doctor --constraints > constraints.txt`); pip alone takes any that are allowed.",
         "",
         f"Python {platform.python_version()} on {platform.system()}, {platform.machine()}.",
         "",
         "| package | asked for | tested | part of |",
         "| --- | --- | --- | --- |",
     ]
+    for extra, requirement, version in _tested():
+        asked = str(requirement.specifier) or "any"
+        part = f"`[{extra}]`" if extra else "all"
+        lines.append(f"| {requirement.name} | `{asked}` | {version} | {part} |")
+    lines += [
+        "",
+        "Which build of torch is installed, for the CPU or for CUDA, your package index says.",
+        "A vLLM server has an environment of its own; tested with vLLM 0.32.0",
+        "([vllm.md](vllm.md)).",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def constraints() -> str:
+    """constraints.txt: the versions of docs/versions.md, as pip's --constraint reads them."""
+    lines = ["# Versions that the tests ran with: obm doctor --constraints > constraints.txt"]
+    for _, requirement, version in _tested():
+        if version != NOT_TESTED:
+            # without its build (+cpu): torch for a GPU has the same version
+            lines.append(f"{requirement.name}=={version.partition('+')[0]}")
+    return "\n".join(lines) + "\n"
+
+
+def _tested() -> list[tuple[str, Requirement, str]]:
+    """(extra, requirement, version that is installed here) of all that the package asks for."""
+    rows = []
     for extra, needed in requirements().items():
         for requirement in needed:
             if requirement.name == "obm-warmstart":
@@ -117,16 +154,8 @@ def versions_page() -> str:
                 version = metadata.version(requirement.name)
             except metadata.PackageNotFoundError:
                 version = NOT_TESTED
-            asked = str(requirement.specifier) or "any"
-            part = f"`[{extra}]`" if extra else "all"
-            lines.append(f"| {requirement.name} | `{asked}` | {version} | {part} |")
-    lines += [
-        "",
-        "Without a GPU `make install` takes the CPU build of torch in the version above, with one",
-        "the build of your package index. A vLLM server has an environment of its own; tested with",
-        "vLLM 0.32.0 ([vllm.md](vllm.md)).",
-    ]
-    return "\n".join(lines) + "\n"
+            rows.append((extra, requirement, version))
+    return rows
 
 
 def _packages(missing: list[str]) -> list[tuple[str, str]]:

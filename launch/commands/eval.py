@@ -223,6 +223,8 @@ def describe(record: dict[str, Any]) -> str:
 
 def describe_searches(record: dict[str, Any]) -> str:
     """Accuracy with its interval, search rates and cost, official figures, and the kinds."""
+    from train.panel import clean
+
     metrics, intervals = record["metrics"], record["intervals"]
     lines = []
     groups = sorted({f"{name.rpartition('/')[0]}/" for name in intervals if "/" in name})
@@ -231,7 +233,7 @@ def describe_searches(record: dict[str, Any]) -> str:
         shown = f" [{bounds[0]:.3f}, {bounds[1]:.3f}]" if bounds else ""
         value = {name: metrics[prefix + name] for name in (*HEADLINES, "n")}
         lines.append(
-            f"  {prefix.rstrip('/') or 'all':<24} accuracy {value['accuracy']:.3f}{shown}"
+            f"  {clean(prefix.rstrip('/')) or 'all':<24} accuracy {value['accuracy']:.3f}{shown}"
             f"  image {value['sr_img']:.2f}  text {value['sr_txt']:.2f}"
             f"  any {value['sr_any']:.2f}  calls {value['calls']:.2f}"
             f"  CAS {value['cas']:.1f}  n {value['n']:.0f}"
@@ -253,8 +255,9 @@ def describe_questions(config: Config) -> str:
     """
     from compare.benchmarks import benchmark_of, count_questions, iterate_questions
     from compare.evaluate import some_questions
+    from train.panel import clean
 
     counts = count_questions(some_questions(iterate_questions(config)))
     benchmark = benchmark_of(config)
     lines = [f"benchmark {benchmark.name}, scored by {', '.join(benchmark.metrics)}"]
-    return "\n".join([*lines, *(f"  {name}: {count}" for name, count in counts.items())])
+    return "\n".join([*lines, *(f"  {clean(name)}: {count}" for name, count in counts.items())])

@@ -5,7 +5,7 @@ A command that no check knows fails, and so does an entry of the tables below th
 
 import pytest
 
-from tests.docs.blocks import all_commands, blocks, inline_code, pages, prose, reports
+from tests.docs.blocks import Command, all_commands, blocks, inline_code, pages, prose, reports
 from tests.docs.programs import VERBS, check, parse_obm
 from tests.docs.walker import Walker
 
@@ -64,6 +64,16 @@ def test_a_page_is_walked_from_top_to_bottom(page, trio, tmp_path, monkeypatch):
     finally:
         walker.close()
     assert met == set(WALKED[page]), "the table has commands that the page has not"
+
+
+def test_a_command_that_crashes_fails_its_page(tmp_path, monkeypatch):
+    def crash(words):
+        raise FileNotFoundError(words[-1])
+
+    monkeypatch.setattr("tests.docs.walker.main", crash)
+    text = "obm merge verify runs/merged/obm"
+    with pytest.raises(FileNotFoundError, match="runs/merged/obm"):
+        Walker(tmp_path, {}).run(Command("page.md", 1, text, tuple(text.split())))
 
 
 def test_dry_runs_print_their_plan(obm):

@@ -48,8 +48,7 @@ def test_python_is_pinned_to_a_patch_that_the_package_allows(steps, project):
 
 def test_torch_is_the_version_that_the_tests_ran_with(steps, project):
     [torch] = [rest.partition("=")[2] for name, rest in steps if rest.startswith("TORCH=")]
-    makefile = (ROOT / "Makefile").read_text()
-    assert re.search(r"^CPU_TORCH := torch==(.*)$", makefile, re.M)[1] == torch
+    assert f"torch=={torch}\n" in (ROOT / "constraints.txt").read_text()
     [asked] = [
         Requirement(line).specifier
         for line in project["project"]["dependencies"]
@@ -60,7 +59,7 @@ def test_torch_is_the_version_that_the_tests_ran_with(steps, project):
 
 def test_what_changes_seldom_comes_first(steps):
     [torch] = places(steps, "RUN", "torch==$TORCH")
-    [package] = places(steps, "RUN", 'pip install --no-cache-dir "."'.replace('"."', '".['))
+    [package] = places(steps, "RUN", '--constraint constraints.txt ".[')
     copies = places(steps, "COPY")
     assert torch < min(copies) <= max(copies) < package
     assert all("--no-cache-dir" in rest for _, rest in steps if "pip install" in rest)
@@ -69,7 +68,7 @@ def test_what_changes_seldom_comes_first(steps):
 def test_it_copies_the_packages_and_nothing_else(steps, project):
     copied = {word for name, rest in steps if name == "COPY" for word in rest.split()[:-1]}
     packages = {name.partition(".")[0] for name in project["tool"]["setuptools"]["packages"]}
-    assert copied == packages | {"pyproject.toml", "README.md", "LICENSE"}
+    assert copied == packages | {"pyproject.toml", "constraints.txt", "README.md", "LICENSE"}
     assert all(Path(ROOT, name).exists() for name in copied)
 
 

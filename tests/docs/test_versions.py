@@ -1,4 +1,4 @@
-"""docs/versions.md: what pyproject.toml asks for, and versions that are installed here."""
+"""docs/versions.md and constraints.txt: what pyproject.toml asks for, what is installed here."""
 
 import re
 import tomllib
@@ -8,12 +8,13 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
-from launch.commands.doctor import NOT_TESTED, requirements, versions_page
+from launch.commands.doctor import NOT_TESTED, constraints, requirements, versions_page
 from tests.docs.blocks import ROOT, read
 
 UNTESTED = {"wandb-workspaces"}
 """Packages that the page may call not tested: they speak to a service that is not at hand."""
 AGAIN = "make the page again: obm doctor --markdown > docs/versions.md"
+PINS_AGAIN = "make the file again: obm doctor --constraints > constraints.txt"
 
 
 def rows(page):
@@ -63,6 +64,29 @@ def test_the_page_is_what_doctor_prints(obm):
     assert rows(out).keys() == rows(read("docs/versions.md")).keys()
     strip = re.compile(r"^(\| .* \||Python .*)$", re.M)
     assert strip.sub("", out) == strip.sub("", read("docs/versions.md")), AGAIN
+
+
+def pins(text):
+    """name -> version that pip is held to."""
+    lines = [line for line in text.splitlines() if not line.startswith("#")]
+    return {name: version for name, _, version in (line.partition("==") for line in lines)}
+
+
+def test_a_fresh_installation_has_the_versions_of_the_page():
+    page = {name: Version(tested).public for name, (_, tested) in versions_of_page()}
+    assert pins(read("constraints.txt")) == page, PINS_AGAIN
+    makefile = read("Makefile")
+    assert re.search(r"^INSTALL = .* --constraint constraints\.txt$", makefile, flags=re.M)
+    assert re.search(r"^\$\(STAMP\):.* constraints\.txt$", makefile, flags=re.M)
+
+
+def test_every_build_of_torch_fits_its_pin(obm, monkeypatch):
+    monkeypatch.setattr(metadata, "version", lambda name: "2.13.0+cpu")
+    code, out, _ = obm("doctor", "--constraints")
+    assert (code, out) == (0, constraints())
+    pin = SpecifierSet(f"=={pins(out)['torch']}")
+    assert all(pin.contains(version) for version in ("2.13.0", "2.13.0+cpu", "2.13.0+cu130"))
+    assert out.splitlines()[0] == read("constraints.txt").splitlines()[0]
 
 
 def test_an_installed_package_knows_its_extras_without_the_checkout(monkeypatch):

@@ -14,11 +14,11 @@ import pytest
 from safetensors.numpy import save_file
 
 from launch.drill import main
-from launch.drill_cases import Case
+from launch.drill_cases import CASES, Case
 from launch.drill_compare import CLOCKS, compare_folders
 from launch.drill_damage import Place
 from launch.drill_disk import PAGE, TMPFS, kind_of_disk, make_room, small_disk
-from launch.drill_files import check_case
+from launch.drill_files import check_case, check_shown, run_case
 from launch.drill_kills import drill_kills
 from launch.drill_network import judge_training
 from launch.drill_process import Ended, Moment, Row, Running, Span, kill_at, run
@@ -223,6 +223,26 @@ def test_code_that_ran_and_control_characters_are_found(tmp_path):
     assert check_case(refused, place, sound) == ["code from the file was run"]
 
 
+@pytest.mark.slow
+def test_hostile_questions_are_asked_recorded_and_shown(tmp_path):
+    [case] = [case for case in CASES if case.is_data]
+    row = run_case(case, tmp_path, tmp_path, "0")
+    assert (row.happened, row.problems) == ("taken as data", [])
+    [output] = tmp_path.glob("*/output")
+    place = Place(output.parent, tmp_path, random.Random(0))
+    lines = (output / "trajectories.jsonl").read_text().splitlines()
+    assert all(f"$(touch {place.canary})" in json.loads(line)["prompt"] for line in lines)
+    # as a careless evaluation would record them, and a careless page show them
+    spoiled = "".join(line.replace("\\u2039answer\\u203a", "<answer>") + "\n" for line in lines)
+    (output / "trajectories.jsonl").write_text(spoiled)
+    with (output / "view.html").open("a") as page:
+        page.write("<script>alert(1)</script>")
+    found = ["its tags reach the prompt", "its words are code on the page"]
+    assert check_shown(place) == found
+    (output / "trajectories.jsonl").write_text("")
+    assert check_shown(place) == ["the record does not have its words", found[1]]
+
+
 def test_of_two_rivals_one_wins_and_the_other_says_why():
     won = Ended(0, 1.0, "")
     told = Ended(2, 1.0, "error: run is in use by process 7; wait\n")
@@ -317,6 +337,25 @@ def test_the_table_has_a_section_a_part_and_escapes_what_commands_print():
     assert "2 disturbances, PROBLEMS in 1, listed below" in page
     assert "## Problems\n\n* shard: a traceback" in page
     assert "## A full disk" not in page
+
+
+@pytest.mark.parametrize(
+    ("arguments", "folder"),
+    [
+        ([], "docs/results"),
+        (["--quick"], "runs/drill"),
+        (["--only", "kills"], "runs/drill"),
+        (["--only", "kills", "--output", "docs/results"], "docs/results"),
+    ],
+)
+def test_the_whole_drill_alone_replaces_the_committed_report(
+    tmp_path, monkeypatch, arguments, folder
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("launch.drill.Drill", lambda *shared: None)
+    monkeypatch.setattr("launch.drill.PARTS", {"kills": lambda drill: (make_rows()[:1], "How.")})
+    assert main(arguments) == 0
+    assert [str(path.parent) for path in Path().rglob("reliability.md")] == [folder]
 
 
 @pytest.mark.slow

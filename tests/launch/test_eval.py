@@ -99,6 +99,17 @@ def test_a_dry_run_reads_every_row_and_loads_no_model(evaluate, tmp_path, monkey
     assert err.count("\n") == 1
 
 
+def test_a_kind_prints_without_its_control_characters(evaluate, tmp_path):
+    row = {"question": "Where?", "answers": ["here"], "kind": "far\x1b[2J\naway"}
+    (tmp_path / "questions.jsonl").write_text(json.dumps(row))
+    source = f"environment.eval_benchmark.source={tmp_path / 'questions.jsonl'}"
+    for how in (["--dry-run"], ["--mode", "direct", "--output", tmp_path / "out"]):
+        code, out, _ = evaluate("--benchmark", "table", *how, source)
+        assert code == 0
+        assert "kind/far [2J away" in out
+        assert "\x1b" not in out
+
+
 def test_an_unknown_benchmark_is_one_clear_error(evaluate):
     code, _, err = evaluate("--benchmark", "fvqa", "--dry-run")
     assert code == 2

@@ -44,12 +44,14 @@ def in_child(work: Callable[[], Any], limit_s: float | None = None) -> Answer:
     os.close(output)
     found, printed = _read_until_end(answers, outputs)
     _, status, used = os.wait4(child, 0)
-    signals = (signal.SIGXCPU, signal.SIGKILL)
+    cpu_s = used.ru_utime + used.ru_stime
+    was_stopped = os.WIFSIGNALED(status) and os.WTERMSIG(status) in (signal.SIGXCPU, signal.SIGKILL)
     return Answer(
         json.loads(found) if found else None,
         printed.decode(errors="replace"),
-        used.ru_utime + used.ru_stime,
-        limit_s is not None and os.WIFSIGNALED(status) and os.WTERMSIG(status) in signals,
+        cpu_s,
+        # a machine that is short of memory kills, too
+        was_stopped and limit_s is not None and cpu_s >= limit_s,
     )
 
 

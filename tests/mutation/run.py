@@ -7,13 +7,14 @@
 Every mutant is the module's own source with one node changed (`rewrite`). It is imported in the
 place of the module by a process that is forked for it, so neither files nor other tests see it, and
 torch is loaded once a topic. A mutant is killed when one of its tests fails, or when it computes
-three times as long as all of them do without it. Ends with code 1 when one survives that `targets`
-does not explain.
+three times as long as all of them do without it; a process that dies otherwise ends the check. Ends
+with code 1 when one survives that `targets` does not explain.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import gc
 import hashlib
 import importlib
@@ -24,6 +25,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from importlib.machinery import ModuleSpec, SourceFileLoader
 from pathlib import Path
 from types import CodeType
@@ -221,6 +223,8 @@ def _check_mutant(target: Target, function: str, site: Site, key: str, limit_s: 
         return run_tests(target.tests)
 
     answer = in_child(mutated, limit_s)
+    if answer.value is None and not answer.is_out_of_time:
+        raise SystemExit(f"error: {function}: {site.change}: its process died\n{answer.printed}")
     code, by = answer.value or (1, "its tests took too long")
     outcome = "killed"
     if code == 0:
@@ -234,13 +238,38 @@ def _check_mutant(target: Target, function: str, site: Site, key: str, limit_s: 
 
 
 def key_of(target: Target, function: str, site: Site) -> str:
-    """Changes when the mutant, its module, its tests or the way they are chosen do."""
-    digest = hashlib.sha256(repr((function, site.change, target.tests)).encode())
+    """Changes when the mutant, its module, its tests or the way they are chosen and run do."""
+    chosen = (function, site.change, target.tests, sorted(target.environment.items()))
+    digest = hashlib.sha256(repr(chosen).encode())
     module = source_of(function.partition(":")[0])
-    tests = [ROOT / name for name in target.tests if name.endswith(".py")]
-    for path in (module, *tests, *(test.parent / "conftest.py" for test in tests)):
-        digest.update(path.read_bytes() if path.exists() else b"")
+    for path in (module, *_test_files(target)):
+        digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
+
+
+def _test_files(target: Target) -> list[Path]:
+    """The topic's tests, the conftest.py beside and above them, and what all these import."""
+    tests = [ROOT / name for name in target.tests if name.endswith(".py")]
+    todo = [*tests, *(folder / "conftest.py" for test in tests for folder in test.parents[:2])]
+    found: set[Path] = set()
+    while todo:
+        path = todo.pop()
+        if path not in found and path.is_file():
+            found.add(path)
+            todo += map(source_of, _helpers(path.read_text(encoding="utf-8")))
+    return sorted(found)
+
+
+@cache
+def _helpers(source: str) -> list[str]:
+    """What a source may import from tests: `from a import b` can mean the module a.b."""
+    names = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+    return [name for name in names if name.startswith("tests.")]
 
 
 def _is_foreign(name: str) -> bool:

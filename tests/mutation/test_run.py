@@ -4,6 +4,7 @@ import importlib
 import json
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -95,6 +96,44 @@ def test_tests_that_fail_without_a_mutant_are_an_error(example):
     (run.ROOT / "test_example.py").write_text("def test_nothing():\n    assert False\n")
     with pytest.raises(SystemExit, match="the tests fail without a mutant"):
         run.check_target(example, None, {}, print)
+
+
+DYING = """
+import os
+from mutation_example import double
+
+def test_double():
+    if double(1) != 2:
+        print("short of memory", flush=True)
+        os.kill(os.getpid(), 9)
+"""
+
+
+def test_a_process_that_dies_before_its_time_is_up_is_an_error(example):
+    (run.ROOT / "test_example.py").write_text(DYING)
+    site = next(s for s in sites(MODULE, "double") if s.kind == "operator")
+    with pytest.raises(SystemExit, match=r"double: x \+ x -> x - x: its process died"):
+        run._check_mutant(example, "mutation_example:double", site, "key", 60.0)
+
+
+def test_a_verdict_is_no_longer_known_when_a_helper_or_a_variable_changes(example):
+    site = next(s for s in sites(MODULE, "double") if s.kind == "operator")
+    (run.ROOT / "tests/parts").mkdir(parents=True)
+    helper, deeper = run.ROOT / "tests/parts/helper.py", run.ROOT / "tests/parts/deeper.py"
+    (run.ROOT / "test_example.py").write_text(f"from tests.parts import helper\n{TESTS}")
+    keys = []
+    for helper_text, deeper_text, variables in (
+        ("from tests.parts.deeper import ONE", "ONE = 1", {}),
+        ("from tests.parts.deeper import ONE as TWO", "ONE = 1", {}),
+        ("from tests.parts.deeper import ONE as TWO", "ONE = 2", {}),
+        ("from tests.parts.deeper import ONE as TWO", "ONE = 2", {"NUMBA_DISABLE_JIT": "1"}),
+    ):
+        helper.write_text(helper_text)
+        deeper.write_text(deeper_text)
+        target = replace(example, environment=variables)
+        keys += [run.key_of(target, "mutation_example:double", site)]
+    assert len(set(keys)) == 4
+    assert run.key_of(target, "mutation_example:double", site) == keys[-1]
 
 
 def test_a_mutant_is_imported_in_its_fork_alone(example):
