@@ -244,6 +244,22 @@ def test_a_result_does_not_outlive_the_questions_it_was_asked(tmp_path):
     assert named_files(demo(shipped), "agent_data") == {}
 
 
+def test_of_a_folder_that_settings_name_only_the_files_of_rows_count(tmp_path):
+    folder = tmp_path / "rows"
+    (folder / "train").mkdir(parents=True)
+    config = demo(f"calibration.vlm_data.source={folder}")
+
+    def names_after(name):
+        (folder / name).touch()
+        return [name for name, *_ in named_files(config, "vlm_data")["files"][str(folder)]]
+
+    assert names_after("dataset_dict.json") == ["dataset_dict.json"]
+    assert names_after("train/data-0.arrow") == ["dataset_dict.json", "data-0.arrow"]
+    # a picture that rows name, and what reading a data set leaves behind
+    for name in ("photo.png", "train/cache-1.arrow"):
+        assert names_after(name) == ["dataset_dict.json", "data-0.arrow"]
+
+
 def test_a_dry_run_counts_the_settings(obm, tmp_path):
     (tmp_path / "grid.yaml").write_text("obm_inverse: {method: obm, density: [0.2, 0.5]}\n")
     code, out, _ = obm("tune", "--grid", tmp_path / "grid.yaml", "--dry-run")
