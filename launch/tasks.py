@@ -14,7 +14,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from configs.sections import Live, Merge
+from configs.sections import FREE_LIVE, Live, Merge
 from launch.stages import fingerprint, hash_inputs
 
 if TYPE_CHECKING:
@@ -76,14 +76,25 @@ def make_statistics(config: Config, kinds: Sequence[str]) -> None:
 
 def evaluation_inputs(config: Config) -> dict[str, Any]:
     """What decides an evaluation, beside its checkpoint and seed, as the inputs of a stage."""
-    inputs = {
+    return {
         "environment": asdict(config.environment),
         "grpo": config.grpo,
         **named_files(config, "eval", "dialect"),
+        **live_inputs(config),
     }
-    if config.live != Live():  # what was made without it stays valid
-        inputs["live"] = asdict(config.live)
-    return inputs
+
+
+def live_inputs(config: Config) -> dict[str, Any]:
+    """What of the live services decides a result, as an input of a stage.
+
+    Returns:
+        {"live": keys and values}. Empty at the defaults, so that what was made before stays valid.
+    """
+    found, default = (
+        {key: value for key, value in asdict(section).items() if key not in FREE_LIVE}
+        for section in (config.live, Live())
+    )
+    return {} if found == default else {"live": found}
 
 
 def named_files(config: Config, *uses: str) -> dict[str, Any]:

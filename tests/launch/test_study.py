@@ -685,6 +685,26 @@ def test_a_preparation_sees_what_else_of_the_settings_decides_it(neighbours_file
     assert (changed["lora"]["r"], changed["models"]) == (4, {"freeze_vision": True})
 
 
+def test_of_the_live_services_only_what_decides_an_answer_counts(neighbours_file, tmp_path):
+    def keys(*overrides):
+        plan = Plan(load_study(neighbours_file), list(overrides))
+        stages, found = Stages(tmp_path / "out", redo=False), {}
+        parts = (start_steps, preparations_module.map_steps, preparations_module.preparation_steps)
+        for list_steps in parts:
+            for step in list_steps(plan, stages):
+                stages.look(step.name, step.inputs, step.target)
+                found[step.name] = step.inputs.get("live")
+        for training in trainings_module.list_trainings(plan, stages):
+            found[training.name] = training.inputs.get("live")
+        return [found[name] for name in ("calibrate-agent", "sport-sport-s0", "sport-s0")]
+
+    free = ["live.requests_per_second=1", "live.retries=5", "live.text_url=http://elsewhere:1"]
+    assert keys() == keys(*free) == [None] * 3
+    german = keys("live.country=de")
+    assert keys("live.country=de", *free) == german
+    assert [live["country"] for live in german] == ["de"] * 3
+
+
 def test_arms_of_one_start_share_a_conflict_map_and_drawn_heads_differ_by_seed():
     study = load_study("cast")
     plan = Plan(study, [])

@@ -216,6 +216,7 @@ def test_a_result_is_kept_until_something_that_decides_it_changes(tmp_path, monk
 
     same = key()
     assert key("merge.threads=1", "output=elsewhere", "calibration.samples=3") == same
+    assert key("live.retries=5", "live.text_url=http://elsewhere:1") == same
     changed = {
         key("merge.density=0.1"),
         key("environment.data_seed=1"),
