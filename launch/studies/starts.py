@@ -172,11 +172,15 @@ def evaluate(config: Config, checkpoint: str, target: Path, **how: Any) -> None:
         target: folder to write.
         how: further arguments of `evaluate_checkpoint`.
     """
+    from compare.errors import OtherEvaluationError
     from launch.commands.eval import evaluate_checkpoint
 
     # there only where a kill came just before the stage's marker; it would be refused
     (target / "eval.json").unlink(missing_ok=True)
-    evaluate_checkpoint(config, checkpoint, target, **how)
+    try:
+        evaluate_checkpoint(config, checkpoint, target, **how)
+    except OtherEvaluationError:  # of a merge, say, that was since made again from the same inputs
+        evaluate_checkpoint(config, checkpoint, target, overwrite=True, **how)
 
 
 def _recipe(config: Config) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from compare.evaluate import run_evaluation
 from compare.paper_table import CELLS, _finish_row, _new_row, _readings
 from configs.errors import ConfigError
 from launch.commands import calibrate as calibrate_module
@@ -23,7 +24,7 @@ from launch.studies.file import NOT_STUDIES, Options, load_study
 from launch.studies.paper_table import run_table
 from launch.studies.plan import Plan, flatten
 from launch.studies.run import describe_study, run_study
-from launch.studies.starts import Step, evaluation_steps, run_steps, start_steps
+from launch.studies.starts import Step, evaluate, evaluation_steps, run_steps, start_steps
 from launch.studies.trainings import split_batch
 from train.resume import Saved
 
@@ -257,6 +258,23 @@ def test_a_broken_evaluation_goes_on_with_what_it_had_kept(
     monkeypatch.setattr(eval_module, "evaluate_checkpoint", go_on)
     run_ceiling(load_study(study_file), Options("c"))
     assert found == ["episodes"]
+
+
+def test_a_broken_evaluation_of_a_checkpoint_that_was_made_again_starts_afresh(
+    monkeypatch, tmp_path
+):
+    (tmp_path / "episodes").mkdir()
+    (tmp_path / "episodes" / "plan.json").write_text('{"checkpoint": "before", "batch": 1}')
+    started = []
+
+    def go_on(config, checkpoint, output, overwrite=False):
+        if not overwrite:
+            run_evaluation([{}], None, output, plan={"checkpoint": checkpoint}, header={}, batch=1)
+        started.append(overwrite)
+
+    monkeypatch.setattr(eval_module, "evaluate_checkpoint", go_on)
+    evaluate(None, "after", tmp_path)
+    assert started == [True]
 
 
 def test_what_was_made_of_a_file_is_not_reused_once_its_content_has_changed(study_file, tmp_path):
