@@ -241,6 +241,21 @@ def test_a_broken_training_goes_on_from_its_checkpoint(study_file, scripted_stag
     assert scripted_stages == ["train obm-s0 --resume"]
 
 
+def test_a_broken_calibration_whose_cost_counts_starts_afresh(
+    study_file, scripted_stages, tmp_path
+):
+    run_ceiling(load_study(study_file), Options("c"))
+    stages = tmp_path / "out" / "stages"
+    record = json.loads((stages / "calibrate-vlm.json").read_text())
+    Stages(tmp_path / "out", redo=False).start("calibrate-vlm", record["inputs"])
+    unfinished = tmp_path / "out" / "calibration" / "vlm" / ".unfinished-x.safetensors"
+    unfinished.touch()
+    scripted_stages.clear()
+    run_ceiling(load_study(study_file), Options("c"))
+    assert scripted_stages == ["calibrate vlm"]
+    assert not unfinished.exists()
+
+
 def test_a_broken_evaluation_goes_on_with_what_it_had_kept(
     study_file, scripted_stages, monkeypatch, tmp_path
 ):
