@@ -137,6 +137,11 @@ def trained_policy(run: Path) -> Path:
     return run / done["policy"]
 
 
+def n_trainings(plan: Plan) -> int:
+    """How many trainings a study has."""
+    return sum(arm.train for arm in plan.study.arms) * len(plan.study.seeds)
+
+
 def raise_failures(failed: dict[str, str], plan: Plan, *, is_reported: bool) -> None:
     """End a study with what failed in it and how to go on; nothing where nothing did.
 
@@ -145,11 +150,14 @@ def raise_failures(failed: dict[str, str], plan: Plan, *, is_reported: bool) -> 
     """
     if not failed:
         return
-    n = sum(arm.train for arm in plan.study.arms) * len(plan.study.seeds)
+    n = n_trainings(plan)
     each = "; ".join(f"{name}: {words}" for name, words in failed.items())
-    report = "" if is_reported else ", or add --partial for a report of what is complete"
+    others = report = ""
+    if len(failed) < n:
+        others = ", the others are done"
+        report = "" if is_reported else ", or add --partial for a report of what is complete"
     raise JobFailedError(
-        f"{len(failed)} of {n} trainings failed, the others are done. {each}. Run the same command "
+        f"{len(failed)} of {n} trainings failed{others}. {each}. Run the same command "
         f"again to go on: what is done is kept, a broken one goes on from its checkpoint{report}"
     )
 

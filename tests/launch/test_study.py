@@ -363,6 +363,20 @@ def test_a_partial_report_says_what_it_lacks_and_the_study_still_fails(
     assert (report / "compare.md").read_text().startswith("# A test (without obm-s0, which failed)")
 
 
+@pytest.mark.parametrize("perception", [False, True])
+def test_where_every_training_failed_there_is_nothing_to_report(
+    study_file, scripted_stages, failing, tmp_path, perception
+):
+    failing |= {f"{arm}-s{seed}" for arm in ("obm", "vlm") for seed in (0, 1)}
+    content = yaml.safe_load(study_file.read_text())
+    study_file.write_text(yaml.safe_dump({**content, "perception": perception}))
+    with pytest.raises(JobFailedError, match="4 of 4 trainings failed") as caught:
+        run_ceiling(load_study(study_file), Options("c", partial=True))
+    assert "--partial" not in str(caught.value)
+    assert "the others are done" not in str(caught.value)
+    assert not (tmp_path / "out" / "report").exists()
+
+
 def test_several_processes_share_the_completions_of_a_step(study_file, scripted_stages, tmp_path):
     rows = ["grpo.per_device_train_batch_size=12", "grpo.num_generations=4"]
     run_ceiling(load_study(study_file), Options("c", overrides=rows, n_processes=3))
