@@ -579,14 +579,19 @@ def test_what_the_command_line_says_is_still_its_own(study_file):
 
 
 def test_what_no_arm_would_heed_is_refused(study_file):
-    for key in ("merge.method", "output", "models.init"):
+    for override in (
+        "merge.method=ties", "output=ties", "models.init=ties", "seed=7",
+        "merge={method: ties}",
+    ):  # fmt: skip
+        key = override.partition("=")[0]
         with pytest.raises(ConfigError, match=rf"^command line:{key}: would change nothing"):
-            describe_study(load_study(study_file), Options("c", overrides=[f"{key}=ties"]))
+            describe_study(load_study(study_file), Options("c", overrides=[override]))
     # one arm's recipe says it, another's does not
     study = load_study(study_file)
     plan = Plan(study, ["merge.weights.agent=3"])
     weights = [plan.config(arm).merge.weights.get("agent") for arm in study.arms[:2]]
     assert weights == [2.0, 3.0]
+    Plan(study, ["merge={method: ties, window: 0.1}", "calibration.seed=1"])
 
 
 def test_an_option_that_names_no_folder_is_refused(study_file, obm, tmp_path):
