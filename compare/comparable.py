@@ -15,13 +15,18 @@ from typing import Any
 
 from compare.errors import CompareError
 from compare.runs import Run, cut_to_common_steps
-from configs.sections import Algorithm, Config, Environment, FreezeHeads, Live, Lora, Rewards
+from configs.sections import (
+    FREE_LIVE,
+    Algorithm,
+    Config,
+    Environment,
+    FreezeHeads,
+    Live,
+    Lora,
+    Rewards,
+)
 
 _FREE_ENVIRONMENT = {"timeout_s", "retries", "backoff_s"}
-_FREE_LIVE = {
-    "text_url", "image_url", "page_url", "summary_url", "image_host", "image_host_url",
-    "requests_per_second", "retries",
-}  # fmt: skip
 _FREE_GRPO = {
     "output_dir", "run_name", "report_to", "log_level", "logging_steps", "logging_dir",
     "save_steps", "save_strategy", "save_total_limit", "disable_tqdm",
@@ -137,7 +142,7 @@ def _data(run: Run) -> Settings:
     kept = _FREE_ENVIRONMENT | _EVALUATION_KEYS
     return {
         **_section(run, "environment", asdict(Environment()), leave_out=kept),
-        **_section(run, "live", asdict(Live()), leave_out=_FREE_LIVE),
+        **_section(run, "live", asdict(Live()), leave_out=FREE_LIVE),
     }
 
 

@@ -6,3 +6,7 @@ class CompareError(ValueError):
     it."""
 
     exit_code = 2
+
+
+class OtherEvaluationError(CompareError):
+    """A folder holds part of an evaluation that was begun with something else."""

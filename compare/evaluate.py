@@ -22,7 +22,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from compare.benchmarks import official_figures, scoring_part
-from compare.errors import CompareError
+from compare.errors import CompareError, OtherEvaluationError
 from train.evaluation import (
     FOUR_PARTS,
     evaluate,
@@ -187,7 +187,8 @@ def run_evaluation(
         The content of eval.json, or None if other processes still have chunks to do.
 
     Raises:
-        CompareError: the folder holds another evaluation, or there is nothing to ask.
+        OtherEvaluationError: the folder holds part of another evaluation.
+        CompareError: it holds a whole one, or there is nothing to ask.
     """
     chunks, (number, n_shards) = folder / CHUNKS, shard
     plan = {**plan, "batch": batch}
@@ -282,7 +283,7 @@ def _check_plan(chunks: Path, plan: dict[str, Any]) -> None:
         key for key in sorted(plan.keys() | before.keys()) if plan.get(key) != before.get(key)
     ]
     if changed:
-        raise CompareError(
+        raise OtherEvaluationError(
             f"{chunks.parent} holds part of an evaluation with another {', '.join(changed)}; go on "
             "with its own settings, pass --overwrite, or name another --output"
         )

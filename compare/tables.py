@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from compare.verdict import ABOVE, BELOW, side_of_difference, signed
+from compare.verdict import ABOVE, BELOW, is_floor, side_of_difference, signed
 from environments.episode import STOP_REASONS
 from train.evaluation import BEHAVIOURS
 
@@ -103,7 +103,8 @@ def _difference_cell(pair: Mapping[str, Any] | None) -> str:
     if pair["low"] is None:
         return text
     text += f" [{signed(pair['low'], 3)}, {signed(pair['high'], 3)}]"
-    text = f"**{text}**" if side_of_difference(pair) in (ABOVE, BELOW) else text
+    side = side_of_difference(pair, same_questions=is_floor(pair["metric"]))
+    text = f"**{text}**" if side in (ABOVE, BELOW) else text
     return f"{text} {pair['probability']:.2f}, p {pair['p_value']:.2g}"
 
 

@@ -4,7 +4,7 @@ does not win.
 One arm (`reference`, OBM in this project) is held against every other. It is above another arm
 where the paired difference's 95 % interval lies above zero; in summaries without pairs, where the
 two intervals do not overlap. Nothing is separated from an arm with one seed, and the verdict says
-so; nor where all seeds give the same number, as untrained starts do that were asked the same
+so; nor where all seeds give the same number because they asked an untrained start the same
 questions.
 """
 
@@ -143,7 +143,8 @@ def _against(own: Mapping[str, Mapping[str, Any]]) -> str:
     for name, pair in own.items():
         low, high = pair["low"], pair["high"]
         limits = "" if low is None else f" [{signed(low)}, {signed(high)}]"
-        groups[side_of_difference(pair)].append(f"{MEASURES[name]} {signed(pair['mean'])}{limits}")
+        side = side_of_difference(pair, same_questions=is_floor(name))
+        groups[side].append(f"{MEASURES[name]} {signed(pair['mean'])}{limits}")
     words = {
         ABOVE: "better",
         BELOW: "worse",
@@ -227,24 +228,34 @@ def side_of(summary: Mapping[str, Any], reference: str, other: str, measure: str
     names = {measure, measure.removesuffix(".accuracy")}
     for pair in summary.get("pairs") or ():
         if (pair["arm"], pair["other"]) == (reference, other) and pair["metric"] in names:
-            return side_of_difference(pair)
+            return side_of_difference(pair, same_questions=is_floor(measure))
     own, theirs = (_limits(summary["arms"][arm], measure) for arm in (reference, other))
     if own is None or theirs is None:
         return UNKNOWN
-    if all(high - low <= ROUNDING for low, high in (own, theirs)):
+    if is_floor(measure) and all(high - low <= ROUNDING for low, high in (own, theirs)):
         return OPEN
     if own[0] > theirs[1] + ROUNDING:
         return ABOVE
     return BELOW if own[1] < theirs[0] - ROUNDING else OPEN
 
 
-def side_of_difference(estimate: Mapping[str, Any]) -> str:
-    """Where a difference lies by its `low` and `high`: ABOVE 0, BELOW, OPEN or UNKNOWN."""
+def is_floor(measure: str) -> bool:
+    """Whether a number of a comparison is of untrained starts, whom every seed asks the same."""
+    return "floor" in measure.split(".")
+
+
+def side_of_difference(estimate: Mapping[str, Any], *, same_questions: bool = False) -> str:
+    """Where a difference lies: ABOVE 0, BELOW, OPEN or UNKNOWN.
+
+    Args:
+        estimate: with `low` and `high`.
+        same_questions: every seed asked the same. Equal in all seeds, the difference then says
+            nothing about other questions.
+    """
     low, high = estimate.get("low"), estimate.get("high")
     if low is None or high is None:
         return UNKNOWN
-    if high - low <= ROUNDING:
-        # equal in all seeds: they answered the same questions, and say nothing about others
+    if same_questions and high - low <= ROUNDING:
         return OPEN
     if low > ROUNDING:
         return ABOVE

@@ -410,6 +410,13 @@ class Live:
     """pages of this machine may be read; for tests only"""
 
 
+FREE_LIVE = (
+    "text_url", "image_url", "page_url", "summary_url", "image_host", "image_host_url",
+    "requests_per_second", "retries",
+)  # fmt: skip
+"""Keys of `live` that decide no result: where a service is, and how often it is asked."""
+
+
 @dataclass
 class Rewards:
     """total = accuracy * correct * (1 - search_penalty if it searched) + format * well_formed

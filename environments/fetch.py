@@ -110,7 +110,7 @@ class SafeFetcher:
 
         Args:
             url: as the model or a search result wrote it.
-            types: content types that are wanted.
+            types: content types that are wanted; `image/*` = all of its kind, "" = none is named.
 
         Raises:
             PageRefusedError: not allowed, not there, or not of these types.
@@ -123,7 +123,7 @@ class SafeFetcher:
                 reply = exchange(
                     "GET",
                     url,
-                    headers={"User-Agent": USER_AGENT, "Accept": ", ".join(types)},
+                    headers={"User-Agent": USER_AGENT, "Accept": ", ".join(filter(None, types))},
                     timeout_s=max(deadline - time.monotonic(), 0.0),
                     max_bytes=self.max_bytes,
                     check_address=self._check_address,
@@ -240,7 +240,8 @@ def _wants_body(status: int, headers: dict[str, str], types: tuple[str, ...]) ->
         raise PageUnavailableError(f"the page's server answers with HTTP {status}")
     if status != 200:
         _refuse("status", f"The page cannot be read (HTTP {status}).")
-    if content_type(headers)[0] not in types:
+    kind = content_type(headers)[0]
+    if not {kind, f"{kind.partition('/')[0]}/*"} & set(types):
         _refuse("type", "The page is of a kind that cannot be read.")
     return True
 

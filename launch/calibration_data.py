@@ -14,7 +14,8 @@ import json
 import os
 import random
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,48 +60,37 @@ def read_rows(data: CalibrationData, n: int, seed: int) -> list[tuple[int, dict[
     Raises:
         LaunchError: nothing there, unreadable, or no rows.
     """
-    table = _open_table(data)
-    if not len(table):
-        raise LaunchError(f"{data['source']}: has no rows; check source and split")
+    with _refuse_unreadable(str(data["source"])):
+        table = _open_table(data)
+        if not len(table):
+            raise LaunchError(f"{data['source']}: has no rows; check source and split")
+        numbers = range(len(table))
+        chosen = sorted(random.Random(seed).sample(numbers, n)) if n < len(table) else numbers
+        return list(zip(chosen, _without_decoding(table.select(chosen)), strict=True))
+
+
+def _without_decoding(table: Any) -> Any:
+    """Pictures as bytes: one that cannot be read is then reported with its row."""
+    features = table.features.copy()
     for column, feature in table.features.items():
-        # as bytes: a picture that cannot be read is then reported with its row
         if _is_image(feature):
-            table = table.cast_column(column, replace(feature, decode=False))
+            features[column] = replace(feature, decode=False)
         elif _is_image(getattr(feature, "feature", None)):
-            inner = replace(feature.feature, decode=False)
-            table = table.cast_column(column, replace(feature, feature=inner))
-    numbers = range(len(table))
-    chosen = sorted(random.Random(seed).sample(numbers, n)) if n < len(table) else numbers
-    return [(number, table[number]) for number in chosen]
+            features[column] = replace(feature, feature=replace(feature.feature, decode=False))
+    if features == table.features:
+        return table
+    # on disk it would lie in the user's folder
+    return table.cast(features, keep_in_memory=True)
 
 
 def _is_image(feature: Any) -> bool:
     return type(feature).__name__ == "Image"  # without importing `datasets` here
 
 
-def _open_table(data: CalibrationData) -> Any:
-    import datasets
-
-    source, split = str(data["source"]), data["split"]
-    path = Path(os.path.expanduser(source))
+@contextmanager
+def _refuse_unreadable(source: str) -> Iterator[None]:
     try:
-        if path.is_dir():
-            table = datasets.load_from_disk(str(path))
-            if isinstance(table, datasets.DatasetDict):
-                if split not in table:
-                    raise LaunchError(
-                        f"{source}: has no split '{split}'; it has {', '.join(map(str, table))}"
-                    )
-                table = table[split]
-            return table
-        if path.is_file():
-            if path.suffix not in FILE_TYPES:
-                raise LaunchError(f"{source}: is none of {', '.join(FILE_TYPES)}; convert it")
-            files = {"train": str(path)}
-            return datasets.load_dataset(FILE_TYPES[path.suffix], data_files=files, split="train")
-        if re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", source) is None or path.suffix in FILE_TYPES:
-            raise LaunchError(f"{source}: no such file or folder; check the path")
-        return datasets.load_dataset(source, data["subset"], split=split)
+        yield
     except LaunchError:
         raise
     except Exception as error:  # the readers behind `datasets` have no error class in common
@@ -111,6 +101,30 @@ def _open_table(data: CalibrationData) -> Any:
             f"{source}: cannot be read as a data set ({type(error).__name__}: {reason}); "
             "check source, subset and split"
         ) from error
+
+
+def _open_table(data: CalibrationData) -> Any:
+    import datasets
+
+    source, split = str(data["source"]), data["split"]
+    path = Path(os.path.expanduser(source))
+    if path.is_dir():
+        table = datasets.load_from_disk(str(path))
+        if isinstance(table, datasets.DatasetDict):
+            if split not in table:
+                raise LaunchError(
+                    f"{source}: has no split '{split}'; it has {', '.join(map(str, table))}"
+                )
+            table = table[split]
+        return table
+    if path.is_file():
+        if path.suffix not in FILE_TYPES:
+            raise LaunchError(f"{source}: is none of {', '.join(FILE_TYPES)}; convert it")
+        files = {"train": str(path)}
+        return datasets.load_dataset(FILE_TYPES[path.suffix], data_files=files, split="train")
+    if re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", source) is None or path.suffix in FILE_TYPES:
+        raise LaunchError(f"{source}: no such file or folder; check the path")
+    return datasets.load_dataset(source, data["subset"], split=split)
 
 
 # ---------------------------------------------------------------- samples

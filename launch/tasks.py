@@ -14,7 +14,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from configs.sections import Live, Merge
+from configs.sections import FREE_LIVE, Live, Merge
 from launch.stages import fingerprint, hash_inputs
 
 if TYPE_CHECKING:
@@ -76,14 +76,25 @@ def make_statistics(config: Config, kinds: Sequence[str]) -> None:
 
 def evaluation_inputs(config: Config) -> dict[str, Any]:
     """What decides an evaluation, beside its checkpoint and seed, as the inputs of a stage."""
-    inputs = {
+    return {
         "environment": asdict(config.environment),
         "grpo": config.grpo,
         **named_files(config, "eval", "dialect"),
+        **live_inputs(config),
     }
-    if config.live != Live():  # what was made without it stays valid
-        inputs["live"] = asdict(config.live)
-    return inputs
+
+
+def live_inputs(config: Config) -> dict[str, Any]:
+    """What of the live services decides a result, as an input of a stage.
+
+    Returns:
+        {"live": keys and values}. Empty at the defaults, so that what was made before stays valid.
+    """
+    found, default = (
+        {key: value for key, value in asdict(section).items() if key not in FREE_LIVE}
+        for section in (config.live, Live())
+    )
+    return {} if found == default else {"live": found}
 
 
 def named_files(config: Config, *uses: str) -> dict[str, Any]:
@@ -95,9 +106,9 @@ def named_files(config: Config, *uses: str) -> dict[str, Any]:
             `agent_data` of the calibration.
 
     Returns:
-        {"files": {path: [[name, size, time of change], ...]}}. Empty where no file is named, so
-        that what was made before stays valid; what ships with the package changes with it alone
-        and does not count.
+        {"files": {path: [[name, size, time of change], ...]}}; of a folder the files that hold
+        rows. Empty where no file is named, so that what was made before stays valid; what ships
+        with the package changes with it alone and does not count.
     """
     from configs.schema import DIALECT_SUFFIX
 
@@ -114,11 +125,24 @@ def named_files(config: Config, *uses: str) -> dict[str, Any]:
         try:
             path = Path(name).expanduser()
             if path.exists() and shipped not in path.resolve().parents:
-                files = sorted(path.iterdir()) if path.is_dir() else [path]
+                files = _files_of_rows(path) if path.is_dir() else [path]
                 stamps[name] = [_stamp(file) for file in files]
         except (OSError, RuntimeError):
             continue  # no path that there can be: whoever reads it says so
     return {"files": stamps} if stamps else {}
+
+
+def _files_of_rows(folder: Path) -> list[Path]:
+    """Of questions, or of a data set that was saved there; not the pictures that they name."""
+    from environments.benchmarks.reading import LOCAL_SUFFIXES
+
+    suffixes = (*LOCAL_SUFFIXES, ".arrow")
+    # a `cache-` file is what reading a data set has left there
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix in suffixes and not path.match("cache-*.arrow")
+    )
 
 
 def make_task(

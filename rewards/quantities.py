@@ -37,6 +37,7 @@ _TENS = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ni
 _WORDS = {word: i for i, word in enumerate(_ONES)}
 _WORDS |= {word: 10 * i for i, word in enumerate(_TENS, 2)}
 NUMBER_WORDS = frozenset(_WORDS)
+_CURRENCIES = [UNITS[sign] for sign in "$€£¥"]
 _HAS_DIGIT = re.compile(r"\d")
 _LETTERS = re.compile(r"[^\W\d_]+|[^\s\w]")
 
@@ -175,8 +176,9 @@ def _join(
     if first.unit and quantity.unit and first.unit[0] != quantity.unit[0]:
         return None
     low = first.low
-    # the scale word of `2-3 million` stands once and means both
-    if first.unit is None and first.scale == 1.0 and low * quantity.scale <= quantity.low:
+    # the scale word of `2-3 million`, and of `$2-3 million`, stands once and means both
+    is_open = first.unit is None or (first.unit in _CURRENCIES and quantity.unit in (None, unit))
+    if is_open and first.scale == 1.0 < quantity.scale and low * quantity.scale <= quantity.low:
         low *= quantity.scale
     if first.unit and quantity.unit:
         low *= first.unit[1] / quantity.unit[1]

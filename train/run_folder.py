@@ -17,6 +17,7 @@ from typing import Any
 
 from configs.errors import ConfigError
 from configs.schema import DIALECT_SUFFIX, Config, dump_config, load_config
+from configs.sections import FREE_LIVE
 from merge.errors import MergeError
 from merge.output import RECORD_NAME
 from merge.verify import read_record
@@ -43,7 +44,7 @@ MAY_CHANGE = (
     "rollout.sync_dir", "rollout.sleep", "environment.timeout_s", "environment.retries",
     # the heads that they choose are compared themselves (train.frozen)
     "conflict.", "freeze_heads.map",
-    "environment.backoff_s", "environment.cache", "live.requests_per_second", "live.retries",
+    "environment.backoff_s", "environment.cache", *(f"live.{key}" for key in FREE_LIVE),
 )  # fmt: skip
 """Settings that may differ between a run and its continuation."""
 

@@ -162,10 +162,11 @@ def _file_of(text: str, folder: Path) -> Path:
 
 
 def _download(address: str) -> bytes:
-    from environments.fetch import PICTURE_TYPES, SafeFetcher  # what is local needs no network
+    from environments.fetch import SafeFetcher  # what is local needs no network
     from environments.web import WebError
 
-    types = (*PICTURE_TYPES, "application/octet-stream", "binary/octet-stream")  # as buckets say
+    # as buckets say; what is no picture is found when it is opened
+    types = ("image/*", "application/octet-stream", "binary/octet-stream", "")
     try:
         fetcher = SafeFetcher(timeout_s=FETCH_TIMEOUT_S, max_bytes=MAX_FETCHED_BYTES)
         return fetcher.fetch(address, types).body

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from launch.errors import LaunchError
 from launch.studies.file import Study
-from launch.studies.plan import COMMAND_LINE, flatten, load_settings
+from launch.studies.plan import COMMAND_LINE, SEEDED, check_heeded, flatten, load_settings
 
 if TYPE_CHECKING:
     from configs.schema import Config
@@ -68,7 +68,7 @@ def read_axes(study: Study, overrides: list[str]) -> dict[str, list[Point]]:
         overrides: `key=value`, laid over the study's own.
 
     Raises:
-        ConfigError: a value that its key cannot have.
+        ConfigError: a value that its key cannot have, or an override that would change nothing.
         LaunchError: an axis without values, an unknown key of one, a value listed twice.
     """
     if not study.axes:
@@ -80,6 +80,8 @@ def read_axes(study: Study, overrides: list[str]) -> dict[str, list[Point]]:
         (f"{study.file}:", flatten({"output": str(study.output)})),
     ]
     reference = _load(study, base)
+    recipe = {override.partition("=")[0] for override in flatten({"merge": study.arms[0].merge})}
+    check_heeded(study, overrides, [{*recipe, *SEEDED, "seed", "output", "calibration.output"}])
     return {
         axis: _read_axis(study, base, reference, axis, entry) for axis, entry in study.axes.items()
     }

@@ -26,7 +26,7 @@ from launch.studies.plan import Plan, flatten
 from launch.studies.preparations import map_steps, preparation_steps, prepare_arms, publish_maps
 from launch.studies.report import publish
 from launch.studies.starts import Step, describe_steps, evaluation_steps, run_steps, start_steps
-from launch.studies.trainings import describe_trainings, raise_failures, train_arms
+from launch.studies.trainings import describe_trainings, n_trainings, raise_failures, train_arms
 
 if TYPE_CHECKING:
     from compare.measures import Recognition
@@ -39,7 +39,7 @@ def run_ceiling(study: Study, options: Options) -> dict[str, Any]:
         The report's summary.
 
     Raises:
-        JobFailedError: trainings failed; with `partial` the rest is reported first.
+        JobFailedError: trainings failed; with `partial` the rest, if any, is reported first.
     """
     plan = Plan(study, list(options.overrides))
     plan.check()
@@ -47,7 +47,7 @@ def run_ceiling(study: Study, options: Options) -> dict[str, Any]:
     run_steps(_steps(plan, stages, options), stages)
     prepare_arms(plan, stages, options)
     failed = train_arms(plan, stages, options)
-    if not options.partial:
+    if not options.partial or len(failed) == n_trainings(plan):
         raise_failures(failed, plan, is_reported=False)
     recognition = measure_recognition(plan, options, failed) if study.perception else None
     summary = _compare(plan, options.command, failed, recognition)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from configs.errors import ConfigError
+from configs.reader import parse_yaml
 from launch.stages import Stages, fingerprint
 from launch.studies.file import Arm, Study
 from launch.tasks import merged_roles, needed_kinds
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 COMMAND_LINE = "command line:"
 """How the message of a wrong override begins."""
+SEEDED = ("calibration.seed", "merge.seed", "environment.data_seed")
+"""What a seed of a study without training decides, see `launch.studies.measure.seeded`."""
 
 
 class Plan:
@@ -27,7 +30,7 @@ class Plan:
         self.study = study
         self._overrides = overrides
         self._configs = {arm.name: self._load(arm) for arm in study.arms}
-        self._check_heeded()
+        check_heeded(study, overrides, [self._said(arm) for arm in study.arms])
         self._map_owners = map_owners(study, self._configs)
         for arm in study.arms:
             self._place_map(arm, self._configs[arm.name])
@@ -100,19 +103,11 @@ class Plan:
         """Where a training of the arm lies."""
         return self.study.output / "runs" / f"{arm.name}-s{seed}"
 
-    def _check_heeded(self) -> None:
-        """Refuse what the command line says and no arm would follow."""
-        for override in self._overrides:
-            key = override.partition("=")[0]
-            if not any(self._heeds(arm, key) for arm in self.study.arms):
-                raise ConfigError(
-                    f"{COMMAND_LINE}{key}: would change nothing, for every arm says it itself or "
-                    f"has no use for it; change it in {self.study.file} (a folder: --output)"
-                )
-
-    def _heeds(self, arm: Arm, key: str) -> bool:
+    def _said(self, arm: Arm) -> set[str]:
+        """Keys and sections of which an arm does not take what the command line says."""
         said = {override.partition("=")[0] for _, own in self._own(arm) for override in own}
-        return key not in said and (bool(arm.merge) or not key.startswith("merge."))
+        seeded = SEEDED if self.study.kind == "floor" else ()
+        return {*said, "seed", *seeded, *(() if arm.merge else ("merge",))}
 
     def _load(self, arm: Arm, seed: int | None = None) -> Config:
         settings = [
@@ -158,6 +153,37 @@ class Plan:
             joined: list[Any] = sorted(kinds.get(config.calibration.output, ()))
             if joined:
                 config.calibration.kinds = joined
+
+
+def check_heeded(study: Study, overrides: Sequence[str], said: Sequence[Collection[str]]) -> None:
+    """Refuse what the command line says and nothing in a study would follow.
+
+    Args:
+        study: for the message.
+        overrides: `key=value`; a value may be a whole section.
+        said: for every arm the keys and sections that are not the command line's to say.
+
+    Raises:
+        ConfigError: names the first such override.
+    """
+    for override in overrides:
+        key, _, text = override.partition("=")
+        leaves = _leaves(key, parse_yaml(text, f"{COMMAND_LINE}{key}"))
+        if all(_is_said(leaf, of_arm) for leaf in leaves for of_arm in said):
+            raise ConfigError(
+                f"{COMMAND_LINE}{key}: would change nothing, for every arm or seed says it itself "
+                f"or has no use for it; change it in {study.file} (a folder: --output)"
+            )
+
+
+def _leaves(key: str, value: Any) -> list[str]:
+    if not isinstance(value, dict):
+        return [key]
+    return [leaf for name, inner in value.items() for leaf in _leaves(f"{key}.{name}", inner)]
+
+
+def _is_said(key: str, said: Collection[str]) -> bool:
+    return any(key == one or key.startswith(f"{one}.") for one in said)
 
 
 def map_owners(study: Study, configs: Mapping[str, Config]) -> dict[str, str]:

@@ -9,14 +9,14 @@ import gc
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch.stages import Stages, fingerprint
 from launch.studies.plan import Plan, calibrations, start_key
-from launch.tasks import evaluation_inputs, merged_roles, named_files
+from launch.tasks import evaluation_inputs, live_inputs, merged_roles, named_files
 
 if TYPE_CHECKING:
     from configs.schema import Config
@@ -96,7 +96,9 @@ def _calibration_steps(plan: Plan) -> Iterator[Step]:
         for role, name in calibrations(arm, config):
             if name not in seen:
                 seen.add(name)
-                yield calibration_step(config, role, name)
+                # from its beginning: what it costs counts in the comparison, and whoever goes on
+                # with broken sums knows the seconds of the last process only
+                yield replace(calibration_step(config, role, name), resumes=False)
 
 
 def calibration_step(config: Config, role: str, name: str) -> Step:
@@ -108,6 +110,7 @@ def calibration_step(config: Config, role: str, name: str) -> Step:
         "calibration": asdict(config.calibration),
         "environment": asdict(config.environment),
         **named_files(config, "train", "dialect", "vlm_data" if role == "vlm" else "agent_data"),
+        **live_inputs(config),
     }
     kinds = ", ".join(config.calibration.kinds)
     what = name.removeprefix("calibrate-")
@@ -171,11 +174,15 @@ def evaluate(config: Config, checkpoint: str, target: Path, **how: Any) -> None:
         target: folder to write.
         how: further arguments of `evaluate_checkpoint`.
     """
+    from compare.errors import OtherEvaluationError
     from launch.commands.eval import evaluate_checkpoint
 
     # there only where a kill came just before the stage's marker; it would be refused
     (target / "eval.json").unlink(missing_ok=True)
-    evaluate_checkpoint(config, checkpoint, target, **how)
+    try:
+        evaluate_checkpoint(config, checkpoint, target, **how)
+    except OtherEvaluationError:  # of a merge, say, that was since made again from the same inputs
+        evaluate_checkpoint(config, checkpoint, target, overwrite=True, **how)
 
 
 def _recipe(config: Config) -> str:

@@ -29,7 +29,7 @@ from launch.studies.machine import (
 )
 from launch.studies.plan import Plan, frozen_inputs, max_steps, start_key
 from launch.studies.starts import reused, say
-from launch.tasks import named_files
+from launch.tasks import live_inputs, named_files
 
 if TYPE_CHECKING:
     from configs.schema import Config
@@ -55,7 +55,7 @@ class Training:
 
 def list_trainings(plan: Plan, stages: Stages) -> Iterator[Training]:
     """All of them, whole seeds first; the starts must have been looked at."""
-    from configs.sections import Algorithm, Live, Lora, Rollout
+    from configs.sections import Algorithm, Lora, Rollout
     from train.run_folder import own_files
 
     for seed, arm in product(plan.study.seeds, plan.study.arms):
@@ -69,13 +69,14 @@ def list_trainings(plan: Plan, stages: Stages) -> Iterator[Training]:
             "eval_every": config.compare.eval_every,
             "deepspeed": config.deepspeed,
             **named_files(config, "train", "eval"),
+            **live_inputs(config),
         }
         if config.reward_functions:
             inputs["reward_functions"] = settings["reward_functions"]
         if config.freeze_heads.source != "none":
             inputs["freeze_heads"] = frozen_inputs(plan, stages, arm, config)
         # defaults are left out, so that what was trained before a section came stays valid
-        sections = (("algorithm", Algorithm), ("live", Live), ("lora", Lora), ("rollout", Rollout))
+        sections = (("algorithm", Algorithm), ("lora", Lora), ("rollout", Rollout))
         for name, default in sections:
             if settings[name] != asdict(default()):
                 inputs[name] = settings[name]
@@ -136,6 +137,11 @@ def trained_policy(run: Path) -> Path:
     return run / done["policy"]
 
 
+def n_trainings(plan: Plan) -> int:
+    """How many trainings a study has."""
+    return sum(arm.train for arm in plan.study.arms) * len(plan.study.seeds)
+
+
 def raise_failures(failed: dict[str, str], plan: Plan, *, is_reported: bool) -> None:
     """End a study with what failed in it and how to go on; nothing where nothing did.
 
@@ -144,11 +150,14 @@ def raise_failures(failed: dict[str, str], plan: Plan, *, is_reported: bool) -> 
     """
     if not failed:
         return
-    n = sum(arm.train for arm in plan.study.arms) * len(plan.study.seeds)
+    n = n_trainings(plan)
     each = "; ".join(f"{name}: {words}" for name, words in failed.items())
-    report = "" if is_reported else ", or add --partial for a report of what is complete"
+    others = report = ""
+    if len(failed) < n:
+        others = ", the others are done"
+        report = "" if is_reported else ", or add --partial for a report of what is complete"
     raise JobFailedError(
-        f"{len(failed)} of {n} trainings failed, the others are done. {each}. Run the same command "
+        f"{len(failed)} of {n} trainings failed{others}. {each}. Run the same command "
         f"again to go on: what is done is kept, a broken one goes on from its checkpoint{report}"
     )
 

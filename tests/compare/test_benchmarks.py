@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import get_args, get_type_hints
 
@@ -26,6 +27,7 @@ from configs.sections import Benchmark
 from environments.benchmarks.pictures import PictureError, decode_picture, find_picture
 from environments.fetch import Fetched, SafeFetcher
 from rewards.metrics import METRICS
+from tests.environments.fake_services import FakeServices
 from train.worlds import load_eval_questions, load_train_questions
 
 COPIES = Path(__file__).parent / "benchmarks"
@@ -418,6 +420,23 @@ def test_an_address_is_fetched_only_where_that_is_allowed(tmp_path, monkeypatch)
     assert not asked
     assert decode_picture("https://example.org/a.png", tmp_path, fetch=True).size == (6, 4)
     assert asked == ["https://example.org/a.png"]
+
+
+@pytest.mark.parametrize("kind", ["image/png", "image/jpg", "image/tiff", ""])
+def test_what_a_server_calls_a_picture_does_not_decide_whether_it_is_one(
+    tmp_path, monkeypatch, kind
+):
+    local = partial(SafeFetcher, allow_loopback=True)
+    monkeypatch.setattr("environments.fetch.SafeFetcher", local)
+    with FakeServices() as fake:
+        fake.page("/a", png_bytes(), kind)
+        fake.page("/b", b"<html>", kind)
+        fake.page("/c", png_bytes(), "text/html")
+        assert decode_picture(f"{fake.url}/a", tmp_path, fetch=True).size == (6, 4)
+        with pytest.raises(PictureError, match="that are no picture"):
+            decode_picture(f"{fake.url}/b", tmp_path, fetch=True)
+        with pytest.raises(PictureError, match="of a kind that cannot be read"):
+            decode_picture(f"{fake.url}/c", tmp_path, fetch=True)
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "169.254.169.254", "intranet"])

@@ -93,6 +93,16 @@ def test_the_workflow_makes_exactly_its_two_searches(tiny, world, query):
         assert measured["n_tokens"] == len(search.token_ids) + len(last.token_ids) > 0
 
 
+@pytest.mark.parametrize(("words_shown", "is_whole"), [(40, False), (300, True)])
+def test_the_workflow_shows_a_read_page_at_a_pages_length(tiny, world, words_shown, is_whole):
+    # 1,400 characters, beyond those of a snippet
+    world.text_index.hit = Hit("id/France", "France", f"{'words ' * 230}the capital is Paris")
+    world.text_index.words_shown = words_shown
+    asker = Asker(CONFIG, *tiny, mode="rag", environment=world)
+    (episode,) = asker.ask(load_eval_questions(CONFIG)[:1])
+    assert ("the capital is Paris" in episode.prompt) == is_whole
+
+
 def test_the_policy_writes_the_query_where_it_can(tiny, world, monkeypatch):
     asker = Asker(CONFIG, *tiny, mode="rag", query="policy", environment=world)
     roll_out, asked = asker._roll_out, []

@@ -70,11 +70,11 @@ def test_the_sentence_separates_only_what_the_interval_does(rows):
     )
 
 
-def test_a_difference_that_is_equal_in_all_seeds_separates_nothing():
+def test_a_difference_that_is_equal_in_all_seeds_separates_for_each_asked_its_own_questions():
     rows = [*rows_of("obm", [0.2, 0.5, 0.8]), *rows_of("ties", [0.1, 0.4, 0.7])]
     summary = summarise_floor(rows, "obm")
-    assert separation_text(summary, "accuracy") == "accuracy: obm is not separated from ties."
-    assert signed_cell(summary["differences"]["ties"]["accuracy"]) == "+0.10"
+    assert separation_text(summary, "accuracy") == "accuracy: obm is above ties."
+    assert signed_cell(summary["differences"]["ties"]["accuracy"]) == "**+0.10**"
 
 
 def test_one_seed_separates_nothing():

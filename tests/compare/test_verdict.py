@@ -148,12 +148,24 @@ def test_a_floor_of_one_seed_separates_nothing():
     assert verdict.headline.startswith("One seed")
 
 
-def test_numbers_that_are_equal_in_all_seeds_separate_nothing():
+def test_floors_that_are_equal_in_all_seeds_separate_nothing():
     # untrained starts answer the same questions in the same way, whatever the seed
     summary = comparison({"obm": 0.5, "ties": 0.3}, target="ties", half=0.0)
+    for arm in summary["arms"].values():
+        arm["is_trained"] = False
     assert comparison_verdict(summary, str).tone == "open"
-    summary["pairs"] = [pair("obm", "ties", 0.2, 0.0)]
+    summary["pairs"] = [{**pair("obm", "ties", 0.2, 0.0), "metric": "floor"}]
     assert comparison_verdict(summary, str).tone == "open"
+
+
+def test_other_numbers_that_are_equal_in_all_seeds_separate_unless_they_are_equal():
+    summary = comparison({"obm": 0.5, "ties": 0.3}, target="ties", half=0.0)
+    for summary["pairs"] in ([], [pair("obm", "ties", 0.2, 0.0)]):
+        assert comparison_verdict(summary, str).tone == "good"
+    summary["pairs"] = [pair("obm", "ties", 0.0, 0.0)]
+    assert comparison_verdict(summary, str).tone == "open"
+    # in a study of floors every seed has questions of its own
+    assert floor_verdict(floor({"obm": 0.9, "ties": 0.1}, half=0.0), str).tone == "good"
 
 
 def test_a_headline_counts_where_there_are_many_and_a_sentence_names_them():

@@ -128,6 +128,14 @@ def test_a_wrong_axis_is_refused(write_study, axes, error, words):
         read_axes(write_study(axes), [])
 
 
+@pytest.mark.parametrize(
+    "override", ["merge.density=0.5", "merge.weights={vlm: 0.5}", "calibration.seed=1", "seed=1"]
+)
+def test_what_the_reference_or_a_seed_says_itself_is_refused(write_study, override):
+    with pytest.raises(ConfigError, match="would change nothing"):
+        read_axes(write_study(), [override])
+
+
 def test_a_data_file_may_lie_beside_the_study(write_study, tmp_path):
     (tmp_path / "noise.json").write_text('[{"text": "x y"}]')
     data = {"source": "noise.json", "prompt": "{text}", "answer": ""}

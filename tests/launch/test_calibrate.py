@@ -252,8 +252,11 @@ def test_a_damaged_picture_inside_a_data_set_is_named_with_its_row(tmp_path, pro
     )
     table.save_to_disk(tmp_path / "photos")
     data = {**NO_DATA, "source": str(tmp_path / "photos"), "images": ["photo"]}
+    before = sorted((tmp_path / "photos").iterdir())
     with pytest.raises(LaunchError, match="row 1, column 'photo': the picture cannot be read"):
         dataset_samples(data, read_rows(data, n=2, seed=0), processor)
+    # reading leaves the user's folder as it was
+    assert sorted((tmp_path / "photos").iterdir()) == before
 
 
 def test_recorded_episodes_count_the_policys_turns_and_not_the_observations(tmp_path, tokenizer):

@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from compare.zero_shot import Evaluator
+from configs.errors import ConfigError
 from launch.commands import calibrate as calibrate_module
 from launch.studies import measure as measure_module
 from launch.studies.file import Options, load_study
@@ -104,6 +105,12 @@ def test_a_changed_recipe_is_measured_again(study, made):
     study.arms[1].merge["density"] = 0.9
     run_floor(study, Options("c", parallel=1))
     assert [task.name for task in measured[6:]] == ["dare-s3", "dare-s5"]
+
+
+def test_what_every_seed_decides_is_refused(study):
+    for key in ("calibration.seed", "merge.seed", "environment.data_seed"):
+        with pytest.raises(ConfigError, match=f"{key}: would change nothing"):
+            describe_study(study, Options("c", overrides=[f"{key}=1"]))
 
 
 def test_the_description_counts_evaluations_and_no_training(study):

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from compare.evaluate import run_evaluation
 from compare.paper_table import CELLS, _finish_row, _new_row, _readings
 from configs.errors import ConfigError
 from launch.commands import calibrate as calibrate_module
@@ -23,7 +24,7 @@ from launch.studies.file import NOT_STUDIES, Options, load_study
 from launch.studies.paper_table import run_table
 from launch.studies.plan import Plan, flatten
 from launch.studies.run import describe_study, run_study
-from launch.studies.starts import Step, evaluation_steps, run_steps, start_steps
+from launch.studies.starts import Step, evaluate, evaluation_steps, run_steps, start_steps
 from launch.studies.trainings import split_batch
 from train.resume import Saved
 
@@ -240,6 +241,21 @@ def test_a_broken_training_goes_on_from_its_checkpoint(study_file, scripted_stag
     assert scripted_stages == ["train obm-s0 --resume"]
 
 
+def test_a_broken_calibration_whose_cost_counts_starts_afresh(
+    study_file, scripted_stages, tmp_path
+):
+    run_ceiling(load_study(study_file), Options("c"))
+    stages = tmp_path / "out" / "stages"
+    record = json.loads((stages / "calibrate-vlm.json").read_text())
+    Stages(tmp_path / "out", redo=False).start("calibrate-vlm", record["inputs"])
+    unfinished = tmp_path / "out" / "calibration" / "vlm" / ".unfinished-x.safetensors"
+    unfinished.touch()
+    scripted_stages.clear()
+    run_ceiling(load_study(study_file), Options("c"))
+    assert scripted_stages == ["calibrate vlm"]
+    assert not unfinished.exists()
+
+
 def test_a_broken_evaluation_goes_on_with_what_it_had_kept(
     study_file, scripted_stages, monkeypatch, tmp_path
 ):
@@ -257,6 +273,23 @@ def test_a_broken_evaluation_goes_on_with_what_it_had_kept(
     monkeypatch.setattr(eval_module, "evaluate_checkpoint", go_on)
     run_ceiling(load_study(study_file), Options("c"))
     assert found == ["episodes"]
+
+
+def test_a_broken_evaluation_of_a_checkpoint_that_was_made_again_starts_afresh(
+    monkeypatch, tmp_path
+):
+    (tmp_path / "episodes").mkdir()
+    (tmp_path / "episodes" / "plan.json").write_text('{"checkpoint": "before", "batch": 1}')
+    started = []
+
+    def go_on(config, checkpoint, output, overwrite=False):
+        if not overwrite:
+            run_evaluation([{}], None, output, plan={"checkpoint": checkpoint}, header={}, batch=1)
+        started.append(overwrite)
+
+    monkeypatch.setattr(eval_module, "evaluate_checkpoint", go_on)
+    evaluate(None, "after", tmp_path)
+    assert started == [True]
 
 
 def test_what_was_made_of_a_file_is_not_reused_once_its_content_has_changed(study_file, tmp_path):
@@ -328,6 +361,20 @@ def test_a_partial_report_says_what_it_lacks_and_the_study_still_fails(
     arms = json.loads((report / "compare.json").read_text())["arms"]
     assert (arms["obm"]["seeds"], arms["vlm"]["seeds"]) == ([1], [0, 1])
     assert (report / "compare.md").read_text().startswith("# A test (without obm-s0, which failed)")
+
+
+@pytest.mark.parametrize("perception", [False, True])
+def test_where_every_training_failed_there_is_nothing_to_report(
+    study_file, scripted_stages, failing, tmp_path, perception
+):
+    failing |= {f"{arm}-s{seed}" for arm in ("obm", "vlm") for seed in (0, 1)}
+    content = yaml.safe_load(study_file.read_text())
+    study_file.write_text(yaml.safe_dump({**content, "perception": perception}))
+    with pytest.raises(JobFailedError, match="4 of 4 trainings failed") as caught:
+        run_ceiling(load_study(study_file), Options("c", partial=True))
+    assert "--partial" not in str(caught.value)
+    assert "the others are done" not in str(caught.value)
+    assert not (tmp_path / "out" / "report").exists()
 
 
 def test_several_processes_share_the_completions_of_a_step(study_file, scripted_stages, tmp_path):
@@ -532,14 +579,19 @@ def test_what_the_command_line_says_is_still_its_own(study_file):
 
 
 def test_what_no_arm_would_heed_is_refused(study_file):
-    for key in ("merge.method", "output", "models.init"):
+    for override in (
+        "merge.method=ties", "output=ties", "models.init=ties", "seed=7",
+        "merge={method: ties}",
+    ):  # fmt: skip
+        key = override.partition("=")[0]
         with pytest.raises(ConfigError, match=rf"^command line:{key}: would change nothing"):
-            describe_study(load_study(study_file), Options("c", overrides=[f"{key}=ties"]))
+            describe_study(load_study(study_file), Options("c", overrides=[override]))
     # one arm's recipe says it, another's does not
     study = load_study(study_file)
     plan = Plan(study, ["merge.weights.agent=3"])
     weights = [plan.config(arm).merge.weights.get("agent") for arm in study.arms[:2]]
     assert weights == [2.0, 3.0]
+    Plan(study, ["merge={method: ties, window: 0.1}", "calibration.seed=1"])
 
 
 def test_an_option_that_names_no_folder_is_refused(study_file, obm, tmp_path):
@@ -712,6 +764,26 @@ def test_a_conflict_map_is_of_one_reward(neighbours_file, tmp_path):
     function.write_text("def short(completions, **columns):\n    return [1.0] * len(completions)\n")
     changed = {name for name, inputs in steps().items() if inputs != before[name]}
     assert changed == {"diagnose-own"}
+
+
+def test_of_the_live_services_only_what_decides_an_answer_counts(neighbours_file, tmp_path):
+    def keys(*overrides):
+        plan = Plan(load_study(neighbours_file), list(overrides))
+        stages, found = Stages(tmp_path / "out", redo=False), {}
+        parts = (start_steps, preparations_module.map_steps, preparations_module.preparation_steps)
+        for list_steps in parts:
+            for step in list_steps(plan, stages):
+                stages.look(step.name, step.inputs, step.target)
+                found[step.name] = step.inputs.get("live")
+        for training in trainings_module.list_trainings(plan, stages):
+            found[training.name] = training.inputs.get("live")
+        return [found[name] for name in ("calibrate-agent", "sport-sport-s0", "sport-s0")]
+
+    free = ["live.requests_per_second=1", "live.retries=5", "live.text_url=http://elsewhere:1"]
+    assert keys() == keys(*free) == [None] * 3
+    german = keys("live.country=de")
+    assert keys("live.country=de", *free) == german
+    assert [live["country"] for live in german] == ["de"] * 3
 
 
 def test_arms_of_one_start_share_a_conflict_map_and_drawn_heads_differ_by_seed():

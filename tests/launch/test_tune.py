@@ -235,6 +235,7 @@ def test_a_result_is_kept_until_something_that_decides_it_changes(tmp_path, monk
 
     same = key()
     assert key("merge.threads=1", "output=elsewhere", "calibration.samples=3") == same
+    assert key("live.retries=5", "live.text_url=http://elsewhere:1") == same
     changed = {
         key("merge.density=0.1"),
         key("environment.data_seed=1"),
@@ -261,6 +262,22 @@ def test_a_result_does_not_outlive_the_questions_it_was_asked(tmp_path):
     # what ships with the package counts by its version alone
     shipped = f"calibration.agent_data.source={ROOT / 'configs/studies/random_text.json'}"
     assert named_files(demo(shipped), "agent_data") == {}
+
+
+def test_of_a_folder_that_settings_name_only_the_files_of_rows_count(tmp_path):
+    folder = tmp_path / "rows"
+    (folder / "train").mkdir(parents=True)
+    config = demo(f"calibration.vlm_data.source={folder}")
+
+    def names_after(name):
+        (folder / name).touch()
+        return [name for name, *_ in named_files(config, "vlm_data")["files"][str(folder)]]
+
+    assert names_after("dataset_dict.json") == ["dataset_dict.json"]
+    assert names_after("train/data-0.arrow") == ["dataset_dict.json", "data-0.arrow"]
+    # a picture that rows name, and what reading a data set leaves behind
+    for name in ("photo.png", "train/cache-1.arrow"):
+        assert names_after(name) == ["dataset_dict.json", "data-0.arrow"]
 
 
 def test_a_dry_run_counts_the_settings(obm, tmp_path):
