@@ -107,7 +107,7 @@ class VLLMRolloutEngine(EpisodeEngine):
         """Writes the weights and has the server load them; one process does this for all.
 
         Args:
-            model: the policy with whole parameters, adapters included.
+            model: the policy, adapters included; see `train.weights.write_weights`.
             version: optimizer step that the weights are of.
         """
         with _handover_folder(self.sync_folder) as folder:

@@ -1,5 +1,12 @@
 """Weights as they are handed to a server: names, adapters, shards."""
 
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -58,3 +65,29 @@ def test_an_adapter_is_merged_into_the_copy_alone(fresh_policy, settings):
     changed = "model.language_model.layers.0.mlp.up_proj.weight"
     base = changed.replace(".weight", ".base_layer.weight")
     assert not torch.equal(copied[changed], before[f"base_model.model.{base}"])
+
+
+@pytest.mark.slow
+def test_under_zero3_one_tensor_is_whole_at_a_time_and_the_same_arrives(tiny_checkpoints, tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    here = Path(__file__)
+    program = str(here.with_name("weights_in_shares.py"))
+    processes = [
+        subprocess.Popen(
+            [sys.executable, program, tiny_checkpoints["vlm"], str(tmp_path)],
+            env={**os.environ, "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2",
+                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+                 "PYTHONPATH": str(here.parents[2]), "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in ("0", "1")
+    ]  # fmt: skip
+    said = [process.communicate(timeout=240) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said
+    [line] = [json.loads(line) for line in said[0][0].splitlines() if line.startswith('{"diff')]
+    assert line["different"] == []
+    assert line["largest"] == line["tensor"] < line["policy"] / 2
