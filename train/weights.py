@@ -47,6 +47,12 @@ def write_weights(model: Any, folder: Path, shard_bytes: int = SHARD_BYTES) -> i
     return n_tensors
 
 
+def weight_bytes(model: Any) -> int:
+    """Bytes of the tensors that `write_weights` writes."""
+    written = [parameters[0] for _, parameters, _ in _pieces(model)]
+    return sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in written)
+
+
 def gather_along(model: Any) -> None:
     """Takes this process' part in another's `write_weights`: under ZeRO-3 it has a share of all."""
     for _, parameters, _ in _pieces(model):
@@ -68,7 +74,7 @@ def merged_weights(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 _Piece = tuple[str, list[torch.nn.Parameter], Callable[[], torch.Tensor]]
-"""Name of a weight, the parameters that it is made of, and what makes its copy of them."""
+"""Name of a weight, the parameters that it is made of, its own first, and what copies them."""
 
 
 def _pieces(model: Any) -> Iterator[_Piece]:
@@ -88,7 +94,7 @@ def _pieces(model: Any) -> Iterator[_Piece]:
         if owner is not None:
             layer = adapted[owner]
             if name == f"{owner}.base_layer.weight":
-                yield f"{owner}.weight", list(layer.parameters()), partial(_merged, layer)
+                yield f"{owner}.weight", [parameter, *layer.parameters()], partial(_merged, layer)
             elif name.startswith(f"{owner}.base_layer."):
                 yield name.replace(".base_layer.", "."), *as_it_is
             continue

@@ -12,7 +12,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
-from train.weights import merged_weights, write_weights
+from train.weights import merged_weights, weight_bytes, write_weights
 
 
 def read(folder):
@@ -56,11 +56,12 @@ def test_an_adapter_is_merged_into_the_copy_alone(fresh_policy, settings):
             if parameter.requires_grad and "magnitude" not in name:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
     before = {name: value.clone() for name, value in wrapped.state_dict().items()}
-    copied = dict(merged_weights(wrapped))
+    copied, n_bytes = dict(merged_weights(wrapped)), weight_bytes(wrapped)
     assert all(torch.equal(value, before[name]) for name, value in wrapped.state_dict().items())
     assert not any(getattr(module, "merged", False) for module in wrapped.modules())
     merged = dict(wrapped.merge_and_unload().named_parameters())
     assert copied.keys() == merged.keys() == names
+    assert n_bytes == sum(tensor.nbytes for tensor in copied.values())
     assert all(torch.allclose(copied[name], merged[name], atol=1e-6) for name in names)
     changed = "model.language_model.layers.0.mlp.up_proj.weight"
     base = changed.replace(".weight", ".base_layer.weight")
