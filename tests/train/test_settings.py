@@ -122,6 +122,11 @@ def test_a_checkpoint_that_no_run_can_go_on_from_is_refused():
         resolved_grpo(config_with("grpo.save_only_model=true"))
 
 
+def test_a_rollout_with_weights_in_shares_is_refused():
+    with pytest.raises(ConfigError, match=r"numbers of turns.*set `rollout\.backend: vllm`"):
+        resolved_grpo(config_with("grpo.ds3_gather_for_generation=false"))
+
+
 def test_the_defaults_are_valid_and_known():
     assert GRPO_DEFAULTS.keys() <= KINDS.keys()
     config = config_with()
