@@ -360,7 +360,8 @@ def build_grpo_config(
     has_gpu = torch.cuda.is_available()
     settings = {
         "use_cpu": not has_gpu,
-        "bf16": has_gpu and torch.cuda.is_bf16_supported(),
+        # emulated on older cards, it is slower than fp32
+        "bf16": has_gpu and torch.cuda.is_bf16_supported(including_emulation=False),
         "ddp_timeout": collective_timeout_s(config.hang_timeout_s),
         **resolved_grpo(config),
     }

@@ -161,6 +161,19 @@ def test_what_trl_refuses_by_type_is_a_mistake_too(tmp_path):
         build_grpo_config(config, tmp_path)
 
 
+def test_a_card_that_only_emulates_bf16_trains_in_fp32(monkeypatch, tmp_path):
+    made = {}
+    monkeypatch.setattr("trl.GRPOConfig", lambda **settings: made.update(settings))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr(
+        "torch.cuda.is_bf16_supported", lambda including_emulation=True: including_emulation
+    )
+    config = config_with("deepspeed=none")
+    config.grpo.pop("bf16", None)
+    build_grpo_config(config, tmp_path)
+    assert made["bf16"] is False
+
+
 def test_the_table_needs_no_trl():
     program = (
         "import sys, train.settings as s; from configs.schema import load_config, shipped_config; "
