@@ -9,6 +9,10 @@ FROM python:3.11.13-slim-bookworm
 ARG TORCH=2.13.0
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 
+# on a GPU Triton compiles what calls its kernels
+RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev \
+    && rm -rf /var/lib/apt/lists/*
+
 # torch first: a change of the code does not install it again
 RUN pip install --no-cache-dir --index-url "$TORCH_INDEX" "torch==$TORCH"
 

@@ -128,7 +128,9 @@ def free_memory(device: str) -> int:
 
         if not torch.cuda.is_available():
             raise LaunchError("calibration.device=cuda: torch sees no GPU; set cpu")
-        return int(torch.cuda.mem_get_info()[0])
+        # what torch keeps of tensors that are gone counts as taken on the GPU, but is free for us
+        kept = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        return int(torch.cuda.mem_get_info()[0]) + kept
     return available_memory()
 
 

@@ -50,6 +50,7 @@ from train.timing import OptimizerStage, clock, speeds, time_forward, timed
 from train.trajectories import Trajectory, first_masked_turn, loss_mask, turn_advantages
 from train.vision import EncodedImage
 from train.watchdog import progress
+from train.weights import gather_along
 from train.worlds import engine_class
 
 
@@ -372,12 +373,12 @@ class SearchGRPOTrainer(ResumableGRPOTrainer):
             self.accelerator.wait_for_everyone()
         step = self.state.global_step
         if self.engine.policy_version != step:
-            with (
-                self._timed("sync"),
-                unwrap_model_for_generation(self.model_wrapped, self.accelerator) as model,
-            ):
+            with self._timed("sync"):
+                model = self.accelerator.unwrap_model(self.model)
                 if is_main:
                     self.engine.send_policy(model, step)
+                else:
+                    gather_along(model)
                 self.accelerator.wait_for_everyone()
                 self.engine.confirm_policy(step)
         yield

@@ -1,11 +1,14 @@
-"""How the libraries below behave: quick to load, silent, and sending nothing."""
+"""How the libraries below behave: quick to load, silent, sending nothing; what they need here."""
 
 from __future__ import annotations
 
 import gc
 import logging
 import os
+import shutil
 import warnings
+
+from configs.errors import ConfigError
 
 USUAL_THRESHOLD = gc.get_threshold()
 
@@ -45,3 +48,22 @@ def be_quiet() -> None:
     logging.getLogger("bm25s").addFilter(lambda record: record.levelno >= logging.ERROR)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+def c_compiler() -> str | None:
+    """The C compiler that Triton finds on this machine: CC, else gcc or clang."""
+    return os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+
+
+def require_c_compiler() -> None:
+    """Checks that TRL's kernels for long batches can be built; Triton compiles C to call them.
+
+    Raises:
+        ConfigError: no C compiler; Triton would fail with a traceback that names no package.
+    """
+    if c_compiler() is None:
+        raise ConfigError(
+            "grpo: on a GPU the log-probs of long batches are computed by Triton, which needs a C "
+            "compiler, and there is none (CC, gcc, clang); install gcc and the C library's headers "
+            "(libc6-dev)"
+        )

@@ -114,9 +114,15 @@ class ResumableGRPOTrainer(GRPOTrainer):
         path = Path(checkpoint) / state_name(self.accelerator.process_index)
         if not path.is_file():  # of a run with fewer processes, at a boundary: all files are alike
             path = path.with_name(state_name(0))
+
+        def to_own_card(storage: Any, location: str) -> Any:
+            # saved under the number that this rank's card had then; pictures stay off the card
+            here = location if location == "cpu" else str(self.args.device)
+            return torch.serialization.default_restore_location(storage, here)
+
         # of classes the buffer holds the pictures' own alone
         with torch.serialization.safe_globals([EncodedImage]):
-            state = torch.load(path, weights_only=True)
+            state = torch.load(path, map_location=to_own_card, weights_only=True)
         self._buffered_inputs = state.pop("buffer")
         self._step = self.state.global_step * self.args.gradient_accumulation_steps
         self.restore_rollout(state)

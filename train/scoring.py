@@ -27,6 +27,7 @@ from trl.trainer.utils import (
     maybe_gather_lm_head_ctx,
 )
 
+from train.libraries import require_c_compiler
 from train.trim import only_at, recomputes
 from train.vision import EncodedImage, encode_pictures, mrope_positions
 
@@ -395,6 +396,8 @@ def _head(
     """
     head = model.get_output_embeddings()
     if len(hidden) * head.weight.shape[0] > MAX_LOGITS:
+        if hidden.is_cuda:
+            require_c_compiler()
         with maybe_gather_lm_head_ctx(head.weight, head.bias):
             log_probs, entropy, *_ = _ChunkedLogProbFunction.apply(
                 hidden,

@@ -155,6 +155,8 @@ RESERVED = {
     "use_vllm": "set `rollout.backend: vllm`; docs/vllm.md says how to serve",
     "eval_strategy": "set `compare.eval_every`",
     "eval_steps": "set `compare.eval_every`",
+    "ds3_gather_for_generation": "processes take different numbers of turns, so weights in shares "
+    "would be waited for; where they do not fit as a whole, set `rollout.backend: vllm`",
     "save_only_model": "a run goes on from the optimizer too; set `grpo.save_total_limit` to save "
     "disk",
 }
@@ -358,7 +360,8 @@ def build_grpo_config(
     has_gpu = torch.cuda.is_available()
     settings = {
         "use_cpu": not has_gpu,
-        "bf16": has_gpu and torch.cuda.is_bf16_supported(),
+        # emulated on older cards, it is slower than fp32
+        "bf16": has_gpu and torch.cuda.is_bf16_supported(including_emulation=False),
         "ddp_timeout": collective_timeout_s(config.hang_timeout_s),
         **resolved_grpo(config),
     }

@@ -37,7 +37,7 @@ from train.leash import is_alive, name_myself
 from train.trajectories import Trajectory, Turn
 from train.vision import EncodedImage
 from train.vllm_client import Reply, Sampling, ServerImage, VLLMClient, VLLMError
-from train.weights import write_weights
+from train.weights import weight_bytes, write_weights
 
 MAX_REQUESTS = 64
 """Requests under way at a time; the server queues what it cannot batch."""
@@ -107,10 +107,14 @@ class VLLMRolloutEngine(EpisodeEngine):
         """Writes the weights and has the server load them; one process does this for all.
 
         Args:
-            model: the policy with whole parameters, adapters included.
+            model: the policy, adapters included; see `train.weights.write_weights`.
             version: optimizer step that the weights are of.
+
+        Raises:
+            VLLMError: no room for the weights, or the server does not take them.
         """
         with _handover_folder(self.sync_folder) as folder:
+            _require_room(folder.parent, weight_bytes(model))
             write_weights(model, folder)
             # a name of its own, so that no other trainer's weights are taken for ours
             self.client.update_policy(str(folder), f"{secrets.token_hex(4)}-{version}")
@@ -316,3 +320,14 @@ def _handover_folder(parent: str | Path | None) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix=f"{ours}{name_myself()}-", dir=place) as folder:
         Path(folder).chmod(0o755)  # the server may be another user
         yield Path(folder)
+
+
+def _require_room(place: Path, n_bytes: int) -> None:
+    """Refuses a folder that the weights do not fit into: a container's shared memory is 64 MB."""
+    free = shutil.disk_usage(place).free
+    if n_bytes > free:
+        raise VLLMError(
+            f"rollout.sync_dir: {place} has {free / 1e9:.2f} GB free, the policy's weights take "
+            f"{n_bytes / 1e9:.2f}; name a folder with room that the server sees, too, or start the "
+            "container with more shared memory (--shm-size)"
+        )

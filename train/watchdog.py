@@ -244,7 +244,9 @@ def memory_gb() -> float:
 
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
-        return round(torch.cuda.memory_reserved() / 1e9, 2)
+        # the watchdog's thread has a current device of its own, the first
+        card = int(os.environ.get("LOCAL_RANK", "0"))
+        return round(torch.cuda.memory_reserved(card) / 1e9, 2)
     return round(psutil.Process().memory_info().rss / 1e9, 2)
 
 

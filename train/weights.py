@@ -1,12 +1,15 @@
 """The policy's weights as files: safetensors shards under the names that a checkpoint has.
 
 A LoRA adapter is merged into what is written, never into the policy itself: merging and taking back
-would round its base weights a little with every update.
+would round its base weights a little with every update. Under ZeRO-3 every process walks through
+the weights, and no more than one tensor (with its adapter) is whole at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +23,10 @@ SHARD_BYTES = 2**31
 
 
 def write_weights(model: Any, folder: Path, shard_bytes: int = SHARD_BYTES) -> int:
-    """Writes the weights of a model with whole parameters.
+    """Writes the weights of a model; under ZeRO-3 the other processes `gather_along` meanwhile.
 
     Args:
-        model: the policy, or a PEFT wrapper around it; under ZeRO-3 its parameters are gathered.
+        model: the policy, or a PEFT wrapper around it.
         folder: an empty folder.
         shard_bytes: size of a file, more or less.
 
@@ -44,6 +47,19 @@ def write_weights(model: Any, folder: Path, shard_bytes: int = SHARD_BYTES) -> i
     return n_tensors
 
 
+def weight_bytes(model: Any) -> int:
+    """Bytes of the tensors that `write_weights` writes."""
+    written = [parameters[0] for _, parameters, _ in _pieces(model)]
+    return sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in written)
+
+
+def gather_along(model: Any) -> None:
+    """Takes this process' part in another's `write_weights`: under ZeRO-3 it has a share of all."""
+    for _, parameters, _ in _pieces(model):
+        with _whole(parameters):
+            pass
+
+
 @torch.no_grad()
 def merged_weights(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
     """(name, CPU copy) of every weight, adapters merged in; a tied head comes once, as embedding.
@@ -51,6 +67,18 @@ def merged_weights(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
     Args:
         model: a transformers model, or a PEFT wrapper around one.
     """
+    for name, parameters, copied in _pieces(model):
+        with _whole(parameters):
+            tensor = copied()
+        yield name, tensor
+
+
+_Piece = tuple[str, list[torch.nn.Parameter], Callable[[], torch.Tensor]]
+"""Name of a weight, the parameters that it is made of, its own first, and what copies them."""
+
+
+def _pieces(model: Any) -> Iterator[_Piece]:
+    """Every weight, in an order that all processes share."""
     core = causal_model(model)
     adapted = {
         name: module
@@ -61,20 +89,34 @@ def merged_weights(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
         name: module for name, module in core.named_modules() if hasattr(module, "modules_to_save")
     }
     for name, parameter in core.named_parameters():  # a tied weight is listed once
+        as_it_is = [parameter], partial(_copy, parameter)
         owner = _owner(name, adapted)
         if owner is not None:
+            layer = adapted[owner]
             if name == f"{owner}.base_layer.weight":
-                yield f"{owner}.weight", _merged(adapted[owner])
+                yield f"{owner}.weight", [parameter, *layer.parameters()], partial(_merged, layer)
             elif name.startswith(f"{owner}.base_layer."):
-                yield name.replace(".base_layer.", "."), _copy(parameter)
+                yield name.replace(".base_layer.", "."), *as_it_is
             continue
         owner = _owner(name, saved_whole)
         if owner is None:
-            yield name, _copy(parameter)
+            yield name, *as_it_is
             continue
         inside = f"{owner}.modules_to_save.{saved_whole[owner].active_adapter}."
         if name.startswith(inside):
-            yield f"{owner}.{name.removeprefix(inside)}", _copy(parameter)
+            yield f"{owner}.{name.removeprefix(inside)}", *as_it_is
+
+
+@contextmanager
+def _whole(parameters: list[torch.nn.Parameter]) -> Iterator[None]:
+    """These parameters with all their elements; under ZeRO-3 all processes gather them together."""
+    if not any(hasattr(parameter, "ds_id") for parameter in parameters):
+        yield
+        return
+    from deepspeed import zero
+
+    with zero.GatheredParameters(parameters):
+        yield
 
 
 def _merged(layer: Any) -> torch.Tensor:

@@ -67,6 +67,7 @@ def run(options: argparse.Namespace) -> int:
         ("memory", _memory(missing)),
         ("disk", _disk(Path(options.output), missing)),
         ("devices", _devices(missing)),
+        ("C compiler", _compiler(missing)),
         ("deepspeed launcher", _launcher(missing)),
         ("W&B", _wandb_login()),
         ("Hugging Face", _hub_login()),
@@ -218,6 +219,18 @@ def _devices(missing: list[str]) -> str:
         return "no GPU; the processor is used"
     names = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     return ", ".join(f"{device.name} {device.total_memory / 1e9:.0f} GB" for device in names)
+
+
+def _compiler(missing: list[str]) -> str:
+    from train.libraries import c_compiler
+
+    found = c_compiler()
+    if found is not None:
+        return found
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        missing.append("a C compiler, for Triton's kernels on the GPU (gcc and libc6-dev)")
+    return "not found; needed on a GPU alone"
 
 
 def _launcher(missing: list[str]) -> str:

@@ -57,6 +57,13 @@ def test_torch_is_the_version_that_the_tests_ran_with(steps, project):
     assert asked.contains(torch)
 
 
+def test_a_compiler_is_there_for_tritons_kernels(steps):
+    """hadolint DL3009, DL3015: no lists of packages, and nothing that was not asked for."""
+    [place] = places(steps, "RUN", "apt-get install -y --no-install-recommends gcc libc6-dev")
+    assert steps[place][1].startswith("apt-get update && ")
+    assert steps[place][1].split("&&")[-1].split() == ["rm", "-rf", "/var/lib/apt/lists/*"]
+
+
 def test_what_changes_seldom_comes_first(steps):
     [torch] = places(steps, "RUN", "torch==$TORCH")
     [package] = places(steps, "RUN", '--constraint constraints.txt ".[')

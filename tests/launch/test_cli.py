@@ -246,6 +246,17 @@ def test_doctor_names_versions_and_what_is_missing(obm, tmp_path):
     assert code == (0 if out.rstrip().endswith("missing: nothing") else 1)
 
 
+def test_doctor_misses_a_c_compiler_only_where_there_is_a_gpu(monkeypatch):
+    from launch.commands import doctor
+
+    monkeypatch.setattr("train.libraries.c_compiler", lambda: None)
+    missing = []
+    for has_gpu in (False, True):
+        monkeypatch.setattr("torch.cuda.is_available", lambda has_gpu=has_gpu: has_gpu)
+        assert doctor._compiler(missing) == "not found; needed on a GPU alone"
+        assert len(missing) == has_gpu
+
+
 @pytest.mark.parametrize(
     ("output", "reason"), [("x" * 300, "File name too long"), ("file/runs", "is a file")]
 )

@@ -14,6 +14,8 @@ from environments.episode import SearchEnvironment
 from train import scoring, trim
 from train.grpo import shuffled_groups
 from train.policy import load_policy
+from train.resume import state_name
+from train.vision import EncodedImage
 
 REWARDS = {"accuracy": 1.0, "format": 0.1, "search_penalty": 0.1}
 TOLERANCE = 1e-5
@@ -506,3 +508,20 @@ def test_lora_trains_the_adapter_alone(make_trainer):
 def test_sampling_settings_that_would_do_nothing_are_refused(make_trainer, setting, value):
     with pytest.raises(ValueError, match=setting):
         make_trainer(**{setting: value})
+
+
+def test_a_buffer_that_was_saved_on_another_card_comes_to_this_ones_own(
+    make_trainer, monkeypatch, tmp_path
+):
+    trainer = make_trainer()
+    picture = EncodedImage("key", torch.ones(4, 2), (1, 2, 2), 1)
+    buffer = [{"advantages": torch.arange(4.0), "pictures": [[picture]]}]
+    state = {**trainer.rollout_state(), "buffer": buffer}
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr("torch.serialization.location_tag", lambda storage: "cuda:5")
+        torch.save(state, tmp_path / state_name(0))
+    trainer._load_optimizer_and_scheduler(str(tmp_path))
+    [batch] = trainer._buffered_inputs
+    assert batch["advantages"].device == trainer.args.device
+    assert torch.equal(batch["advantages"], torch.arange(4.0))
+    assert torch.equal(batch["pictures"][0][0].pixel_values, picture.pixel_values)

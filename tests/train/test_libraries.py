@@ -1,8 +1,11 @@
-"""How libraries are loaded: the garbage collector waits for them, and no longer."""
+"""How libraries are loaded, the garbage collector waits for them and no longer; what they need."""
 
 import gc
 
-from train.libraries import USUAL_THRESHOLD, load_quickly
+import pytest
+
+from configs.errors import ConfigError
+from train.libraries import USUAL_THRESHOLD, load_quickly, require_c_compiler
 from train.policy import load_policy
 
 
@@ -11,3 +14,12 @@ def test_the_collector_looks_less_often_until_the_model_is_there(tiny_checkpoint
     assert gc.get_threshold()[0] > USUAL_THRESHOLD[0]
     load_policy(tiny_checkpoints["agent"])
     assert gc.get_threshold() == USUAL_THRESHOLD
+
+
+def test_a_gpu_without_a_c_compiler_is_said_in_one_line(monkeypatch):
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    with pytest.raises(ConfigError, match=r"Triton.*\(CC, gcc, clang\); install gcc"):
+        require_c_compiler()
+    monkeypatch.setattr("shutil.which", {"clang": "/usr/bin/clang"}.get)
+    require_c_compiler()

@@ -122,6 +122,11 @@ def test_a_checkpoint_that_no_run_can_go_on_from_is_refused():
         resolved_grpo(config_with("grpo.save_only_model=true"))
 
 
+def test_a_rollout_with_weights_in_shares_is_refused():
+    with pytest.raises(ConfigError, match=r"numbers of turns.*set `rollout\.backend: vllm`"):
+        resolved_grpo(config_with("grpo.ds3_gather_for_generation=false"))
+
+
 def test_the_defaults_are_valid_and_known():
     assert GRPO_DEFAULTS.keys() <= KINDS.keys()
     config = config_with()
@@ -154,6 +159,19 @@ def test_what_trl_refuses_by_type_is_a_mistake_too(tmp_path):
     config = config_with("deepspeed=none", "grpo.vllm_importance_sampling_clip_min=abc")
     with pytest.raises(ConfigError, match=r"^grpo: "):
         build_grpo_config(config, tmp_path)
+
+
+def test_a_card_that_only_emulates_bf16_trains_in_fp32(monkeypatch, tmp_path):
+    made = {}
+    monkeypatch.setattr("trl.GRPOConfig", lambda **settings: made.update(settings))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr(
+        "torch.cuda.is_bf16_supported", lambda including_emulation=True: including_emulation
+    )
+    config = config_with("deepspeed=none")
+    config.grpo.pop("bf16", None)
+    build_grpo_config(config, tmp_path)
+    assert made["bf16"] is False
 
 
 def test_the_table_needs_no_trl():

@@ -3,6 +3,7 @@
 import inspect
 import json
 import math
+import shutil
 import socket
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -549,6 +550,18 @@ def test_an_engine_without_a_trainer_sends_its_policy_first(say, server, questio
     for _ in range(2):
         engine.rollout([text_question(questions)])
     assert server.paths.count("/collective_rpc") == 1
+
+
+def test_weights_that_the_shared_memory_cannot_hold_are_not_begun(say, monkeypatch, tmp_path):
+    engine = say([], sync_folder=tmp_path)
+    n_bytes = sum(parameter.nbytes for parameter in engine.model.parameters())
+    room = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr("shutil.disk_usage", lambda place: room._replace(free=n_bytes - 1))
+    with pytest.raises(VLLMError, match=r"rollout\.sync_dir: .* GB free, .*--shm-size"):
+        engine.send_policy(engine.model, 1)
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr("shutil.disk_usage", lambda place: room._replace(free=n_bytes))
+    engine.send_policy(engine.model, 1)
 
 
 def test_an_episode_that_the_server_could_not_hold_is_refused(say, server, questions):

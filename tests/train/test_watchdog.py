@@ -15,6 +15,7 @@ from train.watchdog import (
     clear_heartbeats,
     describe_hang,
     find_suspects,
+    memory_gb,
     progress,
     read_heartbeats,
 )
@@ -75,6 +76,18 @@ def test_heartbeats_say_the_stage_and_the_step(tmp_path):
     assert last.stage == "done"
     clear_heartbeats(tmp_path)
     assert read_heartbeats(tmp_path / "heartbeat") == []
+
+
+def test_the_memory_shown_is_that_of_this_processs_own_card(monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device=0: (device + 1) * 1e9)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert memory_gb() == 4.0
+    monkeypatch.delenv("LOCAL_RANK")
+    assert memory_gb() == 1.0
 
 
 def test_waiting_for_a_process_that_makes_progress_is_no_hang(tmp_path):

@@ -1,11 +1,18 @@
 """Weights as they are handed to a server: names, adapters, shards."""
 
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
-from train.weights import merged_weights, write_weights
+from train.weights import merged_weights, weight_bytes, write_weights
 
 
 def read(folder):
@@ -49,12 +56,39 @@ def test_an_adapter_is_merged_into_the_copy_alone(fresh_policy, settings):
             if parameter.requires_grad and "magnitude" not in name:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
     before = {name: value.clone() for name, value in wrapped.state_dict().items()}
-    copied = dict(merged_weights(wrapped))
+    copied, n_bytes = dict(merged_weights(wrapped)), weight_bytes(wrapped)
     assert all(torch.equal(value, before[name]) for name, value in wrapped.state_dict().items())
     assert not any(getattr(module, "merged", False) for module in wrapped.modules())
     merged = dict(wrapped.merge_and_unload().named_parameters())
     assert copied.keys() == merged.keys() == names
+    assert n_bytes == sum(tensor.nbytes for tensor in copied.values())
     assert all(torch.allclose(copied[name], merged[name], atol=1e-6) for name in names)
     changed = "model.language_model.layers.0.mlp.up_proj.weight"
     base = changed.replace(".weight", ".base_layer.weight")
     assert not torch.equal(copied[changed], before[f"base_model.model.{base}"])
+
+
+@pytest.mark.slow
+def test_under_zero3_one_tensor_is_whole_at_a_time_and_the_same_arrives(tiny_checkpoints, tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    here = Path(__file__)
+    program = str(here.with_name("weights_in_shares.py"))
+    processes = [
+        subprocess.Popen(
+            [sys.executable, program, tiny_checkpoints["vlm"], str(tmp_path)],
+            env={**os.environ, "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2",
+                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+                 "PYTHONPATH": str(here.parents[2]), "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in ("0", "1")
+    ]  # fmt: skip
+    said = [process.communicate(timeout=240) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said
+    [line] = [json.loads(line) for line in said[0][0].splitlines() if line.startswith('{"diff')]
+    assert line["different"] == []
+    assert line["largest"] == line["tensor"] < line["policy"] / 2
