@@ -33,6 +33,7 @@ from rewards.answer import final_answer
 from rewards.normalize import contains_phrase, normalize_answer
 from train.evaluation import evaluate
 from train.policy import load_for_inference
+from train.settings import trains_in_bf16
 from train.worlds import build_engine, load_environment, load_eval_questions, load_questions
 
 MakeMerge = Callable[[Config, Path], Any]
@@ -143,7 +144,9 @@ class Evaluator:
 
     def _evaluate(self, task: Task, folder: str) -> dict[str, Any]:
         config, section = task.config, task.config.environment
-        model, processor = load_for_inference(folder, self._device)
+        model, processor = load_for_inference(
+            folder, self._device, bf16=trains_in_bf16(config.grpo)
+        )
         environment = _kept(self._environments, _world_settings(config), load_environment, config)
         questions = _kept(self._questions, section, load_eval_questions, config)
         engine = build_engine(config, model, processor, environment=environment)

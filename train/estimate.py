@@ -28,7 +28,7 @@ from train.memory import (
 )
 from train.network import step_bytes
 from train.plan import GB, MACHINES, SERVER_WEIGHTS, Machine, Plan
-from train.settings import resolved_grpo, steps_per_generation
+from train.settings import resolved_grpo, steps_per_generation, trains_in_bf16
 from train.shapes import find_shape
 
 if TYPE_CHECKING:
@@ -194,7 +194,7 @@ def plan_of(
         steps_per_generation=steps_per_generation(grpo, n_processes),
         has_own_steps_per_generation=bool(grpo.get("steps_per_generation")),
         iterations=grpo.get("num_iterations") or 1,
-        is_bf16=grpo.get("bf16", True),
+        is_bf16=trains_in_bf16(grpo),
         is_checkpointed=bool(
             grpo.get("gradient_checkpointing", grpo.get("activation_checkpointing"))
         ),

@@ -202,18 +202,23 @@ def load_policy(folder: str | Path, dtype: torch.dtype = torch.float32) -> tuple
     return model, processor
 
 
-def load_for_inference(folder: str | Path, device: str | None = None) -> tuple[Any, Any]:
+def load_for_inference(
+    folder: str | Path, device: str | None = None, *, bf16: bool = False
+) -> tuple[Any, Any]:
     """As `load_policy`, in evaluation mode, where it shall run.
 
     Args:
         folder: see there.
         device: None = `device_of_process`.
+        bf16: on a GPU that can, load in bfloat16; the processor computes in fp32.
 
     Raises:
         PolicyLoadError: see there.
     """
-    model, processor = load_policy(folder)
-    return model.to(device or device_of_process()).eval(), processor
+    device = device or device_of_process()
+    can = device.startswith("cuda") and torch.cuda.is_bf16_supported()
+    model, processor = load_policy(folder, torch.bfloat16 if bf16 and can else torch.float32)
+    return model.to(device).eval(), processor
 
 
 def device_of_process() -> str:

@@ -152,6 +152,7 @@ def build_engine(config: Config, model: Any, processor: Any, **settings: Any) ->
         "top_p": grpo.get("top_p", 1.0),
         "seed": config.seed,
         "tool_workers": config.rollout.tool_workers,
+        "fits_memory": True,
         **settings,
     }
     environment = options.pop("environment", None) or load_environment(config)

@@ -173,8 +173,8 @@ def test_processes_that_share_tasks_have_a_gpu_each(asked, monkeypatch, tmp_path
 def test_a_checkpoint_is_measured_on_the_gpu_and_freed_before_the_next(monkeypatch):
     seen = []
 
-    def load(folder, device):
-        seen.append((folder, device))
+    def load(folder, device, *, bf16):
+        seen.append((folder, device, bf16))
         return torch.nn.Identity(), None
 
     monkeypatch.setattr(zero_shot, "load_for_inference", load)
@@ -185,9 +185,9 @@ def test_a_checkpoint_is_measured_on_the_gpu_and_freed_before_the_next(monkeypat
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: seen.append("freed"))
     evaluator = Evaluator(never_merge, device="cuda:1")
-    for name in "ab":
-        evaluator.measure(Task(name, name, Config("out"), name))
-    assert seen == [("a", "cuda:1"), "freed", ("b", "cuda:1"), "freed"]
+    evaluator.measure(Task("a", "a", Config("out"), "a"))
+    evaluator.measure(Task("b", "b", Config("out", grpo={"bf16": False}), "b"))
+    assert seen == [("a", "cuda:1", True), "freed", ("b", "cuda:1", False), "freed"]
 
 
 def test_worlds_that_differ_in_their_tools_are_loaded_apart(monkeypatch):
@@ -197,7 +197,9 @@ def test_worlds_that_differ_in_their_tools_are_loaded_apart(monkeypatch):
         loaded.append(config)
         return len(loaded)
 
-    monkeypatch.setattr(zero_shot, "load_for_inference", lambda *_: (torch.nn.Identity(), None))
+    monkeypatch.setattr(
+        zero_shot, "load_for_inference", lambda *_, **__: (torch.nn.Identity(), None)
+    )
     monkeypatch.setattr(zero_shot, "load_environment", load)
     monkeypatch.setattr(zero_shot, "load_eval_questions", lambda config: [])
     monkeypatch.setattr(zero_shot, "build_engine", lambda *_, environment: environment)
