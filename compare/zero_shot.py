@@ -145,7 +145,10 @@ class Evaluator:
     def _evaluate(self, task: Task, folder: str) -> dict[str, Any]:
         config, section = task.config, task.config.environment
         model, processor = load_for_inference(
-            folder, self._device, bf16=trains_in_bf16(config.grpo)
+            folder,
+            self._device,
+            bf16=trains_in_bf16(config.grpo),
+            max_pixels=config.models.max_pixels,
         )
         environment = _kept(self._environments, _world_settings(config), load_environment, config)
         questions = _kept(self._questions, section, load_eval_questions, config)

@@ -79,6 +79,9 @@ class Models:
     """checkpoint that the KL term of `grpo.beta` pulls towards; `init` = the start itself"""
     freeze_vision: bool = False
     """training leaves vision tower and projector as they are"""
+    max_pixels: Annotated[int, Between(784)] | None = None
+    """larger pictures are scaled down to so many pixels, 784 of which are a token; null = the
+    checkpoint's own limit"""
 
 
 class CalibrationData(TypedDict):

@@ -83,6 +83,8 @@ def evaluation_inputs(config: Config) -> dict[str, Any]:
     }
     if config.live != Live():  # what was made without it stays valid
         inputs["live"] = asdict(config.live)
+    if config.models.max_pixels is not None:
+        inputs["max_pixels"] = config.models.max_pixels
     return inputs
 
 

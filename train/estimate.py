@@ -30,6 +30,7 @@ from train.network import step_bytes
 from train.plan import GB, MACHINES, SERVER_WEIGHTS, Machine, Plan
 from train.settings import resolved_grpo, steps_per_generation, trains_in_bf16
 from train.shapes import find_shape
+from train.worlds import is_benchmark
 
 if TYPE_CHECKING:
     from configs.schema import Config
@@ -211,7 +212,8 @@ def world_prompt(config: Config) -> tuple[int, int]:
     """Tokens of a prompt's text and of its picture, by the environment's own sizes.
 
     Text: the dialect's instruction by CHARS_PER_TOKEN, the question, the template. Picture: one
-    token for 28 x 28 pixels, Qwen2.5-VL's patches of 14 merged two by two.
+    token for 28 x 28 pixels, Qwen2.5-VL's patches of 14 merged two by two; of a benchmark's
+    pictures those that models.max_pixels lets through.
     """
     from environments.atlas.photos import PHOTO_SIZE
     from environments.dialects import get_dialect
@@ -219,6 +221,9 @@ def world_prompt(config: Config) -> tuple[int, int]:
     messages = get_dialect(config.environment.dialect).prompt("", has_image=True)
     n_chars = sum(len(part.get("text", "")) for m in messages for part in _parts(m["content"]))
     text = round(n_chars / CHARS_PER_TOKEN) + QUESTION_TOKENS + TEMPLATE_TOKENS
+    limit = config.models.max_pixels
+    if limit is not None and is_benchmark(config.environment.train_benchmark):
+        return text, limit // 28**2
     return text, (PHOTO_SIZE // 28) ** 2
 
 
@@ -377,13 +382,12 @@ def _head_lines(plan: Plan, machine: Machine, origin: str) -> list[str]:
 
 
 def _prompt_lines(config: Config, prompt_tokens: int | None) -> list[str]:
-    from train.worlds import is_benchmark
-
-    if prompt_tokens is not None or not is_benchmark(config.environment.train_benchmark):
+    is_counted = prompt_tokens is not None or config.models.max_pixels is not None
+    if is_counted or not is_benchmark(config.environment.train_benchmark):
         return []
     return [
         "WARNING: a prompt is counted with the atlas's small photo, not with a picture of "
-        "environment.train_benchmark; say --prompt-tokens"
+        "environment.train_benchmark; say --prompt-tokens or set models.max_pixels"
     ]
 
 

@@ -172,7 +172,9 @@ def evaluate_checkpoint(
             shutil.rmtree(output / part, ignore_errors=True)
 
     def make_asker() -> Asker:
-        model, processor = load_for_inference(folder, bf16=trains_in_bf16(config.grpo))
+        model, processor = load_for_inference(
+            folder, bf16=trains_in_bf16(config.grpo), max_pixels=config.models.max_pixels
+        )
         return Asker(config, model, processor, mode=mode, query=query)
 
     header = {

@@ -173,7 +173,7 @@ def test_processes_that_share_tasks_have_a_gpu_each(asked, monkeypatch, tmp_path
 def test_a_checkpoint_is_measured_on_the_gpu_and_freed_before_the_next(monkeypatch):
     seen = []
 
-    def load(folder, device, *, bf16):
+    def load(folder, device, *, bf16, max_pixels):
         seen.append((folder, device, bf16))
         return torch.nn.Identity(), None
 

@@ -256,7 +256,7 @@ def test_only_a_teachers_right_episodes_search_again(settings, vlm, monkeypatch)
     teacher = SimpleNamespace(
         rollout_rows=lambda asked, **settings: played, release_images=lambda: None
     )
-    monkeypatch.setattr("train.policy.load_for_inference", lambda folder: vlm)
+    monkeypatch.setattr("train.policy.load_for_inference", lambda folder, **_: vlm)
     monkeypatch.setattr("train.worlds.build_engine", lambda *parts, **settings: teacher)
     started, start = [], engine.environment.start
     monkeypatch.setattr(
@@ -300,7 +300,7 @@ def test_a_checkpoint_runs_on_the_gpu_of_its_process(monkeypatch):
     model.to = lambda device: moved.append(device) or model
     dtypes = []
 
-    def load_policy(folder, dtype):
+    def load_policy(folder, dtype, max_pixels):
         dtypes.append(dtype)
         return model, "processor"
 
