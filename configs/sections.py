@@ -319,6 +319,9 @@ class Environment:
     """turns of the policy per episode, the answer included"""
     top_k_text: Annotated[int, Positive] = 2
     """passages per text search"""
+    snippet_words: Annotated[int, Between(1, 300)] = 40
+    """words that are shown of a passage of the world's own or of a search server, its best
+    sentences; Search-R1's agents learnt with whole passages of 100"""
     top_k_image: Annotated[int, Positive] = 3
     """matches per image search"""
     thumbnails: bool = False

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from configs.sections import Live, Merge
-from launch.stages import fingerprint, hash_inputs
+from launch.stages import environment_inputs, fingerprint, hash_inputs
 
 if TYPE_CHECKING:
     from compare.zero_shot import Task
@@ -77,7 +77,7 @@ def make_statistics(config: Config, kinds: Sequence[str]) -> None:
 def evaluation_inputs(config: Config) -> dict[str, Any]:
     """What decides an evaluation, beside its checkpoint and seed, as the inputs of a stage."""
     inputs = {
-        "environment": asdict(config.environment),
+        "environment": environment_inputs(config.environment),
         "grpo": config.grpo,
         **named_files(config, "eval", "dialect"),
     }
