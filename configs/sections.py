@@ -288,8 +288,8 @@ class Environment:
     `refresh` asks once more and replaces; `offline` never asks, and a miss is a fault of
     infrastructure"""
     dialect: str = "search_r1"
-    """how calls, observations and answers look as text: `search_r1`, `mmsearch_r1`, `hermes`, or a
-    `.yaml` file with one of your own (docs/environment.md)"""
+    """how calls, observations and answers look as text: `search_r1`, `search_r1_full`,
+    `mmsearch_r1`, `hermes`, or a `.yaml` file with one of your own (docs/environment.md)"""
     kinds: list[Kind] = field(default_factory=lambda: ["two"])
     """question kinds to train on"""
     relations: list[str] | None = None
