@@ -36,7 +36,7 @@ _OF_THE_SEED = {"seed", "data_seed"}
 _FREE_REWARDS = {"judge_key_variable", "judge_timeout_s", "judge_workers", "judge_cache"}
 _FREE_ALGORITHM = {"anchor_stats"}
 _EVALUATION_KEYS = {"eval_split", "eval_size", "eval_kinds", "eval_domain", "eval_benchmark"}
-_MODELS = ("reference", "freeze_vision")
+_MODELS = ("reference", "freeze_vision", "max_pixels")
 _ROLLOUT = ("backend", "importance_correction", "importance_cap")
 STEPS = "compare.steps"
 """Not a setting: the steps at which the runs were evaluated."""

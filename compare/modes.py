@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from compare.errors import CompareError
 from environments.actions import ImageSearch, Search, action_dict
-from environments.dialect import MAX_PAGE_CHARS, Dialect
+from environments.dialect import Dialect
 from environments.results import ToolResult
 from environments.sanitize import one_line
 from environments.tools import image_search, text_search
@@ -41,8 +41,8 @@ Query = Literal["rule", "policy"]
 """Who writes the text query of `rag`."""
 
 MAX_QUERY_CHARS = 200
-HIT_CHARS = 600
-"""A snippet in the prompt of `rag` is cut there; what a page says is shown as to an agent."""
+TITLE_CHARS = 600
+"""A title in the prompt of `rag` is cut there; of a text so much is shown as to an agent."""
 
 PROMPTED_SEARCH_R1 = (
     "Answer the question about the picture. You have two tools.\n"
@@ -228,10 +228,7 @@ def _results(dialect: Dialect, result: ToolResult | None) -> str:
     if result is None:
         return ""
     pairs = [
-        (
-            one_line(hit.title, HIT_CHARS),
-            one_line(hit.text, MAX_PAGE_CHARS if hit.is_page else HIT_CHARS),
-        )
+        (one_line(hit.title, TITLE_CHARS), one_line(hit.text, hit.max_chars))
         for hit in result.documents
     ]
     return dialect.hits(pairs, result.tool) if pairs else one_line(result.text)

@@ -7,6 +7,7 @@ run that was broken off goes on where it stopped. Several processes may share th
 
 from __future__ import annotations
 
+import gc
 import json
 import multiprocessing
 import os
@@ -19,6 +20,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,8 @@ from configs.schema import Config
 from rewards.answer import final_answer
 from rewards.normalize import contains_phrase, normalize_answer
 from train.evaluation import evaluate
-from train.policy import load_policy
+from train.policy import load_for_inference
+from train.settings import trains_in_bf16
 from train.worlds import build_engine, load_environment, load_eval_questions, load_questions
 
 MakeMerge = Callable[[Config, Path], Any]
@@ -101,16 +104,20 @@ class Results:
 
 
 class Evaluator:
-    """Measures tasks one after another; worlds and questions stay loaded.
+    """Measures tasks one after another; worlds and questions stay loaded, models do not.
 
     Args:
         merge: merges as settings say.
         scratch: folder for merges, which are removed when they are measured.
+        device: where checkpoints run; None = the GPU of this process, if there is one.
     """
 
-    def __init__(self, merge: MakeMerge, scratch: Path | None = None) -> None:
+    def __init__(
+        self, merge: MakeMerge, scratch: Path | None = None, device: str | None = None
+    ) -> None:
         self._merge = merge
         self._scratch = scratch
+        self._device = device
         self._environments: dict[str, Any] = {}
         self._questions: dict[str, list[dict[str, Any]]] = {}
         disable_progress_bar()
@@ -123,17 +130,26 @@ class Evaluator:
             "answers": normalised, one a question, None where there was none; "has_labels": whether
             the questions say what is right}.
         """
-        if task.checkpoint is not None:
-            return self._evaluate(task, task.checkpoint)
-        with tempfile.TemporaryDirectory(prefix=".measure-", dir=self._scratch) as folder:
-            merged = Path(folder) / "merged"
-            self._merge(task.config, merged)
-            return self._evaluate(task, str(merged))
+        try:
+            if task.checkpoint is not None:
+                return self._evaluate(task, task.checkpoint)
+            with tempfile.TemporaryDirectory(prefix=".measure-", dir=self._scratch) as folder:
+                merged = Path(folder) / "merged"
+                self._merge(task.config, merged)
+                return self._evaluate(task, str(merged))
+        finally:
+            if torch.cuda.is_initialized():  # what hangs in cycles would lie beside the next model
+                gc.collect()
+                torch.cuda.empty_cache()
 
     def _evaluate(self, task: Task, folder: str) -> dict[str, Any]:
         config, section = task.config, task.config.environment
-        model, processor = load_policy(folder)
-        model.eval()
+        model, processor = load_for_inference(
+            folder,
+            self._device,
+            bf16=trains_in_bf16(config.grpo),
+            max_pixels=config.models.max_pixels,
+        )
         environment = _kept(self._environments, _world_settings(config), load_environment, config)
         questions = _kept(self._questions, section, load_eval_questions, config)
         engine = build_engine(config, model, processor, environment=environment)
@@ -191,7 +207,8 @@ def measure_all(
         tasks: those with equal keys are measured once.
         results: finished ones; new ones are added.
         merge: merges as settings say.
-        parallel: processes. With more than one, each uses one thread.
+        parallel: processes. With more than one, each uses one thread; on GPUs each has one of its
+            own, and there are no more processes than GPUs.
         scratch: folder for merges; the system's when None.
         report: takes name and result of each task as it is finished.
 
@@ -212,19 +229,22 @@ def measure_all(
 def _run(
     tasks: Sequence[Task], merge: MakeMerge, parallel: int, scratch: Path | None
 ) -> Iterator[tuple[Task, dict[str, Any], float]]:
-    if parallel == 1 or len(tasks) <= 1:
+    gpus = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+    n_workers = min(parallel, len(tasks), len(gpus) or parallel)
+    if n_workers <= 1:
         evaluator = Evaluator(merge, scratch)
         for task in tasks:
             started = time.monotonic()
             result = evaluator.measure(task)
             yield task, result, time.monotonic() - started
         return
+    context = multiprocessing.get_context("spawn")
+    devices = context.SimpleQueue()  # each process takes one when it starts
+    for number in range(n_workers):
+        devices.put(gpus[number] if gpus else None)
     with _single_threads():
         pool = ProcessPoolExecutor(
-            min(parallel, len(tasks)),
-            multiprocessing.get_context("spawn"),
-            initializer=_start_worker,
-            initargs=(merge, scratch),
+            n_workers, context, initializer=_start_worker, initargs=(merge, scratch, devices)
         )
         try:
             futures = {pool.submit(_measure, task): task for task in tasks}
@@ -259,13 +279,13 @@ _evaluator: Evaluator
 """The one of this process, where it is a worker."""
 
 
-def _start_worker(merge: MakeMerge, scratch: Path | None) -> None:
+def _start_worker(merge: MakeMerge, scratch: Path | None, devices: SimpleQueue[str | None]) -> None:
     global _evaluator
     # Ctrl-C is the parent's to handle; a parent that is killed must not leave workers behind.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
-    _evaluator = Evaluator(merge, scratch)
+    _evaluator = Evaluator(merge, scratch, devices.get())
 
 
 def _end_with_parent() -> None:

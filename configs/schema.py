@@ -69,7 +69,7 @@ SEARCH_TOKEN_VARIABLE = "OBM_SEARCH_TOKEN"
 """of the server that `environment.retrieval` names; environments/remote.py reads it"""
 LARGEST_SEED = 2**32 - 1
 """NumPy's generator, which a training seeds, takes no larger one."""
-SHIPPED_DIALECTS = ("search_r1", "mmsearch_r1", "hermes")
+SHIPPED_DIALECTS = ("search_r1", "search_r1_full", "mmsearch_r1", "hermes")
 """Names that the setting `environment.dialect` takes; else it is a file."""
 DIALECT_SUFFIX = ".yaml"
 SHIPPED_DEEPSPEED = ("zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")

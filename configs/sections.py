@@ -79,6 +79,9 @@ class Models:
     """checkpoint that the KL term of `grpo.beta` pulls towards; `init` = the start itself"""
     freeze_vision: bool = False
     """training leaves vision tower and projector as they are"""
+    max_pixels: Annotated[int, Between(784)] | None = None
+    """larger pictures are scaled down to so many pixels, 784 of which are a token; null = the
+    checkpoint's own limit"""
 
 
 class CalibrationData(TypedDict):
@@ -285,8 +288,8 @@ class Environment:
     `refresh` asks once more and replaces; `offline` never asks, and a miss is a fault of
     infrastructure"""
     dialect: str = "search_r1"
-    """how calls, observations and answers look as text: `search_r1`, `mmsearch_r1`, `hermes`, or a
-    `.yaml` file with one of your own (docs/environment.md)"""
+    """how calls, observations and answers look as text: `search_r1`, `search_r1_full`,
+    `mmsearch_r1`, `hermes`, or a `.yaml` file with one of your own (docs/environment.md)"""
     kinds: list[Kind] = field(default_factory=lambda: ["two"])
     """question kinds to train on"""
     relations: list[str] | None = None
@@ -316,6 +319,9 @@ class Environment:
     """turns of the policy per episode, the answer included"""
     top_k_text: Annotated[int, Positive] = 2
     """passages per text search"""
+    snippet_words: Annotated[int, Between(1, 300)] = 40
+    """words that are shown of a passage of the world's own or of a search server, its best
+    sentences; Search-R1's agents learnt with whole passages of 100"""
     top_k_image: Annotated[int, Positive] = 3
     """matches per image search"""
     thumbnails: bool = False

@@ -32,8 +32,9 @@ from environments.tool_calls import MAX_CALLS, read_calls, schemas
 if TYPE_CHECKING:
     from environments.results import Hit, ToolResult
 
-MAX_TITLE_CHARS, MAX_SNIPPET_CHARS, MAX_PAGE_CHARS = 200, 600, 4000
-"""Caps on one hit: a word without end must not fill the context that other hits need."""
+MAX_TITLE_CHARS = 200
+"""Of a hit; its text has a cap of its own. A word without end must not fill the context that other
+hits need."""
 
 CALL_TAGS = ("search", "text_search", "image_search", "visit", "tool_call", "answer")
 """Tags whose closing ends a turn with an action, in every dialect."""
@@ -285,6 +286,5 @@ def _hit_title(hit: "Hit") -> str:
 
 
 def _hit_text(hit: "Hit") -> str:
-    limit = MAX_PAGE_CHARS if hit.is_page else MAX_SNIPPET_CHARS
-    text = IMAGE_MARK if hit.image is not None else one_line(hit.text, limit)
+    text = IMAGE_MARK if hit.image is not None else one_line(hit.text, hit.max_chars)
     return f"{one_line(hit.url)} {text}".rstrip() if hit.url else text

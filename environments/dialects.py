@@ -1,14 +1,17 @@
 """The dialects: what a call, an observation and an answer look like as text.
 
-Three, held as data. `search_r1` (arXiv 2503.09516) puts a search result inside the assistant's
-turn; `mmsearch_r1` (arXiv 2506.20670) sends it as a new user turn; `hermes` is the tool calling of
-the Qwen2.5 and Qwen3 chat templates: JSON calls, several in a turn if need be, results as tool
-responses. Every dialect understands every tag when it *parses*, because a merged policy may mix its
-parents' habits and its search rate would otherwise be under-measured; `check_format` accepts the
-dialect's own tags only.
+Four, held as data. `search_r1` (arXiv 2503.09516) puts a search result inside the assistant's turn
+and asks in few words, for the tiny models of the atlas; `search_r1_full` asks with the instruction
+that the published agents were trained on, and lays results out as they saw them; `mmsearch_r1`
+(arXiv 2506.20670) sends a result as a new user turn; `hermes` is the tool calling of the Qwen2.5
+and Qwen3 chat templates: JSON calls, several in a turn if need be, results as tool responses. Every
+dialect understands every tag when it *parses*, because a merged policy may mix its parents' habits
+and its search rate would otherwise be under-measured; `check_format` accepts the dialect's own tags
+only.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from environments.actions import (
     Action,
@@ -25,9 +28,9 @@ from environments.errors import EnvironmentSetupError
 from environments.sanitize import IMAGE_MARK, MAX_OBSERVATION_CHARS, one_line, sanitize
 
 __all__ = [
-    "DIALECTS", "HERMES", "IMAGE_MARK", "MAX_OBSERVATION_CHARS", "MMSEARCH_R1", "SEARCH_R1", "TAGS",
-    "Action", "Answer", "Dialect", "ImageSearch", "Invalid", "Parallel", "Search", "Visit",
-    "action_dict", "get_dialect", "one_line", "sanitize", "strip_end",
+    "DIALECTS", "HERMES", "IMAGE_MARK", "MAX_OBSERVATION_CHARS", "MMSEARCH_R1", "SEARCH_R1",
+    "SEARCH_R1_FULL", "TAGS", "Action", "Answer", "Dialect", "ImageSearch", "Invalid", "Parallel",
+    "Search", "Visit", "action_dict", "get_dialect", "one_line", "sanitize", "strip_end",
 ]  # fmt: skip
 
 # After any of these the policy has said what it wants; the rest would be a rehearsed result.
@@ -58,6 +61,41 @@ SEARCH_R1 = Dialect(
     direct_text="Answer directly.\nQuestion: {question}",
     frame=_search_r1_frame,
     hits=_search_r1_hits,
+)
+
+# Byte for byte the source's, but for the sentences about pictures and pages, which it has not.
+
+_ANSWER_ONLY = (
+    "Answer the given question inside <answer> and </answer>, without detailed illustrations. For "
+    "example, <answer> Beijing </answer>.\nQuestion: {question}"
+)
+
+
+def _listed_hits(pairs: Sequence[tuple[str, str]], tool: str) -> str:
+    numbered = enumerate(pairs, 1)
+    return "\n".join(f"Doc {i}(Title: {title}) {text}".rstrip() for i, (title, text) in numbered)
+
+
+def _search_r1_full_frame(texts: Sequence[str], question: str, tool: str) -> str:
+    found = "\n".join(texts)
+    return f"\n\n<information>{found}</information>\n\n"
+
+
+SEARCH_R1_FULL = replace(
+    SEARCH_R1,
+    name="search_r1_full",
+    agent_text="Answer the given question. You must conduct reasoning inside <think> and </think> "
+    "first every time you get new information. After reasoning, if you find you lack some "
+    "knowledge, you can call a search engine by <search> query </search> and it will return the "
+    "top searched results between <information> and </information>. You can search as many times "
+    "as your want. If you find no further external knowledge needed, you can directly provide the "
+    "answer inside <answer> and </answer>, without detailed illustrations. For example, <answer> "
+    "Beijing </answer>. You can search with the picture of the question by <search> <img> "
+    "</search>. {visit}Question: {question}\n",
+    visit_text="You can read a page by <visit> address </visit>. ",
+    direct_text=_ANSWER_ONLY,
+    frame=_search_r1_full_frame,
+    hits=_listed_hits,
 )
 
 
@@ -152,11 +190,6 @@ _HERMES_SYSTEM = (
 )
 
 
-def _hermes_hits(pairs: Sequence[tuple[str, str]], tool: str) -> str:
-    numbered = enumerate(pairs, 1)
-    return "\n".join(f"Doc {i}(Title: {title}) {text}".rstrip() for i, (title, text) in numbered)
-
-
 def _hermes_frame(texts: Sequence[str], question: str, tool: str) -> str:
     responses = "".join(f"\n<tool_response>\n{text}\n</tool_response>" for text in texts)
     return f"<|im_end|>\n<|im_start|>user{responses}<|im_end|>\n<|im_start|>assistant\n"
@@ -181,14 +214,13 @@ HERMES = Dialect(
     "</tool_response>. If no further knowledge is needed, give the answer inside <answer> and "
     "</answer>, without detailed illustrations. For example, <answer> Beijing </answer>.\n"
     "Question: {question}",
-    direct_text="Answer the given question inside <answer> and </answer>, without detailed "
-    "illustrations. For example, <answer> Beijing </answer>.\nQuestion: {question}",
+    direct_text=_ANSWER_ONLY,
     system_text=_HERMES_SYSTEM,
     frame=_hermes_frame,
-    hits=_hermes_hits,
+    hits=_listed_hits,
 )
 
-DIALECTS = {dialect.name: dialect for dialect in (SEARCH_R1, MMSEARCH_R1, HERMES)}
+DIALECTS = {dialect.name: dialect for dialect in (SEARCH_R1, SEARCH_R1_FULL, MMSEARCH_R1, HERMES)}
 
 
 def get_dialect(name: str) -> Dialect:

@@ -161,13 +161,13 @@ class RemoteTextIndex:
 
     Args:
         server: the connection.
-        snippet_words: longest snippet that is asked for; a server that does not know this sends
-            whole passages.
+        snippet_words: longest snippet that is asked for and shown; a server that does not know
+            this sends whole passages.
     """
 
     def __init__(self, server: SearchServer, snippet_words: int = SNIPPET_WORDS):
         self.server = server
-        self.snippet_words = snippet_words
+        self.snippet_words = self.words_shown = snippet_words
 
     def search(self, queries: list[str], k: int) -> list[list[Hit]]:
         """The best `k` passages of every query.
@@ -211,7 +211,12 @@ class RemoteImageIndex:
 
 
 def connect(
-    url: str, *, timeout_s: float = 10.0, thumbnails: bool = False, token: str | None = None
+    url: str,
+    *,
+    timeout_s: float = 10.0,
+    thumbnails: bool = False,
+    snippet_words: int = SNIPPET_WORDS,
+    token: str | None = None,
 ) -> tuple[RemoteTextIndex | None, RemoteImageIndex | None]:
     """The indexes of a running server; None for what it says it has not.
 
@@ -219,6 +224,7 @@ def connect(
         url: `http://host:port`.
         timeout_s: limit of a call, all attempts together.
         thumbnails: image hits come with pictures.
+        snippet_words: of a text hit.
         token: see SearchServer.
 
     Raises:
@@ -236,7 +242,7 @@ def connect(
             f"environment.retrieval: no search server can be used ({error}); start one with "
             f"`obm serve`, and set {TOKEN_VARIABLE} if it wants a token"
         ) from error
-    text = RemoteTextIndex(server) if has_text else None
+    text = RemoteTextIndex(server, snippet_words) if has_text else None
     return text, RemoteImageIndex(server, thumbnails) if has_images else None
 
 

@@ -26,7 +26,8 @@ class Hit:
         score: higher is better.
         image: thumbnail, if the index has one.
         url: address of the page, if it has one; shown only where pages can be visited.
-        is_page: the text is what a page says, and shown at a page's length.
+        max_chars: of the text that is shown; more words may be promised of some hits than of
+            others.
     """
 
     id: str
@@ -35,7 +36,7 @@ class Hit:
     score: float = 0.0
     image: "Image | None" = None
     url: str = ""
-    is_page: bool = False
+    max_chars: int = 600
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,7 @@ class BM25TextIndex:
         snippet_words: int | None = SNIPPET_WORDS,
     ):
         self.snippet_words = snippet_words
+        self.words_shown = snippet_words or SNIPPET_WORDS
         self.ids, self.titles, self.texts = list(ids), list(titles), list(texts)
         corpus = [
             split_words(" ".join([title] * TITLE_WEIGHT + [text]))

@@ -39,7 +39,8 @@ __all__ = [
 
 REGIONS = ("full", "left", "right")
 SNIPPET_WORDS = 40
-"""An index returns snippets of at most this many words; longer ones are cut."""
+"""An index returns snippets of at most this many words, unless it says another number; longer ones
+are cut."""
 PAGE_WORDS = 300
 """Words of a visited page that are shown; a reader that summarises stays below."""
 ECHO_CHARS = 60
@@ -52,6 +53,10 @@ MAX_ID_CHARS = 500
 """Ids of hits go into every record of the run."""
 MAX_TEXT_CHARS = 20_000
 """Of a hit's title or text no more is looked at, so that megabytes cost nothing."""
+CHARS_PER_WORD = 15
+"""A text of long words is cut after so many characters for each word that it may have."""
+MAX_PAGE_CHARS = 4000
+"""Of a page, and of any text of as many words."""
 MAX_SIDE = 1024
 """Pixels of the longer side of a returned picture; larger ones are scaled down, so that no service
 can fill the context with one."""
@@ -62,7 +67,7 @@ Qwen's at 200."""
 
 class TextIndex(Protocol):
     """A text back end. Set `in_memory = True` on it to be called without a watchdog thread, and
-    `words_shown` where its hits carry more than a snippet."""
+    `words_shown` where its hits carry more than SNIPPET_WORDS."""
 
     def search(self, queries: list[str], k: int) -> list[list[Hit]]:
         """The best `k` hits of every query, best first."""
@@ -260,7 +265,7 @@ def _checked(hit: Hit, n_words: int, *, with_image: bool = False, shows_url: boo
         float(hit.score),
         _readable(hit.image) if with_image and hit.image is not None else None,
         url if len(url) <= MAX_URL_CHARS and " " not in url else "",
-        is_page=n_words > SNIPPET_WORDS,
+        max_chars=min(max(n_words, SNIPPET_WORDS) * CHARS_PER_WORD, MAX_PAGE_CHARS),
     )
 
 

@@ -72,17 +72,18 @@ def calibration_key(config: Config, parent: str) -> str:
     """Hash of what decides on a parent's statistics.
 
     Args:
-        config: calibration, environment and grpo's lengths are used.
+        config: calibration, environment, grpo's lengths and models.max_pixels are used.
         parent: folder or hub id.
     """
-    return hash_inputs(
-        {
-            "parent": fingerprint(parent),
-            "calibration": {**asdict(config.calibration), "output": None},
-            "environment": asdict(config.environment),
-            "grpo": config.grpo,
-        }
-    )
+    inputs: dict[str, Any] = {
+        "parent": fingerprint(parent),
+        "calibration": {**asdict(config.calibration), "output": None},
+        "environment": asdict(config.environment),
+        "grpo": config.grpo,
+    }
+    if config.models.max_pixels is not None:  # what was made without it stays valid
+        inputs["max_pixels"] = config.models.max_pixels
+    return hash_inputs(inputs)
 
 
 def _time(path: Path) -> int:

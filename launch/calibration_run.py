@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch.errors import LaunchError
+from launch.stages import environment_inputs
 
 if TYPE_CHECKING:
     from configs.schema import Config
@@ -84,7 +85,7 @@ class Parent:
         from train.policy import VISION_MODEL_TYPES, load_processor
 
         if not self.family.has_vision or self.family.model_type in VISION_MODEL_TYPES:
-            return load_processor(self.folder)
+            return load_processor(self.folder, self.config.models.max_pixels)
         from transformers import AutoProcessor
 
         processor = AutoProcessor.from_pretrained(self.folder)
@@ -270,5 +271,8 @@ def measure_fisher(parent: Parent, folder: Path, shard: tuple[int, int]) -> None
 
 def _settings_key(parent: Parent, weights: dict[str, str]) -> str:
     """Hash of what decides on unfinished sums, so that other settings do not go on with them."""
-    settings = [asdict(parent.section), asdict(parent.config.environment), weights]
+    environment = environment_inputs(parent.config.environment)
+    settings: list[Any] = [asdict(parent.section), environment, weights]
+    if parent.config.models.max_pixels is not None:
+        settings.append(parent.config.models.max_pixels)
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 
-def load_for_inference(folder: str, device: str | None = None) -> tuple[Any, Any]:
+def load_for_inference(folder: str, device: str | None = None, **settings: Any) -> tuple[Any, Any]:
     """As `train.policy.load_for_inference`, without a progress bar for each file."""
     from transformers.utils.logging import disable_progress_bar
 
     from train.policy import load_for_inference as load
 
     disable_progress_bar()
-    return load(folder, device)
+    return load(folder, device, **settings)

@@ -11,11 +11,17 @@ import json
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from configs.sections import Environment
 from launch.errors import LaunchError
 from train.files import write_json
+
+LATER_KEYS = ("snippet_words",)
+"""Keys of `environment` that came when stages had been made: at their default they are no input, so
+that what was made without them stays valid."""
 
 
 class Stages:
@@ -71,7 +77,7 @@ class Stages:
                 f"{target} exists but was not made here; remove it, or choose another --output"
             )
         if found == "changed" and not self._redo:
-            before = (self._read(name) or {})["inputs"]
+            before = _as_ever((self._read(name) or {})["inputs"])
             changed = _first_difference(before, json.loads(_canonical(inputs)))
             raise LaunchError(
                 f"{target} was made with other settings ({changed}); "
@@ -172,8 +178,22 @@ def fingerprint(checkpoint: str) -> list[list[Any]] | str:
     return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
 
 
+def environment_inputs(environment: Environment) -> dict[str, Any]:
+    """The section `environment` as an input, see LATER_KEYS."""
+    return _as_ever({"environment": asdict(environment)})["environment"]
+
+
 def _canonical(inputs: dict[str, Any]) -> str:
-    return json.dumps(inputs, sort_keys=True)
+    return json.dumps(_as_ever(inputs), sort_keys=True)
+
+
+def _as_ever(inputs: dict[str, Any]) -> dict[str, Any]:
+    section = inputs.get("environment")
+    if not isinstance(section, dict):
+        return inputs
+    default = asdict(Environment())
+    kept = {k: v for k, v in section.items() if k not in LATER_KEYS or v != default[k]}
+    return {**inputs, "environment": kept}
 
 
 def _first_difference(old: Any, new: Any, path: str = "") -> str:

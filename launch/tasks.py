@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from configs.sections import FREE_LIVE, Live, Merge
-from launch.stages import fingerprint, hash_inputs
+from launch.stages import environment_inputs, fingerprint, hash_inputs
 
 if TYPE_CHECKING:
     from compare.zero_shot import Task
@@ -77,11 +77,17 @@ def make_statistics(config: Config, kinds: Sequence[str]) -> None:
 def evaluation_inputs(config: Config) -> dict[str, Any]:
     """What decides an evaluation, beside its checkpoint and seed, as the inputs of a stage."""
     return {
-        "environment": asdict(config.environment),
+        "environment": environment_inputs(config.environment),
         "grpo": config.grpo,
         **named_files(config, "eval", "dialect"),
         **live_inputs(config),
+        **picture_inputs(config),
     }
+
+
+def picture_inputs(config: Config) -> dict[str, int]:
+    """{"max_pixels": N} where the settings bound pictures, as an input of a stage."""
+    return {} if config.models.max_pixels is None else {"max_pixels": config.models.max_pixels}
 
 
 def live_inputs(config: Config) -> dict[str, Any]:

@@ -16,6 +16,8 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 SLOT_ATTENTION = "slot_attention"
+CACHE_SHARE = 0.5
+"""Of an accelerator's free memory; the rest is for reading prompts and pictures, and for logits."""
 
 
 class SlotCache:
@@ -74,6 +76,33 @@ class SlotCache:
         for keys, values in zip(self.keys, self.values, strict=True):
             keys[target, :, :, first:width] = keys[source, :, :, first:width]
             values[target, :, first:width] = values[source, :, first:width]
+
+
+def rows_that_fit(config: Any, dtype: torch.dtype, n_slots: int, free: int) -> int:
+    """Rows whose cache takes CACHE_SHARE of the free memory, one at least.
+
+    A slot takes 2 L kv e: keys and values of every layer, as in `train.memory.cache_bytes`.
+
+    Args:
+        config: of the language module.
+        dtype: of the cache.
+        n_slots: of a row.
+        free: bytes.
+    """
+    head_dim = getattr(config, "head_dim", None) or (
+        config.hidden_size // config.num_attention_heads
+    )
+    width = config.num_key_value_heads * head_dim
+    row = 2 * config.num_hidden_layers * width * dtype.itemsize * n_slots
+    return max(1, int(CACHE_SHARE * free / row))
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Memory of a GPU that tensors may take, what torch keeps for later included; else None."""
+    if device.type != "cuda":
+        return None
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + kept
 
 
 def _lazy_zeros(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:

@@ -84,7 +84,7 @@ def run_cold_start(config: Config, *, overwrite: bool = False) -> Path:
     )
     cost = Cost()
     questions = training_questions(config)
-    model, processor = load_policy(init)
+    model, processor = load_policy(init, max_pixels=config.models.max_pixels)
     with cost.part("episodes"):
         engine: Any = build_engine(config, model, processor, rollout=None)
         taught = collect(config, engine, questions)
@@ -206,7 +206,9 @@ def _of_checkpoint(
     from train.policy import load_for_inference
     from train.worlds import build_engine
 
-    model, processor = load_for_inference(resolve_model(config.sft.teacher))
+    model, processor = load_for_inference(
+        resolve_model(config.sft.teacher), max_pixels=config.models.max_pixels
+    )
     teacher = build_engine(config, model, processor, rollout=None)
     played: list[Trajectory] = []
     for start in range(0, len(questions), BATCH):

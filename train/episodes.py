@@ -122,6 +122,8 @@ class EpisodeEngine:
         top_p: nucleus; log-probs stay those of the full distribution.
         seed: first part of every random number's key.
         max_rows: episodes under way at a time; more have to wait.
+        fits_memory: in process on a GPU, fewer rows where the cache of so many would not fit in
+            what is free. Not in training, whose processes must take the same steps.
         tool_workers: threads for tool calls; 0 calls tools in line (fast, in-process tools).
         script: makes the policy say given turns (tests, demonstrations).
     """
@@ -141,6 +143,7 @@ class EpisodeEngine:
         top_p: float = 1.0,
         seed: int = 0,
         max_rows: int = 512,
+        fits_memory: bool = False,
         tool_workers: int = 0,
         script: Script | None = None,
     ) -> None:
@@ -156,6 +159,7 @@ class EpisodeEngine:
         self.top_p = top_p
         self.seed = seed
         self.max_rows = max_rows
+        self.fits_memory = fits_memory
         self.tool_workers = tool_workers
         self.script = script
         self.n_rollouts = 0

@@ -28,8 +28,9 @@ from train.memory import (
 )
 from train.network import step_bytes
 from train.plan import GB, MACHINES, SERVER_WEIGHTS, Machine, Plan
-from train.settings import resolved_grpo, steps_per_generation
+from train.settings import resolved_grpo, steps_per_generation, trains_in_bf16
 from train.shapes import find_shape
+from train.worlds import is_benchmark
 
 if TYPE_CHECKING:
     from configs.schema import Config
@@ -194,7 +195,7 @@ def plan_of(
         steps_per_generation=steps_per_generation(grpo, n_processes),
         has_own_steps_per_generation=bool(grpo.get("steps_per_generation")),
         iterations=grpo.get("num_iterations") or 1,
-        is_bf16=grpo.get("bf16", True),
+        is_bf16=trains_in_bf16(grpo),
         is_checkpointed=bool(
             grpo.get("gradient_checkpointing", grpo.get("activation_checkpointing"))
         ),
@@ -212,7 +213,8 @@ def world_prompt(config: Config) -> tuple[int, int]:
     """Tokens of a prompt's text and of its picture, by the environment's own sizes.
 
     Text: the dialect's instruction by CHARS_PER_TOKEN, the question, the template. Picture: one
-    token for 28 x 28 pixels, Qwen2.5-VL's patches of 14 merged two by two.
+    token for 28 x 28 pixels, Qwen2.5-VL's patches of 14 merged two by two; of a benchmark's
+    pictures those that models.max_pixels lets through.
     """
     from environments.atlas.photos import PHOTO_SIZE
     from environments.dialects import get_dialect
@@ -220,6 +222,9 @@ def world_prompt(config: Config) -> tuple[int, int]:
     messages = get_dialect(config.environment.dialect).prompt("", has_image=True)
     n_chars = sum(len(part.get("text", "")) for m in messages for part in _parts(m["content"]))
     text = round(n_chars / CHARS_PER_TOKEN) + QUESTION_TOKENS + TEMPLATE_TOKENS
+    limit = config.models.max_pixels
+    if limit is not None and is_benchmark(config.environment.train_benchmark):
+        return text, limit // 28**2
     return text, (PHOTO_SIZE // 28) ** 2
 
 
@@ -380,13 +385,12 @@ def _head_lines(plan: Plan, machine: Machine, origin: str) -> list[str]:
 
 
 def _prompt_lines(config: Config, prompt_tokens: int | None) -> list[str]:
-    from train.worlds import is_benchmark
-
-    if prompt_tokens is not None or not is_benchmark(config.environment.train_benchmark):
+    is_counted = prompt_tokens is not None or config.models.max_pixels is not None
+    if is_counted or not is_benchmark(config.environment.train_benchmark):
         return []
     return [
         "WARNING: a prompt is counted with the atlas's small photo, not with a picture of "
-        "environment.train_benchmark; say --prompt-tokens"
+        "environment.train_benchmark; say --prompt-tokens or set models.max_pixels"
     ]
 
 

@@ -219,7 +219,7 @@ def _load_teacher(config: Config, role: str, otherwise: str) -> tuple[Any, Any]:
     folder = getattr(config.models, role)
     if not folder:
         raise ConfigError(f"models.{role}: missing; name a checkpoint, or set {otherwise}")
-    model, processor = load_policy(resolve_model(folder))
+    model, processor = load_policy(resolve_model(folder), max_pixels=config.models.max_pixels)
     return model.to(config.conflict.device).eval(), processor
 
 

@@ -152,11 +152,13 @@ def _loading(folder: str | Path, what: str) -> Iterator[None]:
         ) from error
 
 
-def load_processor(folder: str | Path) -> Any:
+def load_processor(folder: str | Path, max_pixels: int | None = None) -> Any:
     """The processor of a VLM folder, or the tokenizer of a text model's.
 
     Args:
         folder: local checkpoint folder, hub id or `owner/name@revision`.
+        max_pixels: of a picture, where the checkpoint's own limit is higher; it is saved with the
+            processor.
 
     Raises:
         PolicyLoadError: the folder has no tokenizer files, or is of a vision-language
@@ -176,11 +178,21 @@ def load_processor(folder: str | Path) -> Any:
         return tokenizer
     with _loading(folder, "the image processor"):
         image_processor = Qwen2VLImageProcessorPil.from_pretrained(**_reference(folder))
+    if max_pixels is not None:
+        size = image_processor.size
+        size["longest_edge"] = min(max_pixels, size["longest_edge"])
     return ImageOnlyProcessor(image_processor, tokenizer, chat_template=tokenizer.chat_template)
 
 
-def load_policy(folder: str | Path, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+def load_policy(
+    folder: str | Path, dtype: torch.dtype = torch.float32, max_pixels: int | None = None
+) -> tuple[Any, Any]:
     """Model and processor of a checkpoint folder (or hub id), on the CPU, in `dtype`.
+
+    Args:
+        folder: see `load_processor`.
+        dtype: of the weights.
+        max_pixels: see `load_processor`.
 
     Returns:
         (Qwen2_5_VLForConditionalGeneration, ImageOnlyProcessor) for a VLM, (Qwen2ForCausalLM,
@@ -190,7 +202,7 @@ def load_policy(folder: str | Path, dtype: torch.dtype = torch.float32) -> tuple
         PolicyLoadError: the folder is missing or holds no readable weights; see also
             `load_processor`.
     """
-    processor = load_processor(folder)
+    processor = load_processor(folder, max_pixels)
     auto_class = AutoModelForImageTextToText if is_vision_model(folder) else AutoModelForCausalLM
     with _loading(folder, "the weights"):
         model, found = auto_class.from_pretrained(
@@ -202,18 +214,29 @@ def load_policy(folder: str | Path, dtype: torch.dtype = torch.float32) -> tuple
     return model, processor
 
 
-def load_for_inference(folder: str | Path, device: str | None = None) -> tuple[Any, Any]:
+def load_for_inference(
+    folder: str | Path,
+    device: str | None = None,
+    *,
+    bf16: bool = False,
+    max_pixels: int | None = None,
+) -> tuple[Any, Any]:
     """As `load_policy`, in evaluation mode, where it shall run.
 
     Args:
         folder: see there.
         device: None = `device_of_process`.
+        bf16: on a GPU that can, load in bfloat16; the processor computes in fp32.
+        max_pixels: see `load_processor`.
 
     Raises:
         PolicyLoadError: see there.
     """
-    model, processor = load_policy(folder)
-    return model.to(device or device_of_process()).eval(), processor
+    device = device or device_of_process()
+    can = device.startswith("cuda") and torch.cuda.is_bf16_supported()
+    dtype = torch.bfloat16 if bf16 and can else torch.float32
+    model, processor = load_policy(folder, dtype, max_pixels)
+    return model.to(device).eval(), processor
 
 
 def device_of_process() -> str:

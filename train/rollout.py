@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from train.batch import TokenBatch
-from train.cache import SLOT_ATTENTION
+from train.cache import SLOT_ATTENTION, free_bytes, rows_that_fit
 from train.episodes import EpisodeEngine, Prompt, Script
 from train.trajectories import Trajectory, Turn
 from train.vision import EncodedImage
@@ -100,13 +100,24 @@ class RolloutEngine(EpisodeEngine):
         )[first_row:]
         trajectories: list[Trajectory] = []
         with self._for_generation():
-            for start in range(0, len(questions), self.max_rows):
-                wave = list(questions[start : start + self.max_rows])
+            n_rows = self._rows_together(prompts)
+            for start in range(0, len(questions), n_rows):
+                wave = list(questions[start : start + n_rows])
                 rows = slice(start, start + len(wave))
                 trajectories += _Wave(self, wave, prompts[rows], uniforms[rows], greedy).run()
         return trajectories
 
     # ---------------------------------------------------------------- helpers
+
+    def _rows_together(self, prompts: Sequence[Prompt]) -> int:
+        """Rows of a wave."""
+        weight = self._core.get_output_embeddings().weight
+        free = free_bytes(weight.device) if self.fits_memory else None
+        if free is None or not prompts:
+            return self.max_rows
+        n_slots = max(len(prompt.token_ids) for prompt in prompts) + self.max_completion_tokens + 1
+        config = self._core.config.get_text_config()
+        return min(self.max_rows, rows_that_fit(config, weight.dtype, n_slots, free))
 
     @contextmanager
     def _for_generation(self) -> Iterator[None]:

@@ -198,7 +198,7 @@ def _train(
     recorder = Recorder(folder, config, rank == 0, resume_step if resume else None)
     if checkpoint is not None:
         logger.info("resuming at step %d of %s", resume_step, folder)
-    model, processor = load_policy(init)
+    model, processor = load_policy(init, max_pixels=config.models.max_pixels)
     recorder.use_tokenizer(getattr(processor, "tokenizer", processor))
     if config.models.freeze_vision:
         freeze_vision(model)

@@ -295,6 +295,11 @@ def steps_per_generation(grpo: dict[str, Any], n_processes: int) -> int:
     return int(grpo.get("steps_per_generation") or grpo["gradient_accumulation_steps"])
 
 
+def trains_in_bf16(grpo: dict[str, Any]) -> bool:
+    """Whether a GPU computes in bfloat16, on which evaluations there follow the training."""
+    return bool(grpo.get("bf16", True))
+
+
 def count_completions(grpo: dict[str, Any], n_processes: int) -> tuple[int, int]:
     """Completions of a rollout and of an optimizer step, all processes together."""
     rows = grpo["per_device_train_batch_size"] * n_processes

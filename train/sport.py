@@ -174,7 +174,7 @@ def _engine(config: Config, start: str) -> Any:
     from train.sport_sampling import TurnEngine
     from train.worlds import build_engine
 
-    model, processor = load_for_inference(start)
+    model, processor = load_for_inference(start, max_pixels=config.models.max_pixels)
     temperature = config.sport.temperature
     own = {} if temperature is None else {"temperature": temperature}
     return build_engine(config, model, processor, make_engine=TurnEngine, **own)

@@ -163,7 +163,7 @@ def tune(
     """
     from train.run import keep_only_ours
 
-    model, processor = load_policy(start)
+    model, processor = load_policy(start, max_pixels=config.models.max_pixels)
     has_adapter = config.lora.r > 0
     reference = None if has_adapter else load_policy(start)[0]
     if config.models.freeze_vision:

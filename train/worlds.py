@@ -34,17 +34,20 @@ def _indexes(section: Any) -> tuple[Any, Any]:
         from environments.remote import RemoteImageIndex, RemoteTextIndex, SearchServer
 
         server = SearchServer(section.retrieval)  # it may be gone: the cache answers for it
-        return RemoteTextIndex(server), RemoteImageIndex(server, section.thumbnails)
+        far_text = RemoteTextIndex(server, section.snippet_words)
+        return far_text, RemoteImageIndex(server, section.thumbnails)
     if section.retrieval:
         from environments.remote import connect as connect_search
 
         return connect_search(
-            section.retrieval, timeout_s=section.timeout_s, thumbnails=section.thumbnails
-        )
+            section.retrieval, timeout_s=section.timeout_s, thumbnails=section.thumbnails,
+            snippet_words=section.snippet_words,
+        )  # fmt: skip
     from environments.atlas.world import load_image_index, load_text_index
 
     edition, domains = _edition(section), section.domains()
-    return load_text_index(edition), load_image_index(domains=domains)
+    text_index = load_text_index(edition, section.snippet_words)
+    return text_index, load_image_index(domains=domains)
 
 
 def load_questions(
@@ -152,6 +155,7 @@ def build_engine(config: Config, model: Any, processor: Any, **settings: Any) ->
         "top_p": grpo.get("top_p", 1.0),
         "seed": config.seed,
         "tool_workers": config.rollout.tool_workers,
+        "fits_memory": True,
         **settings,
     }
     environment = options.pop("environment", None) or load_environment(config)

@@ -104,7 +104,9 @@ def diagnose_start(config: Config, start: str, layout: HeadLayout) -> dict[str, 
     from train.conflict import diagnose
     from train.objectives import keep_objective, search_objective
 
-    model, processor = load_for_inference(start, config.conflict.device)
+    model, processor = load_for_inference(
+        start, config.conflict.device, max_pixels=config.models.max_pixels
+    )
     search = search_objective(config, model, processor)
     keep = keep_objective(config, model, processor)
     found = diagnose(model, layout, search.losses, keep.losses)

@@ -34,7 +34,7 @@ FOUR_PARTS = ("searched", "entity", "passage", "accuracy")
 HEADLINES = ("accuracy", "sr_img", "sr_txt", "sr_any", "calls", "cas")
 MODES = ("agent", "direct", "prompted", "rag")
 BATCH = 128
-"""Questions that are rolled out together; a finished batch is kept."""
+"""Questions of a batch at most, where --batch does not say it; a finished batch is kept."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,8 +54,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="with --mode rag: who writes the text query (default: rule)",
     )  # fmt: skip
     parser.add_argument(
-        "--batch", type=int, default=BATCH, metavar="N",
-        help=f"questions that are rolled out together and kept (default: {BATCH})",
+        "--batch", type=int, metavar="N",
+        help=f"questions that are rolled out and kept at a time (default: {BATCH}, or so few that "
+        "every process has some)",
     )  # fmt: skip
     parser.add_argument(
         "--shard", metavar="I/N", help="do part I of N, counted from 0 (default: rank/world size)"
@@ -113,7 +114,7 @@ def evaluate_checkpoint(
     overwrite: bool = False,
     mode: str = "agent",
     query: str = "rule",
-    batch: int = BATCH,
+    batch: int | None = None,
     shard: tuple[int, int] = (0, 1),
 ) -> dict[str, Any] | None:
     """Run the held-out questions greedily and write eval.json and trajectories.jsonl.
@@ -127,7 +128,8 @@ def evaluate_checkpoint(
         overwrite: replace an earlier evaluation.
         mode: see `compare.modes`.
         query: of mode `rag`.
-        batch: questions that are rolled out together.
+        batch: questions that are rolled out and kept at a time; None: BATCH, or so few that each
+            process has some.
         shard: (this process, number of processes).
 
     Returns:
@@ -137,7 +139,7 @@ def evaluate_checkpoint(
         LaunchError: an evaluation is there already.
         BenchmarkError, CompareError: no question to ask.
     """
-    if batch < 1:
+    if batch is not None and batch < 1:
         raise LaunchError(f"--batch {batch}: give a number of 1 or more")
     if overwrite and shard[1] > 1:
         raise LaunchError("--overwrite would remove what other processes write; remove it first")
@@ -154,10 +156,15 @@ def evaluate_checkpoint(
     from launch.models import load_for_inference
     from launch.stages import fingerprint
     from launch.tasks import evaluation_inputs
+    from train.settings import trains_in_bf16
 
     folder = resolve_model(checkpoint)
     benchmark = benchmark_of(config)
     questions = some_questions(iterate_questions(config))
+    if batch is None:
+        batch = BATCH
+        if shard[1] > 1:  # of few questions the first processes would take all
+            batch = min(batch, -(-sum(1 for _ in iterate_questions(config)) // shard[1]))
     # only now: a mistake in the command must not cost the evaluation that is there
     if overwrite and ((output / "eval.json").exists() or (output / "episodes").is_dir()):
         (output / "eval.json").unlink(missing_ok=True)
@@ -165,7 +172,9 @@ def evaluate_checkpoint(
             shutil.rmtree(output / part, ignore_errors=True)
 
     def make_asker() -> Asker:
-        model, processor = load_for_inference(folder)
+        model, processor = load_for_inference(
+            folder, bf16=trains_in_bf16(config.grpo), max_pixels=config.models.max_pixels
+        )
         return Asker(config, model, processor, mode=mode, query=query)
 
     header = {

@@ -22,7 +22,7 @@ from launch.studies.machine import duration_words, gpu_groups, this_machine, tim
 from launch.studies.plan import Plan, frozen_inputs, map_stage, preparation_stage, start_key
 from launch.studies.starts import Step, reused, say
 from launch.studies.trainings import share_of
-from launch.tasks import live_inputs, named_files
+from launch.tasks import live_inputs, named_files, picture_inputs
 
 if TYPE_CHECKING:
     from configs.schema import Config
@@ -43,6 +43,7 @@ def map_steps(plan: Plan, stages: Stages) -> Iterator[Step]:
             **{key: settings[key] for key in keys},
             **named_files(config, "train", "dialect"),
             **live_inputs(config),
+            **picture_inputs(config),
         }
         # defaults are left out, as those of a training are
         if config.reward_functions:
@@ -91,6 +92,7 @@ def preparation_steps(plan: Plan, stages: Stages) -> Iterator[Step]:
                 **{key: settings[key] for key in keys},
                 **named_files(config, "train", "dialect"),
                 **live_inputs(config),
+                **picture_inputs(config),
             }
             inputs["freeze_heads"] = frozen_inputs(plan, stages, arm, config)
             # defaults are left out, as those of a training are

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from launch.stages import Stages, fingerprint
 from launch.studies.plan import Plan, calibrations, start_key
-from launch.tasks import evaluation_inputs, live_inputs, merged_roles, named_files
+from launch.tasks import evaluation_inputs, live_inputs, merged_roles, named_files, picture_inputs
 
 if TYPE_CHECKING:
     from configs.schema import Config
@@ -111,6 +111,7 @@ def calibration_step(config: Config, role: str, name: str) -> Step:
         "environment": asdict(config.environment),
         **named_files(config, "train", "dialect", "vlm_data" if role == "vlm" else "agent_data"),
         **live_inputs(config),
+        **picture_inputs(config),
     }
     kinds = ", ".join(config.calibration.kinds)
     what = name.removeprefix("calibrate-")

@@ -29,7 +29,7 @@ from launch.studies.machine import (
 )
 from launch.studies.plan import Plan, frozen_inputs, max_steps, start_key
 from launch.studies.starts import reused, say
-from launch.tasks import live_inputs, named_files
+from launch.tasks import live_inputs, named_files, picture_inputs
 
 if TYPE_CHECKING:
     from configs.schema import Config
@@ -70,6 +70,7 @@ def list_trainings(plan: Plan, stages: Stages) -> Iterator[Training]:
             "deepspeed": config.deepspeed,
             **named_files(config, "train", "eval"),
             **live_inputs(config),
+            **picture_inputs(config),
         }
         if config.reward_functions:
             inputs["reward_functions"] = settings["reward_functions"]

@@ -155,6 +155,41 @@ def test_a_merge_is_made_measured_and_removed(tmp_path):
     assert not list(scratch.iterdir())
 
 
+@pytest.mark.parametrize(("n_gpus", "devices"), [(0, [None] * 3), (2, ["cuda:0", "cuda:1"])])
+def test_processes_that_share_tasks_have_a_gpu_each(asked, monkeypatch, tmp_path, n_gpus, devices):
+    given = []
+
+    class Pool(InlinePool):
+        def __init__(self, n_workers, context, initializer, initargs):
+            given.extend(initargs[-1].get() for _ in range(n_workers))
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: n_gpus)
+    monkeypatch.setattr(zero_shot, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(zero_shot, "_evaluator", Evaluator(never_merge), raising=False)
+    measure_all(tasks_of("a", "b", "c"), Results(tmp_path / "f"), never_merge, parallel=8)
+    assert given == devices
+
+
+def test_a_checkpoint_is_measured_on_the_gpu_and_freed_before_the_next(monkeypatch):
+    seen = []
+
+    def load(folder, device, *, bf16, max_pixels):
+        seen.append((folder, device, bf16))
+        return torch.nn.Identity(), None
+
+    monkeypatch.setattr(zero_shot, "load_for_inference", load)
+    monkeypatch.setattr(zero_shot, "load_environment", lambda config: None)
+    monkeypatch.setattr(zero_shot, "load_eval_questions", lambda config: [])
+    monkeypatch.setattr(zero_shot, "build_engine", lambda *_, environment: None)
+    monkeypatch.setattr(zero_shot, "evaluate", lambda *_: ({}, []))
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: seen.append("freed"))
+    evaluator = Evaluator(never_merge, device="cuda:1")
+    evaluator.measure(Task("a", "a", Config("out"), "a"))
+    evaluator.measure(Task("b", "b", Config("out", grpo={"bf16": False}), "b"))
+    assert seen == [("a", "cuda:1", True), "freed", ("b", "cuda:1", False), "freed"]
+
+
 def test_worlds_that_differ_in_their_tools_are_loaded_apart(monkeypatch):
     loaded = []
 
@@ -162,7 +197,9 @@ def test_worlds_that_differ_in_their_tools_are_loaded_apart(monkeypatch):
         loaded.append(config)
         return len(loaded)
 
-    monkeypatch.setattr(zero_shot, "load_policy", lambda folder: (torch.nn.Identity(), None))
+    monkeypatch.setattr(
+        zero_shot, "load_for_inference", lambda *_, **__: (torch.nn.Identity(), None)
+    )
     monkeypatch.setattr(zero_shot, "load_environment", load)
     monkeypatch.setattr(zero_shot, "load_eval_questions", lambda config: [])
     monkeypatch.setattr(zero_shot, "build_engine", lambda *_, environment: environment)

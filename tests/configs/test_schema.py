@@ -419,7 +419,7 @@ def test_a_dialect_is_a_shipped_one_or_a_file(write):
     text = message(path, "environment.dialect=serch_r1")
     assert text.endswith("there is no dialect 'serch_r1'; did you mean 'search_r1'?")
     text = message(path, "environment.dialect=my_dialect.json")
-    assert "use search_r1, mmsearch_r1, hermes, the path of a .yaml file" in text
+    assert "use search_r1, search_r1_full, mmsearch_r1, hermes, the path of a .yaml file" in text
 
 
 def test_reward_functions_are_a_list_with_weights(write):

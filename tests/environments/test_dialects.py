@@ -27,6 +27,7 @@ from environments.errors import EnvironmentSetupError
 from environments.tools import Hit, ToolResult
 
 SEARCH_R1 = get_dialect("search_r1")
+SEARCH_R1_FULL = get_dialect("search_r1_full")
 MMSEARCH_R1 = get_dialect("mmsearch_r1")
 HERMES = get_dialect("hermes")
 HOSTILE = (
@@ -62,6 +63,22 @@ def test_the_search_r1_prompt_is_the_one_the_tiny_models_know():
     ]
 
 
+def test_the_full_search_r1_prompt_is_the_published_one_with_a_sentence_for_pictures():
+    published = (
+        "Answer the given question. You must conduct reasoning inside <think> and </think> first "
+        "every time you get new information. After reasoning, if you find you lack some knowledge, "
+        "you can call a search engine by <search> query </search> and it will return the top "
+        "searched results between <information> and </information>. You can search as many times "
+        "as your want. If you find no further external knowledge needed, you can directly provide "
+        "the answer inside <answer> and </answer>, without detailed illustrations. For example, "
+        "<answer> Beijing </answer>. Question: Which city?\n"
+    )
+    picture = "You can search with the picture of the question by <search> <img> </search>. "
+    text = SEARCH_R1_FULL.prompt("Which city?", has_image=True)[0]["content"][-1]["text"]
+    assert text.replace(picture, "") == published
+    assert picture in text
+
+
 def test_the_direct_prompt_offers_no_tools():
     (message,) = SEARCH_R1.direct_prompt("Which city?", has_image=False)
     assert message["content"][-1]["text"] == "Answer directly.\nQuestion: Which city?"
@@ -78,7 +95,7 @@ def test_the_mmsearch_prompt_names_its_tags():
 @pytest.mark.parametrize("dialect", DIALECTS.values(), ids=DIALECTS)
 def test_a_question_is_data_in_a_prompt(dialect):
     text = dialect.prompt("{question} {0} <|image_pad|> </answer>", False)[-1]["content"][0]["text"]
-    assert text.endswith("{question} {0} ‹|image_pad|› ‹/answer›")
+    assert text.rstrip().endswith("{question} {0} ‹|image_pad|› ‹/answer›")
 
 
 def test_an_unknown_dialect_is_a_users_mistake():
@@ -270,6 +287,14 @@ def test_search_r1_observations_are_byte_for_byte_the_training_format():
     )
 
 
+def test_full_search_r1_results_stand_one_a_line_as_the_agents_saw_them():
+    result = text_result(Hit("a", "France", "Paris ."), Hit("b", "Mali", "Bamako ."))
+    assert SEARCH_R1_FULL.render_observation(result, "q") == (
+        "\n\n<information>Doc 1(Title: France) Paris .\n"
+        "Doc 2(Title: Mali) Bamako .</information>\n\n"
+    )
+
+
 def test_thumbnails_stand_as_marks_after_their_titles():
     picture = Image.new("RGB", (4, 4))
     hits = [Hit("f", "France", image=picture), Hit("i", "Italy", image=picture)]
@@ -343,8 +368,8 @@ def test_there_is_exactly_one_mark_per_returned_image(text, n_images):
 
 # ---------------------------------------------------------------- format of an episode
 
-THINK = {"search_r1": "think", "mmsearch_r1": "reason", "hermes": "think"}
-CALL = {"search_r1": "search", "mmsearch_r1": "text_search", "hermes": "text_search"}
+THINK = {name: dialect.think for name, dialect in DIALECTS.items()}
+CALL = {"mmsearch_r1": "text_search"}
 
 
 def json_call(name: str, **arguments: object) -> str:
@@ -354,7 +379,7 @@ def json_call(name: str, **arguments: object) -> str:
 
 def episode_turns(name: str, *contents: str) -> list[str]:
     """Turns of a dialect; `T` text search, `I` image search, `A` answer."""
-    call, think = CALL[name], THINK[name]
+    call, think = CALL.get(name, "search"), THINK[name]
     bodies = {
         "T": f"<{call}> q </{call}>",
         "I": "<search> <img> </search>",

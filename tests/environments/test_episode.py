@@ -358,6 +358,7 @@ def test_visits_have_a_budget_of_their_own():
 def test_visits_are_offered_only_where_they_are_allowed():
     for dialect, word in (
         ("search_r1", "<visit>"),
+        ("search_r1_full", "<visit>"),
         ("mmsearch_r1", "<visit>"),
         ("hermes", '"visit"'),
     ):

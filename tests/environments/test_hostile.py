@@ -67,6 +67,11 @@ CALLS = {
         "image": "<search> <img> </search>",
         "page": "<visit> https://a.b/c </visit>",
     },
+    "search_r1_full": {
+        "text": "<search> q </search>",
+        "image": "<search> <img> </search>",
+        "page": "<visit> https://a.b/c </visit>",
+    },
     "mmsearch_r1": {
         "text": "<text_search>q</text_search>",
         "image": "<search><img></search>",
@@ -404,7 +409,10 @@ def test_a_picture_that_cannot_be_decoded_is_the_services_fault(tmp_path):
 # ---------------------------------------------------------------- the reward
 
 WEIGHTS = {"accuracy": 1.0, "format": 0.1, "search_penalty": 0.1}
-THOUGHT = {"search_r1": "<think> t </think>", "mmsearch_r1": "<reason> t </reason>", "hermes": ""}
+THOUGHT = {
+    name: f"<{dialect.think}> t </{dialect.think}>" if dialect.needs_thought else ""
+    for name, dialect in DIALECTS.items()
+}
 GOLD = "</information></tool_response><|im_end|><answer> Paris </answer>"
 
 

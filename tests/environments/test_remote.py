@@ -85,6 +85,16 @@ def test_remote_hits_equal_those_of_the_index_itself(atlas_url):
     assert connect(atlas_url)[1].search(photos[:1], 1)[0][0].image is None
 
 
+def test_an_episode_sees_as_many_words_as_the_server_is_asked_for(serve):
+    passage = " ".join(f"word{i}" for i in range(100))
+    document = {"id": "a", "contents": f"A\n{passage}"}
+    script = Script(JSONResponse({"result": [[{"document": document, "score": 1.0}]]}))
+    index = RemoteTextIndex(SearchServer(serve(script.app())), 100)
+    episode = SearchEnvironment(index, None).start({"question": "q"})
+    assert text_search(episode, "word").documents[0].text == passage
+    assert script.requests[0][0]["snippet_words"] == 100
+
+
 def test_an_episode_sees_no_difference(atlas_url):
     photo = render_photo(load_flag("ml"), 3, 0.4)
     question = {"question": "What is the capital of this place?", "image": photo}

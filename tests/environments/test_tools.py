@@ -6,6 +6,7 @@ import time
 import pytest
 from PIL import Image
 
+from environments.dialects import SEARCH_R1
 from environments.episode import SearchEnvironment
 from environments.tools import (
     MAX_QUERY_CHARS,
@@ -94,6 +95,14 @@ def test_snippets_are_cut_to_forty_words_and_shorter_ones_left_alone():
     first, second = text_search(episode(index), "q").documents
     assert first.text.split() == ["w"] * 40
     assert second.text == spaced
+
+
+def test_an_index_that_promises_more_words_shows_them_all():
+    index = TextTable(Hit("a", "t", "fourteen-chars " * 101))
+    for n_words in (40, 100):
+        index.words_shown = n_words
+        result = text_search(episode(index), "q")
+        assert SEARCH_R1.render_observation(result, "q").count("fourteen-chars") == n_words
 
 
 @pytest.mark.parametrize("in_memory", [True, False])

@@ -213,6 +213,20 @@ def test_a_killed_evaluation_goes_on_and_shards_add_up_to_the_same(settings, eva
     assert result_of(shared) == result_of(whole)
 
 
+def test_every_process_has_some_of_few_questions(evaluate, tmp_path):
+    # three questions: two for the first of two processes, as a batch of its own
+    source = f"environment.eval_benchmark.source={COPIES / 'fvqa_test.parquet'}"
+    output = tmp_path / "out"
+    chosen = ("--benchmark", "fvqa_test", "--output", output, source)
+    for part in ("1/2", "0/2"):
+        code, _, err = evaluate(*chosen, "--shard", part)
+        assert code == 0, err
+        if part == "1/2":
+            [kept] = (output / "episodes").glob("*.jsonl")
+            assert (kept.name, len(kept.read_text().splitlines())) == ("000001.jsonl", 1)
+    assert json.loads((output / "eval.json").read_text())["plan"]["batch"] == 2
+
+
 def test_a_part_is_named_or_is_the_launchers_rank(monkeypatch):
     assert read_shard("2/8") == (2, 8)
     assert read_shard(None) == (0, 1)

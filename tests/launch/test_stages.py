@@ -1,7 +1,10 @@
 """Stages: made once, made again or refused when their settings change."""
 
+from dataclasses import asdict
+
 import pytest
 
+from configs.sections import Environment
 from launch.errors import LaunchError
 from launch.stages import Stages, fingerprint, hash_inputs
 
@@ -114,6 +117,20 @@ def test_nothing_outside_of_the_folder_is_removed(tmp_path):
 def test_the_hash_does_not_depend_on_the_order_of_keys():
     assert hash_inputs({"a": 1, "b": 2}) == hash_inputs({"b": 2, "a": 1})
     assert hash_inputs({"a": 1}) != hash_inputs({"a": 2})
+
+
+def test_a_key_of_the_environment_that_came_later_counts_where_it_is_set(tmp_path):
+    now = asdict(Environment())
+    before = {key: value for key, value in now.items() if key != "snippet_words"}
+    assert hash_inputs({"environment": now}) == hash_inputs({"environment": before})
+    longer = {**now, "snippet_words": 100}
+    assert hash_inputs({"environment": longer}) != hash_inputs({"environment": before})
+    target = tmp_path / "a"
+    Stages(tmp_path, redo=False).run("a", {"environment": before}, target, make(target, []))
+    assert Stages(tmp_path, redo=False).look("a", {"environment": now}, target) == "done"
+    other = {"environment": {**now, "top_k_text": 3}}
+    with pytest.raises(LaunchError, match=r"environment\.top_k_text was 2, is 3"):
+        Stages(tmp_path, redo=False).is_done("a", other, target)
 
 
 def test_a_fingerprint_changes_with_the_weights(tmp_path):

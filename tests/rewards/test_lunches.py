@@ -31,7 +31,10 @@ from rewards.search import redundancy
 EVERYTHING = (*HONEST, *TRICKS)
 PAGE = Path(__file__).parents[2] / "docs" / "rewards.md"
 WRITER = Writer()
-WRITERS = {"search_r1": SEARCH_R1, "mmsearch_r1": MMSEARCH_R1, "hermes": HERMES}
+WRITERS = {
+    "search_r1": SEARCH_R1, "search_r1_full": SEARCH_R1, "mmsearch_r1": MMSEARCH_R1,
+    "hermes": HERMES,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("lunch", EVERYTHING, ids=lambda lunch: lunch.name)
@@ -67,6 +70,7 @@ def test_the_dialects_own_format_rule_gives_no_more(lunch):
 
 CALLS = {
     "search_r1": ("<search>q</search>", "<search><img></search>"),
+    "search_r1_full": ("<search>q</search>", "<search><img></search>"),
     "mmsearch_r1": ("<text_search>q</text_search>", "<search><img></search>"),
     "hermes": (
         '<tool_call>{"name": "text_search", "arguments": {"query": "q"}}</tool_call>',

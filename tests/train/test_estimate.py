@@ -382,6 +382,9 @@ def test_a_picture_of_another_size_than_the_atlas_has_is_warned_of(config):
     config.environment.train_benchmark = Benchmark(name="fvqa_train")
     assert words in describe_estimate(config, 1)
     assert words not in describe_estimate(config, 1, prompt_tokens=1500)
+    config.models.max_pixels = 1280 * 28 * 28
+    assert words not in describe_estimate(config, 1)
+    assert plan_of(config, 1).picture_tokens == 1280
 
 
 def test_offload_is_read_from_a_deepspeed_file(config, tmp_path):

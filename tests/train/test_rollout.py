@@ -9,6 +9,7 @@ import trl
 
 from environments.dialects import MMSEARCH_R1
 from environments.episode import SearchEnvironment
+from train import rollout
 from train.batch import fill_holes
 from train.sampling import inverse_cdf, nucleus
 
@@ -246,6 +247,31 @@ def test_waves_give_the_same_tokens_as_one_batch(make_engine, questions):
     whole = tokens(make_engine().rollout(questions, group_size=4))
     waves = tokens(make_engine(max_rows=5).rollout(questions, group_size=4))
     assert waves == whole
+
+
+def test_no_more_rows_run_together_than_fit_in_a_gpus_free_memory(
+    make_engine, questions, monkeypatch
+):
+    engine = make_engine(fits_memory=True)
+    config = engine.model.config.get_text_config()
+    longest = max(len(engine.prepare(question).token_ids) for question in questions)
+    width = config.num_key_value_heads * config.hidden_size // config.num_attention_heads
+    # keys and values in fp32, of a prompt, an episode and the spare slot
+    row = 2 * config.num_hidden_layers * width * 4 * (longest + engine.max_completion_tokens + 1)
+    waves = []
+    run = rollout._Wave.run
+    monkeypatch.setattr(
+        rollout._Wave, "run", lambda wave: waves.append(len(wave.rows)) or run(wave)
+    )
+    for free, expected in ((2 * 5 * row, [5, 3]), (row, [1] * 8), (None, [8])):
+        waves.clear()
+        monkeypatch.setattr(rollout, "free_bytes", lambda device, free=free: free)
+        engine.rollout(questions)
+        assert waves == expected
+    waves.clear()
+    monkeypatch.setattr(rollout, "free_bytes", lambda device: row)
+    make_engine().rollout(questions)  # of a training
+    assert waves == [8]
 
 
 def test_two_processes_draw_the_tokens_of_one(make_engine, questions):

@@ -256,7 +256,7 @@ def test_only_a_teachers_right_episodes_search_again(settings, vlm, monkeypatch)
     teacher = SimpleNamespace(
         rollout_rows=lambda asked, **settings: played, release_images=lambda: None
     )
-    monkeypatch.setattr("train.policy.load_for_inference", lambda folder: vlm)
+    monkeypatch.setattr("train.policy.load_for_inference", lambda folder, **_: vlm)
     monkeypatch.setattr("train.worlds.build_engine", lambda *parts, **settings: teacher)
     started, start = [], engine.environment.start
     monkeypatch.setattr(
@@ -298,13 +298,22 @@ def mean_nll(config, checkpoint):
 def test_a_checkpoint_runs_on_the_gpu_of_its_process(monkeypatch):
     moved, model = [], SimpleNamespace(eval=lambda: "ready")
     model.to = lambda device: moved.append(device) or model
-    monkeypatch.setattr("train.policy.load_policy", lambda folder: (model, "processor"))
+    dtypes = []
+
+    def load_policy(folder, dtype, max_pixels):
+        dtypes.append(dtype)
+        return model, "processor"
+
+    monkeypatch.setattr("train.policy.load_policy", load_policy)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda: True)
     monkeypatch.setenv("LOCAL_RANK", "1")
     for has_gpu in (True, False):
         monkeypatch.setattr("torch.cuda.is_available", lambda has_gpu=has_gpu: has_gpu)
-        assert load_for_inference("folder") == ("ready", "processor")
+        assert load_for_inference("folder", bf16=True) == ("ready", "processor")
     load_for_inference("folder", "cpu")
-    assert moved == ["cuda:1", "cpu", "cpu"]
+    load_for_inference("folder", "cuda:0")
+    assert moved == ["cuda:1", "cpu", "cpu", "cuda:0"]
+    assert dtypes == [torch.bfloat16, torch.float32, torch.float32, torch.float32]
 
 
 @pytest.mark.slow

@@ -1,11 +1,14 @@
 """Pictures: encoded once, and every token at the position the model itself would give it."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from train.policy import load_processor
 from train.vision import ImageStore, encode_pictures, mrope_positions, suppressed_token_ids
 
 GRIDS = [(1, 4, 4), (1, 2, 8)]
@@ -90,6 +93,29 @@ def test_equal_pictures_are_encoded_once(policy):
         features = encode_pictures(model.model, [red[0], blue, red[1]])
     assert list(features) == [red[0].key, blue.key]
     assert features[blue.key].shape == (blue.n_tokens, model.config.text_config.hidden_size)
+
+
+def test_a_limit_of_pixels_holds_for_questions_and_is_saved_with_the_policy(
+    tiny_checkpoints, tmp_path
+):
+    start, saved = tmp_path / "start", tmp_path / "saved"
+    shutil.copytree(tiny_checkpoints["vlm"], start)
+    wide = load_processor(start)
+    wide.image_processor.size["longest_edge"] = 12_845_056
+    wide.save_pretrained(start)
+    shutil.copytree(start, saved)
+    photo = Image.new("RGB", (1120, 560))
+
+    def n_tokens(folder, **limit):
+        processor = load_processor(folder, **limit)
+        processor.save_pretrained(saved)
+        return ImageStore(processor.image_processor).encode(photo).n_tokens
+
+    assert n_tokens(start) == 40 * 20
+    assert n_tokens(start, max_pixels=200 * 784) == 20 * 10
+    assert n_tokens(saved) == 20 * 10
+    # a lower limit of the checkpoint stays
+    assert n_tokens(saved, max_pixels=1_003_520) == 20 * 10
 
 
 def test_every_vision_token_is_suppressed(policy):

@@ -42,7 +42,9 @@ def test_every_setting_of_the_world_reaches_questions_and_indexes(tmp_path, monk
     from train.worlds import load_eval_questions, load_train_questions
 
     asked = []
-    monkeypatch.setattr("environments.atlas.world.load_text_index", asked.append)
+    monkeypatch.setattr(
+        "environments.atlas.world.load_text_index", lambda *settings: asked.append(settings)
+    )
     monkeypatch.setattr(
         "environments.atlas.world.load_image_index", lambda domains: asked.append(domains)
     )
@@ -53,11 +55,12 @@ def test_every_setting_of_the_world_reaches_questions_and_indexes(tmp_path, monk
     path = tmp_path / "settings.yaml"
     path.write_text(
         f"output: {tmp_path / 'run'}\n"
-        "environment: {eval_domain: maps, counterfactual: 3, news: both}\n"
+        "environment: {eval_domain: maps, counterfactual: 3, news: both, "
+        "snippet_words: 100}\n"
     )
     config = load_config(path)
     load_environment(config)
     load_train_questions(config)
     load_eval_questions(config)
     edition = Edition(3, "both")
-    assert asked == [edition, ("flags", "maps"), (edition, "flags"), (edition, "maps")]
+    assert asked == [(edition, 100), ("flags", "maps"), (edition, "flags"), (edition, "maps")]
