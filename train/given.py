@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import ConfigError
-from configs.schema import Config
+from configs.schema import Config, resolve_model
 from environments.dialects import get_dialect
 from rewards.functions import RewardFunction, check_columns, load_functions
 from train.frozen import FrozenHeads, choose_heads
@@ -147,6 +147,21 @@ def check_pulls(config: Config) -> None:
                 "algorithm.anchor: fp16 scales the gradients of the loss, and not the pull; use "
                 "grpo.bf16, or set algorithm.anchor to 0"
             )
+
+
+def choose_reference(config: Config, init: str) -> str | None:
+    """Where TRL shall load the reference policy of the KL term, or None where it loads none.
+
+    Raises:
+        ConfigError: no such checkpoint.
+        PolicyLoadError: a revision on the hub that cannot be read.
+    """
+    if not resolved_grpo(config)["beta"] or config.lora.r > 0:
+        return None
+    from train.policy import snapshot_folder
+
+    reference = config.models.reference
+    return snapshot_folder(init if reference == "init" else resolve_model(reference))
 
 
 def make_anchor(config: Config, init: str, model: Any) -> Any:

@@ -25,6 +25,7 @@ from transformers import (
 from transformers.models.qwen2_5_vl.processing_qwen2_5_vl import Qwen2_5_VLProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from merge.checkpoint import HUB_FILES, HUB_SKIPS
 from train.libraries import run_as_usual
 
 VISION_MODEL_TYPES = ("qwen2_vl", "qwen2_5_vl")
@@ -279,6 +280,28 @@ def _require_checkpoint(folder: str | Path) -> None:
         raise PolicyLoadError(
             f"{folder}: no config.json there; give a checkpoint folder saved with save_pretrained, "
             "or a hub id"
+        )
+
+
+def snapshot_folder(folder: str) -> str:
+    """Folder that holds the files of `owner/name@revision`; any other checkpoint as it is named.
+
+    For TRL, which loads the reference by a name alone: the repository's newest commit.
+
+    Raises:
+        PolicyLoadError: the hub does not give it.
+    """
+    where = _reference(folder)
+    if "revision" not in where:
+        return folder
+    from huggingface_hub import snapshot_download
+
+    with _loading(folder, "the revision"):
+        return snapshot_download(
+            where["pretrained_model_name_or_path"],
+            revision=where["revision"],
+            allow_patterns=HUB_FILES,
+            ignore_patterns=HUB_SKIPS,
         )
 
 

@@ -28,7 +28,15 @@ from train.estimate import (
     find_machine,
 )
 from train.files import write_json
-from train.given import Given, check_pulls, check_start, choose_frozen, make_anchor, read_given
+from train.given import (
+    Given,
+    check_pulls,
+    check_start,
+    choose_frozen,
+    choose_reference,
+    make_anchor,
+    read_given,
+)
 from train.leash import end_with_starter
 from train.libraries import be_quiet, keep_to_ourselves, load_quickly
 from train.lock import locked
@@ -202,7 +210,6 @@ def _train(
     recorder.use_tokenizer(getattr(processor, "tokenizer", processor))
     if config.models.freeze_vision:
         freeze_vision(model)
-    reference = config.models.reference
     trainer = SearchGRPOTrainer(
         model,
         args=args,
@@ -214,7 +221,7 @@ def _train(
         rollout=config.rollout,
         tool_workers=config.rollout.tool_workers,
         algorithm=config.algorithm,
-        reference=None if reference == "init" else resolve_model(reference),
+        reference=choose_reference(config, init),
         anchor=make_anchor(config, init, model),
         functions=given.functions,
     )

@@ -14,18 +14,15 @@ from __future__ import annotations
 
 import logging
 import types
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
-from trl.trainer.utils import (
-    _CHUNKED_LOGPROB_CHUNK_SIZE,
-    _ChunkedLogProbFunction,
-    maybe_gather_lm_head_ctx,
-)
+from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE, _ChunkedLogProbFunction
 
 from train.libraries import require_c_compiler
 from train.trim import only_at, recomputes
@@ -201,7 +198,7 @@ class _Reader:
     def __init__(self, model: Any, merge_size: int) -> None:
         self.model = model
         self.merge_size = merge_size
-        self.device = model.get_output_embeddings().weight.device
+        self.device = model.device  # the head's own would have ZeRO-3 keep that whole from now on
         self.image_token_id = getattr(model.config, "image_token_id", None)
         self.attention = model.config.get_text_config()._attn_implementation
         self.features: dict[str, torch.Tensor] = {}
@@ -395,26 +392,48 @@ def _head(
         with_entropy: the entropy is part of the loss, too.
     """
     head = model.get_output_embeddings()
-    if len(hidden) * head.weight.shape[0] > MAX_LOGITS:
+    if len(hidden) * head.out_features > MAX_LOGITS:
         if hidden.is_cuda:
             require_c_compiler()
-        with maybe_gather_lm_head_ctx(head.weight, head.bias):
-            log_probs, entropy, *_ = _ChunkedLogProbFunction.apply(
-                hidden,
-                head.weight,
-                head.bias,
-                target,
-                temperature,
-                _CHUNKED_LOGPROB_CHUNK_SIZE,
-                None,
-                1.0,
-                ("log_probs", "entropy"),
-            )
+        with _in_tiles(head, target, temperature, with_entropy):
+            log_probs, entropy = head(hidden)
         return log_probs, entropy
     log_probs = (head(hidden).float() / temperature).log_softmax(-1)
     with torch.set_grad_enabled(with_entropy and torch.is_grad_enabled()):
         entropy = -torch.linalg.vecdot(log_probs.exp(), log_probs)
     return log_probs.gather(1, target[:, None])[:, 0], entropy
+
+
+@contextmanager
+def _in_tiles(
+    head: Any, target: torch.Tensor, temperature: float, with_entropy: bool
+) -> Iterator[None]:
+    """Within the block the head gives [2, N], log-probs and entropies, and keeps no logits.
+
+    ZeRO-3 gathers the weight where the head itself is called, in the backward too, and wants the
+    same calls of every process, whichever way each of them takes. A backward begins once for each
+    tensor that a call returns; hence a single one, as with whole logits.
+    """
+
+    def forward(hidden: torch.Tensor) -> torch.Tensor:
+        log_probs, entropy, *_ = _ChunkedLogProbFunction.apply(
+            hidden,
+            head.weight,
+            head.bias,
+            target,
+            temperature,
+            _CHUNKED_LOGPROB_CHUNK_SIZE,
+            None,
+            1.0,
+            ("log_probs", "entropy"),
+        )
+        return torch.stack([log_probs, entropy if with_entropy else entropy.detach()])
+
+    head.forward = forward
+    try:
+        yield
+    finally:
+        del head.forward
 
 
 # ---------------------------------------------------------------- helpers

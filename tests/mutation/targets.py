@@ -233,7 +233,8 @@ TARGETS = (
     ),
     Target(
         "log-probs in the loss",
-        ("train.scoring:_head", "train.scoring:_read_bucket", "train.scoring:score_rows"),
+        ("train.scoring:_head", "train.scoring:_in_tiles", "train.scoring:_read_bucket",
+         "train.scoring:score_rows"),
         ("tests/train/test_scoring.py",),
     ),
     Target(
@@ -317,8 +318,8 @@ EQUIVALENT: dict[tuple[str, str], str] = {
     ): "equal scores in another order: the k-th stays the same",
     (
         "train.scoring:_head",
-        "len(hidden) * head.weight.shape[0] > MAX_LOGITS"
-        " -> len(hidden) * head.weight.shape[0] >= MAX_LOGITS",
+        "len(hidden) * head.out_features > MAX_LOGITS"
+        " -> len(hidden) * head.out_features >= MAX_LOGITS",
     ): "at the limit both ways compute the same",
     (
         "train.scoring:_head",

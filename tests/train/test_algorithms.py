@@ -10,12 +10,13 @@ import torch
 from trl import GRPOTrainer
 
 from configs.errors import ConfigError
-from configs.schema import load_config
+from configs.schema import load_config, resolve_model
 from configs.sections import Algorithm
 from environments.episode import SearchEnvironment
 from environments.tools import CUT_MARK, Hit
 from merge.stats import save_stats
 from train.anchor import SaliencyAnchor, anchor_statistics
+from train.given import choose_reference
 from train.policy import load_policy
 from train.run import run_training
 from train.tiny import make_tiny_checkpoints
@@ -301,6 +302,27 @@ def test_the_reference_may_be_another_checkpoint_than_the_start(make_trainer, tm
     assert not torch.equal(trainer.model.get_parameter(name), expected)
     trainer.train()
     assert trainer.metric_lines[0]["kl"] > 1e-3
+
+
+def test_the_reference_is_of_the_revision_that_is_named(tmp_path, monkeypatch):
+    """TRL is given a folder: it would read the newest commit of a name on the hub."""
+    asked = []
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download",
+        lambda name, revision, **_: asked.append((name, revision)) or "/cache/snapshot",
+    )
+    path = tmp_path / "settings.yaml"
+    path.write_text(f"output: {tmp_path}/run\nmodels: {{init: owner/name@v1}}\n")
+
+    def reference(*overrides):
+        config = load_config(path, list(overrides))
+        return choose_reference(config, resolve_model(config.models.init))
+
+    assert reference("grpo.beta=0.1") == "/cache/snapshot"
+    assert reference("grpo.beta=0.1", "models.reference=owner/other@v2") == "/cache/snapshot"
+    assert asked == [("owner/name", "v1"), ("owner/other", "v2")]
+    assert reference("grpo.beta=0.1", "models.init=owner/name") == "owner/name"
+    assert reference() is reference("grpo.beta=0.1", "lora.r=4") is None
 
 
 @pytest.fixture

@@ -235,7 +235,7 @@ def test_another_number_of_processes_goes_on_under_zero3(more_runs, one_process)
 
 
 def test_processes_with_unlike_episodes_do_not_wait_for_each_other(more_runs):
-    """ZeRO-3: other numbers of turns, pictures on one side only, rows to train on one side only."""
+    """ZeRO-3: other numbers of turns; pictures, rows to train, many logits on one side only."""
     for rank in (0, 1):
         assert f"process {rank} trained 2 steps" in more_runs[1].stdout
 

@@ -1,8 +1,9 @@
 """Program of test_launch: two processes whose episodes differ in everything that could hang them.
 
-Process 0 asks about pictures, calls tools and gets pictures back, over three turns; process 1 has
-no pictures and answers at once, right in every episode, so its rows have no gradient and are
-spared. Under ZeRO each forward is a collective: any of these would wait for ever.
+Process 0 asks about pictures, calls tools and gets pictures back, over three turns, and has more
+logits than are kept; process 1 has no pictures and answers at once, right in every episode, so its
+rows have no gradient and are spared. Under ZeRO each forward is a collective: any of these would
+wait for ever.
 """
 
 # ruff: noqa: E402
@@ -41,6 +42,7 @@ def main() -> None:
     from train.grpo import SearchGRPOTrainer
 
     scoring.ROWS_PER_BUCKET = 2
+    scoring.MAX_LOGITS = 20_000  # between the 37,380 of process 0 and the 7,120 of process 1
     args = GRPOConfig(
         output_dir=output,
         deepspeed=settings,
@@ -50,7 +52,8 @@ def main() -> None:
         save_strategy="no",
         disable_tqdm=True,
         shuffle_dataset=False,
-        per_device_train_batch_size=8,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=3,  # what ZeRO-3 saw in the first, it expects of the others
         num_generations=4,
         max_completion_length=300,
         generation_kwargs={"max_new_tokens": 40},
@@ -58,8 +61,8 @@ def main() -> None:
         learning_rate=1e-3,
     )
     model, processor = load_policy(init)
-    # rows 0 to 7 of a step go to process 0, rows 8 to 15 to process 1
-    questions = [make_question(i, has_image=i % 4 < 2) for i in range(8)]
+    # rows 0 to 11 of a step go to process 0, rows 12 to 23 to process 1
+    questions = [make_question(i, has_image=i % 6 < 3) for i in range(12)]
     trainer = SearchGRPOTrainer(
         model,
         args=args,
