@@ -88,8 +88,13 @@ def generate_answers(
             for key, value in collate(chunk, processor, max_tokens=max_tokens).items()
         }
         with torch.inference_mode():
+            # published checkpoints ask for a penalty, and generate would take theirs
             tokens = model.generate(
-                **inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad
+                **inputs,
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                repetition_penalty=1.0,
+                pad_token_id=pad,
             )
         for sample, row in zip(chunk, tokens[:, inputs["input_ids"].shape[1] :], strict=True):
             # generate pads rows that ended early; what follows the first end token is no data

@@ -250,11 +250,17 @@ def checkpoint_bytes(plan: Plan) -> float:
 
 
 def host_bytes(plan: Plan, n_local: int) -> float:
-    """Main memory of a node: every process loads the model in fp32; offloaded states stay there."""
-    loading = 4.0 * plan.shape.n_parameters * n_local
+    """Main memory of a node: every process loads the model in fp32; offloaded states stay there.
+
+    Under ZeRO-3 a process keeps no more than its part, and that on its accelerator. The first alone
+    reads the files (in bf16), and it holds all weights while it saves, beside what is offloaded.
+    Not in it: the processes themselves, without a model.
+    """
     states = 0.0
     if plan.offload_optimizer:
         states += 16.0 * plan.n_trained * n_local / plan.shares["optimizer"]
     if plan.offload_parameters:
         states += plan.weight_bytes * plan.n_stored * n_local / plan.shares["weights"]
-    return max(loading, states)
+    if plan.zero >= 3:
+        return states + plan.weight_bytes * plan.n_stored
+    return max(4.0 * plan.shape.n_parameters * n_local, states)

@@ -320,6 +320,20 @@ def test_a_parent_answers_what_has_no_answer(trio, tokenizer):
     assert samples[1].answer_ids == [3]
 
 
+def test_a_checkpoints_own_penalty_does_not_change_what_it_answers(trio, tokenizer):
+    from launch.models import load_for_inference
+
+    model, _ = load_for_inference(trio["agent"], "cpu")
+    answers = []
+    for penalty in (1.0, 5.0):
+        model.generation_config.repetition_penalty = penalty
+        samples = [Sample([5, 6, 7])]
+        generate_answers(samples, model, tokenizer, size=1, max_new_tokens=8)
+        answers.append(samples[0].answer_ids)
+    assert len(set(answers[0])) < len(answers[0])  # it repeats itself, which a penalty would stop
+    assert answers[0] == answers[1]
+
+
 def test_a_parent_answers_as_much_of_a_prompt_as_is_measured(tokenizer):
     asked = []
 

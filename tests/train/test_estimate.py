@@ -197,6 +197,14 @@ def test_offloaded_states_lie_in_main_memory(plan):
     assert host_bytes(replace(offloaded, n_processes=1), n_local=1) == 16 * n
 
 
+def test_under_zero3_main_memory_holds_the_weights_once(plan):
+    n = plan.shape.n_parameters
+    assert host_bytes(plan, n_local=8) == 2 * n
+    # two nodes of eight: half of the 16 n of AdamW, and half of the 2 n that are shared out
+    offloaded = replace(plan, n_processes=16, offload_optimizer=True, offload_parameters=True)
+    assert host_bytes(offloaded, n_local=8) == 8 * n + 1 * n + 2 * n
+
+
 def test_the_cache_is_keys_and_values_of_every_slot(plan):
     # 28 layers, 4 heads of 128, keys and values, 2 bytes; 8 rows of 500 + 2048 + 1 slots
     assert cache_bytes(plan) == 28 * 4 * 128 * 2 * 2 * 8 * 2549
