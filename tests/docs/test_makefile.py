@@ -21,8 +21,8 @@ def make(tmp_path):
     """Runs a target in a folder of its own; the calls that match `failing` exit with 1."""
     shutil.copy(ROOT / "Makefile", tmp_path)
     (tmp_path / "environments/atlas/checkpoints/base").mkdir(parents=True)
-    (tmp_path / "pyproject.toml").touch()
-    (tmp_path / "stamp").touch()
+    for name in ("pyproject.toml", "constraints.txt", "stamp"):  # the stamp last
+        (tmp_path / name).touch()
     log = tmp_path / "calls"
 
     def run(target, failing="nothing"):

@@ -29,6 +29,7 @@ pytest.importorskip("starlette", reason="the extra `serve` is not installed")
 pytest.importorskip("prometheus_client", reason="the extra `serve` is not installed")
 
 from environments.serve import Limits, make_app  # after the skip
+from tests.coroutines import run_coroutine
 
 ROOT = Path(__file__).parents[2]
 FRANCE = "France has the capital Paris."
@@ -297,7 +298,7 @@ def test_a_query_that_the_index_cannot_take_fails_alone():
         await batcher.close()
         return answers, sizes
 
-    (first, error, last), sizes = asyncio.run(ask("a", "bad", "b"))
+    (first, error, last), sizes = run_coroutine(ask("a", "bad", "b"))
     assert sizes == [3]
     assert (first, last) == ([[Hit("a", "a")]], [[Hit("b", "b")]])
     assert isinstance(error, ValueError)

@@ -18,6 +18,7 @@ from launch import bench_serve
 from launch.bench_load import measure, quantile
 from launch.bench_serve import Corpus, _word, ask, serve_command, serving, write_synthetic
 from launch.bench_serve_report import judge, render_page
+from tests.coroutines import run_coroutine
 
 
 def test_every_word_is_one_of_its_own():
@@ -91,11 +92,11 @@ def test_a_request_whose_connection_is_lost_has_failed(answers, failed):
     async def load():
         server = await asyncio.start_server(answer, "127.0.0.1", 0)
         async with server:
-            return await measure(server.sockets[0].getsockname()[1], 1, 0.4, ["a"])
+            return await measure(server.sockets[0].getsockname()[1], 1, 1.0, ["a"])
 
-    found = asyncio.run(load())
+    found = run_coroutine(load())
     n = found["queries"] + found["failed"]
-    assert n >= 8
+    assert n >= 4
     assert found["failed"] == pytest.approx(failed * n, abs=1)
 
 
@@ -103,7 +104,7 @@ def test_a_server_that_is_gone_fails_every_request():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    found = asyncio.run(measure(port, 2, 0.12, ["a", "b"]))
+    found = run_coroutine(measure(port, 2, 0.12, ["a", "b"]))
     assert found["queries"] == 0
     # two clients, a pause of 0.05 s after each refusal
     assert 2 <= found["failed"] <= 6
