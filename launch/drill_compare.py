@@ -17,10 +17,11 @@ from typing import Any
 
 CLOCKS = re.compile(
     r"(^|[/._])(seconds|step_time|cost|commit|command|hardware|machine|versions|python|since)$"
-    r"|_s(_to_target)?(\[\d+\])*$|_per_s(econd)?$|(^|\.)(time|speed)([/._]|$)|^files\."
+    r"|_s(_to_target)?(\[\d+\])*$|_per_s(econd)?$|(^|\.)(time|speed)([/._]|$)|^files\.|^plan\.checkpoint"
 )
 """Keys whose values are clocks (a name that ends in `_s` is seconds here) or provenance; nested
-keys are joined by dots. `files` of a checkpoint are sizes, of files that hold clocks, too."""
+keys are joined by dots. `files` of a checkpoint are sizes, of files that hold clocks, too; an
+evaluation's `plan.checkpoint` has times beside them."""
 NO_RESULT = re.compile(
     r"(^|/)(heartbeat/|logs/|\.)|(^|/)(environment|cost|start_cost)\.json$"
     r"|\.(png|svg|html|log)$|(^|/)checkpoints/.*\.(pt|pth|bin|py)$|/latest$|(^|/)stages/"

@@ -159,7 +159,7 @@ def drill_network(start: Path, folder: Path, dice: random.Random, quick: bool) -
 def _drill_training(start: Path, folder: Path, port: int, dice: random.Random) -> Row:
     with Proxy(port, dice, n_sound=24, n_bad=N_BAD, stall_s=STALL_S) as proxy:
         settings = (f"environment.retrieval={proxy.url}", *BEHIND_PROXY, f"output={folder / 'run'}")
-        rows = ("grpo.per_device_train_batch_size=16", "grpo.max_steps=8", f"models.init={start}")
+        rows = ("grpo.per_device_train_batch_size=16", "grpo.max_steps=16", f"models.init={start}")
         ended = Running(obm("train", *TRAINING, *rows, *settings), folder / "log").wait()
     problems = _end(ended)
     happened = ""
