@@ -7,7 +7,6 @@ run that was broken off goes on where it stopped. Several processes may share th
 
 from __future__ import annotations
 
-import gc
 import json
 import multiprocessing
 import os
@@ -32,6 +31,7 @@ from configs.schema import Config
 from rewards.answer import final_answer
 from rewards.normalize import contains_phrase, normalize_answer
 from train.evaluation import evaluate
+from train.gpu import give_back
 from train.policy import load_for_inference
 from train.settings import trains_in_bf16
 from train.worlds import build_engine, load_environment, load_eval_questions, load_questions
@@ -138,9 +138,7 @@ class Evaluator:
                 self._merge(task.config, merged)
                 return self._evaluate(task, str(merged))
         finally:
-            if torch.cuda.is_initialized():  # what hangs in cycles would lie beside the next model
-                gc.collect()
-                torch.cuda.empty_cache()
+            give_back()
 
     def _evaluate(self, task: Task, folder: str) -> dict[str, Any]:
         config, section = task.config, task.config.environment

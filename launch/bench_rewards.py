@@ -1,7 +1,7 @@
 """How fast answers are checked, on a million spellings of the atlas's answers; what tricks earn.
 
-Every prediction is another text, so that no cache of normal forms helps; three
-of the eight forms are right for an exact match.
+Every prediction is another text, so that no cache of normal forms helps; three of the eight
+forms are right for an exact match.
 """
 
 from __future__ import annotations

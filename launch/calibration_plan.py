@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from launch.errors import LaunchError
 from merge.memory import available_memory
+from train.gpu import free_bytes
 
 if TYPE_CHECKING:
     from merge.checkpoint import Checkpoint
@@ -128,9 +129,7 @@ def free_memory(device: str) -> int:
 
         if not torch.cuda.is_available():
             raise LaunchError("calibration.device=cuda: torch sees no GPU; set cpu")
-        # what torch keeps of tensors that are gone counts as taken on the GPU, but is free for us
-        kept = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-        return int(torch.cuda.mem_get_info()[0]) + kept
+        return free_bytes(torch.device("cuda")) or 0
     return available_memory()
 
 

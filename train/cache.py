@@ -97,14 +97,6 @@ def rows_that_fit(config: Any, dtype: torch.dtype, n_slots: int, free: int) -> i
     return max(1, int(CACHE_SHARE * free / row))
 
 
-def free_bytes(device: torch.device) -> int | None:
-    """Memory of a GPU that tensors may take, what torch keeps for later included; else None."""
-    if device.type != "cuda":
-        return None
-    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return torch.cuda.mem_get_info(device)[0] + kept
-
-
 def _lazy_zeros(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
     """Zeros of a tensor's kind; on the CPU memory is only touched where something is written.
 

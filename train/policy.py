@@ -26,6 +26,7 @@ from transformers.models.qwen2_5_vl.processing_qwen2_5_vl import Qwen2_5_VLProce
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from merge.checkpoint import HUB_FILES, HUB_SKIPS
+from train.gpu import computes_in_bf16
 from train.libraries import run_as_usual
 
 VISION_MODEL_TYPES = ("qwen2_vl", "qwen2_5_vl")
@@ -234,8 +235,8 @@ def load_for_inference(
         PolicyLoadError: see there.
     """
     device = device or device_of_process()
-    can = device.startswith("cuda") and torch.cuda.is_bf16_supported()
-    dtype = torch.bfloat16 if bf16 and can else torch.float32
+    is_bf16 = bf16 and device.startswith("cuda") and computes_in_bf16()
+    dtype = torch.bfloat16 if is_bf16 else torch.float32
     model, processor = load_policy(folder, dtype, max_pixels)
     return model.to(device).eval(), processor
 

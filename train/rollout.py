@@ -26,8 +26,9 @@ import numpy as np
 import torch
 
 from train.batch import TokenBatch
-from train.cache import SLOT_ATTENTION, free_bytes, rows_that_fit
+from train.cache import SLOT_ATTENTION, rows_that_fit
 from train.episodes import EpisodeEngine, Prompt, Script
+from train.gpu import free_bytes
 from train.trajectories import Trajectory, Turn
 from train.vision import EncodedImage
 

@@ -18,6 +18,7 @@ from configs.checks import convert
 from configs.errors import ConfigError
 from configs.sections import Between, NotNegative
 from train.deepspeed_json import deepspeed_path, read_deepspeed, require_compiler
+from train.gpu import computes_in_bf16
 
 if TYPE_CHECKING:
     from trl import GRPOConfig
@@ -365,8 +366,7 @@ def build_grpo_config(
     has_gpu = torch.cuda.is_available()
     settings = {
         "use_cpu": not has_gpu,
-        # emulated on older cards, it is slower than fp32
-        "bf16": has_gpu and torch.cuda.is_bf16_supported(including_emulation=False),
+        "bf16": computes_in_bf16(),
         "ddp_timeout": collective_timeout_s(config.hang_timeout_s),
         **resolved_grpo(config),
     }

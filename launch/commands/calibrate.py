@@ -82,7 +82,7 @@ def _make(
     options: argparse.Namespace, config: Config, roles: tuple[str, ...], shard: tuple[int, int]
 ) -> None:
     """Measures, or adds up; a run that was killed goes on with the files that it had not made."""
-    from launch.studies.starts import free_gpu
+    from train import gpu
     from train.lock import locked
 
     with ExitStack() as held:
@@ -102,7 +102,7 @@ def _make(
                 else:
                     made = calibrate_parent(config, role, shard=shard, progress=progress[role])
                     print(f"{role}: {made}")
-                    free_gpu()  # the next parent needs it
+                    gpu.give_back()  # the next parent needs it
         except Exception:
             for one in progress.values():
                 one.give_up()

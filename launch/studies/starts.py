@@ -5,9 +5,7 @@ Each is a step with its inputs, so that a dry run can ask what is there without 
 
 from __future__ import annotations
 
-import gc
 import json
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -17,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from launch.stages import Stages, fingerprint
 from launch.studies.plan import Plan, calibrations, start_key
 from launch.tasks import evaluation_inputs, live_inputs, merged_roles, named_files, picture_inputs
+from train import gpu
 
 if TYPE_CHECKING:
     from configs.schema import Config
@@ -52,15 +51,7 @@ def run_steps(steps: Iterable[Step], stages: Stages) -> None:
     for step in steps:
         made = stages.run(step.name, step.inputs, step.target, step.make, resumes=step.resumes)
         say(f"{step.describe()}{reused(made)}")
-        free_gpu()
-
-
-def free_gpu() -> None:
-    """Gives back GPU memory that this process holds of models that are done; others need it."""
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_initialized():
-        gc.collect()
-        torch.cuda.empty_cache()
+        gpu.give_back()
 
 
 def describe_steps(steps: Iterable[Step], stages: Stages) -> list[str]:

@@ -77,8 +77,7 @@ def list_trainings(plan: Plan, stages: Stages) -> Iterator[Training]:
         if config.freeze_heads.source != "none":
             inputs["freeze_heads"] = frozen_inputs(plan, stages, arm, config)
         # defaults are left out, so that what was trained before a section came stays valid
-        sections = (("algorithm", Algorithm), ("lora", Lora), ("rollout", Rollout))
-        for name, default in sections:
+        for name, default in (("algorithm", Algorithm), ("lora", Lora), ("rollout", Rollout)):
             if settings[name] != asdict(default()):
                 inputs[name] = settings[name]
         if config.models.reference != "init" or config.models.freeze_vision:

@@ -489,19 +489,19 @@ def test_what_torch_keeps_of_the_parent_before_is_free_for_the_next(monkeypatch)
     import launch.calibration_plan as plan
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1000, 9000))
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 700)
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 300)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 9000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 700)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 300)
     assert plan.free_memory("cuda") == 1000 + 700 - 300
 
 
 def test_the_gpu_is_given_back_after_each_parent(settings, obm, monkeypatch):
     import launch.commands.calibrate as command
-    import launch.studies.starts as starts
+    from train import gpu
 
     done = []
     monkeypatch.setattr(command, "calibrate_parent", lambda config, role, **_: done.append(role))
-    monkeypatch.setattr(starts, "free_gpu", lambda: done.append("free"))
+    monkeypatch.setattr(gpu, "give_back", lambda: done.append("free"))
     code, _, err = obm("calibrate", "--config", settings())
     assert code == 0, err
     assert done == ["vlm", "free", "agent", "free"]

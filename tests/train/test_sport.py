@@ -305,7 +305,7 @@ def test_a_checkpoint_runs_on_the_gpu_of_its_process(monkeypatch):
         return model, "processor"
 
     monkeypatch.setattr("train.policy.load_policy", load_policy)
-    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda: True)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: True)
     monkeypatch.setenv("LOCAL_RANK", "1")
     for has_gpu in (True, False):
         monkeypatch.setattr("torch.cuda.is_available", lambda has_gpu=has_gpu: has_gpu)

@@ -1,0 +1,41 @@
+"""The GPU of this process: whether it computes in bf16, what is free on it, giving memory back.
+
+No torch at import: a process that has no model asks here, too.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+
+def computes_in_bf16() -> bool:
+    """Whether there is a GPU that does; where it is emulated, it is slower than fp32."""
+    import torch
+
+    return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Memory of a GPU that tensors may take, None of another device.
+
+    What torch keeps of tensors that are gone counts as taken on the GPU, but is free for us.
+    """
+    import torch
+
+    if device.type != "cuda":
+        return None
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0]) + kept
+
+
+def give_back() -> None:
+    """Gives back memory that this process holds of models that are done; others need it."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        gc.collect()  # what hangs in cycles would lie beside the next model
+        torch.cuda.empty_cache()
