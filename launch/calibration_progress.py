@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from launch.errors import LaunchError
 from launch.stages import fingerprint, hash_inputs
+from launch.tasks import picture_inputs
 from train.files import write_json
 
 if TYPE_CHECKING:
@@ -75,15 +76,15 @@ def calibration_key(config: Config, parent: str) -> str:
         config: calibration, environment, grpo's lengths and models.max_pixels are used.
         parent: folder or hub id.
     """
-    inputs: dict[str, Any] = {
-        "parent": fingerprint(parent),
-        "calibration": {**asdict(config.calibration), "output": None},
-        "environment": asdict(config.environment),
-        "grpo": config.grpo,
-    }
-    if config.models.max_pixels is not None:  # what was made without it stays valid
-        inputs["max_pixels"] = config.models.max_pixels
-    return hash_inputs(inputs)
+    return hash_inputs(
+        {
+            "parent": fingerprint(parent),
+            "calibration": {**asdict(config.calibration), "output": None},
+            "environment": asdict(config.environment),
+            "grpo": config.grpo,
+            **picture_inputs(config),
+        }
+    )
 
 
 def _time(path: Path) -> int:

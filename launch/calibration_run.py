@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from launch.errors import LaunchError
 from launch.stages import environment_inputs
+from launch.tasks import picture_inputs
 
 if TYPE_CHECKING:
     from configs.schema import Config
@@ -272,7 +273,6 @@ def measure_fisher(parent: Parent, folder: Path, shard: tuple[int, int]) -> None
 def _settings_key(parent: Parent, weights: dict[str, str]) -> str:
     """Hash of what decides on unfinished sums, so that other settings do not go on with them."""
     environment = environment_inputs(parent.config.environment)
-    settings: list[Any] = [asdict(parent.section), environment, weights]
-    if parent.config.models.max_pixels is not None:
-        settings.append(parent.config.models.max_pixels)
+    pictures = picture_inputs(parent.config).values()
+    settings = [asdict(parent.section), environment, weights, *pictures]
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
