@@ -116,8 +116,9 @@ def _draw_accuracy(
     target = summary["target"]["value"]
     if target is not None:
         axes.axhline(target, color="#555555", linewidth=0.8, linestyle=":")
+        words = f"ceiling of {summary['target']['arm']}: {target:.2f}"
         axes.annotate(
-            f"ceiling of {summary['target']['arm']}: {target:.2f}",
+            "steps are counted to here" if "ceiling" in summary["target"] else words,
             (1.0, target), xycoords=("axes fraction", "data"),
             ha="right", va="bottom", fontsize=7, color="#555555",
         )  # fmt: skip

@@ -15,6 +15,7 @@ from compare.curves import (
     index_at_target,
     largest_drop,
     smooth,
+    steps_to_target,
     value_at_cost,
 )
 from compare.runs import Run
@@ -22,6 +23,8 @@ from compare.runs import Run
 FLOOR_PARTS = ("searched", "entity", "passage", "accuracy", "search_rate_text", "search_rate_image")
 STABILITY = ("collapses", "final_minus_best", "largest_drop", "zero_signal", "not_a_number")
 """Measures of stability that every seed has; see `stability_of`."""
+HEIGHTS = tuple(tenths / 10 for tenths in range(1, 10))
+"""Accuracies that the speed of learning is told by: every tenth, so that none is picked."""
 Numbers = dict[str, list[float | None]]
 """Name -> a value a seed; None: this seed has none."""
 Recognition = Mapping[str, Mapping[str, Mapping[int, float]]]
@@ -66,6 +69,7 @@ def numbers_of(
             at_ceiling(run, f"{group}/accuracy", smoothing) for run in runs
         ]
     found |= _costs_to_target(runs, costs, target, smoothing)
+    found |= {height_name(height): steps_to_height(runs, height, smoothing) for height in HEIGHTS}
     found["training_device_s"] = [cost.device_s[-1] if cost.device_s else None for cost in costs]
     found["at_equal_budget"] = [
         None
@@ -77,6 +81,16 @@ def numbers_of(
         for name, value in stability_of(run, smoothing).items():
             found.setdefault(f"stability.{name}", []).append(value)
     return found
+
+
+def height_name(height: float) -> str:
+    """What the steps to an accuracy are called: `steps_to_0.4`."""
+    return f"steps_to_{height:.1f}"
+
+
+def steps_to_height(runs: list[Run], height: float, smoothing: int) -> list[float | None]:
+    """Each run's first step with this smoothed accuracy; None for a run that has none."""
+    return [steps_to_target(run.steps, run.curve("accuracy"), height, smoothing) for run in runs]
 
 
 def _costs_to_target(

@@ -19,8 +19,10 @@ from compare.page_training import (
     cost_section,
     recognition_section,
     rewards_section,
+    speed_section,
     stability_section,
 )
+from compare.verdict import target_name
 
 PARTS = {
     "searched": "searched", "entity": "right entity", "passage": "gold passage",
@@ -36,7 +38,8 @@ def comparison_sections(data: Comparison) -> list[Section]:
     """All sections that the summary has something for, in the order of the page."""
     makers = (
         curves_section, numbers_section, floor_section, pairs_section, behaviour_section,
-        groups_section, recognition_section, cost_section, stability_section, rewards_section,
+        groups_section, recognition_section, cost_section, speed_section, stability_section,
+        rewards_section,
     )  # fmt: skip
     return [section for make in makers if (section := make(data)) is not None]
 
@@ -46,9 +49,8 @@ def comparison_sections(data: Comparison) -> list[Section]:
 
 def numbers_section(data: Comparison) -> Section:
     """The main table."""
-    target = data.summary["target"]
-    name = data.arms.label(target["arm"])
-    heads = ["start", "seeds", "floor", "ceiling", "end", "area", f"steps to {name}’s ceiling",
+    goal = target_name(data.summary, data.arms.label)
+    heads = ["start", "seeds", "floor", "ceiling", "end", "area", f"steps to {goal}",
              "text search", "image search"]  # fmt: skip
     has_final = any(result.get("final") is not None for result in data.results.values())
     rows = []

@@ -36,7 +36,8 @@ def curves_section(data: Comparison) -> Section | None:
     target = data.summary["target"]
     line = None
     if target["value"] is not None:
-        line = (target["value"], f"ceiling of {data.arms.label(target['arm'])}")
+        words = f"ceiling of {data.arms.label(target['arm'])}"
+        line = (target["value"], "steps are counted to here" if "ceiling" in target else words)
     large = curve_figure(data, "accuracy", is_large=True, target=line)
     small = "".join(curve_figure(data, name) for name in available if name != "accuracy")
     note = (

@@ -66,18 +66,18 @@ def table_row(data: Comparison, arm: str, cells: Sequence[Cell]) -> TableRow:
     return TableRow(data.arms.label(arm), cells, data.arms.number(arm))
 
 
-def steps_cell(data: Comparison, arm: str) -> Cell:
-    """Steps to the target; how many seeds reached it, where some did not."""
+def steps_cell(data: Comparison, arm: str, name: str = "steps_to_target") -> Cell:
+    """Steps to the target or a height; how many seeds reached it, where some did not."""
     result = data.results[arm]
-    values = result.get("per_seed", {}).get("steps_to_target")
-    if values is None or data.summary["target"]["value"] is None:
+    values = result.get("per_seed", {}).get(name)
+    if values is None or (name == "steps_to_target" and data.summary["target"]["value"] is None):
         return Cell("–")
     reached = sum(value is not None for value in values)
     if reached == 0:
         return Cell(f"not in {result['last_step']}")
     if reached < len(values):
         return Cell(f"{reached} of {len(values)} seeds")
-    return estimate_cell(result["steps_to_target"], data.interval(arm, "steps_to_target"), digits=0)
+    return estimate_cell(result[name], data.interval(arm, name), digits=0)
 
 
 def numbers_of(estimate: Mapping[str, Any] | None) -> list[Any]:

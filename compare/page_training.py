@@ -9,7 +9,7 @@ from compare import page
 from compare.charts_rows import bar_chart
 from compare.page import Cell, Section, TableRow, estimate_cell, paragraph
 from compare.page_parts import Comparison, steps_cell, table_row
-from compare.verdict import duration, listed
+from compare.verdict import duration, heights_of, listed, target_words
 
 STABILITY = {
     "collapses": ("collapses", 1), "final_minus_best": ("end minus best", 3),
@@ -53,7 +53,6 @@ def cost_section(data: Comparison) -> Section | None:
     names = ("tokens_to_target", "device_s_to_target", "preparation_device_s")
     if not any(r.get(n) is not None for r in data.results.values() for n in names):
         return None
-    target = data.summary["target"]
     rows = []
     for arm, result in data.results.items():
         preparation = result.get("preparation_device_s")
@@ -78,11 +77,11 @@ def cost_section(data: Comparison) -> Section | None:
     if cheaper := [arm for arm in budget.get("cheaper") or () if arm in data.results]:
         text += f" The last value holds for {listed(cheaper, data.arms.label)}, which cost less."
     notes = [text, *_cost_notes(data)]
-    goal = data.arms.label(target["arm"])
+    goal = target_words(data.summary, data.arms.label)
     return Section(
-        f"{data.prefix}cost", f"Cost to the ceiling of {goal}",
+        f"{data.prefix}cost", f"Cost to {goal}",
         "".join(paragraph(note) for note in notes) + page.table(
-            f"Cost to reach the ceiling of {goal}, and accuracy at equal device time",
+            f"Cost to reach {goal}, and accuracy at equal device time",
             ["start", "steps", "tokens", "device time", "preparation", "whole training",
              "accuracy at equal budget"], rows,
         ),
@@ -112,6 +111,27 @@ def _time_cell(seconds: float | None, limits: Sequence[float] | None) -> Cell:
     if limits and limits[0] != limits[1]:
         small = f"[{limits[0] / by:.1f}, {limits[1] / by:.1f}]"
     return Cell(f"{seconds / by:.1f} {unit}", seconds, small)
+
+
+# ---- speed
+
+
+def speed_section(data: Comparison) -> Section | None:
+    """Steps to every tenth of accuracy that some run reaches."""
+    heights = heights_of(data.summary)
+    if not heights or not data.trained:
+        return None
+    rows = [
+        table_row(data, arm, [steps_cell(data, arm, name) for name in heights.values()])
+        for arm in data.trained
+    ]  # fmt: skip
+    return Section(
+        f"{data.prefix}speed", "Speed",
+        paragraph("Steps until the smoothed accuracy reaches a height: every tenth that a run "
+                  "reaches, so that none is picked afterwards. Known to the evaluation only.")
+        + page.table("Steps to an accuracy, 95 % interval in brackets",
+                     ["start", *(f"to {height}" for height in heights)], rows),
+    )  # fmt: skip
 
 
 # ---- stability

@@ -11,6 +11,7 @@ from itertools import combinations
 from typing import Any
 
 from compare.intervals import Difference, paired_difference, unpaired_difference
+from compare.measures import HEIGHTS, height_name
 
 COMPARED = {
     "floor": "floor.accuracy",
@@ -23,6 +24,7 @@ COMPARED = {
     "at_equal_budget": "at_equal_budget",
     "recognition.after": "recognition.after",
     "recognition.change": "recognition.change",
+    **{height_name(height): height_name(height) for height in HEIGHTS},
 }
 """Name of a difference -> name of an arm's number."""
 

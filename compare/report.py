@@ -26,8 +26,8 @@ from compare.parts import parts_section, parts_summary
 from compare.provenance import hardware
 from compare.runs import SINCE_START, Run, cut_to_common_steps, group_runs
 from compare.summary import summarise
-from compare.tables import markdown_table, overview_rows, sections
-from compare.verdict import seeds_text
+from compare.tables import code, markdown_table, overview_rows, sections
+from compare.verdict import seeds_text, target_words
 from train.machine import code_commit
 from train.settings import asked_words
 
@@ -276,11 +276,6 @@ def _csv(arms: dict[str, list[Run]]) -> str:
 
 
 def _markdown(summary: dict[str, Any], title: str, name: str, caption: str) -> str:
-    target = summary["target"]
-    if target["value"] is None:
-        target_words = f"`{target['arm']}`, which has no training run here"
-    else:
-        target_words = f"`{target['arm']}` ({target['value']:.3f})"
     run_commits = ", ".join(summary["run_commits"]) or "not recorded"
     lines = [
         f"# {title}",
@@ -296,7 +291,8 @@ def _markdown(summary: dict[str, Any], title: str, name: str, caption: str) -> s
         "text query, `passage` a gold passage retrieved, `floor` the answer right. "
         "Ceiling: the best smoothed accuracy; the search rates beside it are taken there (for an "
         "arm without training: at step 0). Area: mean height of the accuracy curve. "
-        f"Steps: to reach the ceiling of {target_words}; 0 for a start whose floor lies above it. "
+        f"Steps: to reach {target_words(summary, code)}{_too_low(summary)}; 0 for a start whose "
+        "floor lies above it. "
         "Square brackets: the 95 % interval over seeds.",
         "",
         *_each_against_the_reference(summary),
@@ -317,6 +313,17 @@ def _markdown(summary: dict[str, Any], title: str, name: str, caption: str) -> s
         "",
     ]
     return "\n".join(lines)
+
+
+def _too_low(summary: dict[str, Any]) -> str:
+    """Why a height stands in the place of a ceiling."""
+    target = summary["target"]
+    if "ceiling" not in target or target["value"] is None:
+        return ""
+    return (
+        f", since the ceiling of `{target['arm']}` ({target['ceiling']:.3f}) is less than one "
+        "question"
+    )
 
 
 def _allowed_lines(comparable: dict[str, Any]) -> list[str]:

@@ -1,6 +1,9 @@
 """What a comparison says: one plain dict, written to NAME.json, from which all tables are drawn.
 
-    summary["target"]     {"arm", "value"}: the ceiling that the others must reach
+    summary["target"]     {"arm", "value"}: the ceiling that the others must reach. Where it is less
+                          than one question right, every start is there at once: `value` is then the
+                          highest tenth that all runs of the reference reach (None: there is none),
+                          and `ceiling` what was too low
     summary["reference"]  the arm that the tables hold others against
     summary["equal_budget"]  {"device_s", "arm", "cheaper"}: the mean total of device seconds that
                           an arm spent (the one asked for, else the cheapest trained one), and that
@@ -18,12 +21,13 @@
                           "n_pairs", "paired", "p_value", "bootstrap": [low, high] | None,
                           "per_seed"}]: arm minus other for every ordered pair of trained arms and
                           floor (of untrained ones, too), ceiling, auc, final, at_equal_budget,
-                          recognition.after, recognition.change
+                          recognition.after, recognition.change, steps_to_0.1 ... steps_to_0.9
 
 An arm has (means over seeds; None where a seed has no number):
 
     floor {part: ...}, ceiling, auc, final, search_rate_text, search_rate_image,
     steps_to_target, tokens_to_target, device_s_to_target (preparation included),
+    steps_to_0.1 ... steps_to_0.9 (those that a run of any arm reaches),
     preparation_device_s {part: s} (None: not recorded), training_device_s, at_equal_budget,
     recognition {"before", "after", "change"} (where it was measured),
     by_group {group: {"floor", "ceiling", "n"}},
@@ -59,12 +63,15 @@ from compare.curves import smooth
 from compare.intervals import Estimate, interval
 from compare.measures import (
     FLOOR_PARTS,
+    HEIGHTS,
     STABILITY,
     Numbers,
     Recognition,
     at_ceiling,
     groups_of,
+    height_name,
     numbers_of,
+    steps_to_height,
 )
 from compare.pairs import all_pairs
 from compare.runs import Run
@@ -72,7 +79,7 @@ from compare.series import curves_of
 
 OPEN_ENDED = (
     "steps_to_target", "tokens_to_target", "device_s_to_target", "training_device_s",
-    "stability.collapses",
+    "stability.collapses", *(height_name(height) for height in HEIGHTS),
 )  # fmt: skip
 """Numbers that are no shares: their intervals are cut at 0 only."""
 WHEN = ("before", "after", "change")
@@ -92,7 +99,8 @@ def summarise(
 
     Args:
         arms: runs by arm, as `group_runs` gives them; already checked to be comparable.
-        target_arm: its ceiling (mean over seeds) is what the costs to the target ask for.
+        target_arm: its ceiling (mean over seeds) is what the costs to the target ask for, where it
+            says anything.
         smoothing: window in evaluations.
         bootstrap: resamples of the intervals and probabilities.
         reference: the arm that the tables hold others against; where None `obm`, else the first.
@@ -103,24 +111,26 @@ def summarise(
         See the top of this file: `target`, `reference`, `equal_budget`, `cost`, `arms`, `pairs` and
         `curves`. Where an arm has no training run its ceiling and what follows from it are None.
     """
-    target = None
-    target_runs = arms.get(target_arm, [])
-    if target_runs and target_runs[0].is_trained:
-        ceilings = [at_ceiling(run, "accuracy", smoothing) for run in target_runs]
-        target = sum(ceilings) / len(ceilings)
+    reference = reference or ("obm" if "obm" in arms else next(iter(arms)))
+    target = _target(arms, target_arm, arms.get(reference, []), smoothing)
     costs = {arm: [cost_of(run) for run in runs] for arm, runs in arms.items()}
     trained = {arm: costs[arm] for arm, runs in arms.items() if runs[0].is_trained}
     budget = _equal_budget(trained, budget_arm)
     budget_s = budget["device_s"] if budget else None
     per_seed = {
-        arm: numbers_of(runs, costs[arm], target, budget_s, smoothing) for arm, runs in arms.items()
+        arm: numbers_of(runs, costs[arm], target["value"], budget_s, smoothing)
+        for arm, runs in arms.items()
     }
+    for height in map(height_name, HEIGHTS):  # a height that no run reaches tells nothing
+        if all(value is None for found in per_seed.values() for value in found.get(height, [])):
+            per_seed = {arm: {k: v for k, v in found.items() if k != height}
+                        for arm, found in per_seed.items()}  # fmt: skip
     for arm, measured in (recognition or {}).items():
         if arm in arms:
             per_seed[arm] |= _recognition(measured, [run.seed for run in arms[arm]])
     return {
-        "target": {"arm": target_arm, "value": target},
-        "reference": reference or ("obm" if "obm" in arms else next(iter(arms))),
+        "target": target,
+        "reference": reference,
         "equal_budget": budget,
         "cost": _cost_notes(arms, costs),
         "arms": {
@@ -134,6 +144,25 @@ def summarise(
             arm: curves_of(runs, costs[arm], smoothing, bootstrap) for arm, runs in arms.items()
         },
     }
+
+
+def _target(
+    arms: Mapping[str, list[Run]], arm: str, reference: list[Run], smoothing: int
+) -> dict[str, Any]:
+    """The ceiling to reach, or a height in its place; see `target` at the top of this file."""
+    runs = arms.get(arm, [])
+    if not runs or not runs[0].is_trained:
+        return {"arm": arm, "value": None}
+    ceilings = [at_ceiling(run, "accuracy", smoothing) for run in runs]
+    value = sum(ceilings) / len(ceilings)
+    n_questions = runs[0].evaluations[0].get("n")
+    if value > 0 and (n_questions is None or value * n_questions >= 1):
+        return {"arm": arm, "value": value}
+    reached = [
+        height for height in HEIGHTS
+        if reference and None not in steps_to_height(reference, height, smoothing)
+    ]  # fmt: skip
+    return {"arm": arm, "value": max(reached, default=None), "ceiling": value}
 
 
 def _summarise_arm(
@@ -150,6 +179,7 @@ def _summarise_arm(
             "ceiling", "auc", "final", "steps_to_target", "tokens_to_target", "device_s_to_target",
             "training_device_s", "at_equal_budget",
         )},
+        **{key: mean for key, mean in means.items() if key.startswith("steps_to_0.")},
         **({"recognition": {when: means[f"recognition.{when}"] for when in WHEN}}
            if "recognition.change" in means else {}),
         "preparation_device_s": _mean_parts(costs) if is_trained else None,

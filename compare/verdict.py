@@ -1,4 +1,4 @@
-"""The verdict: two to five plain sentences, computed from the numbers, that may say that the method
+"""The verdict: two to six plain sentences, computed from the numbers, that may say that the method
 does not win.
 
 One arm (`reference`, OBM in this project) is held against every other. It is above another arm
@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from typing import Any
 
 Label = Callable[[str], str]
+STEPS_TO = "steps_to_0."
+"""Numbers of steps to a height begin so."""
 ROUNDING = 1e-9
 """Differences of shares below this are rounding errors."""
 MANY = 5
@@ -99,6 +101,7 @@ def comparison_verdict(
                 f"By {how}, after training {label(reference)} is {standing.words(label)}."
             )
         sentences += _cost_sentence(summary, reference, label)
+        sentences += _speed_sentence(summary, reference, others, label)
     sentences.append(_caveat([len(arms[arm]["seeds"]) for arm in (reference, *others)], standing))
     return Verdict(tone, headline, sentences, _tiles(summary, reference, others, label))
 
@@ -349,13 +352,15 @@ def _ceiling_sentence(
 
 def _cost_sentence(summary: Mapping[str, Any], reference: str, label: Label) -> list[str]:
     arms, target = summary["arms"], summary["target"]
-    if target["value"] is None or target["arm"] == reference:
+    if target["value"] is None and "ceiling" in target:
+        height = f"{target['ceiling']:.3f}"
+        return [f"The ceiling of {label(target['arm'])} is {height}: steps to it say nothing."]
+    if target["value"] is None or (target["arm"] == reference and "ceiling" not in target):
         return []
     own = arms[reference]
-    if target["value"] <= ROUNDING:
+    if target["value"] <= ROUNDING:  # in files of reports from before there were heights
         return [f"The ceiling of {label(target['arm'])} is 0: steps to it say nothing."]
-    height = f"{target['value']:.2f}" if target["value"] >= 0.01 else f"{target['value']:.3f}"
-    goal = f"the ceiling of {label(target['arm'])} ({height})"
+    goal = target_words(summary, label)
     steps, seconds = own.get("steps_to_target"), own.get("device_s_to_target")
     if steps is None:
         reached = [s for s in own["per_seed"].get("steps_to_target", []) if s is not None]
@@ -371,6 +376,67 @@ def _cost_sentence(summary: Mapping[str, Any], reference: str, label: Label) -> 
         if theirs is not None:
             sentence += f"; {label(target['arm'])} itself takes {duration(theirs)}"
     return [sentence + "."]
+
+
+def target_words(summary: Mapping[str, Any], label: Label) -> str:
+    """What the costs to the target ask for: `the ceiling of VLM (0.31)`, `an accuracy of 0.4`."""
+    target = summary["target"]
+    value, name = target["value"], label(target["arm"])
+    if "ceiling" in target:
+        if value is None:
+            return f"the ceiling of {name} ({target['ceiling']:.3f}), which says nothing"
+        return f"an accuracy of {value:.1f}"
+    if value is None:
+        return f"the ceiling of {name}, which has no training run here"
+    return f"the ceiling of {name} ({value:.2f})"
+
+
+def target_name(summary: Mapping[str, Any], label: Label) -> str:
+    """The target in a table's head: `VLM's ceiling`, `0.4`."""
+    target = summary["target"]
+    if "ceiling" in target and target["value"] is not None:
+        return f"{target['value']:.1f}"
+    return f"{label(target['arm'])}'s ceiling"
+
+
+def heights_of(summary: Mapping[str, Any]) -> dict[str, str]:
+    """The tenths that some run reaches: `0.4` -> name of the number of steps to it."""
+    names = dict.fromkeys(
+        name
+        for arm in summary["arms"].values()
+        for name in arm.get("per_seed") or ()
+        if name.startswith(STEPS_TO)
+    )
+    return {name.removeprefix("steps_to_"): name for name in sorted(names)}
+
+
+def _speed_sentence(
+    summary: Mapping[str, Any], reference: str, others: Sequence[str], label: Label
+) -> list[str]:
+    """Who takes fewer steps to the highest tenth that all runs of the reference reach."""
+    own = summary["arms"][reference]
+    reached = {
+        text: name for text, name in heights_of(summary).items() if own.get(name) is not None
+    }
+    if not reached:
+        return []
+    text, name = max(reached.items())
+    pairs = {
+        p["other"]: p for p in summary["pairs"] if (p["arm"], p["metric"]) == (reference, name)
+    }
+    groups: dict[str, list[str]] = {BELOW: [], ABOVE: [], OPEN: [], UNKNOWN: [], "": []}
+    for other in others:
+        steps = summary["arms"][other]["per_seed"].get(name) or [None]
+        if other not in pairs or None in steps:
+            groups[""].append(other)
+        else:
+            groups[side_of_difference(pairs[other])].append(other)
+    words = {
+        BELOW: "fewer than", ABOVE: "more than", OPEN: "not separated from",
+        UNKNOWN: "not judged against the one seed of", "": "not reached by every run of",
+    }  # fmt: skip
+    parts = [f"{words[side]} {listed(arms, label)}" for side, arms in groups.items() if arms]
+    return [f"{label(reference)} takes {own[name]:.0f} steps to {text}: {'; '.join(parts)}."]
 
 
 def duration(seconds: float) -> str:
@@ -418,7 +484,7 @@ def _tiles(
     steps = own.get("steps_to_target")
     is_goal = target["value"] is not None and target["value"] > ROUNDING
     if steps is not None and is_goal and target["arm"] != reference:
-        tiles.append((f"{steps:.0f}", f"steps to the ceiling of {label(target['arm'])}"))
+        tiles.append((f"{steps:.0f}", f"steps to {target_words(summary, label)}"))
     return tiles
 
 

@@ -91,6 +91,29 @@ def test_the_cost_to_the_target_is_told_with_and_without_device_time():
     assert "obm starts at or above" in text_of(comparison_verdict(summary, str))
 
 
+def test_a_target_that_says_nothing_gives_way_to_a_height():
+    summary = comparison({"obm": 0.6, "vlm": 0.3, "ties": 0.5, "dare": 0.4})
+    summary["target"] = {"arm": "vlm", "value": 0.4, "ceiling": 0.004}
+    for arm, steps in {"obm": [5, 5], "ties": [5, 10], "dare": [20, 20], "vlm": [None] * 2}.items():
+        summary["arms"][arm]["per_seed"]["steps_to_0.4"] = steps
+        summary["arms"][arm]["steps_to_0.4"] = None if None in steps else sum(steps) / 2
+    summary["pairs"] = [
+        pair("obm", "ties", -2.5, 3.0, metric="steps_to_0.4"),
+        pair("obm", "dare", -15.0, 3.0, metric="steps_to_0.4"),
+    ]
+    verdict = comparison_verdict(summary, str)
+    assert "obm reaches an accuracy of 0.4 after 5 steps." in verdict.sentences
+    assert (
+        "obm takes 5 steps to 0.4: fewer than dare; not separated from ties; not reached by every "
+        "run of vlm." in verdict.sentences
+    )
+    assert ("5", "steps to an accuracy of 0.4") in verdict.tiles
+    summary["target"]["value"] = None
+    assert "The ceiling of vlm is 0.004: steps to it say nothing." in text_of(
+        comparison_verdict(summary, str)
+    )
+
+
 def test_a_study_in_which_nothing_learns_names_no_best_start():
     verdict = comparison_verdict(comparison({"obm": 0.0, "vlm": 0.0, "ties": 0.0}), str)
     text = text_of(verdict)
@@ -114,9 +137,9 @@ def test_nothing_that_rounds_to_zero_has_a_minus():
     assert signed(-0.0006, 3) == "-0.001"
 
 
-def test_two_to_five_sentences_and_none_where_nothing_is_to_compare():
+def test_two_to_six_sentences_and_none_where_nothing_is_to_compare():
     for arms in ({"obm": 0.5, "vlm": 0.1}, {"obm": 0.5, "vlm": 0.1, "ties": 0.4}):
-        assert 2 <= len(comparison_verdict(comparison(arms), str).sentences) <= 5
+        assert 2 <= len(comparison_verdict(comparison(arms), str).sentences) <= 6
     assert comparison_verdict(comparison({"obm": 0.5}), str) is None
 
 

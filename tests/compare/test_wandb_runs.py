@@ -103,7 +103,7 @@ def test_folder_and_wandb_give_the_same_report(real_run, tmp_path):
     for summary in summaries:
         del summary["arms"]["tiny"]["runs"]
     assert summaries[0] == summaries[1]
-    assert summaries[0]["arms"]["tiny"]["tokens_to_target"] is not None
+    assert summaries[0]["curves"]["tiny"]["accuracy"]["tokens"] is not None
 
 
 @pytest.fixture
