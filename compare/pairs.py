@@ -13,6 +13,8 @@ from typing import Any
 from compare.intervals import Difference, paired_difference, unpaired_difference
 from compare.measures import HEIGHTS, height_name
 
+STEPS = tuple(height_name(height) for height in HEIGHTS)
+"""Differences of steps; all others are of shares."""
 COMPARED = {
     "floor": "floor.accuracy",
     "floor.searched": "floor.searched",
@@ -24,7 +26,7 @@ COMPARED = {
     "at_equal_budget": "at_equal_budget",
     "recognition.after": "recognition.after",
     "recognition.change": "recognition.change",
-    **{height_name(height): height_name(height) for height in HEIGHTS},
+    **{name: name for name in STEPS},
 }
 """Name of a difference -> name of an arm's number."""
 
@@ -59,7 +61,8 @@ def all_pairs(
                 values, others = ({seed: v[seed] for seed in shared} for v in (values, others))
                 if not shared:
                     continue
-            difference, differences = compare_arms(values, others, bootstrap)
+            bounds = None if name in STEPS else (-1.0, 1.0)
+            difference, differences = compare_arms(values, others, bootstrap, bounds=bounds)
             if difference is None:
                 continue
             found.append(_entry(arm, other, name, difference, differences))
@@ -70,7 +73,11 @@ def all_pairs(
 
 
 def compare_arms(
-    one: Mapping[int, float | None], other: Mapping[int, float | None], bootstrap: int
+    one: Mapping[int, float | None],
+    other: Mapping[int, float | None],
+    bootstrap: int,
+    *,
+    bounds: tuple[float, float] | None = (-1.0, 1.0),
 ) -> tuple[Difference | None, list[float]]:
     """One arm minus another, paired where they share seeds.
 
@@ -78,6 +85,7 @@ def compare_arms(
         one: seed -> value.
         other: likewise.
         bootstrap: resamples.
+        bounds: to which the interval is cut; None for values that are no shares.
 
     Returns:
         The difference, and those of single seeds (none where unpaired). No difference where a
@@ -96,8 +104,8 @@ def compare_arms(
         return None, []
     if is_paired:
         differences = [a - b for a, b in zip(first, second, strict=True)]
-        return paired_difference(first, second, bootstrap=bootstrap), differences
-    return unpaired_difference(first, second, bootstrap=bootstrap), []
+        return paired_difference(first, second, bootstrap=bootstrap, bounds=bounds), differences
+    return unpaired_difference(first, second, bootstrap=bootstrap, bounds=bounds), []
 
 
 def _entry(
