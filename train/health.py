@@ -103,13 +103,14 @@ def health_settings(config: Config, init: str, n_processes: int) -> Settings:
         n_processes: of the training.
     """
     grpo, environment = resolved_grpo(config), config.environment
-    is_used_once = steps_per_generation(grpo, n_processes) == grpo["gradient_accumulation_steps"]
+    # as TRL asks whether it needs the log-probs of before the step
+    uses = steps_per_generation(grpo, n_processes) * (grpo.get("num_iterations") or 1)
     longest = grpo["max_completion_length"]
     return Settings(
         max_completion_tokens=longest,
         max_new_tokens=(grpo.get("generation_kwargs") or {}).get("max_new_tokens", longest),
         beta=grpo["beta"],
-        is_on_policy=is_used_once and grpo.get("num_iterations", 1) == 1,
+        is_on_policy=grpo["gradient_accumulation_steps"] % uses == 0,
         is_merged=(Path(init) / "merge.json").is_file(),
         has_searches=environment.image_searches + environment.text_searches > 0,
     )

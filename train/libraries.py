@@ -8,8 +8,6 @@ import os
 import shutil
 import warnings
 
-from configs.errors import ConfigError
-
 USUAL_THRESHOLD = gc.get_threshold()
 
 
@@ -50,6 +48,12 @@ def be_quiet() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
+class CompilerMissingError(RuntimeError):
+    """No C compiler on this machine. Other machines of a run may have one, so each says it."""
+
+    exit_code = 2
+
+
 def c_compiler() -> str | None:
     """The C compiler that Triton finds on this machine: CC, else gcc or clang."""
     return os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
@@ -59,10 +63,10 @@ def require_c_compiler() -> None:
     """Checks that TRL's kernels for long batches can be built; Triton compiles C to call them.
 
     Raises:
-        ConfigError: no C compiler; Triton would fail with a traceback that names no package.
+        CompilerMissingError: none; Triton would fail with a traceback that names no package.
     """
     if c_compiler() is None:
-        raise ConfigError(
+        raise CompilerMissingError(
             "grpo: on a GPU the log-probs of long batches are computed by Triton, which needs a C "
             "compiler, and there is none (CC, gcc, clang); install gcc and the C library's headers "
             "(libc6-dev)"

@@ -164,7 +164,8 @@ def load_processor(folder: str | Path, max_pixels: int | None = None) -> Any:
 
     Raises:
         PolicyLoadError: the folder has no tokenizer files, or is of a vision-language
-            architecture that can be merged only.
+            architecture that can be merged only; or its smallest pictures have more pixels than
+            `max_pixels`.
     """
     _require_checkpoint(folder)
     is_vision = is_vision_model(folder)
@@ -182,6 +183,11 @@ def load_processor(folder: str | Path, max_pixels: int | None = None) -> Any:
         image_processor = Qwen2VLImageProcessorPil.from_pretrained(**_reference(folder))
     if max_pixels is not None:
         size = image_processor.size
+        if max_pixels < size["shortest_edge"]:
+            raise PolicyLoadError(
+                f"models.max_pixels: {max_pixels} is less than the {size['shortest_edge']} pixels "
+                f"that {folder} scales small pictures up to; choose at least as many"
+            )
         size["longest_edge"] = min(max_pixels, size["longest_edge"])
     return ImageOnlyProcessor(image_processor, tokenizer, chat_template=tokenizer.chat_template)
 

@@ -168,7 +168,10 @@ def _check_batch(path: Path, saved: Saved, config: Config, n_processes: int) -> 
     accumulated = grpo["gradient_accumulation_steps"]
     rows, rest = divmod(saved.per_step, n_processes * accumulated)
     fix = f"set it to {rows}"
-    if rest:
+    if (per_step, bool(grpo.get("steps_per_generation"))) == (saved.per_step, True):
+        rows = n_processes * grpo["per_device_train_batch_size"]
+        fix = f"set grpo.steps_per_generation to {saved.per_rollout // rows}"
+    elif rest:
         fix = f"choose a number of processes that divides {saved.per_step // accumulated}"
     raise ConfigError(
         f"grpo.per_device_train_batch_size: {path.name} was trained with {saved.per_step} "

@@ -39,8 +39,9 @@ MAY_CHANGE = (
     "sport.iterations", "sport.llm_timeout_s", "sport.llm_workers",
     "output", "tracking.", "compare.", "deepspeed", "hang_timeout_s", "grpo.max_steps",
     "grpo.save_", "rollout.tool_workers", "rollout.url", "rollout.timeout_s", "rollout.retries",
-    # train.resume checks that their product with the number of processes stays
+    # train.resume checks that their products with the number of processes stay
     "grpo.per_device_train_batch_size", "grpo.gradient_accumulation_steps",
+    "grpo.steps_per_generation",
     "rollout.sync_dir", "rollout.sleep", "environment.timeout_s", "environment.retries",
     # the heads that they choose are compared themselves (train.frozen)
     "conflict.", "freeze_heads.map",

@@ -20,6 +20,7 @@ from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainingArguments
 
 from train.cast import gate_trainer
+from train.gpu import computes_in_bf16
 from train.heads import Head
 
 IGNORE = -100
@@ -170,7 +171,7 @@ def run_stage(
         # a dispatched batch is cut to batch_size rows, pictures' patches included
         accelerator_config={"dispatch_batches": False},
         use_cpu=not torch.cuda.is_available(),
-        bf16=True,
+        bf16=not torch.cuda.is_available() or computes_in_bf16(),
     )
     attention = model.config._attn_implementation
     if not torch.cuda.is_available():

@@ -141,6 +141,8 @@ def test_off_policy_steps_may_differ_from_sampling():
         ({"generation_batch_size": 32, "gradient_accumulation_steps": 2}, True),
         ({"steps_per_generation": 2}, False),
         ({"num_iterations": 2}, False),
+        # two rollouts serve one step
+        ({"generation_batch_size": 32, "gradient_accumulation_steps": 4}, True),
     ],
 )
 def test_a_rollout_that_serves_several_steps_is_off_policy(grpo, is_on_policy):

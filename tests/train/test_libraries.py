@@ -5,7 +5,12 @@ import gc
 import pytest
 
 from configs.errors import ConfigError
-from train.libraries import USUAL_THRESHOLD, load_quickly, require_c_compiler
+from train.libraries import (
+    USUAL_THRESHOLD,
+    CompilerMissingError,
+    load_quickly,
+    require_c_compiler,
+)
 from train.policy import load_policy
 
 
@@ -19,7 +24,10 @@ def test_the_collector_looks_less_often_until_the_model_is_there(tiny_checkpoint
 def test_a_gpu_without_a_c_compiler_is_said_in_one_line(monkeypatch):
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setattr("shutil.which", lambda name: None)
-    with pytest.raises(ConfigError, match=r"Triton.*\(CC, gcc, clang\); install gcc"):
+    with pytest.raises(CompilerMissingError, match=r"Triton.*\(CC, gcc, clang\); install gcc") as e:
         require_c_compiler()
+    # of wrong settings only the first process speaks (train.run), but a machine's lack is its own
+    assert e.value.exit_code == 2
+    assert not isinstance(e.value, ConfigError)
     monkeypatch.setattr("shutil.which", {"clang": "/usr/bin/clang"}.get)
     require_c_compiler()

@@ -99,6 +99,16 @@ def test_inside_a_buffer_its_micro_batches_must_stay(tmp_path, config):
         ((), 4, "set it to 4"),
         (("grpo.gradient_accumulation_steps=2",), 2, "set it to 4"),
         ((), 3, "choose a number of processes that divides 16"),
+        # as many a step as before, but a rollout of four micro-batches of eight
+        (
+            (
+                "grpo.per_device_train_batch_size=4",
+                "grpo.gradient_accumulation_steps=2",
+                "grpo.steps_per_generation=2",
+            ),
+            2,
+            "set grpo.steps_per_generation to 4",
+        ),
     ],
 )
 def test_the_completions_of_a_step_must_stay_and_the_fix_is_said(

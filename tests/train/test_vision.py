@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from train.policy import load_processor
+from train.policy import PolicyLoadError, load_processor
 from train.vision import ImageStore, encode_pictures, mrope_positions, suppressed_token_ids
 
 GRIDS = [(1, 4, 4), (1, 2, 8)]
@@ -116,6 +116,8 @@ def test_a_limit_of_pixels_holds_for_questions_and_is_saved_with_the_policy(
     assert n_tokens(saved) == 20 * 10
     # a lower limit of the checkpoint stays
     assert n_tokens(saved, max_pixels=1_003_520) == 20 * 10
+    with pytest.raises(PolicyLoadError, match=r"models\.max_pixels: 784 is less than the 3136"):
+        load_processor(start, max_pixels=784)
 
 
 def test_every_vision_token_is_suppressed(policy):
