@@ -156,7 +156,7 @@ def pairs_section(data: Comparison) -> Section | None:
             _pair_rows(data, others, measures, by_key),
         )
         + page.table(
-            f"Probability that {name} is ahead, with the p value of no difference",
+            f"Share of resamples in which {name} is ahead, with the p value of no difference",
             ["other start", *(MEASURES[m] for m in measures)],
             _probability_rows(data, others, measures, by_key),
         ),

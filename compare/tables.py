@@ -96,7 +96,7 @@ def _differences(summary: Summary) -> Iterator[str]:
     yield (
         f"Each arm minus `{reference}`, seed by seed on the same questions in the same order "
         "(unpaired: the arms share no two seeds). Square brackets: the 95 % interval of the mean "
-        "difference; then the probability that the arm is better (share of bootstrap resamples), "
+        "difference; then the share of bootstrap resamples in which the arm is better, "
         f"and the exact permutation p-value. Bold: the interval leaves out 0; of {n_intervals} "
         "intervals one in twenty does so by chance. A floor that every seed shares was measured "
         "once and has no interval. All pairs of arms are in the json file."
