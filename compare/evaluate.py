@@ -69,7 +69,8 @@ def cost_aware_score(accuracy: float, n_tokens: float, n_calls: float) -> float:
 
 
 def measure_episode(trajectory: Trajectory, question: dict[str, Any]) -> dict[str, Any]:
-    """`train.evaluation.measure`, the split, and the searches that a tool answered.
+    """`train.evaluation.measure`, the split, what is asked about, and the searches that a tool
+    answered.
 
     A call that was refused or that came in the last turn is asked for (`n_text`, `n_image`), but
     not answered (`text_calls`, `image_calls`, `page_calls`).
@@ -83,6 +84,7 @@ def measure_episode(trajectory: Trajectory, question: dict[str, Any]) -> dict[st
     return {
         **measure(trajectory, question),
         "split": question.get("split", "all"),
+        "about": question.get("entity"),
         "text_calls": answered.count("search"),
         "image_calls": answered.count("image_search"),
         "page_calls": answered.count("visit"),
@@ -96,7 +98,8 @@ def summarize_episodes(
 
     Args:
         episodes: of `measure_episode`.
-        bootstrap: resamples of the questions; 0 makes no interval.
+        bootstrap: resamples of the entities asked about, with all their questions: those of one are
+            answered alike. A question that names no entity is one by itself. 0 makes no interval.
         seed: of the resampling.
 
     Returns:
@@ -106,6 +109,7 @@ def summarize_episodes(
     metrics = summarize_measured(episodes)
     intervals: dict[str, list[float]] = {}
     table = np.array([_columns(episode) for episode in episodes], dtype=np.float64)
+    entities = _numbered(episodes)
     groups = {"": np.ones(len(episodes), dtype=bool)}
     for key in ("kind", "split"):
         values = np.array([str(episode[key]) for episode in episodes])
@@ -115,7 +119,7 @@ def summarize_episodes(
         metrics |= {prefix + name: value for name, value in _headlines(rows.mean(0)).items()}
         metrics[f"{prefix}n"] = float(len(rows))
         if bootstrap:
-            bounds = _bootstrap(rows, bootstrap, seed)
+            bounds = _bootstrap(rows, entities[members], bootstrap, seed)
             intervals |= {prefix + name: value for name, value in bounds.items()}
     return metrics, intervals
 
@@ -138,13 +142,37 @@ def _headlines(means: np.ndarray) -> dict[str, float]:
     return dict(zip(HEADLINES, (accuracy, sr_img, sr_txt, sr_any, calls, cas), strict=True))
 
 
-def _bootstrap(rows: np.ndarray, n_resamples: int, seed: int) -> dict[str, list[float]]:
-    """Percentile intervals over resamples of the questions, by headline."""
-    generator, n = np.random.default_rng(seed), len(rows)
-    draws = [
-        list(_headlines(rows[generator.integers(0, n, n)].mean(0)).values())
-        for _ in range(n_resamples)
+def _numbered(episodes: Sequence[dict[str, Any]]) -> np.ndarray:
+    """int [N]: a number for each entity, and for each question without one."""
+    keys = [
+        ("question", i) if episode.get("about") is None else ("entity", episode["about"])
+        for i, episode in enumerate(episodes)
     ]
+    numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
+    return np.array([numbers[key] for key in keys])
+
+
+def _bootstrap(
+    rows: np.ndarray, entities: np.ndarray, n_resamples: int, seed: int
+) -> dict[str, list[float]]:
+    """Percentile intervals over resamples of the entities, by headline.
+
+    Args:
+        rows: float [N, columns] of `_columns`.
+        entities: int [N]; rows of one number are drawn together.
+        n_resamples: how many.
+        seed: of the draws.
+    """
+    _, of_row = np.unique(entities, return_inverse=True)
+    n = int(of_row.max()) + 1
+    sizes = np.bincount(of_row, minlength=n)
+    sums = np.zeros((n, rows.shape[1]))
+    np.add.at(sums, of_row, rows)
+    generator = np.random.default_rng(seed)
+    draws = []
+    for _ in range(n_resamples):
+        drawn = generator.integers(0, n, n)
+        draws.append(list(_headlines(sums[drawn].sum(0) / sizes[drawn].sum()).values()))
     low, high = np.percentile(draws, [2.5, 97.5], axis=0)
     return {name: [float(low[i]), float(high[i])] for i, name in enumerate(HEADLINES)}
 

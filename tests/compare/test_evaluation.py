@@ -403,6 +403,19 @@ def test_an_interval_is_that_of_a_mean_of_coin_tosses():
     assert again == intervals
 
 
+def test_questions_about_one_entity_are_drawn_together():
+    """Fifty places asked eight times, each answered alike: as sure as fifty questions, not 400."""
+    known = np.random.default_rng(0).random(50) < 0.3
+    episodes = [{**measured(bool(k)), "about": f"p{i}"} for i, k in enumerate(known)] * 8
+    _, intervals = summarize_episodes(episodes, bootstrap=2000)
+    mean, half = known.mean(), 1.96 * known.std() / np.sqrt(50)
+    assert intervals["accuracy"] == pytest.approx([mean - half, mean + half], abs=0.1 * half)
+    # places of other sizes: the share is that of the questions drawn
+    uneven = [{**measured(i == 0), "about": f"p{min(i, 1)}"} for i in range(4)]
+    _, intervals = summarize_episodes(uneven, bootstrap=200)
+    assert intervals["accuracy"] == [0.0, 1.0]
+
+
 def test_refused_calls_and_those_of_the_last_turn_are_not_counted_as_searches():
     def turn(observation, fault=None):
         call = {"type": "search", "query": "x"}
