@@ -194,8 +194,8 @@ def _page(table: dict[str, Any], name: str) -> list[str]:
     lines += [
         "Acc: share of right answers (exact match over the aliases), with the 95 % interval: a "
         "bootstrap over the entities asked about, or Student's t over the seeds where there are "
-        "several. SR_img, SR_txt: share of episodes in which a tool answered an image search, a text "
-        "search; mean SR: any of the two. calls: tool calls an episode. CAS: 100 Acc^2 / "
+        "several. SR_img, SR_txt: share of episodes in which a tool answered an image search, a "
+        "text search; mean SR: any of the two. calls: tool calls an episode. CAS: 100 Acc^2 / "
         "(thousands of tokens + 2 calls + 1), HyperEyes (arXiv 2605.07177). The means run over "
         "the benchmarks. Every evaluation is greedy.",
         "",
