@@ -673,7 +673,8 @@ class Tracking:
     arm: str | None = None
     """name of the starting point in tables and run names; null = last part of models.init"""
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
-    """`auto` = online with a login, offline without"""
+    """`auto` = online with a login, offline without; the environment variable WANDB_MODE, where
+    set, wins"""
     log_trajectories: Annotated[int, NotNegative] = 8
     """episodes of a training step that trajectories.jsonl keeps (of an evaluation: all), and of an
     evaluation in the W&B table"""

@@ -23,6 +23,8 @@ from train.plan import GB
 
 PAGE, RECORD = "docs/scale.md", "docs/results/scale.json"
 BEGIN, END = "<!-- scale: {} -->", "<!-- end of scale -->"
+DIGITS = 6
+"""Of the record's figures: pages show fewer, and a figure that is rounded twice may be another."""
 
 
 def page(text: str, found: Measured) -> str:
@@ -48,7 +50,7 @@ def _same(body: str, match: re.Match[str]) -> str:
 
 def settings_record() -> dict[str, Any]:
     """What README and recipes say of the shipped settings: name -> figures of the estimate."""
-    adapter = ["lora.r=16", "deepspeed=zero2"]
+    adapter = ["lora.r=16", "grpo.learning_rate=1e-5", "deepspeed=zero2"]
     whole_step = "grpo.gradient_accumulation_steps=32"  # the 256 episodes of eight processes
     asked: dict[str, tuple[str, str, list[str], int | None]] = {
         "7b": ("qwen2.5-vl-7b", "h100x8", [], PROMPT_TOKENS),
@@ -75,18 +77,18 @@ def _figures(
         "machine": machine,
         "gpus": n,
         "prompt_tokens": plan.prompt_tokens,
-        "peak_gb": round(found.memory.peak / GB, 2),
+        "peak_gb": round(found.memory.peak / GB, DIGITS),
         "peak_phase": found.memory.peak_phase,
-        "host_gb": round(host_bytes(plan, min(n, accelerator.node)) / GB, 1),
+        "host_gb": round(host_bytes(plan, min(n, accelerator.node)) / GB, DIGITS),
         "episodes": plan.rows * plan.accumulation * n,
-        "step_s": round(found.step_s, 2),
-        "decode_s": round(found.seconds["decode"], 2),
-        "hours": round(found.step_s * n_steps / 3600, 3),
-        "parents_gb": round(parents / GB, 1),
-        "merged_gb": round(merged / GB, 1),
-        "checkpoint_gb": round(saved / GB, 1),
+        "step_s": round(found.step_s, DIGITS),
+        "decode_s": round(found.seconds["decode"], DIGITS),
+        "hours": round(found.step_s * n_steps / 3600, DIGITS),
+        "parents_gb": round(parents / GB, DIGITS),
+        "merged_gb": round(merged / GB, DIGITS),
+        "checkpoint_gb": round(saved / GB, DIGITS),
         # two checkpoints are kept while a third is written
-        "disk_gb": round((parents + merged + 3 * saved) / GB, 1),
+        "disk_gb": round((parents + merged + 3 * saved) / GB, DIGITS),
     }
 
 

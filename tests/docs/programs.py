@@ -14,7 +14,7 @@ from launch.arguments import config_path
 from launch.cli import VERBS, build_parser
 from tests.docs.blocks import ROOT, Command
 
-STANDS_FOR = {"my.yaml": "demo", "FILE": "demo"}
+STANDS_FOR = {"my.yaml": "demo", "my_first.yaml": "demo", "FILE": "demo"}
 """Names of settings files that a reader makes -> the shipped file that is taken in their place."""
 
 

@@ -90,7 +90,7 @@ def test_an_index_of_ones_own_in_code(trio):
     [block] = [b for b in blocks("docs/recipes.md", "python") if b.file_name is None]
     document = SimpleNamespace(id="p1", title="T", text="some words", score=1.0)
     names = {"my_service": lambda query, k: [document]}
-    exec(block.text.replace("runs/merged/obm", trio["vlm"]), names)
+    exec(block.text.replace("runs/mine-merged", trio["vlm"]), names)
     assert names["metrics"]["n"] == 1
     assert len(names["episodes"]) == 1
 
