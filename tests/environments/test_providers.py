@@ -36,6 +36,7 @@ from environments.services import (
     retry_after_s,
 )
 from environments.summaries import BestSentences
+from environments.tools import text_search
 from environments.web import TooLargeError, TooSlowError, UnreachableError, WebError
 from tests.environments.fake_services import REPLIES, FakeServices
 
@@ -152,6 +153,34 @@ def test_a_malformed_body_is_infrastructure(name, body, fake):
     with pytest.raises(MalformedReplyError) as caught:
         provider(fake, name, retries=1).search(["x"], 3)
     assert caught.value.fault == "infrastructure"
+
+
+@pytest.mark.parametrize(
+    ("name", "longest", "query", "words"),
+    [
+        ("brave", "a " * 49 + "a", "a " * 50 + "a", "51 words, and at most 50"),
+        ("brave", "ä" * 400, "ä" * 401, "401 characters, and at most 400"),
+        ("tavily", "ä" * 400, "ä" * 401, "401 characters, and at most 400"),
+    ],
+)
+def test_a_query_that_the_service_would_refuse_is_the_policys_fault(
+    name, longest, query, words, fake, tmp_path
+):
+    index = provider(fake, name)
+    assert index.search([longest], 2)[0]
+    read = ReadingIndex(index, jina(fake))
+    kept = [CachedIndex(each, ResultCache(tmp_path), "text_search") for each in (index, read)]
+    # offline, too: a replay must not call a fault of the service what was the policy's
+    offline = CachedIndex(index, ResultCache(tmp_path, "offline"), "text_search")
+    for back_end in (index, read, *kept, offline):
+        result = text_search(SearchEnvironment(back_end, None).start({"question": "q"}), query)
+        assert (result.fault, result.retries) == ("model", 0)
+        assert words in result.text
+    assert len(fake.requests) == 1
+
+
+def test_serper_takes_what_the_tool_takes(fake):
+    assert provider(fake, "serper").search(["word " * 200], 2)[0]
 
 
 def test_a_result_without_an_address_is_left_out(fake):
