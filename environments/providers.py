@@ -248,15 +248,22 @@ def hits_of(
         MalformedReplyError: none of the results is a page.
     """
     hits: list[Hit] = []
-    for row in rows:
-        url = row.get(url_key)
-        if not isinstance(url, str) or urlsplit_scheme(url) not in ("http", "https"):
-            continue
+    for row in pages_of(rows, url_key):
+        url = row[url_key]
         title, text = str(row.get(title_key) or ""), str(text_of(row) or "")
         hits.append(Hit(url, plain_text(title), text, 1.0 / (len(hits) + 1), None, url))
     if rows and not hits:
         raise MalformedReplyError(f"{name}: none of {len(rows)} results has a web address")
     return hits
+
+
+def pages_of(rows: list[dict[str, Any]], url_key: str) -> list[dict[str, Any]]:
+    """The results that have a web address; `hits_of` makes one hit of each."""
+    return [
+        row
+        for row in rows
+        if isinstance(row.get(url_key), str) and urlsplit_scheme(row[url_key]) in ("http", "https")
+    ]
 
 
 def urlsplit_scheme(url: str) -> str:

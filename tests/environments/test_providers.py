@@ -519,6 +519,21 @@ def test_small_pictures_come_along_and_a_missing_one_leaves_its_title(fake, tmp_
     assert hits[0].image.getpixel((0, 0)) == (255, 0, 0)
 
 
+def test_matches_of_one_page_keep_their_own_pictures(fake, tmp_path):
+    link = "https://a.org/flags"
+    matches = [
+        {"title": name, "link": link, "thumbnail": f"{fake.url}/{name}.png"}
+        for name in ("red", "blue")
+    ]
+    matches.insert(1, {"title": "no page", "link": [link], "thumbnail": f"{fake.url}/red.png"})
+    fake.say("/serpapi/search", 200, {"search_metadata": {}, "visual_matches": matches})
+    for name in ("red", "blue"):
+        fake.page(f"/{name}.png", png(name), "image/png")
+    (hits,) = lens(fake, tmp_path, thumbnails=True).search([Image.new("RGB", (4, 4))], 3)
+    colours = [(hit.title, hit.image.getpixel((0, 0))) for hit in hits]
+    assert colours == [("red", (255, 0, 0)), ("blue", (0, 0, 255))]
+
+
 def test_if_no_picture_at_all_can_be_had_the_search_failed(fake, tmp_path):
     recorded = (REPLIES / "serpapi_lens.json").read_text().replace("BASE", fake.url)
     fake.say("/serpapi/search", 200, recorded.encode())
