@@ -13,6 +13,7 @@ from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 
+from environments.pixels import to_rgb
 from environments.tools import Hit
 
 TOKEN_VARIABLE = "OBM_SEARCH_TOKEN"
@@ -95,7 +96,7 @@ def decode_image(data: bytes, max_pixels: int) -> Image.Image:
                 raise BadPictureError(
                     f"a picture has {width} x {height} pixels; at most {max_pixels} are taken", 413
                 )
-            return image.convert("RGB")
+            return to_rgb(image)
     except BadPictureError:
         raise
     except Image.DecompressionBombError as error:
