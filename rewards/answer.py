@@ -159,7 +159,7 @@ def _matches_kind(prediction: str, question: Any, golds: Sequence[str]) -> bool:
     limits, items = get(question, "range"), get(question, "items")
     if limits is not None:
         return number_matches(prediction, limits, unit=get(question, "unit"))
-    if items is not None:
+    if items:  # an empty cell of a table is none
         return list_matches(prediction, items)
     return any(
         _matches_one(prediction, gold, stated or _shown_kind(gold, prediction), question)

@@ -394,6 +394,12 @@ def test_a_range_and_items_of_the_question_decide():
     assert correctness("blue, red", question, "typed") == 1.0
 
 
+@pytest.mark.parametrize("items", [None, "", [], ()])
+def test_no_items_are_none(items):
+    question = {"answers": ["red, blue"], "answer_kind": "list", "items": items}
+    assert correctness("blue; red", question, "typed") == 1.0
+
+
 @pytest.mark.parametrize(("gold", "kind"), [("10", "number"), ("1998", "year")])
 def test_an_empty_tolerance_is_none(gold, kind):
     question = {"answers": [gold], "answer_kind": kind, "tolerance": None}
