@@ -122,6 +122,17 @@ def test_the_gold_answer_of_every_copy_scores_one_and_another_zero(name, file):
             assert figures[f"strict/{main}"] == expected
 
 
+def test_a_strict_score_does_not_pay_for_the_questions_own_words():
+    question = {
+        "id": "q", "question": "Is the red or the blue one meant?", "answers": ["red"],
+        "metrics": ["mmsearch"],
+    }  # fmt: skip
+    turn = {"text": f"<think> x </think> <answer> {question['question']} </answer>"}
+    turn["action"] = {"type": "answer", "text": question["question"]}
+    figures = official_figures([{"turns": [turn]}], [scoring_part(question)])
+    assert figures["strict/mmsearch"] == 0.0 < figures["official/mmsearch"]
+
+
 def test_fvqa_reads_the_json_list_of_aliases_and_the_split():
     japan = read_copy("fvqa_test", "fvqa_test.parquet")[1]
     assert japan["answers"] == ["Japan", "JPN", "Nippon", "🇯🇵"]
@@ -180,6 +191,19 @@ def test_the_atlas_is_read_like_any_other():
     assert [question["kind"] for question in questions] == ["image"] * 3
     assert all(question["benchmark"] == "atlas" for question in questions)
     assert all(question["image"] is not None for question in questions)
+
+
+def test_of_the_atlas_too_a_part_is_taken_before_the_first_so_many():
+    def ids(**chosen):
+        questions = load_benchmark("atlas", kinds=["look", "text"], **chosen)
+        return [question["id"] for question in questions]
+
+    every = ids(split="dev")
+    assert ids(split="dev[5:]", limit=2) == every[5:7]
+    assert ids(split="dev[:50%]", limit=10**6) == every[: round(len(every) / 2)]
+    pictured = [name for name in every if name.startswith("look")]
+    assert ids(split="dev", pictured=True, limit=4) == pictured[:4]
+    assert ids(split="dev", limit=4) == every[:4]
 
 
 def test_selection_by_kind_and_number_and_the_count():
