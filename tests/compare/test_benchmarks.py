@@ -124,7 +124,7 @@ def test_the_gold_answer_of_every_copy_scores_one_and_another_zero(name, file):
 
 def test_a_strict_score_does_not_pay_for_the_questions_own_words():
     question = {
-        "id": "q", "question": "Is the red or the blue one meant?", "answers": ["red"],
+        "id": "q", "question": "Who made the red one?", "answers": ["red"],
         "metrics": ["mmsearch"],
     }  # fmt: skip
     turn = {"text": f"<think> x </think> <answer> {question['question']} </answer>"}
