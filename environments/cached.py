@@ -65,8 +65,9 @@ class CachedIndex:
         is_text = self.tool == "text_search"
         queries = [normalised(query) for query in queries] if is_text else list(queries)
         check = getattr(self.index, "check_query", None)
-        for query in queries if check is not None else ():
-            check(query)
+        if check is not None:
+            for query in queries:
+                check(query)
         names = queries if is_text else [picture_hash(picture) for picture in queries]
         questions = [Question(self.tool, self._provider, name, k) for name in names]
 
