@@ -33,7 +33,8 @@ __all__ = [
 ]  # fmt: skip
 
 SCORING_KEYS = (
-    "id", "answers", "split", "answer_kind", "range", "unit", "question_type", "metrics",
+    "id", "question", "answers", "split", "answer_kind", "range", "unit", "question_type",
+    "metrics",
 )  # fmt: skip
 """What of a question its score depends on, besides the answer."""
 

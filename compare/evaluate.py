@@ -230,9 +230,10 @@ def run_evaluation(
     with in_turn(folder / LOCK_NAME):  # of two that start together, one writes it
         _check_plan(chunks, plan)
     pictures = PictureFolder(folder, picture_size)
-    n_chunks = 0
+    n_chunks, scored = 0, []
     for index, chunk in enumerate(_chunked(questions, batch)):
         n_chunks += 1
+        scored += [scoring_part(question) for question in chunk]
         path = _chunk_path(chunks, index)
         if index % n_shards == number and not path.exists():
             asker = asker or make_asker()
@@ -250,7 +251,7 @@ def run_evaluation(
             return _finished(folder, header, plan)
         if not all(_chunk_path(chunks, index).exists() for index in range(n_chunks)):
             return None
-        return _finish(folder, n_chunks, {**header, "plan": plan}, bootstrap)
+        return _finish(folder, n_chunks, scored, {**header, "plan": plan}, bootstrap)
 
 
 def some_questions(questions: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -277,15 +278,24 @@ def _finished(folder: Path, header: dict[str, Any], plan: dict[str, Any]) -> dic
     return record
 
 
-def _finish(folder: Path, n_chunks: int, header: dict[str, Any], bootstrap: int) -> dict[str, Any]:
+def _finish(
+    folder: Path,
+    n_chunks: int,
+    scored: Sequence[dict[str, Any]],
+    header: dict[str, Any],
+    bootstrap: int,
+) -> dict[str, Any]:
     texts = [
         _chunk_path(folder / CHUNKS, index).read_text(encoding="utf-8") for index in range(n_chunks)
     ]
     lines = [json.loads(line) for text in texts for line in text.splitlines()]
     metrics, intervals = summarize_episodes([line["measured"] for line in lines], bootstrap)
-    metrics |= official_figures(lines, [line["question"] for line in lines])
+    for line, part in zip(lines, scored, strict=True):
+        line["question"] = part  # a chunk of an older version may lack what scores it by now
+    metrics |= official_figures(lines, scored)
     record = {**header, "metrics": metrics, "intervals": intervals}
-    write_text(folder / "trajectories.jsonl", "".join(texts))
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    write_text(folder / "trajectories.jsonl", text)
     # Last, since its presence says that the evaluation is complete.
     write_json(folder / "eval.json", record)
     shutil.rmtree(folder / CHUNKS)

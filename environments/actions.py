@@ -6,6 +6,8 @@ from typing import Any
 
 Box = tuple[float, float, float, float]
 """Left, top, right, bottom: shares of the picture's size if none is above 1, else pixels."""
+MAX_BOX_NUMBER = 1e9
+"""A box with a number beyond it, on either side of 0, is refused: no picture is so large."""
 
 
 @dataclass(frozen=True)

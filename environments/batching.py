@@ -62,6 +62,15 @@ class Batcher:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="index")
         self._worker: asyncio.Task[None] | None = None
 
+    def check_room(self, n_queries: int) -> None:
+        """Looks whether so many queries may wait now: before what makes them costs anything.
+
+        Raises:
+            OverloadedError: the queue is full.
+        """
+        if self.n_waiting + n_queries > self.max_waiting and self.n_waiting:
+            raise OverloadedError(f"{self.n_waiting} queries wait already")
+
     async def ask(self, queries: Sequence[Any], k: int) -> list[list[Hit]]:
         """The index's answer. A caller that is cancelled while it waits costs no search.
 
@@ -69,8 +78,7 @@ class Batcher:
             OverloadedError: the queue is full.
             Exception: whatever the index raised.
         """
-        if self.n_waiting + len(queries) > self.max_waiting and self.n_waiting:
-            raise OverloadedError(f"{self.n_waiting} queries wait already")
+        self.check_room(len(queries))
         if self._worker is None:
             self._worker = asyncio.create_task(self._work())
         request = _Request(queries, k, asyncio.get_running_loop().create_future())

@@ -57,9 +57,17 @@ class CachedIndex:
         return int(getattr(self.index, "words_shown", SNIPPET_WORDS))
 
     def search(self, queries: list[Any], k: int) -> list[list[Hit]]:
-        """As the index does it; equal questions of several threads are asked once."""
+        """As the index does it; equal questions of several threads are asked once.
+
+        What the index refuses unasked (`check_query`) is refused before the cache, so that a replay
+        does not miss what could never be stored.
+        """
         is_text = self.tool == "text_search"
         queries = [normalised(query) for query in queries] if is_text else list(queries)
+        check = getattr(self.index, "check_query", None)
+        if check is not None:
+            for query in queries:
+                check(query)
         names = queries if is_text else [picture_hash(picture) for picture in queries]
         questions = [Question(self.tool, self._provider, name, k) for name in names]
 

@@ -20,6 +20,7 @@ from urllib.parse import quote, urljoin, urlsplit
 
 from environments.sanitize import one_line
 from environments.web import (
+    NoSuchHostError,
     TooLargeError,
     UnreadableBodyError,
     WebError,
@@ -132,7 +133,7 @@ class SafeFetcher:
                 if reply.status == 200:
                     kind, charset = content_type(reply.headers)
                     return Fetched(url, kind, charset, reply.body)
-                url = urljoin(url, reply.headers["location"])
+                url = urljoin(url, _location(reply.headers))
             _refuse("redirects", f"It redirects more than {MAX_REDIRECTS} times.")
         except TooLargeError:
             self._note(asked, "size")
@@ -140,6 +141,10 @@ class SafeFetcher:
         except UnreadableBodyError:
             self._note(asked, "encoding")
             raise PageRefusedError("The page cannot be decompressed.", "encoding") from None
+        except NoSuchHostError:
+            # whoever wrote the address made the name up; a service's own name is another matter
+            self._note(asked, "name")
+            raise PageRefusedError("There is no such host.", "name") from None
         except PageRefusedError as refusal:
             self._note(asked, refusal.reason)
             raise
@@ -230,6 +235,16 @@ def content_type(headers: dict[str, str]) -> tuple[str, str]:
         if name.strip() == "charset":
             return kind.strip(), value.strip(" \"'")
     return kind.strip(), ""
+
+
+def _location(headers: dict[str, str]) -> str:
+    """Where a redirect leads. Its bytes may be UTF-8 as they are, which `exchange` reads as Latin-1
+    like all headers; encoded so, they would name another page."""
+    location = headers["location"]
+    try:
+        return location.encode("latin-1").decode("utf-8")
+    except UnicodeError:
+        return location
 
 
 def _wants_body(status: int, headers: dict[str, str], types: tuple[str, ...]) -> bool:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from environments.content import write_whole
 from environments.fetch import SafeFetcher
 from environments.pictures import fetch_picture
-from environments.providers import hits_of, in_parallel, listed, other_url
+from environments.providers import hits_of, in_parallel, listed, other_url, pages_of
 from environments.results import Hit
 from environments.services import RequestRefusedError, Service
 from environments.web import WebError
@@ -91,23 +91,26 @@ class SerpApiLens:
         hits = hits_of(rows, self.name, "link", "title", lambda row: "")
         if self.fetcher is None or not hits:
             return hits
-        sources = {row.get("link"): row.get("thumbnail") or row.get("image") for row in rows}
+        # by place: several pictures of one page have one link
+        sources = [row.get("thumbnail") or row.get("image") for row in pages_of(rows, "link")]
         return self._with_pictures(hits, sources)
 
-    def _with_pictures(self, hits: list[Hit], sources: dict[Any, Any]) -> list[Hit]:
-        """The hits with their small pictures; one that cannot be had is left out."""
+    def _with_pictures(self, hits: list[Hit], sources: list[Any]) -> list[Hit]:
+        """The hits with their small pictures, one source each; one that cannot be had is left
+        out."""
         fetcher = self.fetcher
         assert fetcher is not None
 
-        def fetch(hit: Hit) -> Hit | WebError:
+        def fetch(pair: tuple[Hit, Any]) -> Hit | WebError:
+            hit, source = pair
             try:
-                picture = fetch_picture(fetcher, str(sources.get(hit.id) or ""), 256)
+                picture = fetch_picture(fetcher, str(source or ""), 256)
             except WebError as error:
                 logger.warning("no picture for a match: %s", error)
                 return error
             return replace(hit, image=picture)
 
-        fetched = in_parallel(fetch, hits)
+        fetched = in_parallel(fetch, list(zip(hits, sources, strict=True)))
         if all(isinstance(one, WebError) and one.fault == "infrastructure" for one in fetched):
             raise next(one for one in fetched if isinstance(one, WebError))
         return [

@@ -35,7 +35,9 @@ def decode_picture(content: bytes, max_side: int = 512, max_pixels: int = 40_000
         PictureError: no picture, broken, or larger than `max_pixels` (which a few kilobytes can
             claim to be).
     """
-    from PIL import Image, ImageOps
+    from PIL import Image
+
+    from environments.pixels import to_rgb, upright
 
     try:
         with warnings.catch_warnings():
@@ -44,7 +46,7 @@ def decode_picture(content: bytes, max_side: int = 512, max_pixels: int = 40_000
         if picture.width * picture.height > max_pixels:
             raise PictureError(f"the picture has more than {max_pixels} pixels")
         picture.draft("RGB", (max_side, max_side))  # JPEG: decodes at a fraction of the size
-        picture = ImageOps.exif_transpose(picture).convert("RGB")
+        picture = to_rgb(upright(picture))
     except PictureError:
         raise
     except Exception as error:  # decoders of hostile bytes raise all sorts

@@ -20,6 +20,7 @@ from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 
+from environments.guard import BadCall
 from environments.results import Hit
 from environments.services import URLS, MalformedReplyError, Service
 from environments.tools import PAGE_WORDS
@@ -40,6 +41,9 @@ class _TextProvider:
     """
 
     name = ""
+    max_chars: int | None = None
+    """longest query that the service takes; None = none is known"""
+    max_words: int | None = None
 
     def __init__(
         self, service: Service, country: str | None = None, language: str | None = None
@@ -56,12 +60,31 @@ class _TextProvider:
             **other_url(self.name, self.service),
         }
 
+    def check_query(self, query: str) -> None:
+        """Looks whether the service takes the query, without asking it.
+
+        Raises:
+            BadCall: longer than it takes; the service would refuse the request, which would read
+                as a fault of its own.
+        """
+        for n, limit, what in (
+            (len(query), self.max_chars, "characters"),
+            (len(query.split()), self.max_words, "words"),
+        ):
+            if limit is not None and n > limit:
+                raise BadCall(
+                    f"The query has {n} {what}, and at most {limit} are taken. Write a shorter one."
+                )
+
     def search(self, queries: list[str], k: int) -> list[list[Hit]]:
         """The best `k` pages for every query, best first; one request each.
 
         Raises:
+            BadCall: a query is longer than the service takes.
             WebError: the service failed.
         """
+        for query in queries:
+            self.check_query(query)
         return [self._search(query, min(k, MAX_PER_PAGE))[:k] for query in queries]
 
     def _search(self, query: str, k: int) -> list[Hit]:
@@ -92,6 +115,7 @@ class BraveSearch(_TextProvider):
     """Brave's own index: `GET /web/search`."""
 
     name = "brave"
+    max_chars, max_words = 400, 50
 
     def _search(self, query: str, k: int) -> list[Hit]:
         wanted = {
@@ -124,6 +148,7 @@ class TavilySearch(_TextProvider):
     """Tavily: `POST /search` of basic depth, without its generated answer."""
 
     name = "tavily"
+    max_chars = 400
 
     def _search(self, query: str, k: int) -> list[Hit]:
         reply = self.service.ask(
@@ -162,6 +187,16 @@ class ReadingIndex:
     def identity(self) -> dict[str, Any]:
         """What the cache tells it apart by."""
         return {"search": self.index.identity, "read": self.reader.identity}
+
+    def check_query(self, query: str) -> None:
+        """As the text search has it.
+
+        Raises:
+            BadCall: it would not take the query.
+        """
+        check = getattr(self.index, "check_query", None)
+        if check is not None:
+            check(query)
 
     def search(self, queries: list[str], k: int) -> list[list[Hit]]:
         """The hits of the text search, with page summaries for text."""
@@ -213,15 +248,22 @@ def hits_of(
         MalformedReplyError: none of the results is a page.
     """
     hits: list[Hit] = []
-    for row in rows:
-        url = row.get(url_key)
-        if not isinstance(url, str) or urlsplit_scheme(url) not in ("http", "https"):
-            continue
+    for row in pages_of(rows, url_key):
+        url = row[url_key]
         title, text = str(row.get(title_key) or ""), str(text_of(row) or "")
         hits.append(Hit(url, plain_text(title), text, 1.0 / (len(hits) + 1), None, url))
     if rows and not hits:
         raise MalformedReplyError(f"{name}: none of {len(rows)} results has a web address")
     return hits
+
+
+def pages_of(rows: list[dict[str, Any]], url_key: str) -> list[dict[str, Any]]:
+    """The results that have a web address; `hits_of` makes one hit of each."""
+    return [
+        row
+        for row in rows
+        if isinstance(row.get(url_key), str) and urlsplit_scheme(row[url_key]) in ("http", "https")
+    ]
 
 
 def urlsplit_scheme(url: str) -> str:

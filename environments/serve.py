@@ -20,7 +20,7 @@ import hmac
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,7 +45,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from environments.batching import Batcher, OverloadedError
 from environments.retrieval import cut_snippet
 from environments.tools import Hit, ImageIndex, TextIndex
-from environments.wire import BadPictureError, decode_image, document_of, from_base64
+from environments.wire import (
+    BadPictureError,
+    count_pixels,
+    decode_image,
+    document_of,
+    from_base64,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +72,8 @@ class Limits:
     """hits of a query"""
     pixels: int = 25_000_000
     """pixels of a picture"""
+    request_pictures: int = 4
+    """pictures of that size, or as many pixels in smaller ones, that a request may have"""
     waiting: int = 1024
     """queries that may wait for an index; beyond, 429"""
     batch: int = 64
@@ -148,20 +156,32 @@ def make_app(
     async def retrieve_images(request: Request) -> Response:
         body, pictures = await _read_pictures(request, limits)
         topk = _read_number(body, "topk", DEFAULT_TOPK, 1, limits.topk)
-        images = await run_in_threadpool(_decode_all, pictures, limits.pixels)
+        with _refused("images"):  # before the dear part of it
+            _batcher("images").check_room(len(pictures))
+        images = await run_in_threadpool(_decode_all, pictures, limits)
         found = await _ask("images", images, topk)
         return _answer(found, bool(body.get("return_scores")), bool(body.get("return_images")))
 
-    async def _ask(name: str, queries: Sequence[Any], topk: int) -> list[list[Hit]]:
+    def _batcher(name: str) -> Batcher:
         if name not in batchers:
             raise HTTPException(404, f"this server has no {name} index")
+        return batchers[name]
+
+    @contextlib.contextmanager
+    def _refused(name: str) -> Iterator[None]:
         try:
-            async with asyncio.timeout(limits.answer_s):
-                found = await batchers[name].ask(queries, topk)
+            yield
         except OverloadedError as error:
             metrics.refused.labels(name).inc()
             message = f"too many requests: {error}"
             raise HTTPException(429, message, {"Retry-After": "1"}) from error
+
+    async def _ask(name: str, queries: Sequence[Any], topk: int) -> list[list[Hit]]:
+        batcher = _batcher(name)
+        try:
+            with _refused(name):
+                async with asyncio.timeout(limits.answer_s):
+                    found = await batcher.ask(queries, topk)
         except TimeoutError as error:
             message = f"no answer within {limits.answer_s:g} s"
             raise HTTPException(503, message, {"Retry-After": "1"}) from error
@@ -333,12 +353,19 @@ def _check_number(name: str, n: int, limit: int) -> None:
         raise HTTPException(413, f"{name}: {n} are too many; at most {limit} are taken")
 
 
-def _decode_all(pictures: Sequence[str | bytes], max_pixels: int) -> list[Any]:
+def _decode_all(pictures: Sequence[str | bytes], limits: Limits) -> list[Any]:
+    """The pictures, RGB; none is decoded before the headers of all say that they fit."""
+    most, n_pixels = limits.request_pictures * limits.pixels, 0
     try:
-        return [
-            decode_image(item if isinstance(item, bytes) else from_base64(item), max_pixels)
-            for item in pictures
-        ]
+        files = [item if isinstance(item, bytes) else from_base64(item) for item in pictures]
+        for data in files:
+            n_pixels += count_pixels(data, limits.pixels)
+            if n_pixels > most:
+                raise BadPictureError(
+                    f"the pictures have more than {most} pixels together; ask for fewer at a time",
+                    413,
+                )
+        return [decode_image(data, limits.pixels) for data in files]
     except BadPictureError as error:
         raise HTTPException(error.status, str(error)) from error
 

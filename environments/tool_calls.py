@@ -14,7 +14,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from environments.actions import Call, ImageSearch, Invalid, Search, Visit, read_region
+from environments.actions import (
+    MAX_BOX_NUMBER,
+    Call,
+    ImageSearch,
+    Invalid,
+    Search,
+    Visit,
+    read_region,
+)
 from environments.sanitize import encodable, one_line
 
 MAX_CALLS = 8
@@ -226,7 +234,7 @@ def _values(tool: str, key: str, argument: Argument, value: Any) -> list[Any]:
 def _box(tool: str, key: str, value: Any) -> tuple[float, ...]:
     numbers = value if isinstance(value, list) else []
     is_box = len(numbers) == 4 and all(type(number) in (int, float) for number in numbers)
-    if not is_box or not all(abs(number) <= 1e9 for number in numbers):  # NaN is none
+    if not is_box or not all(abs(number) <= MAX_BOX_NUMBER for number in numbers):  # NaN is none
         raise _Unreadable(f"{tool}: '{key}' must be four numbers: left, top, right, bottom")
     return tuple(float(number) for number in numbers)
 

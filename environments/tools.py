@@ -10,7 +10,7 @@ import math
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Protocol
 
-from environments.actions import Box, Call, ImageSearch, Search
+from environments.actions import MAX_BOX_NUMBER, Box, Call, ImageSearch, Search
 from environments.guard import BadCall, ServiceError, guard, side_by_side
 from environments.results import (
     CUT_MARK,
@@ -215,8 +215,12 @@ def crop(picture: "Image", region: str | Box) -> "Image":
 
 
 def _pixels(box: Box, width: int, height: int) -> tuple[int, int, int, int]:
-    if not all(math.isfinite(number) for number in box):
-        raise BadCall("A number of the box is not finite. Write left, top, right, bottom.")
+    # what no picture has must not reach the arithmetic: -1e308 times a width is infinite, and an
+    # exception would void the episode in place of costing it
+    if not all(abs(number) <= MAX_BOX_NUMBER for number in box):  # NaN is none
+        raise BadCall(
+            "A number of the box is not finite, or too large. Write left, top, right, bottom."
+        )
     is_relative = max(box) <= 1.0
     scales = (width, height) if is_relative else (1, 1)
     left, top = (max(0, math.floor(box[i] * scales[i])) for i in (0, 1))

@@ -25,6 +25,9 @@ from urllib.parse import urlsplit
 
 import httpcore
 
+# EAI_NODATA, a name without an address, is not known everywhere
+_NO_SUCH_NAME = (socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME))
+
 CheckAddress = Callable[[str], None]
 """Raises for an IP address that must not be connected to."""
 WantsBody = Callable[[int, dict[str, str]], bool]
@@ -48,6 +51,10 @@ class WebError(RuntimeError):
 
 class UnreachableError(WebError):
     """No name, no connection, a broken connection or no valid HTTP."""
+
+
+class NoSuchHostError(UnreachableError):
+    """The name service knows no such name; one that cannot say is an UnreachableError."""
 
 
 class TooSlowError(WebError):
@@ -194,16 +201,17 @@ def look_up(host: str, port: int, timeout_s: float) -> list[str]:
     """The IP addresses of a host, in the system's order.
 
     Raises:
-        UnreachableError: no such name.
+        NoSuchHostError: no such name.
+        UnreachableError: the name service fails.
         TooSlowError: the name service does not answer.
     """
-    box: list[Any] = []
+    box: list[list[Any] | Exception] = []
 
     def ask() -> None:
         try:
             box.append(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
-        except (OSError, UnicodeError, ValueError):
-            box.append([])
+        except (OSError, UnicodeError, ValueError) as error:
+            box.append(error)
 
     # getaddrinfo knows no time limit; a daemon, so that a hung one cannot keep the process alive
     thread = threading.Thread(target=ask, daemon=True)
@@ -211,9 +219,15 @@ def look_up(host: str, port: int, timeout_s: float) -> list[str]:
     thread.join(max(timeout_s, 0.0))
     if not box:
         raise TooSlowError(f"the name {host} was not found in time")
-    addresses = list(dict.fromkeys(str(entry[4][0]) for entry in box[0]))
+    found = box[0]
+    if isinstance(found, Exception):
+        # EAI_AGAIN and the like say nothing about the name
+        if isinstance(found, OSError) and found.errno not in _NO_SUCH_NAME:
+            raise UnreachableError(f"the name {host} cannot be looked up")
+        raise NoSuchHostError(f"there is no host {host}")
+    addresses = list(dict.fromkeys(str(entry[4][0]) for entry in found))
     if not addresses:
-        raise UnreachableError(f"there is no host {host}")
+        raise NoSuchHostError(f"there is no host {host}")
     return addresses
 
 

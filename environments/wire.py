@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import io
+from collections.abc import Iterator
 from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 
+from environments.pixels import to_rgb
 from environments.tools import Hit
 
 TOKEN_VARIABLE = "OBM_SEARCH_TOKEN"
@@ -79,15 +82,30 @@ def from_base64(text: Any) -> bytes:
         raise BadPictureError("a picture is no valid base64") from error
 
 
-def decode_image(data: bytes, max_pixels: int) -> Image.Image:
-    """Decodes a picture that a stranger sent, RGB.
-
-    Its size is read from the header before a pixel is decoded, so that a small file which unpacks
-    to gigabytes costs nothing.
+def count_pixels(data: bytes, max_pixels: int) -> int:
+    """Pixels of a picture that a stranger sent, by its header: a small file may unpack to
+    gigabytes.
 
     Raises:
         BadPictureError: another format, broken, or more than `max_pixels` pixels.
     """
+    with _opened(data, max_pixels) as image:
+        return image.width * image.height
+
+
+def decode_image(data: bytes, max_pixels: int) -> Image.Image:
+    """Decodes a picture that a stranger sent, RGB; not one that is too large by its header.
+
+    Raises:
+        BadPictureError: another format, broken, or more than `max_pixels` pixels.
+    """
+    with _opened(data, max_pixels) as image:
+        return to_rgb(image)
+
+
+@contextlib.contextmanager
+def _opened(data: bytes, max_pixels: int) -> Iterator[Image.Image]:
+    """The picture before a pixel of it is decoded; errors of decoding in the block are ours."""
     try:
         with Image.open(io.BytesIO(data), formats=PICTURE_FORMATS) as image:
             width, height = image.size
@@ -95,7 +113,7 @@ def decode_image(data: bytes, max_pixels: int) -> Image.Image:
                 raise BadPictureError(
                     f"a picture has {width} x {height} pixels; at most {max_pixels} are taken", 413
                 )
-            return image.convert("RGB")
+            yield image
     except BadPictureError:
         raise
     except Image.DecompressionBombError as error:

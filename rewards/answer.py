@@ -114,12 +114,13 @@ def correctness(
     if exact_match(prediction, answers, max_chars):
         return 1.0
     golds = [gold for gold in answers if normalize_answer(gold)]
-    if match in ("contains", "f1") and _copies(prediction, get(question, "question"), golds):
+    asked = get(question, "question") or ""
+    if match in ("contains", "f1") and _copies(prediction, asked, golds):
         return 0.0
     if match == "contains":
-        return float(any(contains_answer(prediction, gold) for gold in golds))
+        return float(any(contains_answer(prediction, gold, asked) for gold in golds))
     if match == "f1":
-        return max((careful_f1(prediction, gold) for gold in golds), default=0.0)
+        return max((careful_f1(prediction, gold, asked) for gold in golds), default=0.0)
     return float(match == "typed" and _matches_kind(prediction, question, golds))
 
 
@@ -136,12 +137,12 @@ def kind_of(gold: str) -> Kind:
     return "no_answer" if says_no_answer(gold) else "text"
 
 
-def _copies(prediction: str, asked: str | None, golds: Sequence[str]) -> bool:
+def _copies(prediction: str, asked: str, golds: Sequence[str]) -> bool:
     """Whether the prediction says nothing right that the question does not say itself.
 
     A gold answer whose words all stand in the question ("A or B?") is an answer all the same.
     """
-    words = set(normalize_answer(asked or "").split())
+    words = set(normalize_answer(asked).split())
     wanted = [set(normalize_answer(gold).split()) for gold in golds]
     said = set(normalize_answer(prediction).split())
     if words and words <= said:
@@ -159,7 +160,7 @@ def _matches_kind(prediction: str, question: Any, golds: Sequence[str]) -> bool:
     limits, items = get(question, "range"), get(question, "items")
     if limits is not None:
         return number_matches(prediction, limits, unit=get(question, "unit"))
-    if items is not None:
+    if items:  # an empty cell of a table is none
         return list_matches(prediction, items)
     return any(
         _matches_one(prediction, gold, stated or _shown_kind(gold, prediction), question)

@@ -2,7 +2,7 @@
 softer comparisons, containment and token F1. Pure functions, linear in their input.
 
 None of them rewards a list of guesses: an answer that offers more candidates than the gold answer
-has, or that negates, is wrong.
+has (`rewards.guesses`), or that negates, is wrong.
 """
 
 from __future__ import annotations
@@ -11,11 +11,22 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from rewards.dates import MONTHS
+from rewards.guesses import (
+    NUMBER_CONTEXT,
+    count_strange_words,
+    known_words,
+    names_answer,
+    offers_more,
+)
 from rewards.normalize import contains_phrase, normalize_answer
 from rewards.quantities import NUMBER_WORDS
-from rewards.units import SCALES, UNITS
 
+STRANGE_WORDS = 1
+"""An answer that contains gold may have so many strange words (`rewards.guesses`): France in
+"Paris (France)". Each further one could be a further guess."""
+STRANGE_WORDS_F1 = 4
+"""The same for F1, which takes something off for each of them already; or as many as gold has
+words, since a near miss of a long answer has others."""
 _YES = {"yes", "true", "correct", "yeah", "yep"}
 _NO = {"no", "false", "incorrect", "nope", "not"}
 _SAYS = re.compile(
@@ -36,41 +47,30 @@ NO_ANSWER = frozenset(
         "unable to answer", "unable to answer due to lack of relevant information",
     )
 )  # fmt: skip
-_AROUND_NUMBERS = {
-    "about", "approximately", "approx", "around", "roughly", "nearly", "almost", "circa", "ca", "c",
-    "some", "exactly", "it", "its", "is", "was", "has", "had", "the", "a", "of", "in", "on", "at",
-    "as", "since", "from", "to", "and", "between", "until", "by", "year", "date", "estimate", "est",
-    "census", "born", "died", "founded", "established", "independent", "independence", "ad", "ce",
-    "bc", "bce", "per", "square", "sq", "cubic", "million", "st", "nd", "rd", "th",
-}  # fmt: skip
 _REASON = re.compile(r" (?:because|since|due to|as) ")
-_SEPARATOR = re.compile(r"[,;|/\n\r•·]|\bor\b|\band\b|&")
 _LIST_SEPARATOR = re.compile(r"[,;|/\n\r•·]")
 _LIST_AND = re.compile(r"\band\b|&")
 _OPTION = re.compile(r"(?:option|choice|answer)?[\s:]*\(?([a-z])[).:]?(?=\s|$)", re.IGNORECASE)
 _LONE_LETTER = re.compile(r"(?<![\w'’])[A-Z](?![\w'’])")
 
 
-def count_candidates(text: str) -> int:
-    """Answers that a text offers, as separated by commas, slashes, line breaks, "or" and "and"."""
-    return sum(bool(normalize_answer(piece)) for piece in _SEPARATOR.split(text.casefold()))
-
-
-def offers_more(prediction: str, gold: str) -> bool:
-    """Whether the prediction offers more candidates than the gold answer has parts."""
-    return count_candidates(prediction) > max(1, count_candidates(gold))
-
-
-def contains_answer(prediction: str, gold: str) -> bool:
+def contains_answer(prediction: str, gold: str, asked: str = "") -> bool:
     """Whether gold stands in the prediction as whole tokens, alone and not negated.
 
-    contains_answer("It is Paris.", "Paris") and not contains_answer("Paris or Rome", "Paris")
+        contains_answer("It is Paris.", "Paris") and not contains_answer("Paris or Rome", "Paris")
+
+    Args:
+        prediction, gold: the answers.
+        asked: the question, whose words an answer may repeat.
     """
-    if not contains_phrase(prediction, gold) or offers_more(prediction, gold):
+    if not contains_phrase(prediction, gold):
         return False
-    added = Counter(normalize_answer(prediction).split())
-    added -= Counter(normalize_answer(gold).split())
-    return not _NEGATIONS & added.keys()
+    known = known_words(gold, asked)
+    if offers_more(prediction, gold, known) or _denies(prediction, gold):
+        return False
+    # of "A or B?" the other answer would be the one strange word
+    most = 0 if names_answer(asked, gold) else STRANGE_WORDS
+    return count_strange_words(prediction, gold, known) <= most
 
 
 def token_f1(one: str, other: str) -> float:
@@ -85,12 +85,19 @@ def token_f1(one: str, other: str) -> float:
     return 2.0 * shared / (len(left) + len(right)) if shared else 0.0
 
 
-def careful_f1(prediction: str, gold: str) -> float:
-    """Token F1 that a list of guesses or a negation does not earn. Range [0, 1]."""
-    if offers_more(prediction, gold):
+def careful_f1(prediction: str, gold: str, asked: str = "") -> float:
+    """Token F1 that a list of guesses or a negation does not earn. Range [0, 1].
+
+    Args:
+        prediction, gold: the answers.
+        asked: the question, whose words an answer may repeat.
+    """
+    known = known_words(gold, asked)
+    if offers_more(prediction, gold, known) or _denies(prediction, gold):
         return 0.0
-    added = set(normalize_answer(prediction).split()) - set(normalize_answer(gold).split())
-    return 0.0 if _NEGATIONS & added else token_f1(prediction, gold)
+    most = max(STRANGE_WORDS_F1, len(normalize_answer(gold).split()))
+    is_list = count_strange_words(prediction, gold, known) > most
+    return 0.0 if is_list else token_f1(prediction, gold)
 
 
 def polarity(text: str) -> bool | None:
@@ -163,7 +170,7 @@ def is_mostly_number(text: str) -> bool:
 
     is_mostly_number("about 35 million people") and not is_mostly_number("Apollo 11")
     """
-    known = _AROUND_NUMBERS | UNITS.keys() | SCALES.keys() | MONTHS.keys() | NUMBER_WORDS
+    known = NUMBER_CONTEXT | NUMBER_WORDS
     has_number, n_strange = False, 0
     for word in normalize_answer(text).split():
         if word in NUMBER_WORDS or any(ch.isdigit() for ch in word):
@@ -176,6 +183,13 @@ def is_mostly_number(text: str) -> bool:
 
 
 # ---------------------------------------------------------------- helpers
+
+
+def _denies(prediction: str, gold: str) -> bool:
+    """Whether the prediction negates, and more than gold does."""
+    added = Counter(normalize_answer(prediction).split())
+    added -= Counter(normalize_answer(gold).split())
+    return bool(_NEGATIONS & added.keys())
 
 
 def _without_and(piece: str) -> str:

@@ -98,6 +98,13 @@ class Lunch:
     fair: float
 
 
+SIX = ("Rome", "Paris", "Bonn", "Madrid", "Berlin", "Vienna")
+
+
+def _lists_six(name: str, mark: str) -> Lunch:
+    return Lunch(f"lists six, {name} between", lambda w: [w.answer(mark.join(SIX))], 0.1)
+
+
 HONEST = (
     Lunch("right, without a search", lambda w: [w.answer("Paris")], 1.1),
     Lunch("right, after a search", lambda w: [w.search("capital", FOUND), w.answer("Paris")], 1.0),
@@ -116,6 +123,11 @@ TRICKS = (
     Lunch("copies the question", lambda w: [w.answer(QUESTION["question"])], 0.1),
     Lunch("lists all candidates", lambda w: [w.answer("Rome or Paris or Bonn")], 0.1),
     Lunch("lists two", lambda w: [w.answer("Paris, Rome")], 0.1),
+    _lists_six("spaces", " "),
+    _lists_six("full stops", ". "),
+    _lists_six("dashes", " - "),
+    _lists_six("colons", ": "),
+    _lists_six("brackets", ") ("),
     Lunch("denies the gold answer", lambda w: [w.answer("not Paris")], 0.1),
     Lunch("many searches, no answer", lambda w: [w.search(f"q{i}") for i in range(8)], 0.0),
     Lunch(

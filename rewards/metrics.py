@@ -55,7 +55,9 @@ def _strict_em(prediction: str, question: Any) -> float:
 
 
 def _strict_subem(prediction: str, question: Any) -> float:
-    return correctness(prediction, {"answers": _answers(question)}, "contains")
+    # the question's own words are no guesses
+    asked = {"question": get(question, "question"), "answers": _answers(question)}
+    return correctness(prediction, asked, "contains")
 
 
 _LIVE: dict[str, float | None] = {"CORRECT": 1.0, "INCORRECT": 0.0, "NOT_ATTEMPTED": None}

@@ -16,9 +16,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
+
+from environments.pixels import to_rgb, upright
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+"""What is decoded, by the names of Pillow's decoders (JPEG's takes MPO, too): no other one sees the
+bytes of a data set, least of all the one that hands EPS to Ghostscript."""
 MAX_FETCHED_BYTES = 32 * 2**20
 FETCH_TIMEOUT_S = 20.0
 _ADDRESS = re.compile(r"https?://", re.IGNORECASE)
@@ -48,7 +53,7 @@ def decode_picture(value: Any, folder: Path, fetch: bool = False) -> Image.Image
         PictureError: nothing there, not a picture, or a form that is refused.
     """
     if isinstance(value, Image.Image):
-        return _finish(value)
+        return to_rgb(upright(value))
     if isinstance(value, Mapping):
         inner = value.get("bytes")
         if not inner:
@@ -79,7 +84,7 @@ def check_picture_file(name: str, folder: Path, fetch: bool = False) -> None:
         return
     path = _file_of(name, folder)
     try:
-        with Image.open(path):
+        with Image.open(path, formats=FORMATS):
             pass
     except UnidentifiedImageError as error:
         raise PictureError(f"{path} is no picture", "store it as jpg, png or webp") from error
@@ -101,8 +106,10 @@ def find_picture(folder: Path, name: str) -> Path | None:
             if candidate.is_file():
                 return candidate
     files, wanted = _files_below(folder), Path(name)
+    # a copy may be of another format; what follows the dot of `Q1.5` is no format but part of it
+    stem = wanted.stem if wanted.suffix.lower() in (*SUFFIXES, ".tif", ".tiff") else wanted.name
     fitting: dict[int, list[Path]] = {}
-    for path in files.get(wanted.name) or files.get(wanted.stem) or ():
+    for path in files.get(wanted.name) or files.get(stem) or ():
         own, asked = path.relative_to(folder).parent.parts, wanted.parent.parts
         n_common = [*map(operator.eq, reversed(own), reversed(asked)), False].index(False)
         if n_common or not own or not asked:  # in a folder of another name it is another picture
@@ -177,16 +184,11 @@ def _download(address: str) -> bytes:
 
 def _open(content: bytes) -> Image.Image:
     try:
-        picture = Image.open(io.BytesIO(content))
+        picture = Image.open(io.BytesIO(content), formats=FORMATS)
         picture.load()  # a file that breaks off must be found here
     except UnidentifiedImageError as error:
         reason = f"{len(content)} bytes that are no picture"
         raise PictureError(reason, "store the file's own bytes (jpg, png, webp)") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise PictureError(f"a broken picture ({error})", "store it again") from error
-    return _finish(picture)
-
-
-def _finish(picture: Image.Image) -> Image.Image:
-    upright = ImageOps.exif_transpose(picture)
-    return upright.convert("RGB")
+    return to_rgb(upright(picture))

@@ -152,7 +152,11 @@ def iterate_benchmark(name: str, selection: Selection | None = None) -> Iterator
     benchmark, chosen = find_benchmark(name), selection or Selection()
     split, first, last = read_split(chosen.split)
     chosen = replace(chosen, split=split)
-    found = _published(benchmark, chosen) if benchmark.schema else _atlas(benchmark, chosen)
+    if benchmark.schema:
+        found = _published(benchmark, chosen)
+    else:  # its photos are made here, so no more than needed; but what is left out must not count
+        is_cut = bool(first or last or chosen.pictured)
+        found = _atlas(benchmark, chosen, None if is_cut else chosen.limit)
     fitting: Iterator[dict[str, Any]] = (q for q in found if _is_chosen(q, chosen))
     if first or last:
         fitting = iter(_part(list(fitting), first, last))
@@ -263,12 +267,12 @@ def _published(benchmark: Benchmark, chosen: Selection) -> Iterator[dict[str, An
             yield BenchmarkQuestion({**question, **names}, row)
 
 
-def _atlas(benchmark: Benchmark, chosen: Selection) -> Iterator[dict[str, Any]]:
+def _atlas(benchmark: Benchmark, chosen: Selection, limit: int | None) -> Iterator[dict[str, Any]]:
     """The atlas' questions of one split, each once, with new photos of the default strength."""
     from environments.atlas.questions import KINDS, load_questions
 
     split, kinds = chosen.split or benchmark.split, chosen.kinds or list(KINDS)
-    for question in load_questions(split, kinds, chosen.limit):
+    for question in load_questions(split, kinds, limit):
         yield {
             **question,
             "benchmark": benchmark.name,

@@ -38,6 +38,9 @@ ANSWER_KINDS = ("text", "number", "date", "year", "yes_no", "choice", "list", "n
 """What `answer_kind` may say; a test holds them against `rewards.answer.KINDS`, a package apart."""
 NUMBERS = ("tolerance", "best_calls", "hops")
 """Columns that the rewards read as numbers, where a table has them; `range` as two."""
+LISTS = ("items", "choices")
+"""Columns that the rewards read as lists: the entries of the right answer, the options; an entry of
+`items` may be a list of its names, and `choices` may name each option's letter."""
 SEPARATOR = "|"
 NEAR = 0.75
 """Likeness above which an unknown column is taken for a misspelt one."""
@@ -60,6 +63,7 @@ def read_table(row: Row, split: str) -> list[dict[str, Any]]:
             **others,
             **{column: _number(row, column) for column in NUMBERS if column in others},
             **({"range": _range(row)} if "range" in others else {}),
+            **{column: _entries(row, column) for column in LISTS if column in others},
             "id": _cell(row, "id", str(row.number_of_source)),
             "kind": _cell(row, "kind", "all"),
             "split": _cell(row, "split", split),
@@ -124,6 +128,34 @@ def _range(row: Row) -> list[float] | None:
         reason = f"expected two numbers, got {shown(value)}"
         row.fail("range", reason, f"write [low, high] or low{SEPARATOR}high, or leave it out")
     return found
+
+
+def _entries(row: Row, column: str) -> list[Any] | dict[str, str] | None:
+    """A list, in a .csv a text with separators, or options by their letters; without an entry none.
+
+    An empty cell that stayed a text would be a question without a right answer.
+    """
+    value = row.get(column, "")
+    if isinstance(value, str):
+        return [part.strip() for part in value.split(SEPARATOR) if part.strip()] or None
+    if column == "choices" and isinstance(value, Mapping):
+        # a .parquet file has the letters of all rows in each
+        there = {str(letter): text for letter, text in value.items() if text is not None}
+        return {letter: _entry(row, column, text) for letter, text in there.items()} or None
+    entries = value if isinstance(value, list | tuple) else [value]
+    return [
+        [_entry(row, column, name) for name in entry]
+        if column == "items" and isinstance(entry, list | tuple) and entry
+        else _entry(row, column, entry)
+        for entry in entries
+    ] or None
+
+
+def _entry(row: Row, column: str, value: Any) -> str:
+    if not isinstance(value, str | int):
+        reason = f"expected a list of texts, got {shown(row.get(column))}"
+        row.fail(column, reason, f"write one, or a text with {SEPARATOR} between, or leave it out")
+    return str(value)
 
 
 def _finite(value: Any) -> float | None:

@@ -76,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     limits.add_argument(
         "--megapixels", type=float, default=25, metavar="N",
-        help="largest picture, unpacked (default: 25)",
+        help="largest picture, unpacked; a request may have four times as many (default: 25)",
     )  # fmt: skip
     limits.add_argument(
         "--answer-s", type=float, default=30, metavar="S",

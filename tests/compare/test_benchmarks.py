@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import get_args, get_type_hints
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
@@ -24,7 +25,12 @@ from compare.benchmarks import (
 )
 from configs.schema import load_config
 from configs.sections import Benchmark
-from environments.benchmarks.pictures import PictureError, decode_picture, find_picture
+from environments.benchmarks.pictures import (
+    PictureError,
+    check_picture_file,
+    decode_picture,
+    find_picture,
+)
 from environments.fetch import Fetched, SafeFetcher
 from rewards.metrics import METRICS
 from tests.environments.fake_services import FakeServices
@@ -116,6 +122,17 @@ def test_the_gold_answer_of_every_copy_scores_one_and_another_zero(name, file):
             assert figures[f"strict/{main}"] == expected
 
 
+def test_a_strict_score_does_not_pay_for_the_questions_own_words():
+    question = {
+        "id": "q", "question": "Who made the red one?", "answers": ["red"],
+        "metrics": ["mmsearch"],
+    }  # fmt: skip
+    turn = {"text": f"<think> x </think> <answer> {question['question']} </answer>"}
+    turn["action"] = {"type": "answer", "text": question["question"]}
+    figures = official_figures([{"turns": [turn]}], [scoring_part(question)])
+    assert figures["strict/mmsearch"] == 0.0 < figures["official/mmsearch"]
+
+
 def test_fvqa_reads_the_json_list_of_aliases_and_the_split():
     japan = read_copy("fvqa_test", "fvqa_test.parquet")[1]
     assert japan["answers"] == ["Japan", "JPN", "Nippon", "🇯🇵"]
@@ -174,6 +191,19 @@ def test_the_atlas_is_read_like_any_other():
     assert [question["kind"] for question in questions] == ["image"] * 3
     assert all(question["benchmark"] == "atlas" for question in questions)
     assert all(question["image"] is not None for question in questions)
+
+
+def test_of_the_atlas_too_a_part_is_taken_before_the_first_so_many():
+    def ids(**chosen):
+        questions = load_benchmark("atlas", kinds=["look", "text"], **chosen)
+        return [question["id"] for question in questions]
+
+    every = ids(split="dev")
+    assert ids(split="dev[5:]", limit=2) == every[5:7]
+    assert ids(split="dev[:50%]", limit=10**6) == every[: round(len(every) / 2)]
+    pictured = [name for name in every if name.startswith("look")]
+    assert ids(split="dev", pictured=True, limit=4) == pictured[:4]
+    assert ids(split="dev", limit=4) == every[:4]
 
 
 def test_selection_by_kind_and_number_and_the_count():
@@ -379,6 +409,9 @@ def test_every_stored_form_of_a_picture_is_the_same(tmp_path):
         (["a/x.png", "b/x.png"], "data/b/x.png", "b/x.png"),
         (["part1/a/x.png", "part1/b/x.png"], "b/x.png", "part1/b/x.png"),
         (["x.png", "c/x.png"], "b/x", "x.png"),
+        (["a/Q1.png"], "Q1.jpg", "a/Q1.png"),  # a copy of another format
+        (["a/Q1.png"], "Q1.TIFF", "a/Q1.png"),
+        (["a/Q1.png", "a/Q1.5.png"], "Q1.5", "a/Q1.5.png"),
     ],
 )
 def test_of_pictures_of_one_name_the_one_whose_path_ends_alike_is_taken(
@@ -396,6 +429,14 @@ def test_a_picture_that_is_missing_is_not_another_of_its_name(tmp_path):
     (tmp_path / "2024" / "cover.jpg").write_bytes(png_bytes())
     with pytest.raises(PictureError, match=r"no picture '2023/cover.jpg'"):
         decode_picture("2023/cover.jpg", tmp_path)
+
+
+def test_a_number_after_a_dot_is_no_format(tmp_path):
+    (tmp_path / "below").mkdir()
+    (tmp_path / "below" / "Q1.png").write_bytes(png_bytes())
+    assert find_picture(tmp_path, "Q1.5") is None
+    with pytest.raises(PictureError, match=r"no picture 'Q1.5'"):
+        decode_picture("Q1.5", tmp_path)
 
 
 def test_a_picture_that_may_be_several_is_refused(tmp_path):
@@ -456,6 +497,57 @@ def test_a_photo_comes_upright(tmp_path):
     file = io.BytesIO()
     Image.new("RGB", (20, 10)).save(file, "JPEG", exif=exif)
     assert decode_picture(file.getvalue(), tmp_path).size == (10, 20)
+
+
+ORIENTED = b"II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0\x06\0\0\0\0\0\0\0"
+"""EXIF data that turn by a quarter."""
+
+
+@pytest.mark.parametrize(
+    ("exif", "size"),
+    [
+        (ORIENTED, (10, 20)),
+        (b"XX" + ORIENTED[2:], (20, 10)),  # SyntaxError
+        (ORIENTED[:7], (20, 10)),  # struct.error
+    ],
+)
+@pytest.mark.parametrize("kind", ["PNG", "WEBP"])
+def test_a_photo_with_broken_exif_stays_as_it_is(tmp_path, exif, size, kind):
+    file = io.BytesIO()
+    Image.new("RGB", (20, 10)).save(file, kind, exif=b"Exif\0\0" + exif)
+    picture = decode_picture(file.getvalue(), tmp_path)
+    assert (picture.size, picture.mode) == (size, "RGB")
+    assert decode_picture(picture, tmp_path).size == size  # and is not turned again
+
+
+def test_grey_with_sixteen_bits_keeps_its_shades(tmp_path):
+    shades = np.array([[0, 255, 256, 32_768, 65_535]], dtype=np.uint16)
+    for kind, values in (("PNG", shades), ("TIFF", shades), ("TIFF", shades.astype(">u2"))):
+        file = io.BytesIO()
+        Image.fromarray(values).save(file, kind)
+        picture = decode_picture(file.getvalue(), tmp_path)
+        # the upper eight bits: value // 256
+        assert np.asarray(picture)[0].tolist() == [[v] * 3 for v in (0, 0, 1, 128, 255)]
+    file = io.BytesIO()
+    Image.fromarray(shades).save(file, "PNG", transparency=65_535)
+    assert decode_picture(file.getvalue(), tmp_path).getpixel((3, 0)) == (128, 128, 128)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
+def test_the_usual_formats_are_pictures(tmp_path, kind):
+    Image.new("RGB", (6, 4), "red").save(tmp_path / "a", kind)
+    check_picture_file("a", tmp_path)
+    assert decode_picture("a", tmp_path).size == (6, 4)
+
+
+def test_a_program_in_postscript_is_no_picture(tmp_path):
+    content = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"
+    (tmp_path / "a.png").write_bytes(content)
+    assert Image.open(tmp_path / "a.png").format == "EPS"
+    with pytest.raises(PictureError, match=r"a\.png is no picture"):
+        check_picture_file("a.png", tmp_path)
+    with pytest.raises(PictureError, match="that are no picture"):
+        decode_picture(content, tmp_path)
 
 
 # ---------------------------------------------------------------- settings

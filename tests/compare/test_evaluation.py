@@ -242,6 +242,19 @@ def test_an_evaluation_that_was_killed_goes_on_to_the_same_files(tmp_path):
     assert not (tmp_path / "whole" / "episodes").exists()
 
 
+def test_chunks_of_an_older_version_are_scored_as_new_ones(tmp_path):
+    """They were written without the question, which MMSearch's strict metric reads."""
+    whole = evaluate_into(tmp_path / "whole", Scripted())
+    assert evaluate_into(tmp_path / "old", Scripted(), shard=(0, 2)) is None
+    for path in (tmp_path / "old" / "episodes").glob("*.jsonl"):
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        for line in lines:
+            del line["question"]["question"]
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert evaluate_into(tmp_path / "old", Scripted()) == whole
+    assert files_of(tmp_path / "old") == files_of(tmp_path / "whole")
+
+
 def test_shards_together_are_one_evaluation(tmp_path):
     whole = evaluate_into(tmp_path / "whole", Scripted())
     askers = [Scripted(), Scripted()]
@@ -313,7 +326,7 @@ def test_every_line_keeps_trajectory_measures_and_what_scores_it(tmp_path):
     assert [line["question_id"] for line in lines] == [str(i) for i in range(10)]
     assert lines[1]["phase"] == "eval"
     assert lines[1]["question"] == {
-        "id": "1", "answers": ["Paris"], "split": "test", "metrics": ["em"]
+        "id": "1", "question": "?", "answers": ["Paris"], "split": "test", "metrics": ["em"]
     }  # fmt: skip
     assert lines[2]["measured"]["text_calls"] == 2
     assert record["metrics"]["official/em"] == record["metrics"]["strict/em"] == 0.5

@@ -214,6 +214,58 @@ def test_the_checked_address_is_the_one_connected_to(monkeypatch):
     assert tried == [("93.184.216.34", 80)]
 
 
+def unresolved(monkeypatch, code):
+    """Makes every look-up fail."""
+
+    def getaddrinfo(*arguments, **options):
+        raise socket.gaierror(code, "no")
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+
+
+NO_DATA = getattr(socket, "EAI_NODATA", socket.EAI_NONAME)  # not known everywhere
+
+
+@pytest.mark.parametrize("code", [socket.EAI_NONAME, NO_DATA])
+def test_a_name_that_does_not_exist_is_told_to_the_model(code, monkeypatch):
+    unresolved(monkeypatch, code)
+    fetcher = SafeFetcher()
+    with pytest.raises(PageRefusedError, match="There is no such host") as caught:
+        fetcher.fetch("https://made-up.example.org/page")
+    assert (caught.value.fault, caught.value.reason) == ("model", "name")
+    assert fetcher.refused == {"name": 1}
+
+
+@pytest.mark.parametrize("code", [socket.EAI_AGAIN, socket.EAI_FAIL, socket.EAI_SYSTEM])
+def test_a_name_service_that_fails_is_infrastructure(code, monkeypatch):
+    unresolved(monkeypatch, code)
+    fetcher = SafeFetcher()
+    with pytest.raises(UnreachableError) as caught:
+        fetcher.fetch("https://example.org/page")
+    assert (caught.value.fault, fetcher.refused) == ("infrastructure", {})
+
+
+def test_a_service_whose_name_is_not_known_is_infrastructure(monkeypatch):
+    unresolved(monkeypatch, socket.EAI_NONAME)
+    with pytest.raises(UnreachableError) as caught:
+        exchange("GET", "http://api.example.org/", headers={}, timeout_s=2, max_bytes=100)
+    assert caught.value.fault == "infrastructure"
+
+
+@pytest.mark.parametrize(
+    ("location", "path"),
+    [
+        (b"/stra\xc3\x9fe?q=\xc3\xa4", "/stra%C3%9Fe?q=%C3%A4"),  # UTF-8 as it is
+        (b"/stra%C3%9Fe", "/stra%C3%9Fe"),
+        (b"/stra\xdfe", "/stra%C3%9Fe"),  # Latin-1, which RFC 9110 has in mind
+    ],
+)
+def test_a_redirect_may_hold_letters_that_are_not_ascii(location, path, fake, fetcher):
+    fake.page("/old", "", status=301, Location=location.decode("latin-1"))
+    fake.page("/stra%C3%9Fe", PAGE)
+    assert fetcher.fetch(f"{fake.url}/old").url == f"{fake.url}{path}"
+
+
 def test_redirects_are_checked_hop_by_hop(fake, fetcher, caplog):
     fake.page("/to-file", "", status=302, Location="file:///etc/passwd")
     fake.page("/to-private", "", status=307, Location="http://10.0.0.1/admin")

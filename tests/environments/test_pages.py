@@ -4,6 +4,7 @@ import io
 import struct
 import zlib
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -224,6 +225,13 @@ def test_no_bytes_break_the_decoder(content):
     for head in (b"", b"\x89PNG\r\n\x1a\n", b"GIF89a", b"\xff\xd8\xff\xe0", b"BM"):
         with contextlib.suppress(PictureError):
             assert decode_picture(head + content).mode == "RGB"
+
+
+def test_broken_exif_and_sixteen_bits_cost_no_picture():
+    assert decode_picture(png(exif=b"Exif\0\0XX*\0")).size == (30, 20)
+    buffer = io.BytesIO()
+    Image.fromarray(np.full((4, 4), 32_768, dtype=np.uint16)).save(buffer, "PNG")
+    assert decode_picture(buffer.getvalue()).getpixel((0, 0)) == (128, 128, 128)  # 32768 // 256
 
 
 def test_pictures_are_fetched_as_safely_as_pages(fake):

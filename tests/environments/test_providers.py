@@ -36,6 +36,7 @@ from environments.services import (
     retry_after_s,
 )
 from environments.summaries import BestSentences
+from environments.tools import text_search
 from environments.web import TooLargeError, TooSlowError, UnreachableError, WebError
 from tests.environments.fake_services import REPLIES, FakeServices
 
@@ -152,6 +153,34 @@ def test_a_malformed_body_is_infrastructure(name, body, fake):
     with pytest.raises(MalformedReplyError) as caught:
         provider(fake, name, retries=1).search(["x"], 3)
     assert caught.value.fault == "infrastructure"
+
+
+@pytest.mark.parametrize(
+    ("name", "longest", "query", "words"),
+    [
+        ("brave", "a " * 49 + "a", "a " * 50 + "a", "51 words, and at most 50"),
+        ("brave", "ä" * 400, "ä" * 401, "401 characters, and at most 400"),
+        ("tavily", "ä" * 400, "ä" * 401, "401 characters, and at most 400"),
+    ],
+)
+def test_a_query_that_the_service_would_refuse_is_the_policys_fault(
+    name, longest, query, words, fake, tmp_path
+):
+    index = provider(fake, name)
+    assert index.search([longest], 2)[0]
+    read = ReadingIndex(index, jina(fake))
+    kept = [CachedIndex(each, ResultCache(tmp_path), "text_search") for each in (index, read)]
+    # offline, too: a replay must not call a fault of the service what was the policy's
+    offline = CachedIndex(index, ResultCache(tmp_path, "offline"), "text_search")
+    for back_end in (index, read, *kept, offline):
+        result = text_search(SearchEnvironment(back_end, None).start({"question": "q"}), query)
+        assert (result.fault, result.retries) == ("model", 0)
+        assert words in result.text
+    assert len(fake.requests) == 1
+
+
+def test_serper_takes_what_the_tool_takes(fake):
+    assert provider(fake, "serper").search(["word " * 200], 2)[0]
 
 
 def test_a_result_without_an_address_is_left_out(fake):
@@ -488,6 +517,21 @@ def test_small_pictures_come_along_and_a_missing_one_leaves_its_title(fake, tmp_
     (hits,) = lens(fake, tmp_path, thumbnails=True).search([Image.new("RGB", (4, 4))], 3)
     assert [hit.image and hit.image.size for hit in hits] == [(256, 192), (256, 192), None]
     assert hits[0].image.getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_matches_of_one_page_keep_their_own_pictures(fake, tmp_path):
+    link = "https://a.org/flags"
+    matches = [
+        {"title": name, "link": link, "thumbnail": f"{fake.url}/{name}.png"}
+        for name in ("red", "blue")
+    ]
+    matches.insert(1, {"title": "no page", "link": [link], "thumbnail": f"{fake.url}/red.png"})
+    fake.say("/serpapi/search", 200, {"search_metadata": {}, "visual_matches": matches})
+    for name in ("red", "blue"):
+        fake.page(f"/{name}.png", png(name), "image/png")
+    (hits,) = lens(fake, tmp_path, thumbnails=True).search([Image.new("RGB", (4, 4))], 3)
+    colours = [(hit.title, hit.image.getpixel((0, 0))) for hit in hits]
+    assert colours == [("red", (255, 0, 0)), ("blue", (0, 0, 255))]
 
 
 def test_if_no_picture_at_all_can_be_had_the_search_failed(fake, tmp_path):

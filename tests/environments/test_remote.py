@@ -1,11 +1,13 @@
 """The client of a search server: equal to the index behind it, patient with faults, no hangs."""
 
+import io
 import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -120,6 +122,14 @@ def test_a_large_picture_is_sent_small_and_a_small_one_as_it_is(monkeypatch):
     assert decode_image(from_base64(sent[0]), 10**6).size == (1024, 256)
     assert large.size == (2048, 512)
     assert sent[1] == encode_image(small)
+
+
+def test_grey_with_sixteen_bits_keeps_its_shades_on_the_server():
+    buffer = io.BytesIO()
+    Image.fromarray(np.array([[0, 256, 65_535]], dtype=np.uint16)).save(buffer, "PNG")
+    picture = decode_image(buffer.getvalue(), 10**6)
+    # the upper eight bits: value // 256
+    assert np.asarray(picture)[0].tolist() == [[0] * 3, [1] * 3, [255] * 3]
 
 
 def test_many_threads_share_few_connections(serve):

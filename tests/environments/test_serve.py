@@ -28,7 +28,8 @@ from environments.tools import Hit
 pytest.importorskip("starlette", reason="the extra `serve` is not installed")
 pytest.importorskip("prometheus_client", reason="the extra `serve` is not installed")
 
-from environments.serve import Limits, make_app  # after the skip
+from environments import serve as serving  # after the skip
+from environments.serve import Limits, make_app
 from tests.coroutines import run_coroutine
 
 ROOT = Path(__file__).parents[2]
@@ -179,6 +180,45 @@ def test_a_bad_picture_is_refused(serve, atlas_app, picture, status, says):
     assert says in answer.json()["error"]
 
 
+class Nothing:
+    """An image index that finds nothing."""
+
+    def search(self, images, k):
+        return [[] for _ in images]
+
+
+@pytest.mark.parametrize("as_files", [False, True])
+def test_pictures_that_are_large_together_are_refused_before_one_is_decoded(
+    serve, monkeypatch, as_files
+):
+    decoded = []
+    decode = serving.decode_image
+    monkeypatch.setattr(
+        serving, "decode_image", lambda data, most: decoded.append(data) or decode(data, most)
+    )
+    url = serve(make_app(None, Nothing(), limits=Limits(pixels=100))) + "/retrieve_images"
+
+    def ask(*sizes):
+        pictures = [png(Image.new("RGB", size)) for size in sizes]
+        if as_files:
+            files = [("image", ("photo.png", data, "image/png")) for data in pictures]
+            return requests.post(url, files=files)
+        return requests.post(url, json={"images": [as_text(data) for data in pictures]})
+
+    refused = ask(*[(10, 10)] * 4, (1, 1))  # 401 pixels, where four pictures have 400
+    assert (refused.status_code, decoded) == (413, [])
+    assert "more than 400 pixels together" in refused.json()["error"]
+    assert ask(*[(10, 10)] * 4).json()["result"] == [[]] * 4
+    assert ask(*[(2, 2)] * 100).json()["result"] == [[]] * 100
+
+
+def test_a_few_kilobytes_do_not_claim_all_of_the_memory(serve):
+    url = serve(make_app(None, Nothing())) + "/retrieve_images"
+    answer = requests.post(url, json={"images": [as_text(bomb(5000, 5000))] * 5})
+    assert answer.status_code == 413
+    assert "more than 100000000 pixels together" in answer.json()["error"]
+
+
 # --- requests that are refused
 
 
@@ -324,6 +364,31 @@ def test_beyond_the_queue_the_answer_is_429_and_the_server_lives_on(serve):
     assert refused.headers["Retry-After"] == "1"
     assert "wait already" in refused.json()["error"]
     assert ask("later").status_code == 200
+
+
+def test_beyond_the_queue_no_picture_is_decoded(serve, monkeypatch):
+    index = SlowIndex()
+    url = serve(make_app(None, index, limits=Limits(waiting=1)))
+    decoded = []
+    monkeypatch.setattr(
+        serving, "decode_image", lambda data, most: decoded.append(data) or str(len(decoded))
+    )
+    picture = as_text(png(Image.new("RGB", (4, 4))))
+
+    def ask():
+        return requests.post(url + "/retrieve_images", json={"images": [picture]})
+
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(ask)
+        wait_for(lambda: index.batches)
+        second = pool.submit(ask)
+        wait_for(lambda: metric(url, 'obm_search_waiting{endpoint="images"}') == 1)
+        refused = ask()
+        assert (refused.status_code, refused.headers["Retry-After"]) == (429, "1")
+        assert metric(url, 'obm_search_refused_total{endpoint="images"}') == 1
+        assert len(decoded) == 2
+        index.released.set()
+        assert {first.result().status_code, second.result().status_code} == {200}
 
 
 def test_a_request_that_waits_too_long_is_given_up_and_not_searched(serve):

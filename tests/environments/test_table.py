@@ -9,7 +9,7 @@ from PIL import Image
 from environments.benchmarks.registry import load_benchmark, read_split
 from environments.benchmarks.rows import BenchmarkError
 from environments.benchmarks.table import ANSWER_KINDS, TAKEN
-from rewards.answer import KINDS
+from rewards.answer import KINDS, correctness
 
 COLOURS = ["red", "green", "blue", "white", "black", "grey", "pink", "brown", "orange", "gold"]
 
@@ -94,6 +94,25 @@ def test_numbers_that_the_rewards_read_are_numbers_in_a_spreadsheet_too(rows, wr
     assert [ours[0][column] for column in columns] == first
     assert (ours[1]["tolerance"], ours[1]["range"]) == (None, None)
     assert not set(columns) & set(ours[2])
+
+
+def test_lists_that_the_rewards_read_are_lists_in_a_spreadsheet_too(rows, write, tmp_path):
+    lines = ["question,answers,answer_kind,items,choices", "a,red|blue,list,red | blue,"]
+    lines += ["c,B,choice,,Paris | Rome", "d,B,choice,,"]
+    (tmp_path / "mine.csv").write_text("\n".join(lines))
+    first, second, third = load(str(tmp_path / "mine.csv"))
+    assert (first["items"], first["choices"]) == (["red", "blue"], None)
+    assert (second["items"], second["choices"]) == (None, ["Paris", "Rome"])
+    assert correctness("blue, red", first, "typed") == 1.0
+    assert correctness("Rome", second, "typed") == correctness("(b)", third, "typed") == 1.0
+
+    rows[0] |= {"items": [["red", "crimson"], 7], "choices": {"A": "Paris", "B": None}}
+    rows[1] |= {"items": [], "choices": ""}
+    ours = load(write(rows[:3]))
+    assert (ours[0]["items"], ours[0]["choices"]) == ([["red", "crimson"], "7"], {"A": "Paris"})
+    assert correctness("7; crimson", ours[0], "typed") == 1.0
+    assert (ours[1]["items"], ours[1]["choices"]) == (None, None)
+    assert not {"items", "choices"} & set(ours[2])
 
 
 def test_a_question_may_have_no_picture(rows, write):
@@ -195,6 +214,11 @@ def test_a_split_of_a_data_set_on_the_hub_is_loaded_or_is_a_column(
         ({"hops": -1}, "column 'hops': expected a number of 0 or more, got int -1; write one"),
         ({"best_calls": True}, "row 3, column 'best_calls': expected a number of 0 or more"),
         ({"range": "9-12"}, r"column 'range': expected two numbers, got str '9-12'; write \["),
+        ({"items": 7.5}, "row 3, column 'items': expected a list of texts, got float 7.5"),
+        ({"items": [{"a": 1}]}, "row 3, column 'items': expected a list of texts, got list"),
+        ({"items": [[]]}, "row 3, column 'items': expected a list of texts, got list"),
+        ({"choices": {"A": ["x"]}}, "row 3, column 'choices': expected a list of texts, got dict"),
+        ({"choices": [["x"]]}, "row 3, column 'choices': expected a list of texts, got list"),
         ({"range": [1, None, 2]}, "row 3, column 'range': expected two numbers, got list"),
     ],
 )

@@ -299,6 +299,18 @@ def test_an_empty_box_is_the_models_fault_and_says_how_large_the_picture_is(box)
         crop(two_colours(), (0.0, 0.0, float("nan"), 1.0))
 
 
+@pytest.mark.parametrize(
+    "box", ["-1e308 0 1 1", "0 -1e308 0.5 1", "0 0 1e308 1e308", "-1e10 0 1 1", "0 0 1 -1.1e9"]
+)
+def test_a_box_beyond_any_picture_is_the_models_fault_and_not_the_services(box):
+    index = ImageTable(Hit("a", "A"))
+    step = episode(image=index, picture=two_colours()).step(f"<search> <img> {box} </search>")
+    assert (step.result.fault, index.calls) == ("model", [])
+    assert "too large" in step.result.text
+    infinite = image_search(episode(image=index, picture=two_colours()), (0, 0, 1, float("inf")))
+    assert (infinite.fault, index.calls) == ("model", [])
+
+
 # ---------------------------------------------------------------- visits
 
 

@@ -163,7 +163,7 @@ TARGETS = (
         (
             "rewards.answer:extract_answer", "rewards.answer:exact_match",
             "rewards.answer:correctness", "rewards.answer:_copies", "rewards.checks:token_f1",
-            "rewards.checks:careful_f1", "rewards.checks:offers_more",
+            "rewards.checks:careful_f1", "rewards.guesses:offers_more",
         ),
         ("tests/rewards/test_answer_kinds.py", "tests/rewards/test_rewards.py", *NO_PROPERTIES),
     ),

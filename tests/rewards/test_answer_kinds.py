@@ -8,7 +8,6 @@ from rewards.answer import KINDS, correctness, kind_of
 from rewards.checks import (
     choice_matches,
     contains_answer,
-    count_candidates,
     list_matches,
     polarity,
     says_no_answer,
@@ -17,6 +16,7 @@ from rewards.checks import (
 )
 from rewards.dates import date_matches, read_dates
 from rewards.errors import RewardError
+from rewards.guesses import count_candidates
 from rewards.numeric import number_matches, overlap
 from rewards.quantities import is_quantity, read_quantities
 from rewards.units import read_unit
@@ -330,6 +330,74 @@ def test_containment_takes_neither_lists_nor_denials(prediction, expected):
     assert contains_answer(prediction, "Paris") is expected
 
 
+@pytest.mark.parametrize(
+    "guess",
+    [
+        "Rome Paris Bonn", "Rome Paris Bonn Madrid Berlin Vienna", "Rome\tParis\tBonn",
+        "Rome. Paris", "Rome! Paris!", "Rome... Paris", "Rome - Paris", "Rome – Paris",
+        "Rome — Paris", "Rome—Paris", "Rome (Paris) (Bonn)", "Rome [Paris] [Bonn]",
+        "Rome: Paris: Bonn", "Rome、Paris", "Rome， Paris", "Rome in Paris in Bonn",
+        "1. Rome 2. Paris 3. Bonn", "Rome Paris Bonn, capital of France",
+    ],
+)  # fmt: skip
+def test_a_list_of_guesses_is_wrong_whatever_stands_between_them(guess):
+    asked = {"question": "Which city is the capital of France?", "answers": ["Paris"]}
+    assert correctness(guess, asked, "contains") == 0.0
+
+
+@pytest.mark.parametrize(
+    ("answer", "gold", "question"),
+    [
+        ("The capital of France is Paris.", "Paris", "What is the capital of France?"),
+        ("Paris, France", "Paris", "What is the capital of France?"),
+        ("Paris. It is the capital of France.", "Paris", "What is the capital of France?"),
+        ("The answer is: Paris", "Paris", "Where?"),
+        ("Paris (France)", "Paris", "Where?"),
+        ("It is in St. Louis (Missouri)", "St. Louis", "Where is the arch?"),
+        ("Prof. Jean-Paul Sartre", "Jean-Paul Sartre", "Who?"),
+        ("He is the philosopher Jean-Paul Sartre", "Sartre", "Who is Jean-Paul?"),
+        ("It was U.S. Steel.", "U.S. Steel", "Which company?"),
+        ("on 5 May 1998", "5 May 1998", "When?"),
+        ("12 June 1998", "1998", "When?"),
+        ("from 1914 - 1918", "1914-1918", "When?"),
+        ("World War I (1914 - 1918)", "World War I", "Which war?"),
+        ("about 35 million people", "35", "How many?"),
+        ("It is Star Wars: Episode IV (1977)", "Star Wars: Episode IV", "Which film?"),
+        ("They are red, white and blue", "red, white and blue", "Which colours?"),
+        ("It is red", "red", "Is red or blue meant?"),
+    ],
+)
+def test_what_explains_an_answer_is_no_list_of_guesses(answer, gold, question):
+    assert correctness(answer, {"question": question, "answers": [gold]}, "contains") == 1.0
+    assert correctness(answer, {"question": question, "answers": [gold]}, "f1") > 0.0
+
+
+@pytest.mark.parametrize("guess", ["blue red", "red, blue", "red blue", "red is not blue"])
+def test_both_of_two_answers_that_the_question_names_are_no_answer(guess):
+    asked = {"question": "Is red or blue meant?", "answers": ["red"]}
+    assert correctness(guess, asked, "contains") == 0.0
+
+
+def test_one_strange_word_may_explain_and_a_second_may_be_a_guess():
+    assert contains_answer("Emperor Paris", "Paris")
+    assert not contains_answer("Emperor Maximilian Paris", "Paris")
+    # a number is a guess where a number is asked for: 6 and 7 beside 5
+    assert contains_answer("Paris 6 7", "Paris")
+    assert not contains_answer("5 6 7", "5")
+
+
+def test_f1_takes_off_for_strange_words_until_they_are_a_list():
+    asked = {"question": "Which?", "answers": ["Paris"]}
+    # 2 * 1 / (1 + 5) with four strange words; with five it is a list
+    assert correctness("Rome Bonn Paris Oslo Riga", asked, "f1") == pytest.approx(1 / 3)
+    assert correctness("Rome Bonn Paris Oslo Riga Kiev", asked, "f1") == 0.0
+    for mark in (". ", " - ", "—"):
+        assert correctness(mark.join(("Rome", "Paris")), asked, "f1") == 0.0
+    # of a long gold answer a near miss has as many others: 2 * 1 / (6 + 6)
+    long = {"question": "Which?", "answers": ["one two three four five six"]}
+    assert correctness("six blue red pink grey gold", long, "f1") == pytest.approx(1 / 6)
+
+
 def test_candidates_are_counted_against_the_golds_own_parts():
     assert count_candidates("Washington, D.C.") == 2
     assert contains_answer("It is Washington, D.C.", "Washington, D.C.")
@@ -392,6 +460,12 @@ def test_a_range_and_items_of_the_question_decide():
     assert correctness("2000 m", {"answers": [], "range": [945, 1155]}, "typed") == 0.0
     question = {"answers": ["x"], "items": ["red", "blue"]}
     assert correctness("blue, red", question, "typed") == 1.0
+
+
+@pytest.mark.parametrize("items", [None, "", [], ()])
+def test_no_items_are_none(items):
+    question = {"answers": ["red, blue"], "answer_kind": "list", "items": items}
+    assert correctness("blue; red", question, "typed") == 1.0
 
 
 @pytest.mark.parametrize(("gold", "kind"), [("10", "number"), ("1998", "year")])
