@@ -289,6 +289,8 @@ def _fill(template: str, row: Mapping[str, Any], where: str) -> str:
 def _read_images(value: Any, data: CalibrationData, where: str) -> list[Any]:
     from PIL import Image, UnidentifiedImageError
 
+    from environments.pixels import to_rgb
+
     images = []
     for item in value if isinstance(value, list) else [value]:
         content = item
@@ -305,7 +307,7 @@ def _read_images(value: Any, data: CalibrationData, where: str) -> list[Any]:
                 image = Image.open(folder / os.path.expanduser(content))
             else:
                 raise LaunchError(f"{where}: holds a {type(item).__name__}, not a picture")
-            images.append(image.convert("RGB"))
+            images.append(to_rgb(image))
         except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
             raise LaunchError(
                 f"{where}: the picture cannot be read ({error}); remove the row or repair the file"
