@@ -85,6 +85,28 @@ def evaluation_inputs(config: Config) -> dict[str, Any]:
     }
 
 
+def sample_inputs(config: Config, role: str) -> dict[str, Any]:
+    """What decides a parent's calibration samples beside `calibration` and `environment`.
+
+    Empty at the defaults, so that what was made before stays valid.
+    """
+    data = "vlm_data" if role == "vlm" else "agent_data"
+    return {
+        **named_files(config, "train", "dialect", data),
+        **live_inputs(config),
+        **picture_inputs(config),
+    }
+
+
+def length_inputs(config: Config, role: str) -> dict[str, Any]:
+    """{"episode_lengths": ...} where a parent's calibration samples are episodes of its own."""
+    from train.settings import episode_lengths, resolved_grpo
+
+    if role == "vlm" or config.calibration.agent_data["source"] is not None:
+        return {}
+    return {"episode_lengths": episode_lengths(resolved_grpo(config))}
+
+
 def picture_inputs(config: Config) -> dict[str, int]:
     """{"max_pixels": N} where the settings bound pictures, as an input of a stage."""
     return {} if config.models.max_pixels is None else {"max_pixels": config.models.max_pixels}

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from launch.stages import Stages, fingerprint
 from launch.studies.plan import Plan, calibrations, start_key
-from launch.tasks import evaluation_inputs, live_inputs, merged_roles, named_files, picture_inputs
+from launch.tasks import evaluation_inputs, length_inputs, merged_roles, sample_inputs
 from train import gpu
 
 if TYPE_CHECKING:
@@ -100,9 +100,8 @@ def calibration_step(config: Config, role: str, name: str) -> Step:
         "checkpoint": fingerprint(parent_folder(config, role)),
         "calibration": asdict(config.calibration),
         "environment": asdict(config.environment),
-        **named_files(config, "train", "dialect", "vlm_data" if role == "vlm" else "agent_data"),
-        **live_inputs(config),
-        **picture_inputs(config),
+        **sample_inputs(config, role),
+        **length_inputs(config, role),
     }
     kinds = ", ".join(config.calibration.kinds)
     what = name.removeprefix("calibrate-")

@@ -18,13 +18,21 @@ from launch.stages import Stages, hash_inputs
 from launch.studies import paper_table as table_module
 from launch.studies import perception as perception_module
 from launch.studies import preparations as preparations_module
+from launch.studies import starts as starts_module
 from launch.studies import trainings as trainings_module
 from launch.studies.ceiling import run_ceiling
 from launch.studies.file import NOT_STUDIES, Options, load_study
 from launch.studies.paper_table import run_table
 from launch.studies.plan import Plan, flatten
 from launch.studies.run import describe_study, run_study
-from launch.studies.starts import Step, evaluate, evaluation_steps, run_steps, start_steps
+from launch.studies.starts import (
+    Step,
+    evaluate,
+    evaluation_steps,
+    make_starts,
+    run_steps,
+    start_steps,
+)
 from launch.studies.trainings import split_batch
 from train.resume import Saved
 
@@ -317,6 +325,34 @@ def test_what_was_made_of_a_file_is_not_reused_once_its_content_has_changed(stud
     # ties reads no statistics
     assert [name for name in before if before[name] == after[name]] == ["merge-ties"]
     assert keys([]) == without
+
+
+def look_at_starts(study, overrides):
+    """Name -> (what is there, inputs) of the stages before the evaluations."""
+    stages, found = Stages(study.output, redo=False), {}
+    for step in start_steps(Plan(study, overrides), stages):
+        found[step.name] = stages.look(step.name, step.inputs, step.target), step.inputs
+    return found
+
+
+def test_the_agents_calibration_is_of_the_lengths_of_its_episodes(
+    study_file, scripted_stages, monkeypatch
+):
+    study, longer = load_study(study_file), ["grpo.generation_kwargs={max_new_tokens: 99}"]
+    with monkeypatch.context() as before:
+        before.setattr(starts_module, "length_inputs", lambda config, role: {})
+        make_starts(Plan(study, []), Stages(study.output, redo=False))
+    # made before its lengths were noted: it is kept, and what was made from it
+    found = look_at_starts(study, longer)
+    assert {state for state, _ in found.values()} == {"done"}
+    assert "episode_lengths" not in found["calibrate-vlm"][1]
+    rows = look_at_starts(study, [f"calibration.agent_data.source={study_file}"])
+    assert "episode_lengths" not in rows["calibrate-agent"][1]
+    seed = ["calibration.seed=1"]
+    make_starts(Plan(study, seed), Stages(study.output, redo=True))
+    for overrides, changed in ((seed, []), ([*seed, *longer], ["calibrate-agent", "merge-obm"])):
+        found = look_at_starts(study, overrides)
+        assert [name for name, (state, _) in found.items() if state == "changed"] == changed
 
 
 def test_gpu_memory_is_given_back_before_the_next_step_needs_it(tmp_path, monkeypatch):
