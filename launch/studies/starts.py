@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -94,7 +95,7 @@ def _calibration_steps(plan: Plan) -> Iterator[Step]:
 
 def calibration_step(config: Config, role: str, name: str) -> Step:
     """One model's statistics, of the kinds that the settings name."""
-    from launch.commands.calibrate import calibrate_parent, parent_folder, stats_path
+    from launch.commands.calibrate import parent_folder, stats_path
 
     inputs = {
         "checkpoint": fingerprint(parent_folder(config, role)),
@@ -108,8 +109,30 @@ def calibration_step(config: Config, role: str, name: str) -> Step:
     words = f"calibrate  {what}: {kinds} of {config.calibration.samples} samples"
     return Step(
         name, inputs, stats_path(config, role).parent,
-        partial(calibrate_parent, config, role), lambda: words, resumes=True,
+        partial(calibrate, config, role), lambda: words, resumes=True,
     )  # fmt: skip
+
+
+def calibrate(config: Config, role: str) -> None:
+    """A calibration of a study; goes on with what one that was broken off has kept.
+
+    Args:
+        config: settings.
+        role: see `calibrate_parent`.
+    """
+    from launch.calibration_run import unfinished_sums
+    from launch.commands.calibrate import calibrate_parent, stats_path
+    from merge.errors import OtherDataError
+
+    with suppress(OtherDataError):
+        calibrate_parent(config, role)
+        return
+    # the parent answers otherwise now, with another torch, say. Behind the block: the error held
+    # the model that it came from
+    gpu.give_back()
+    for path in unfinished_sums(stats_path(config, role).parent):
+        path.unlink()
+    calibrate_parent(config, role)
 
 
 def _merge_steps(plan: Plan, stages: Stages) -> Iterator[Step]:

@@ -27,6 +27,7 @@ from launch.studies.plan import Plan, flatten
 from launch.studies.run import describe_study, run_study
 from launch.studies.starts import (
     Step,
+    calibration_step,
     evaluate,
     evaluation_steps,
     make_starts,
@@ -34,6 +35,7 @@ from launch.studies.starts import (
     start_steps,
 )
 from launch.studies.trainings import split_batch
+from merge.errors import OtherDataError
 from train.resume import Saved
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -262,6 +264,23 @@ def test_a_broken_calibration_whose_cost_counts_starts_afresh(
     run_ceiling(load_study(study_file), Options("c"))
     assert scripted_stages == ["calibrate vlm"]
     assert not unfinished.exists()
+
+
+def test_a_broken_calibration_of_other_data_is_begun_anew(study_file, monkeypatch):
+    config = Plan(load_study(study_file), []).config(load_study(study_file).arms[0])
+    folder = calibrate_module.stats_path(config, "agent").parent
+    folder.mkdir(parents=True)
+    (folder / f".unfinished-{'0' * 16}.safetensors").touch()
+    found = []
+
+    def go_on(config, role):
+        found.append(sorted(path.name for path in folder.iterdir()))
+        if found[-1]:
+            raise OtherDataError("was begun with other data")
+
+    monkeypatch.setattr(calibrate_module, "calibrate_parent", go_on)
+    calibration_step(config, "agent", "calibrate-agent").make()
+    assert found == [[f".unfinished-{'0' * 16}.safetensors"], []]
 
 
 def test_a_broken_evaluation_goes_on_with_what_it_had_kept(
