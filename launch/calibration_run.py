@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from launch.errors import LaunchError
 from launch.stages import environment_inputs
-from launch.tasks import length_inputs, sample_inputs
+from launch.tasks import calibration_inputs, length_inputs
 
 if TYPE_CHECKING:
     from configs.schema import Config
@@ -285,6 +285,6 @@ def _settings_key(parent: Parent, weights: dict[str, str]) -> str:
     """Hash of what decides on unfinished sums, so that other settings do not go on with them."""
     config, role = parent.config, parent.role
     environment = environment_inputs(config.environment)
-    samples = {**sample_inputs(config, role), **length_inputs(config, role)}.values()
+    samples = {**calibration_inputs(config, role), **length_inputs(config, role)}.values()
     settings = [asdict(parent.section), environment, weights, *samples]
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]

@@ -22,7 +22,7 @@ from train.files import write_json
 LATER_KEYS = ("snippet_words",)
 """Keys of `environment` that came when stages had been made: at their default they are no input, so
 that what was made without them stays valid."""
-LATER_INPUTS = ("episode_lengths",)
+LATER_INPUTS = ("episode_lengths", "checkpoints")
 """Inputs that came when stages had been made. A marker without one does not say what it was then:
 what is marked as finished stays valid, under the key it had."""
 

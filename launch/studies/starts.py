@@ -15,7 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 from launch.stages import Stages, fingerprint
 from launch.studies.plan import Plan, calibrations, start_key
-from launch.tasks import evaluation_inputs, length_inputs, merged_roles, sample_inputs
+from launch.tasks import (
+    calibration_inputs,
+    evaluation_inputs,
+    length_inputs,
+    merged_roles,
+    named_files,
+)
 from train import gpu
 
 if TYPE_CHECKING:
@@ -101,7 +107,7 @@ def calibration_step(config: Config, role: str, name: str) -> Step:
         "checkpoint": fingerprint(parent_folder(config, role)),
         "calibration": asdict(config.calibration),
         "environment": asdict(config.environment),
-        **sample_inputs(config, role),
+        **calibration_inputs(config, role),
         **length_inputs(config, role),
     }
     kinds = ", ".join(config.calibration.kinds)
@@ -148,6 +154,7 @@ def _merge_steps(plan: Plan, stages: Stages) -> Iterator[Step]:
             "merge": asdict(config.merge),
             "parents": {role: fingerprint(parent_folder(config, role)) for role in roles},
             "stats": [stages.key(name) for _, name in calibrations(arm, config)],
+            **named_files(config, "families"),
         }
         target = plan.merged_folder(arm)
         words = f"merge      {arm.name}: {_recipe(config)}"

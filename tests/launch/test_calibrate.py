@@ -589,6 +589,24 @@ def test_a_replacing_calibration_that_was_killed_takes_no_old_file_for_its_own(
     assert open_stats(tmp_path / "stats" / "agent", "diagonal").names
 
 
+def test_a_note_is_of_the_files_and_services_that_settings_name(settings, tmp_path):
+    from configs.schema import load_config
+    from launch.calibration_progress import calibration_key
+
+    rows = tmp_path / "rows.jsonl"
+
+    def key(role, *overrides):
+        return calibration_key(load_config(settings(), overrides), role, "owner/name")
+
+    given = f"calibration.agent_data.source={rows}"
+    rows.write_text("{}\n")
+    before = {role: key(role, given) for role in ("vlm", "agent")}
+    rows.write_text("{}\n{}\n")
+    assert key("agent", given) != before["agent"]
+    assert key("vlm", given) == before["vlm"]
+    assert key("vlm", "live.country=de") != key("vlm") == key("vlm", "live.retries=5")
+
+
 def test_unfinished_sums_of_other_settings_go_and_those_of_a_shard_stay(settings, obm, tmp_path):
     folder = tmp_path / "stats" / "agent"
     folder.mkdir(parents=True)

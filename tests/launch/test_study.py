@@ -792,6 +792,99 @@ def test_a_preparation_sees_what_else_of_the_settings_decides_it(neighbours_file
     assert (changed["lora"]["r"], changed["models"]) == (4, {"freeze_vision": True})
 
 
+def list_inputs(path, *overrides):
+    """Inputs by stage of all that a study makes."""
+    plan, found = Plan(load_study(path), list(overrides)), {}
+    stages = Stages(plan.study.output, redo=False)
+    parts = (start_steps, preparations_module.map_steps, preparations_module.preparation_steps)
+    for step in (step for part in parts for step in part(plan, stages)):
+        stages.look(step.name, step.inputs, step.target)
+        found[step.name] = step.inputs
+    for training in trainings_module.list_trainings(plan, stages):
+        found[training.stage] = training.inputs
+    return found
+
+
+def changed_by(write, path, *overrides):
+    """Stages whose inputs are others after `write()`."""
+    before = list_inputs(path, *overrides)
+    assert list_inputs(path, *overrides) == before
+    write()
+    return {
+        name for name, inputs in list_inputs(path, *overrides).items() if inputs != before[name]
+    }
+
+
+def test_a_conflict_map_does_not_outlive_its_questions_and_teachers(neighbours_file, tmp_path):
+    content = yaml.safe_load(neighbours_file.read_text())
+    settings = {"freeze_heads": "cast(top=25%)"}
+    content["arms"].append({"name": "given", "init": str(tmp_path / "base"), "settings": settings})
+    neighbours_file.write_text(yaml.safe_dump(content))
+    rows, agent = tmp_path / "rows.jsonl", tmp_path / "agent" / "config.json"
+    keep = f"conflict.keep_benchmark={{name: table, source: {rows}}}"
+    maps = {"diagnose-cast", "diagnose-given"}
+    trained = {f"train-{arm}-s{seed}" for arm in ("cast", "given") for seed in (0, 1)}
+    rows.write_text("{}\n")
+    found = changed_by(lambda: rows.write_text("{}\n{}\n"), neighbours_file, keep)
+    assert found == maps | trained
+    # an arm of a checkpoint is not merged from its teachers
+    assert set(list_inputs(neighbours_file)["diagnose-given"]["checkpoints"]) == {"models.vlm"}
+    assert "checkpoints" not in list_inputs(neighbours_file)["diagnose-cast"]
+    of_agent = "conflict.search=agent", "conflict.keep_words=init"
+    found = changed_by(lambda: agent.write_text("{ }"), neighbours_file, *of_agent)
+    assert {"diagnose-given", "train-given-s0"} < found
+    found = changed_by(lambda: agent.write_text("{  }"), neighbours_file)
+    assert "diagnose-given" not in found
+
+
+def test_what_is_trained_does_not_outlive_the_files_it_was_made_with(neighbours_file, tmp_path):
+    content = yaml.safe_load(neighbours_file.read_text())
+    content["arms"][2]["prepare"] = "sft"
+    neighbours_file.write_text(yaml.safe_dump(content))
+    other = tmp_path / "other"
+    other.mkdir()
+    weights = [other / name for name in ("model.safetensors", "stats.safetensors", "map.json")]
+    for path in weights:
+        path.write_text("1")
+    model, moments, own_map = weights
+
+    def changed(path, *overrides):
+        return changed_by(lambda: path.write_text("12"), neighbours_file, *overrides)
+
+    sport = {f"{verb}-sport-s{seed}" for verb in ("sft", "train") for seed in (0, 1)}
+    trained = {f"train-{arm}-s{seed}" for arm in ("obm", "cast", "sport") for seed in (0, 1)}
+    assert changed(model, f"sft.teacher={other}") == sport
+    model.write_text("1")
+    assert changed(model, f"models.reference={other}") == trained
+    for name in (other, moments):
+        moments.write_text("1")
+        assert changed(moments, f"algorithm.anchor_stats=[{name}]") == trained
+    own_map.write_text("1")
+    assert changed(own_map, f"deepspeed={own_map}") == trained
+    own_map.write_text("1")
+    content["arms"][1]["settings"]["freeze_heads"] = {"source": "cast", "map": str(own_map)}
+    neighbours_file.write_text(yaml.safe_dump(content))
+    assert changed(own_map) == {"train-cast-s0", "train-cast-s1"}
+    with pytest.raises(
+        ConfigError, match=r"models\.reference: no checkpoint folder 'runs/nowhere'"
+    ):
+        list_inputs(neighbours_file, "models.reference=runs/nowhere")
+
+
+def test_a_preparation_made_before_its_teachers_weights_counted_stays_valid(
+    neighbours_file, tmp_path
+):
+    content = yaml.safe_load(neighbours_file.read_text())
+    content["arms"][2]["prepare"] = "sft"
+    neighbours_file.write_text(yaml.safe_dump(content))
+    inputs = list_inputs(neighbours_file, f"sft.teacher={tmp_path / 'base'}")["sft-sport-s0"]
+    before = {key: value for key, value in inputs.items() if key != "checkpoints"}
+    (tmp_path / "made").mkdir()
+    stages = Stages(tmp_path, redo=False)
+    stages.finish("sft", before, 1.0)
+    assert stages.look("sft", inputs, tmp_path / "made") == "done"
+
+
 def test_a_conflict_map_is_of_one_reward(neighbours_file, tmp_path):
     function = tmp_path / "own.py"
     function.write_text("def short(completions, **columns):\n    return [0.0] * len(completions)\n")
