@@ -63,6 +63,7 @@ def make_statistics(config: Config, kinds: Sequence[str]) -> None:
     """Make the statistics of these kinds that are not there."""
     from launch.commands.calibrate import calibrate_parent, stats_path
     from merge.stats import FILE_NAMES
+    from train import gpu
 
     for role in merged_roles(config):
         folder = stats_path(config, role).parent
@@ -72,6 +73,7 @@ def make_statistics(config: Config, kinds: Sequence[str]) -> None:
             calibrate_parent(
                 replace(config, calibration=replace(config.calibration, kinds=missing)), role
             )
+            gpu.give_back()  # the next parent, or the processes that evaluate, need it
 
 
 def evaluation_inputs(config: Config) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from launch.studies.file import load_study
 from launch.studies.machine import Machine
 from launch.tasks import make_statistics, make_task, named_files, needed_kinds
 from merge.methods import METHODS
+from train import gpu
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "configs" / "demo.yaml"
@@ -226,6 +227,16 @@ def test_only_missing_statistics_are_made(tmp_path, monkeypatch):
     assert made == [
         ("vlm", ["fisher"]), ("agent", ["fisher", "inverse"]), ("coder", ["fisher", "inverse"])
     ]  # fmt: skip
+
+
+def test_gpu_memory_is_given_back_after_each_parent(tmp_path, monkeypatch):
+    done = []
+    monkeypatch.setattr(
+        calibrate_module, "calibrate_parent", lambda config, role: done.append(role)
+    )
+    monkeypatch.setattr(gpu, "give_back", lambda: done.append("free"))
+    make_statistics(demo(f"calibration.output={tmp_path}"), ["diagonal"])
+    assert done == ["vlm", "free", "agent", "free"]
 
 
 def test_a_result_is_kept_until_something_that_decides_it_changes(tmp_path, monkeypatch):
