@@ -6,6 +6,7 @@ Each is a step with its inputs, so that a dry run can ask what is there without 
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -143,7 +144,6 @@ def calibrate(config: Config, role: str) -> None:
 
 def _merge_steps(plan: Plan, stages: Stages) -> Iterator[Step]:
     from launch.commands.calibrate import parent_folder
-    from launch.commands.merge import merge_checkpoints
 
     for arm in plan.study.arms:
         if not arm.merge:
@@ -158,8 +158,17 @@ def _merge_steps(plan: Plan, stages: Stages) -> Iterator[Step]:
         }
         target = plan.merged_folder(arm)
         words = f"merge      {arm.name}: {_recipe(config)}"
-        make = partial(merge_checkpoints, config, target)
+        make = partial(_merge, config, target)
         yield Step(f"merge-{arm.name}", inputs, target, make, partial(str, words))
+
+
+def _merge(config: Config, target: Path) -> None:
+    """From its beginning, for its cost counts in the comparison; see `_calibration_steps`."""
+    from launch.commands.merge import merge_checkpoints
+    from merge.output import part_folder
+
+    shutil.rmtree(part_folder(target), ignore_errors=True)
+    merge_checkpoints(config, target)
 
 
 def evaluation_steps(plan: Plan, stages: Stages, command: str) -> Iterator[Step]:

@@ -266,6 +266,19 @@ def test_a_broken_calibration_whose_cost_counts_starts_afresh(
     assert not unfinished.exists()
 
 
+def test_a_broken_merge_starts_afresh(study_file, scripted_stages, tmp_path):
+    run_ceiling(load_study(study_file), Options("c"))
+    out = tmp_path / "out"
+    record = json.loads((out / "stages" / "merge-obm.json").read_text())
+    Stages(out, redo=False).start("merge-obm", record["inputs"])
+    part = out / "merged" / ".obm.part"  # with a journal, from which `obm merge` would go on
+    part.mkdir()
+    scripted_stages.clear()
+    run_ceiling(load_study(study_file), Options("c"))
+    assert scripted_stages == ["merge obm 2.0"]
+    assert not part.exists()
+
+
 def test_a_broken_calibration_of_other_data_is_begun_anew(study_file, monkeypatch):
     config = Plan(load_study(study_file), []).config(load_study(study_file).arms[0])
     folder = calibrate_module.stats_path(config, "agent").parent
