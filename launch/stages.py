@@ -82,7 +82,7 @@ class Stages:
         if found == "changed" and not self._redo:
             marker = self._read(name) or {}
             now = json.loads(_canonical(_known(inputs, marker)))
-            changed = _first_difference(_as_ever(marker["inputs"]), now)
+            changed = first_difference(_as_ever(marker["inputs"]), now)
             raise LaunchError(
                 f"{target} was made with other settings ({changed}); "
                 "pass --redo to make it again, or choose another --output"
@@ -209,11 +209,12 @@ def _known(inputs: dict[str, Any], marker: dict[str, Any] | None) -> dict[str, A
     return {k: v for k, v in inputs.items() if k in then or k not in LATER_INPUTS}
 
 
-def _first_difference(old: Any, new: Any, path: str = "") -> str:
+def first_difference(old: Any, new: Any, path: str = "") -> str:
+    """The first key at which plain data differ, such as `grpo.steps was 1, is 3`."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in sorted(old.keys() | new.keys()):
             if old.get(key) != new.get(key):
-                return _first_difference(old.get(key), new.get(key), f"{path}.{key}".lstrip("."))
+                return first_difference(old.get(key), new.get(key), f"{path}.{key}".lstrip("."))
     if isinstance(old, list) and isinstance(new, list):
         return f"{path} has changed"
     return f"{path} was {old!r}, is {new!r}"

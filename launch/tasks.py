@@ -60,19 +60,27 @@ def statistics_files(config: Config, kinds: Iterable[str]) -> list[Path]:
 
 
 def make_statistics(config: Config, kinds: Sequence[str]) -> None:
-    """Make the statistics of these kinds that are not there."""
+    """Make the statistics of these kinds that are not there.
+
+    Raises:
+        LaunchError: some are there that this has made with other settings.
+    """
+    from launch.calibration_note import check_made, note_made
     from launch.commands.calibrate import calibrate_parent, stats_path
     from merge.stats import FILE_NAMES
     from train import gpu
 
-    for role in merged_roles(config):
-        folder = stats_path(config, role).parent
+    folders = {role: stats_path(config, role).parent for role in merged_roles(config)}
+    for role, folder in folders.items():  # before any is made, which may take long
+        check_made(config, role, [k for k in kinds if (folder / FILE_NAMES[k]).exists()], folder)
+    for role, folder in folders.items():
         missing: list[Any] = [k for k in kinds if not (folder / FILE_NAMES[k]).exists()]
         if missing:
             print(f"calibrate {role}: {', '.join(missing)}")
             calibrate_parent(
                 replace(config, calibration=replace(config.calibration, kinds=missing)), role
             )
+            note_made(config, role, missing, folder)
             gpu.give_back()  # the next parent, or the processes that evaluate, need it
 
 
