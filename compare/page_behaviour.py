@@ -147,7 +147,9 @@ def group_sentences(data: Comparison, groups: Sequence[str]) -> list[str]:
     """In which groups the reference lies above, below, or apart from nobody; of one seed, none."""
     others = [arm for arm in data.results if arm != data.reference]
     own = data.results[data.reference]["by_group"]
-    leads, trails, level = [], [], []
+    leads, trails = [], []
+    level: list[str] = []
+    partly_level: list[str] = []
     for group in groups:
         if group not in own:
             continue
@@ -164,7 +166,8 @@ def group_sentences(data: Comparison, groups: Sequence[str]) -> list[str]:
         elif ahead:
             leads.append(f"{_group_name(group)} (above {listed(ahead, data.arms.label)})")
         elif OPEN in sides.values():
-            level.append(_group_name(group))
+            is_whole = all(sides.get(arm) == OPEN for arm in others)
+            (level if is_whole else partly_level).append(_group_name(group))
     name = data.arms.label(data.reference)
     sentences = []
     if leads:
@@ -173,6 +176,9 @@ def group_sentences(data: Comparison, groups: Sequence[str]) -> list[str]:
         sentences.append(f"{name} trails in {'; '.join(trails)}.")
     if level:
         sentences.append(f"Its interval overlaps with all others in {', '.join(level)}.")
+    if partly_level:
+        where = ", ".join(partly_level)
+        sentences.append(f"Its interval overlaps with all that can be judged in {where}.")
     return sentences
 
 

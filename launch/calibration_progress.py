@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from launch.errors import LaunchError
 from launch.stages import fingerprint, hash_inputs
-from launch.tasks import picture_inputs
+from launch.tasks import calibration_inputs
 from train.files import write_json
 
 if TYPE_CHECKING:
@@ -69,12 +69,13 @@ class Progress:
         self._path.unlink(missing_ok=True)
 
 
-def calibration_key(config: Config, parent: str) -> str:
+def calibration_key(config: Config, role: str, parent: str) -> str:
     """Hash of what decides on a parent's statistics.
 
     Args:
-        config: calibration, environment, grpo's lengths and models.max_pixels are used.
-        parent: folder or hub id.
+        config: calibration, environment, live, grpo's lengths and models.max_pixels are used.
+        role: vlm, agent or the name of a donor.
+        parent: its folder or hub id.
     """
     return hash_inputs(
         {
@@ -82,7 +83,7 @@ def calibration_key(config: Config, parent: str) -> str:
             "calibration": {**asdict(config.calibration), "output": None},
             "environment": asdict(config.environment),
             "grpo": config.grpo,
-            **picture_inputs(config),
+            **calibration_inputs(config, role),
         }
     )
 

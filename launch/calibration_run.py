@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cached_property
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from launch.errors import LaunchError
 from launch.stages import environment_inputs
-from launch.tasks import picture_inputs
+from launch.tasks import calibration_inputs, length_inputs
 
 if TYPE_CHECKING:
     from configs.schema import Config
@@ -232,17 +233,23 @@ def measure_inputs(
             device=section.device, damping=section.damping, shard=shard, families=parent.families,
         )  # fmt: skip
         return
-    suffix = "" if shard == WHOLE else f"-{shard[0]}-of-{shard[1]}"
     weights = weight_checksums(parent.checkpoint, parent.family, "diagonal")
-    unfinished = folder / f".unfinished{suffix}-{_settings_key(parent, weights)}.safetensors"
-    for stale in folder.glob(f".unfinished{suffix}-*.safetensors"):
+    key = _settings_key(parent, weights)
+    unfinished = folder / f".unfinished{_suffix(shard)}-{key}.safetensors"
+    for stale in unfinished_sums(folder, shard):
         if stale != unfinished:
-            stale.unlink()
+            stale.unlink(missing_ok=True)
     moments = collect_second_moments(
         parent.load(), batches, shard=shard, unfinished=unfinished, families=parent.families
     )
     save_stats(moments, folder / shard_name("diagonal", shard), weights=weights)
-    unfinished.unlink()
+    unfinished.unlink(missing_ok=True)
+
+
+def unfinished_sums(folder: Path, shard: tuple[int, int] = WHOLE) -> list[Path]:
+    """Sums that calibrations of these batches have left; not those of other shards."""
+    own = re.compile(rf"\.unfinished{_suffix(shard)}-[0-9a-f]{{16}}\.safetensors")
+    return sorted(path for path in folder.glob(".unfinished*") if own.fullmatch(path.name))
 
 
 def measure_fisher(parent: Parent, folder: Path, shard: tuple[int, int]) -> None:
@@ -270,9 +277,14 @@ def measure_fisher(parent: Parent, folder: Path, shard: tuple[int, int]) -> None
     save_fisher(fisher, path, weights=weights)
 
 
+def _suffix(shard: tuple[int, int]) -> str:
+    return "" if shard == WHOLE else f"-{shard[0]}-of-{shard[1]}"
+
+
 def _settings_key(parent: Parent, weights: dict[str, str]) -> str:
     """Hash of what decides on unfinished sums, so that other settings do not go on with them."""
-    environment = environment_inputs(parent.config.environment)
-    pictures = picture_inputs(parent.config).values()
-    settings = [asdict(parent.section), environment, weights, *pictures]
+    config, role = parent.config, parent.role
+    environment = environment_inputs(config.environment)
+    samples = {**calibration_inputs(config, role), **length_inputs(config, role)}.values()
+    settings = [asdict(parent.section), environment, weights, *samples]
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]

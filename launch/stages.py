@@ -22,6 +22,9 @@ from train.files import write_json
 LATER_KEYS = ("snippet_words",)
 """Keys of `environment` that came when stages had been made: at their default they are no input, so
 that what was made without them stays valid."""
+LATER_INPUTS = ("episode_lengths", "checkpoints")
+"""Inputs that came when stages had been made. A marker without one does not say what it was then:
+what is marked as finished stays valid, under the key it had."""
 
 
 class Stages:
@@ -49,9 +52,9 @@ class Stages:
             `done`; `begun`: from these inputs, not to its end; `changed`: from others; `foreign`:
             its target is there, but was not made here; `missing`.
         """
-        key = hash_inputs(inputs)
-        self._keys[name] = key
         marker = self._read(name)
+        key = hash_inputs(_known(inputs, marker))
+        self._keys[name] = key
         if marker is None:
             return "foreign" if target.exists() else "missing"
         if marker["key"] != key:
@@ -77,8 +80,9 @@ class Stages:
                 f"{target} exists but was not made here; remove it, or choose another --output"
             )
         if found == "changed" and not self._redo:
-            before = _as_ever((self._read(name) or {})["inputs"])
-            changed = _first_difference(before, json.loads(_canonical(inputs)))
+            marker = self._read(name) or {}
+            now = json.loads(_canonical(_known(inputs, marker)))
+            changed = first_difference(_as_ever(marker["inputs"]), now)
             raise LaunchError(
                 f"{target} was made with other settings ({changed}); "
                 "pass --redo to make it again, or choose another --output"
@@ -89,7 +93,8 @@ class Stages:
 
     def start(self, name: str, inputs: dict[str, Any]) -> None:
         """Note that the stage is under way, so that a broken one can be told from a foreign one."""
-        self._write(name, {"key": hash_inputs(inputs), "inputs": inputs, "done": False})
+        self._keys[name] = hash_inputs(inputs)  # of all inputs, whatever `look` has accepted
+        self._write(name, {"key": self._keys[name], "inputs": inputs, "done": False})
 
     def finish(self, name: str, inputs: dict[str, Any], seconds: float) -> None:
         """Note that the stage is complete."""
@@ -196,11 +201,20 @@ def _as_ever(inputs: dict[str, Any]) -> dict[str, Any]:
     return {**inputs, "environment": kept}
 
 
-def _first_difference(old: Any, new: Any, path: str = "") -> str:
+def _known(inputs: dict[str, Any], marker: dict[str, Any] | None) -> dict[str, Any]:
+    """Inputs without those that a marker was written too early for, see LATER_INPUTS."""
+    if marker is None:
+        return inputs
+    then = marker.get("inputs") or {}
+    return {k: v for k, v in inputs.items() if k in then or k not in LATER_INPUTS}
+
+
+def first_difference(old: Any, new: Any, path: str = "") -> str:
+    """The first key at which plain data differ, such as `grpo.steps was 1, is 3`."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in sorted(old.keys() | new.keys()):
             if old.get(key) != new.get(key):
-                return _first_difference(old.get(key), new.get(key), f"{path}.{key}".lstrip("."))
+                return first_difference(old.get(key), new.get(key), f"{path}.{key}".lstrip("."))
     if isinstance(old, list) and isinstance(new, list):
         return f"{path} has changed"
     return f"{path} was {old!r}, is {new!r}"

@@ -7,7 +7,7 @@ they share what is here.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cache
 from importlib import resources
@@ -60,18 +60,28 @@ def statistics_files(config: Config, kinds: Iterable[str]) -> list[Path]:
 
 
 def make_statistics(config: Config, kinds: Sequence[str]) -> None:
-    """Make the statistics of these kinds that are not there."""
+    """Make the statistics of these kinds that are not there.
+
+    Raises:
+        LaunchError: some are there that this has made with other settings.
+    """
+    from launch.calibration_note import check_made, note_made
     from launch.commands.calibrate import calibrate_parent, stats_path
     from merge.stats import FILE_NAMES
+    from train import gpu
 
-    for role in merged_roles(config):
-        folder = stats_path(config, role).parent
+    folders = {role: stats_path(config, role).parent for role in merged_roles(config)}
+    for role, folder in folders.items():  # before any is made, which may take long
+        check_made(config, role, [k for k in kinds if (folder / FILE_NAMES[k]).exists()], folder)
+    for role, folder in folders.items():
         missing: list[Any] = [k for k in kinds if not (folder / FILE_NAMES[k]).exists()]
         if missing:
             print(f"calibrate {role}: {', '.join(missing)}")
             calibrate_parent(
                 replace(config, calibration=replace(config.calibration, kinds=missing)), role
             )
+            note_made(config, role, missing, folder)
+            gpu.give_back()  # the next parent, or the processes that evaluate, need it
 
 
 def evaluation_inputs(config: Config) -> dict[str, Any]:
@@ -83,6 +93,28 @@ def evaluation_inputs(config: Config) -> dict[str, Any]:
         **live_inputs(config),
         **picture_inputs(config),
     }
+
+
+def calibration_inputs(config: Config, role: str) -> dict[str, Any]:
+    """What decides a parent's statistics beside it, `calibration` and `environment`.
+
+    Empty at the defaults, so that what was made before stays valid.
+    """
+    data = "vlm_data" if role == "vlm" else "agent_data"
+    return {
+        **named_files(config, "train", "dialect", "families", data),
+        **live_inputs(config),
+        **picture_inputs(config),
+    }
+
+
+def length_inputs(config: Config, role: str) -> dict[str, Any]:
+    """{"episode_lengths": ...} where a parent's calibration samples are episodes of its own."""
+    from train.settings import episode_lengths, resolved_grpo
+
+    if role == "vlm" or config.calibration.agent_data["source"] is not None:
+        return {}
+    return {"episode_lengths": episode_lengths(resolved_grpo(config))}
 
 
 def picture_inputs(config: Config) -> dict[str, int]:
@@ -108,46 +140,88 @@ def named_files(config: Config, *uses: str) -> dict[str, Any]:
 
     Args:
         config: settings.
-        uses: which count: the questions of `train` and `eval`, the `dialect`, `vlm_data` and
-            `agent_data` of the calibration.
+        uses: which count: the questions of `train`, `eval` and `keep` (of a conflict map), the
+            `dialect`, `vlm_data` and `agent_data` of the calibration, the `families` of the merge;
+            of a training the `map` of its heads, `anchor_stats` and settings of `deepspeed`.
 
     Returns:
         {"files": {path: [[name, size, time of change], ...]}}; of a folder the files that hold
-        rows. Empty where no file is named, so that what was made before stays valid; what ships
-        with the package changes with it alone and does not count.
+        rows, or second moments. Empty where no file is named, so that what was made before stays
+        valid; what ships with the package changes with it alone and does not count.
     """
     from configs.schema import DIALECT_SUFFIX
+    from train.deepspeed_json import SHIPPED_DEEPSPEED
 
     section, calibration = config.environment, config.calibration
-    benchmarks = {"train": section.train_benchmark, "eval": section.eval_benchmark}
-    named = {use: one.source for use, one in benchmarks.items() if one is not None}
-    named["vlm_data"] = calibration.vlm_data["source"]
-    named["agent_data"] = calibration.agent_data["source"]
+    benchmarks = {
+        "train": section.train_benchmark,
+        "eval": section.eval_benchmark,
+        "keep": config.conflict.keep_benchmark,
+    }
+    named = {use: [one.source] for use, one in benchmarks.items() if one is not None}
+    named["vlm_data"] = [calibration.vlm_data["source"]]
+    named["agent_data"] = [calibration.agent_data["source"]]
+    named["families"] = [config.merge.families]
+    named["map"] = [config.freeze_heads.map]
+    named["anchor_stats"] = list(config.algorithm.anchor_stats)
+    if config.deepspeed not in (*SHIPPED_DEEPSPEED, "none"):
+        named["deepspeed"] = [config.deepspeed]
     if section.dialect.endswith(DIALECT_SUFFIX):
-        named["dialect"] = section.dialect
+        named["dialect"] = [section.dialect]
     shipped = Path(str(resources.files("configs"))).resolve()
     stamps = {}
-    for name in filter(None, map(named.get, uses)):
+    pairs = [(use, name) for use in uses for name in named.get(use, ()) if name]
+    for use, name in pairs:
         try:
             path = Path(name).expanduser()
             if path.exists() and shipped not in path.resolve().parents:
-                files = _files_of_rows(path) if path.is_dir() else [path]
-                stamps[name] = [_stamp(file) for file in files]
+                stamps[name] = [_stamp(file) for file in _files_of(path, use)]
         except (OSError, RuntimeError):
             continue  # no path that there can be: whoever reads it says so
     return {"files": stamps} if stamps else {}
 
 
-def _files_of_rows(folder: Path) -> list[Path]:
-    """Of questions, or of a data set that was saved there; not the pictures that they name."""
-    from environments.benchmarks.reading import LOCAL_SUFFIXES
+def checkpoint_inputs(named: Mapping[str, str | None]) -> dict[str, Any]:
+    """Checkpoints beside the start, such as teachers, so that no result outlives their weights.
 
+    Args:
+        named: key of the settings -> folder, hub id or `atlas://name`; None does not count.
+
+    Returns:
+        {"checkpoints": {key: fingerprint}}; empty where none is named.
+
+    Raises:
+        ConfigError: there is no such checkpoint.
+    """
+    from configs.errors import ConfigError
+    from configs.schema import resolve_model
+
+    prints = {}
+    for key, name in named.items():
+        try:
+            if name:
+                prints[key] = fingerprint(resolve_model(name))
+        except ConfigError as error:
+            raise ConfigError(f"{key}: {error}") from error
+    return {"checkpoints": prints} if prints else {}
+
+
+def _files_of(path: Path, use: str) -> list[Path]:
+    """What is read of a path: of a folder of statistics the second moments, of another one the rows
+    of questions, or a data set that was saved there; not the pictures that they name."""
+    from environments.benchmarks.reading import LOCAL_SUFFIXES
+    from merge.stats import FILE_NAMES
+
+    if not path.is_dir():
+        return [path]
+    if use == "anchor_stats":
+        return [path / FILE_NAMES["diagonal"]]
     suffixes = (*LOCAL_SUFFIXES, ".arrow")
     # a `cache-` file is what reading a data set has left there
     return sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix in suffixes and not path.match("cache-*.arrow")
+        file
+        for file in path.rglob("*")
+        if file.suffix in suffixes and not file.match("cache-*.arrow")
     )
 
 
@@ -175,6 +249,7 @@ def make_task(
         inputs["checkpoint"] = fingerprint(checkpoint)
     else:
         section = asdict(config.merge)
+        inputs |= named_files(config, "eval", "dialect", "families")
         inputs["merge"] = {k: v for k, v in section.items() if k not in NOT_OF_THE_RESULT}
         sources = [parent_folder(config, role) for role in ("base", "vlm", "agent")]
         donors = config.models.donors.values()

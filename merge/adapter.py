@@ -34,6 +34,7 @@ from merge.output import (
     copy_companions,
     move_into_place,
     output_path,
+    part_folder,
     write_index,
 )
 from merge.shards import SafetensorsFile, ShardWriter, from_float, is_finite
@@ -177,7 +178,7 @@ def merge_adapter(
     }
     if dry_run:
         return record
-    part = output.with_name(f".{output.name}.part")
+    part = part_folder(output)
     start = {} if base else _start_checksums(folder)
     held = hold_folder(part)
     try:

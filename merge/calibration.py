@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from merge.errors import MergeError
+from merge.errors import MergeError, OtherDataError
 from merge.families import get_family
 from merge.inputs import (
     InputSums,
@@ -81,7 +81,8 @@ def collect_second_moments(
 
     Raises:
         MergeError: An unsupported model, no tokens, a mask of the wrong shape, a linear that was
-            never called, activations that are not finite, or `unfinished` is of other data.
+            never called, or activations that are not finite.
+        OtherDataError: `unfinished` is of other data.
     """
     where = type(model).__name__
     family = get_family(getattr(model.config, "model_type", None), where, families)
@@ -168,7 +169,7 @@ def _check_same(
     record: Record, number: int, batch: Mapping[str, Any], unfinished: str | Path | None
 ) -> None:
     if record.digests[number] != hash_batch(batch):
-        raise MergeError(
+        raise OtherDataError(
             f"{unfinished}: was begun with other data (batch {number} differs); remove it to "
             "start anew"
         )

@@ -39,6 +39,7 @@ from merge.output import (
     copy_companions,
     move_into_place,
     output_path,
+    part_folder,
     plan_files,
     write_index,
 )
@@ -186,7 +187,7 @@ class _Run:
         self._output = output
         self._threads = threads
         self._writer = TensorWriter(parents, statistics, threads)
-        self.part = output.with_name(f".{output.name}.part")
+        self.part = part_folder(output)
         self._journal = Journal(self.part, _digest(plan, parents, statistics, files))
 
     def apply(self, budgets: Sequence[Sequence[PlannedTensor]]) -> dict[str, dict[str, Any]]:

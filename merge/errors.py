@@ -1,4 +1,4 @@
-"""The one exception that a user's mistake raises in this package."""
+"""The exception that a user's mistake raises in this package."""
 
 
 class MergeError(ValueError):
@@ -9,3 +9,7 @@ class MergeError(ValueError):
     """
 
     exit_code = 2
+
+
+class OtherDataError(MergeError):
+    """A calibration that was broken off was begun with other data than it would go on with."""

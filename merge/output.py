@@ -136,6 +136,11 @@ def output_path(output: str | Path) -> Path:
         ) from error
 
 
+def part_folder(output: Path) -> Path:
+    """Where a merge lies until it is whole, and from where a broken one goes on."""
+    return output.with_name(f".{output.name}.part")
+
+
 def check_output(output: Path, sources: Mapping[str, Path], n_bytes: int, overwrite: bool) -> None:
     """Checks that the output may be written, before anything is.
 
@@ -154,7 +159,7 @@ def check_output(output: Path, sources: Mapping[str, Path], n_bytes: int, overwr
             raise MergeError(f"{output}: is or holds the {role} itself; choose another output")
     if not output.name:  # the current folder, or the root
         raise MergeError(f"{output}: has no name of its own; choose another output")
-    part = output.with_name(f".{output.name}.part")
+    part = part_folder(output)
     try:
         existing = next(p for p in (output, *output.absolute().parents) if p.exists())
         part.exists()  # its name is the longer one

@@ -196,6 +196,17 @@ def resolved_grpo(config: Config) -> dict[str, Any]:
     return settings
 
 
+def episode_lengths(grpo: Mapping[str, Any]) -> dict[str, int]:
+    """Most tokens of an episode (`max_completion_length`) and of one turn (`max_new_tokens`).
+
+    Args:
+        grpo: of `resolved_grpo`.
+    """
+    budget = grpo["max_completion_length"]
+    per_turn = (grpo["generation_kwargs"] or {}).get("max_new_tokens", budget)
+    return {"max_completion_length": budget, "max_new_tokens": per_turn}
+
+
 def _check_value(name: str, value: Any) -> None:
     """Holds a value against `KINDS`; TRL gets it as it was written.
 

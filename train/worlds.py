@@ -7,7 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from configs.errors import ConfigError
-from train.settings import resolved_grpo
+from train.settings import episode_lengths, resolved_grpo
 
 if TYPE_CHECKING:
     from configs.schema import Config
@@ -146,11 +146,10 @@ def build_engine(config: Config, model: Any, processor: Any, **settings: Any) ->
             the policy, and so must not go to a server; `make_engine` for another class of engine.
     """
     grpo = resolved_grpo(config)
-    budget = grpo["max_completion_length"]
-    per_turn = (grpo["generation_kwargs"] or {}).get("max_new_tokens", budget)
+    lengths = episode_lengths(grpo)
     options: dict[str, Any] = {
-        "max_new_tokens_per_turn": per_turn,
-        "max_completion_tokens": budget,
+        "max_new_tokens_per_turn": lengths["max_new_tokens"],
+        "max_completion_tokens": lengths["max_completion_length"],
         "temperature": grpo["temperature"],
         "top_p": grpo.get("top_p", 1.0),
         "seed": config.seed,

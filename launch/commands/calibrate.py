@@ -172,7 +172,7 @@ def progress_of(
     from launch.calibration_progress import Progress, calibration_key
 
     note = stats_path(config, role).parent / f".begun{_suffix(shard)}.json"
-    key = calibration_key(config, parent_folder(config, role))
+    key = calibration_key(config, role, parent_folder(config, role))
     return Progress(note, key, _targets(config, role, shard), overwrite=overwrite)
 
 

@@ -87,32 +87,38 @@ def _memory(config: Config, n_processes: int) -> Memory | None:
 
 
 def share_evaluations(config: Config, wanted: int | None = None) -> Share:
-    """How many evaluations without training run at a time: on the processor, one process each.
+    """How many evaluations without training run at a time, one process each.
 
     Args:
         config: of one of them.
         wanted: see `share_trainings`.
     """
-    machine = replace(this_machine(), n_gpus=0)
-    return share_trainings(machine, evaluation_bytes(config), wanted=wanted)
+    n_bytes = evaluation_bytes(config)
+    return share_trainings(this_machine(), n_bytes, wanted=wanted, of="an evaluation")
 
 
 def share_trainings(
-    machine: Machine, n_bytes: int, *, n_processes: int = 1, wanted: int | None = None
+    machine: Machine,
+    n_bytes: int,
+    *,
+    n_processes: int = 1,
+    wanted: int | None = None,
+    of: str = "a training",
 ) -> Share:
-    """How many trainings run at a time.
+    """How many trainings, or evaluations, run at a time.
 
     Args:
         machine: what is there.
         n_bytes: main memory of one training, see `training_bytes`; not looked at on GPUs.
         n_processes: of one training; on GPUs each has one of its own.
         wanted: what the user asked for; taken as it is, with a warning where it is too much.
+        of: what runs, in words.
 
     Returns:
         At least one: whether that fits is the training's own to say.
     """
     if machine.n_gpus:
-        fits, words = _by_gpus(machine.n_gpus, n_processes)
+        fits, words = _by_gpus(machine.n_gpus, n_processes, of)
     else:
         fits, words = _by_cores(machine, n_bytes, n_processes)
     if wanted is None:
@@ -123,8 +129,8 @@ def share_trainings(
     return Share(wanted, f"as --parallel says ({words}{warning})")
 
 
-def _by_gpus(n_gpus: int, n_processes: int) -> tuple[int, str]:
-    each = f"{n_processes} GPU{'s' if n_processes > 1 else ''} a training"
+def _by_gpus(n_gpus: int, n_processes: int, of: str) -> tuple[int, str]:
+    each = f"{n_processes} GPU{'s' if n_processes > 1 else ''} {of}"
     return n_gpus // n_processes, f"{each}, {n_gpus} there"
 
 

@@ -12,7 +12,7 @@ from configs.errors import ConfigError
 from configs.reader import parse_yaml
 from launch.stages import Stages, fingerprint
 from launch.studies.file import Arm, Study
-from launch.tasks import merged_roles, needed_kinds
+from launch.tasks import merged_roles, named_files, needed_kinds
 
 if TYPE_CHECKING:
     from configs.schema import Config
@@ -276,10 +276,13 @@ def map_stage(owner: str) -> str:
 
 
 def frozen_inputs(plan: Plan, stages: Stages, arm: Arm, config: Config) -> dict[str, Any]:
-    """The section freeze_heads as what decides a result: a map of the study by its key."""
+    """The section freeze_heads as what decides a result: a map of the study by its key, the user's
+    own by its file."""
     section = asdict(config.freeze_heads)
     if owner := plan.map_owner(arm):
         section["map"] = stages.key(map_stage(owner))
+    elif section["source"] in ("cast", "anti"):
+        section |= named_files(config, "map")
     return section
 
 

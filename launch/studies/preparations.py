@@ -22,7 +22,7 @@ from launch.studies.machine import duration_words, gpu_groups, this_machine, tim
 from launch.studies.plan import Plan, frozen_inputs, map_stage, preparation_stage, start_key
 from launch.studies.starts import Step, reused, say
 from launch.studies.trainings import share_of
-from launch.tasks import live_inputs, named_files, picture_inputs
+from launch.tasks import checkpoint_inputs, live_inputs, named_files, picture_inputs
 
 if TYPE_CHECKING:
     from configs.schema import Config
@@ -41,10 +41,12 @@ def map_steps(plan: Plan, stages: Stages) -> Iterator[Step]:
         inputs = {
             "start": start_key(plan, stages, arm),
             **{key: settings[key] for key in keys},
-            **named_files(config, "train", "dialect"),
+            **named_files(config, "train", "dialect", "keep"),
             **live_inputs(config),
             **picture_inputs(config),
         }
+        if not arm.merge:  # what made a merge counts among its inputs
+            inputs |= checkpoint_inputs(_teachers(config))
         # defaults are left out, as those of a training are
         if config.reward_functions:
             inputs["reward_functions"] = settings["reward_functions"]
@@ -54,6 +56,13 @@ def map_steps(plan: Plan, stages: Stages) -> Iterator[Step]:
         words = f"diagnose   {arm.name}: conflict map of its heads"
         make = partial(_make_map, config, str(plan.start(arm)), target)
         yield Step(map_stage(arm.name), inputs, target, make, partial(str, words))
+
+
+def _teachers(config: Config) -> dict[str, str | None]:
+    """Models that a conflict map is made with, beside the start."""
+    section, models = config.conflict, config.models
+    teachers = {"models.vlm": models.vlm} if section.keep_words == "vlm" else {}
+    return teachers | ({"models.agent": models.agent} if section.search == "agent" else {})
 
 
 def _make_map(config: Config, start: str, target: Path) -> None:
@@ -98,6 +107,8 @@ def preparation_steps(plan: Plan, stages: Stages) -> Iterator[Step]:
             # defaults are left out, as those of a training are
             if settings["lora"] != asdict(Lora()):
                 inputs["lora"] = settings["lora"]
+            if arm.prepare == "sft" and config.sft.teacher != "solver":
+                inputs |= checkpoint_inputs({"sft.teacher": config.sft.teacher})
             if config.models.freeze_vision:
                 inputs["models"] = {"freeze_vision": True}
             target = plan.prepared_folder(arm, seed)

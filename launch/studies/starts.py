@@ -6,7 +6,9 @@ Each is a step with its inputs, so that a dry run can ask what is there without 
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,7 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 from launch.stages import Stages, fingerprint
 from launch.studies.plan import Plan, calibrations, start_key
-from launch.tasks import evaluation_inputs, live_inputs, merged_roles, named_files, picture_inputs
+from launch.tasks import (
+    calibration_inputs,
+    evaluation_inputs,
+    length_inputs,
+    merged_roles,
+    named_files,
+)
 from train import gpu
 
 if TYPE_CHECKING:
@@ -94,28 +102,48 @@ def _calibration_steps(plan: Plan) -> Iterator[Step]:
 
 def calibration_step(config: Config, role: str, name: str) -> Step:
     """One model's statistics, of the kinds that the settings name."""
-    from launch.commands.calibrate import calibrate_parent, parent_folder, stats_path
+    from launch.commands.calibrate import parent_folder, stats_path
 
     inputs = {
         "checkpoint": fingerprint(parent_folder(config, role)),
         "calibration": asdict(config.calibration),
         "environment": asdict(config.environment),
-        **named_files(config, "train", "dialect", "vlm_data" if role == "vlm" else "agent_data"),
-        **live_inputs(config),
-        **picture_inputs(config),
+        **calibration_inputs(config, role),
+        **length_inputs(config, role),
     }
     kinds = ", ".join(config.calibration.kinds)
     what = name.removeprefix("calibrate-")
     words = f"calibrate  {what}: {kinds} of {config.calibration.samples} samples"
     return Step(
         name, inputs, stats_path(config, role).parent,
-        partial(calibrate_parent, config, role), lambda: words, resumes=True,
+        partial(calibrate, config, role), lambda: words, resumes=True,
     )  # fmt: skip
+
+
+def calibrate(config: Config, role: str) -> None:
+    """A calibration of a study; goes on with what one that was broken off has kept.
+
+    Args:
+        config: settings.
+        role: see `calibrate_parent`.
+    """
+    from launch.calibration_run import unfinished_sums
+    from launch.commands.calibrate import calibrate_parent, stats_path
+    from merge.errors import OtherDataError
+
+    with suppress(OtherDataError):
+        calibrate_parent(config, role)
+        return
+    # the parent answers otherwise now, with another torch, say. Behind the block: the error held
+    # the model that it came from
+    gpu.give_back()
+    for path in unfinished_sums(stats_path(config, role).parent):
+        path.unlink()
+    calibrate_parent(config, role)
 
 
 def _merge_steps(plan: Plan, stages: Stages) -> Iterator[Step]:
     from launch.commands.calibrate import parent_folder
-    from launch.commands.merge import merge_checkpoints
 
     for arm in plan.study.arms:
         if not arm.merge:
@@ -126,11 +154,21 @@ def _merge_steps(plan: Plan, stages: Stages) -> Iterator[Step]:
             "merge": asdict(config.merge),
             "parents": {role: fingerprint(parent_folder(config, role)) for role in roles},
             "stats": [stages.key(name) for _, name in calibrations(arm, config)],
+            **named_files(config, "families"),
         }
         target = plan.merged_folder(arm)
         words = f"merge      {arm.name}: {_recipe(config)}"
-        make = partial(merge_checkpoints, config, target)
+        make = partial(_merge, config, target)
         yield Step(f"merge-{arm.name}", inputs, target, make, partial(str, words))
+
+
+def _merge(config: Config, target: Path) -> None:
+    """From its beginning, for its cost counts in the comparison; see `_calibration_steps`."""
+    from launch.commands.merge import merge_checkpoints
+    from merge.output import part_folder
+
+    shutil.rmtree(part_folder(target), ignore_errors=True)
+    merge_checkpoints(config, target)
 
 
 def evaluation_steps(plan: Plan, stages: Stages, command: str) -> Iterator[Step]:

@@ -29,7 +29,7 @@ from launch.studies.machine import (
 )
 from launch.studies.plan import Plan, frozen_inputs, max_steps, start_key
 from launch.studies.starts import reused, say
-from launch.tasks import live_inputs, named_files, picture_inputs
+from launch.tasks import checkpoint_inputs, live_inputs, named_files, picture_inputs
 
 if TYPE_CHECKING:
     from configs.schema import Config
@@ -68,7 +68,7 @@ def list_trainings(plan: Plan, stages: Stages) -> Iterator[Training]:
             **{key: settings[key] for key in ("seed", "environment", "rewards", "grpo")},
             "eval_every": config.compare.eval_every,
             "deepspeed": config.deepspeed,
-            **named_files(config, "train", "eval"),
+            **named_files(config, "train", "eval", "anchor_stats", "deepspeed"),
             **live_inputs(config),
             **picture_inputs(config),
         }
@@ -84,6 +84,8 @@ def list_trainings(plan: Plan, stages: Stages) -> Iterator[Training]:
             inputs["models"] = {
                 "reference": config.models.reference, "freeze_vision": config.models.freeze_vision
             }  # fmt: skip
+        if config.models.reference != "init":
+            inputs |= checkpoint_inputs({"models.reference": config.models.reference})
         if own := own_files(config):
             inputs["own_files"] = own
         output = plan.run_folder(arm, seed)

@@ -316,6 +316,14 @@ def test_intervals_that_are_not_there_do_not_overlap():
     assert "overlaps" not in text
 
 
+def test_only_intervals_that_are_there_overlap_with_another():
+    summary = pages.comparison(ARMS, half=0.5)
+    del summary["arms"]["ties"]["intervals"]["seen.ceiling"]
+    text = render(build_page([Record("comparison", "compare", summary)], title=""))
+    assert "Its interval overlaps with all others in unseen." in text
+    assert "Its interval overlaps with all that can be judged in seen." in text
+
+
 # ---- in Chromium
 
 

@@ -589,6 +589,58 @@ def test_a_replacing_calibration_that_was_killed_takes_no_old_file_for_its_own(
     assert open_stats(tmp_path / "stats" / "agent", "diagonal").names
 
 
+def test_a_note_is_of_the_files_and_services_that_settings_name(settings, tmp_path):
+    from configs.schema import load_config
+    from launch.calibration_progress import calibration_key
+
+    rows = tmp_path / "rows.jsonl"
+
+    def key(role, *overrides):
+        return calibration_key(load_config(settings(), overrides), role, "owner/name")
+
+    given = f"calibration.agent_data.source={rows}"
+    rows.write_text("{}\n")
+    before = {role: key(role, given) for role in ("vlm", "agent")}
+    rows.write_text("{}\n{}\n")
+    assert key("agent", given) != before["agent"]
+    assert key("vlm", given) == before["vlm"]
+    assert key("vlm", "live.country=de") != key("vlm") == key("vlm", "live.retries=5")
+
+
+def test_unfinished_sums_of_other_settings_go_and_those_of_a_shard_stay(settings, obm, tmp_path):
+    folder = tmp_path / "stats" / "agent"
+    folder.mkdir(parents=True)
+    key = "0123456789abcdef"
+    for name in (key, f"0-of-2-{key}"):
+        (folder / f".unfinished-{name}.safetensors").touch()
+    config = settings(output=str(tmp_path / "stats"))
+    code, _, err = obm("calibrate", "--config", config, "--parent", "agent")
+    assert code == 0, err
+    left = [path.name for path in folder.glob(".unfinished*")]
+    assert left == [f".unfinished-0-of-2-{key}.safetensors"]
+
+
+def test_unfinished_sums_are_of_the_data_and_lengths_they_were_begun_with(settings, tmp_path):
+    from configs.schema import load_config
+    from launch.calibration_run import Parent, _settings_key
+
+    rows = tmp_path / "rows.jsonl"
+
+    def key(role, *overrides):
+        config = load_config(settings(), overrides)
+        return _settings_key(Parent(config, role, getattr(config.models, role)), {})
+
+    longer = "grpo.max_completion_length=99"
+    assert key("vlm") == key("vlm", longer)
+    assert len({key("agent"), key("agent", longer), key("agent", "live.country=de")}) == 3
+    from_rows = f"calibration.agent_data.source={rows}"
+    rows.write_text("{}\n")
+    before = key("agent", from_rows)
+    assert key("agent", from_rows, longer) == before
+    rows.write_text("{}\n{}\n")
+    assert key("agent", from_rows) != before
+
+
 def test_a_second_calibration_of_the_same_folder_is_told_who_is_there(settings, obm, tmp_path):
     from train.lock import locked
 

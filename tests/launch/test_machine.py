@@ -3,6 +3,7 @@
 import pytest
 
 from configs.schema import load_config, shipped_config
+from launch.studies import machine as machine_module
 from launch.studies.machine import (
     LAUNCHER_BYTES,
     PROCESS_BYTES,
@@ -10,6 +11,7 @@ from launch.studies.machine import (
     duration_words,
     evaluation_bytes,
     gpu_groups,
+    share_evaluations,
     share_trainings,
     time_left,
     training_bytes,
@@ -46,6 +48,16 @@ def test_gpus_decide_where_there_are_some():
     assert share_trainings(machine, GB, wanted=3).parallel == 3
     assert gpu_groups(5, 2) == [(0, 1), (2, 3)]
     assert gpu_groups(0, 1) == []
+
+
+def test_evaluations_on_gpus_are_counted_by_them(monkeypatch):
+    config = load_config(shipped_config("demo"))
+    monkeypatch.setattr(machine_module, "this_machine", lambda: Machine(64, 1000 * GB, n_gpus=2))
+    share = share_evaluations(config)
+    assert (share.parallel, share.words) == (2, "1 GPU an evaluation, 2 there")
+    assert share_evaluations(config, wanted=9).parallel == 2
+    monkeypatch.setattr(machine_module, "this_machine", lambda: Machine(3, 1000 * GB))
+    assert share_evaluations(config).parallel == 3
 
 
 def test_what_was_asked_for_is_taken_with_a_warning_where_it_is_too_much():

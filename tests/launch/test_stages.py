@@ -133,6 +133,24 @@ def test_a_key_of_the_environment_that_came_later_counts_where_it_is_set(tmp_pat
         Stages(tmp_path, redo=False).is_done("a", other, target)
 
 
+def test_a_marker_without_an_input_that_came_later_stays_valid(tmp_path):
+    target, lengths = tmp_path / "a", {"episode_lengths": {"max_new_tokens": 8}}
+    before = Stages(tmp_path, redo=False)
+    before.run("a", {"x": 1}, target, make(target, []))
+    now = Stages(tmp_path, redo=False)
+    assert now.look("a", {"x": 1, **lengths}, target) == "done"
+    assert now.key("a") == before.key("a")  # so what was made from it stays valid, too
+    with pytest.raises(LaunchError, match="x was 1, is 2"):
+        now.is_done("a", {"x": 2, **lengths}, target)
+    # made again, it says so, and what is made from it in the same run sees the whole key
+    again = Stages(tmp_path, redo=True)
+    again.run("a", {"x": 2, **lengths}, target, make(target, []))
+    assert again.key("a") == hash_inputs({"x": 2, **lengths})
+    longer = {"x": 2, "episode_lengths": {"max_new_tokens": 9}}
+    with pytest.raises(LaunchError, match=r"episode_lengths\.max_new_tokens was 8, is 9"):
+        now.is_done("a", longer, target)
+
+
 def test_a_fingerprint_changes_with_the_weights(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"one")
     before = fingerprint(str(tmp_path))

@@ -18,14 +18,24 @@ from launch.stages import Stages, hash_inputs
 from launch.studies import paper_table as table_module
 from launch.studies import perception as perception_module
 from launch.studies import preparations as preparations_module
+from launch.studies import starts as starts_module
 from launch.studies import trainings as trainings_module
 from launch.studies.ceiling import run_ceiling
 from launch.studies.file import NOT_STUDIES, Options, load_study
 from launch.studies.paper_table import run_table
 from launch.studies.plan import Plan, flatten
 from launch.studies.run import describe_study, run_study
-from launch.studies.starts import Step, evaluate, evaluation_steps, run_steps, start_steps
+from launch.studies.starts import (
+    Step,
+    calibration_step,
+    evaluate,
+    evaluation_steps,
+    make_starts,
+    run_steps,
+    start_steps,
+)
 from launch.studies.trainings import split_batch
+from merge.errors import OtherDataError
 from train.resume import Saved
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -256,6 +266,36 @@ def test_a_broken_calibration_whose_cost_counts_starts_afresh(
     assert not unfinished.exists()
 
 
+def test_a_broken_merge_starts_afresh(study_file, scripted_stages, tmp_path):
+    run_ceiling(load_study(study_file), Options("c"))
+    out = tmp_path / "out"
+    record = json.loads((out / "stages" / "merge-obm.json").read_text())
+    Stages(out, redo=False).start("merge-obm", record["inputs"])
+    part = out / "merged" / ".obm.part"  # with a journal, from which `obm merge` would go on
+    part.mkdir()
+    scripted_stages.clear()
+    run_ceiling(load_study(study_file), Options("c"))
+    assert scripted_stages == ["merge obm 2.0"]
+    assert not part.exists()
+
+
+def test_a_broken_calibration_of_other_data_is_begun_anew(study_file, monkeypatch):
+    config = Plan(load_study(study_file), []).config(load_study(study_file).arms[0])
+    folder = calibrate_module.stats_path(config, "agent").parent
+    folder.mkdir(parents=True)
+    (folder / f".unfinished-{'0' * 16}.safetensors").touch()
+    found = []
+
+    def go_on(config, role):
+        found.append(sorted(path.name for path in folder.iterdir()))
+        if found[-1]:
+            raise OtherDataError("was begun with other data")
+
+    monkeypatch.setattr(calibrate_module, "calibrate_parent", go_on)
+    calibration_step(config, "agent", "calibrate-agent").make()
+    assert found == [[f".unfinished-{'0' * 16}.safetensors"], []]
+
+
 def test_a_broken_evaluation_goes_on_with_what_it_had_kept(
     study_file, scripted_stages, monkeypatch, tmp_path
 ):
@@ -317,6 +357,34 @@ def test_what_was_made_of_a_file_is_not_reused_once_its_content_has_changed(stud
     # ties reads no statistics
     assert [name for name in before if before[name] == after[name]] == ["merge-ties"]
     assert keys([]) == without
+
+
+def look_at_starts(study, overrides):
+    """Name -> (what is there, inputs) of the stages before the evaluations."""
+    stages, found = Stages(study.output, redo=False), {}
+    for step in start_steps(Plan(study, overrides), stages):
+        found[step.name] = stages.look(step.name, step.inputs, step.target), step.inputs
+    return found
+
+
+def test_the_agents_calibration_is_of_the_lengths_of_its_episodes(
+    study_file, scripted_stages, monkeypatch
+):
+    study, longer = load_study(study_file), ["grpo.generation_kwargs={max_new_tokens: 99}"]
+    with monkeypatch.context() as before:
+        before.setattr(starts_module, "length_inputs", lambda config, role: {})
+        make_starts(Plan(study, []), Stages(study.output, redo=False))
+    # made before its lengths were noted: it is kept, and what was made from it
+    found = look_at_starts(study, longer)
+    assert {state for state, _ in found.values()} == {"done"}
+    assert "episode_lengths" not in found["calibrate-vlm"][1]
+    rows = look_at_starts(study, [f"calibration.agent_data.source={study_file}"])
+    assert "episode_lengths" not in rows["calibrate-agent"][1]
+    seed = ["calibration.seed=1"]
+    make_starts(Plan(study, seed), Stages(study.output, redo=True))
+    for overrides, changed in ((seed, []), ([*seed, *longer], ["calibrate-agent", "merge-obm"])):
+        found = look_at_starts(study, overrides)
+        assert [name for name, (state, _) in found.items() if state == "changed"] == changed
 
 
 def test_gpu_memory_is_given_back_before_the_next_step_needs_it(tmp_path, monkeypatch):
@@ -735,6 +803,99 @@ def test_a_preparation_sees_what_else_of_the_settings_decides_it(neighbours_file
     assert not {"lora", "models", "files"} & set(inputs())
     changed = inputs("lora.r=4", "models.freeze_vision=true")
     assert (changed["lora"]["r"], changed["models"]) == (4, {"freeze_vision": True})
+
+
+def list_inputs(path, *overrides):
+    """Inputs by stage of all that a study makes."""
+    plan, found = Plan(load_study(path), list(overrides)), {}
+    stages = Stages(plan.study.output, redo=False)
+    parts = (start_steps, preparations_module.map_steps, preparations_module.preparation_steps)
+    for step in (step for part in parts for step in part(plan, stages)):
+        stages.look(step.name, step.inputs, step.target)
+        found[step.name] = step.inputs
+    for training in trainings_module.list_trainings(plan, stages):
+        found[training.stage] = training.inputs
+    return found
+
+
+def changed_by(write, path, *overrides):
+    """Stages whose inputs are others after `write()`."""
+    before = list_inputs(path, *overrides)
+    assert list_inputs(path, *overrides) == before
+    write()
+    return {
+        name for name, inputs in list_inputs(path, *overrides).items() if inputs != before[name]
+    }
+
+
+def test_a_conflict_map_does_not_outlive_its_questions_and_teachers(neighbours_file, tmp_path):
+    content = yaml.safe_load(neighbours_file.read_text())
+    settings = {"freeze_heads": "cast(top=25%)"}
+    content["arms"].append({"name": "given", "init": str(tmp_path / "base"), "settings": settings})
+    neighbours_file.write_text(yaml.safe_dump(content))
+    rows, agent = tmp_path / "rows.jsonl", tmp_path / "agent" / "config.json"
+    keep = f"conflict.keep_benchmark={{name: table, source: {rows}}}"
+    maps = {"diagnose-cast", "diagnose-given"}
+    trained = {f"train-{arm}-s{seed}" for arm in ("cast", "given") for seed in (0, 1)}
+    rows.write_text("{}\n")
+    found = changed_by(lambda: rows.write_text("{}\n{}\n"), neighbours_file, keep)
+    assert found == maps | trained
+    # an arm of a checkpoint is not merged from its teachers
+    assert set(list_inputs(neighbours_file)["diagnose-given"]["checkpoints"]) == {"models.vlm"}
+    assert "checkpoints" not in list_inputs(neighbours_file)["diagnose-cast"]
+    of_agent = "conflict.search=agent", "conflict.keep_words=init"
+    found = changed_by(lambda: agent.write_text("{ }"), neighbours_file, *of_agent)
+    assert {"diagnose-given", "train-given-s0"} < found
+    found = changed_by(lambda: agent.write_text("{  }"), neighbours_file)
+    assert "diagnose-given" not in found
+
+
+def test_what_is_trained_does_not_outlive_the_files_it_was_made_with(neighbours_file, tmp_path):
+    content = yaml.safe_load(neighbours_file.read_text())
+    content["arms"][2]["prepare"] = "sft"
+    neighbours_file.write_text(yaml.safe_dump(content))
+    other = tmp_path / "other"
+    other.mkdir()
+    weights = [other / name for name in ("model.safetensors", "stats.safetensors", "map.json")]
+    for path in weights:
+        path.write_text("1")
+    model, moments, own_map = weights
+
+    def changed(path, *overrides):
+        return changed_by(lambda: path.write_text("12"), neighbours_file, *overrides)
+
+    sport = {f"{verb}-sport-s{seed}" for verb in ("sft", "train") for seed in (0, 1)}
+    trained = {f"train-{arm}-s{seed}" for arm in ("obm", "cast", "sport") for seed in (0, 1)}
+    assert changed(model, f"sft.teacher={other}") == sport
+    model.write_text("1")
+    assert changed(model, f"models.reference={other}") == trained
+    for name in (other, moments):
+        moments.write_text("1")
+        assert changed(moments, f"algorithm.anchor_stats=[{name}]") == trained
+    own_map.write_text("1")
+    assert changed(own_map, f"deepspeed={own_map}") == trained
+    own_map.write_text("1")
+    content["arms"][1]["settings"]["freeze_heads"] = {"source": "cast", "map": str(own_map)}
+    neighbours_file.write_text(yaml.safe_dump(content))
+    assert changed(own_map) == {"train-cast-s0", "train-cast-s1"}
+    with pytest.raises(
+        ConfigError, match=r"models\.reference: no checkpoint folder 'runs/nowhere'"
+    ):
+        list_inputs(neighbours_file, "models.reference=runs/nowhere")
+
+
+def test_a_preparation_made_before_its_teachers_weights_counted_stays_valid(
+    neighbours_file, tmp_path
+):
+    content = yaml.safe_load(neighbours_file.read_text())
+    content["arms"][2]["prepare"] = "sft"
+    neighbours_file.write_text(yaml.safe_dump(content))
+    inputs = list_inputs(neighbours_file, f"sft.teacher={tmp_path / 'base'}")["sft-sport-s0"]
+    before = {key: value for key, value in inputs.items() if key != "checkpoints"}
+    (tmp_path / "made").mkdir()
+    stages = Stages(tmp_path, redo=False)
+    stages.finish("sft", before, 1.0)
+    assert stages.look("sft", inputs, tmp_path / "made") == "done"
 
 
 def test_a_conflict_map_is_of_one_reward(neighbours_file, tmp_path):

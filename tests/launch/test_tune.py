@@ -1,5 +1,6 @@
 """Tuning: grids that are fair, recipes that studies read, statistics that merges need."""
 
+import os
 import re
 from dataclasses import asdict
 from pathlib import Path
@@ -20,6 +21,8 @@ from launch.studies.file import load_study
 from launch.studies.machine import Machine
 from launch.tasks import make_statistics, make_task, named_files, needed_kinds
 from merge.methods import METHODS
+from merge.stats import FILE_NAMES
+from train import gpu
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "configs" / "demo.yaml"
@@ -213,19 +216,57 @@ def test_a_merge_needs_the_statistics_of_every_method_in_it(settings, kinds):
     assert needed_kinds(merge_settings(*settings)) == kinds
 
 
-def test_only_missing_statistics_are_made(tmp_path, monkeypatch):
+@pytest.fixture
+def calibrated(monkeypatch):
+    """Calibrations that write empty files, and a list of what was made."""
     made = []
-    monkeypatch.setattr(
-        calibrate_module, "calibrate_parent",
-        lambda config, role: made.append((role, config.calibration.kinds)),
-    )  # fmt: skip
+
+    def calibrate(config, role):
+        folder = calibrate_module.stats_path(config, role).parent
+        folder.mkdir(parents=True, exist_ok=True)
+        for kind in config.calibration.kinds:
+            (folder / FILE_NAMES[kind]).touch()
+        made.append((role, config.calibration.kinds))
+
+    monkeypatch.setattr(calibrate_module, "calibrate_parent", calibrate)
+    return made
+
+
+def test_only_missing_statistics_are_made(tmp_path, calibrated):
     (tmp_path / "vlm").mkdir()
     (tmp_path / "vlm" / "inverse.safetensors").touch()
     config = demo(f"calibration.output={tmp_path}", "models.donors.coder=x")
     make_statistics(config, ["fisher", "inverse"])
-    assert made == [
+    assert calibrated == [
         ("vlm", ["fisher"]), ("agent", ["fisher", "inverse"]), ("coder", ["fisher", "inverse"])
     ]  # fmt: skip
+
+
+def test_statistics_that_were_made_with_other_settings_are_not_taken(tmp_path, calibrated):
+    def make(*overrides, kinds=("diagonal",)):
+        make_statistics(demo(f"calibration.output={tmp_path}", *overrides), kinds)
+
+    make()
+    calibrated.clear()
+    make("calibration.batch_size=1", "calibration.damping=0.1", "environment.eval_size=3")
+    words = r"vlm/stats\.safetensors: .*calibration\.samples was 64, is 512\); remove it, or give"
+    with pytest.raises(LaunchError, match=words):
+        make("calibration.samples=512")
+    longer = "grpo.max_completion_length=99"
+    with pytest.raises(LaunchError, match=r"agent/stats\.safetensors: .*was 320, is 99"):
+        make(longer, kinds=("diagonal", "fisher"))
+    assert calibrated == []  # nothing is made before all is found to fit
+    # what lies there by another way is the user's own
+    for role in ("vlm", "agent"):
+        os.utime(tmp_path / role / "stats.safetensors", (1, 1))
+    make("calibration.samples=512", longer)
+    assert calibrated == []
+
+
+def test_gpu_memory_is_given_back_after_each_parent(tmp_path, monkeypatch, calibrated):
+    monkeypatch.setattr(gpu, "give_back", lambda: calibrated.append("free"))
+    make_statistics(demo(f"calibration.output={tmp_path}"), ["diagonal"])
+    assert calibrated == [("vlm", ["diagonal"]), "free", ("agent", ["diagonal"]), "free"]
 
 
 def test_a_result_is_kept_until_something_that_decides_it_changes(tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from merge.calibration import collect_second_moments, save_stats
-from merge.errors import MergeError
+from merge.errors import MergeError, OtherDataError
 from merge.stats import open_stats
 from merge.sums import merge_shards, read_f64, shard_name
 
@@ -273,7 +273,7 @@ def test_a_killed_run_skips_the_batches_it_has(make_trio, tmp_path):
     assert n_runs == 1
     assert all(equal_vectors(resumed, expected).values())
     assert resumed.record == expected.record
-    with pytest.raises(MergeError, match=r"begun with other data.*; remove it to start"):
+    with pytest.raises(OtherDataError, match=r"begun with other data.*; remove it to start"):
         collect_second_moments(model, batches[::-1], unfinished=unfinished)
 
 
