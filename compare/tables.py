@@ -107,13 +107,20 @@ def _differences(summary: Summary) -> Iterator[str]:
 def _difference_cell(pair: Mapping[str, Any] | None) -> str:
     if pair is None:
         return "-"
-    text = signed(pair["mean"], 3)
+    text = _difference(pair, 3)
     if pair["low"] is None:
         return text
-    text += f" [{signed(pair['low'], 3)}, {signed(pair['high'], 3)}]"
-    side = side_of_difference(pair, same_questions=is_floor(pair["metric"]))
-    text = f"**{text}**" if side in (ABOVE, BELOW) else text
     return f"{text} {pair['probability']:.2f}, p {pair['p_value']:.2g}"
+
+
+def _difference(pair: Mapping[str, Any], digits: int) -> str:
+    """With its interval, where it has one; bold where that leaves out 0."""
+    text = signed(pair["mean"], digits)
+    if pair["low"] is None:
+        return text
+    text += f" [{signed(pair['low'], digits)}, {signed(pair['high'], digits)}]"
+    side = side_of_difference(pair, same_questions=is_floor(pair["metric"]))
+    return f"**{text}**" if side in (ABOVE, BELOW) else text
 
 
 def _recognition(summary: Summary) -> Iterator[str]:
@@ -189,8 +196,9 @@ def _speed(summary: Summary) -> Iterator[str]:
     rows += [[arm, *(_height_cell(one, name) for name in heights.values())]
              for arm, one in trained.items()]  # fmt: skip
     rows += [
-        [f"{arm} minus {reference}", *(_steps_cell(pairs.get((arm, name)))
-                                       for name in heights.values())]
+        [f"{arm} minus {reference}",
+         *(_difference(pairs[arm, name], 0) if (arm, name) in pairs else ""
+           for name in heights.values())]
         for arm in trained if any((arm, name) in pairs for name in heights.values())
     ]  # fmt: skip
     yield from ["## Speed", "", *markdown_table(rows), ""]
@@ -208,16 +216,6 @@ def _height_cell(result: Mapping[str, Any], name: str) -> str:
     if reached < len(steps):
         return f"{reached} of {len(steps)} seeds"
     return cell(result.get(name), result["intervals"].get(name), 0)
-
-
-def _steps_cell(pair: Mapping[str, Any] | None) -> str:
-    if pair is None:
-        return ""
-    text = signed(pair["mean"], 0)
-    if pair["low"] is None:
-        return text
-    text += f" [{signed(pair['low'], 0)}, {signed(pair['high'], 0)}]"
-    return f"**{text}**" if side_of_difference(pair) in (ABOVE, BELOW) else text
 
 
 def _stability(summary: Summary) -> Iterator[str]:
