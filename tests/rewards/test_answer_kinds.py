@@ -8,6 +8,7 @@ from rewards.answer import KINDS, correctness, kind_of
 from rewards.checks import (
     choice_matches,
     contains_answer,
+    is_mostly_number,
     list_matches,
     polarity,
     says_no_answer,
@@ -16,7 +17,7 @@ from rewards.checks import (
 )
 from rewards.dates import date_matches, read_dates
 from rewards.errors import RewardError
-from rewards.guesses import count_candidates
+from rewards.guesses import count_candidates, offers_more
 from rewards.numeric import number_matches, overlap
 from rewards.quantities import is_quantity, read_quantities
 from rewards.units import read_unit
@@ -343,6 +344,22 @@ def test_containment_takes_neither_lists_nor_denials(prediction, expected):
 def test_a_list_of_guesses_is_wrong_whatever_stands_between_them(guess):
     asked = {"question": "Which city is the capital of France?", "answers": ["Paris"]}
     assert correctness(guess, asked, "contains") == 0.0
+
+
+@pytest.mark.parametrize("mark", ["({})", "[{}]", "is: {}"])
+def test_one_aside_explains_and_a_second_one_lists(mark):
+    one, two = (" ".join(["Paris", *map(mark.format, names)]) for names in ("F", "FE"))
+    assert not offers_more(one, "Paris")
+    assert offers_more(two, "Paris")
+    assert not offers_more(two, one)  # gold has an aside of its own
+
+
+@pytest.mark.parametrize(
+    ("text", "is_number"),
+    [("35 million whales", True), ("35 million blue whales", False), ("Apollo 11", False)],
+)
+def test_a_number_has_at_most_one_strange_word_behind_it(text, is_number):
+    assert is_mostly_number(text) == is_number
 
 
 @pytest.mark.parametrize(
