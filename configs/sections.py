@@ -699,8 +699,8 @@ class Compare:
     eval_every: Annotated[int, Positive] = 5
     """optimizer steps between evaluations; step 0 is always evaluated"""
     target_arm: str = "vlm"
-    """arm whose ceiling the others have to reach; where it is less than one question right, the highest
-    tenth that all runs of the reference reach takes its place"""
+    """arm whose ceiling the others have to reach; where it is less than one question right, the
+    highest tenth that all runs of the reference reach takes its place"""
     budget_arm: str | None = None
     """accuracy at an equal budget: what this arm spent in all, preparation included; null = what
     the cheapest arm spent"""
