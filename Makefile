@@ -150,7 +150,7 @@ results-all: ## every study and bench again, one after another, then the figures
 	$(MAKE) results tune study-floor study-ceiling study-ablation study-transfer study-neighbours study-cold \
 	  study-cast study-worlds study-zero results-paper
 	$(BIN)/obm study floor-sar
-	$(BIN)/obm diagnose --output docs/results
+	$(BIN)/obm diagnose --output docs/results --overwrite
 	failed=0; \
 	$(MAKE) --keep-going bench bench-merge bench-rollout bench-serve bench-rewards \
 	  ARGS=--allow-missed || failed=1; \
