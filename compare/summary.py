@@ -179,7 +179,7 @@ def _summarise_arm(
             "ceiling", "auc", "final", "steps_to_target", "tokens_to_target", "device_s_to_target",
             "training_device_s", "at_equal_budget",
         )},
-        **{key: mean for key, mean in means.items() if key.startswith("steps_to_0.")},
+        **{name: means[name] for name in map(height_name, HEIGHTS) if name in means},
         **({"recognition": {when: means[f"recognition.{when}"] for when in WHEN}}
            if "recognition.change" in means else {}),
         "preparation_device_s": _mean_parts(costs) if is_trained else None,

@@ -14,9 +14,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from compare.measures import HEIGHTS, height_name
+
 Label = Callable[[str], str]
-STEPS_TO = "steps_to_0."
-"""Numbers of steps to a height begin so."""
 ROUNDING = 1e-9
 """Differences of shares below this are rounding errors."""
 MANY = 5
@@ -401,13 +401,9 @@ def target_name(summary: Mapping[str, Any], label: Label) -> str:
 
 def heights_of(summary: Mapping[str, Any]) -> dict[str, str]:
     """The tenths that some run reaches: `0.4` -> name of the number of steps to it."""
-    names = dict.fromkeys(
-        name
-        for arm in summary["arms"].values()
-        for name in arm.get("per_seed") or ()
-        if name.startswith(STEPS_TO)
-    )
-    return {name.removeprefix("steps_to_"): name for name in sorted(names)}
+    known = {name for arm in summary["arms"].values() for name in arm.get("per_seed") or ()}
+    names = {f"{height:.1f}": height_name(height) for height in HEIGHTS}
+    return {text: name for text, name in names.items() if name in known}
 
 
 def _speed_sentence(

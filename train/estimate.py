@@ -28,7 +28,12 @@ from train.memory import (
 )
 from train.network import step_bytes
 from train.plan import GB, MACHINES, SERVER_WEIGHTS, Machine, Plan
-from train.settings import resolved_grpo, steps_per_generation, trains_in_bf16
+from train.settings import (
+    episode_lengths,
+    resolved_grpo,
+    steps_per_generation,
+    trains_in_bf16,
+)
 from train.shapes import find_shape
 from train.worlds import is_benchmark
 
@@ -174,8 +179,8 @@ def plan_of(
     """
     grpo = resolved_grpo(config)
     shape, _ = find_shape(_local(config.models.init), config.models.vlm)
-    completion = grpo["max_completion_length"]
-    per_turn = (grpo.get("generation_kwargs") or {}).get("max_new_tokens", completion)
+    lengths = episode_lengths(grpo)
+    completion, per_turn = lengths["max_completion_length"], lengths["max_new_tokens"]
     searches = config.environment.image_searches + config.environment.text_searches
     turns = min(config.environment.max_turns, searches + config.environment.visits + 1)
     text, picture = world_prompt(config)

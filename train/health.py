@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import TYPE_CHECKING, Any
 
-from train.settings import resolved_grpo, steps_per_generation
+from train.settings import episode_lengths, resolved_grpo, steps_per_generation
 from train.watchdog import WHOLE_STEP
 
 if TYPE_CHECKING:
@@ -105,10 +105,10 @@ def health_settings(config: Config, init: str, n_processes: int) -> Settings:
     grpo, environment = resolved_grpo(config), config.environment
     # as TRL asks whether it needs the log-probs of before the step
     uses = steps_per_generation(grpo, n_processes) * (grpo.get("num_iterations") or 1)
-    longest = grpo["max_completion_length"]
+    lengths = episode_lengths(grpo)
     return Settings(
-        max_completion_tokens=longest,
-        max_new_tokens=(grpo.get("generation_kwargs") or {}).get("max_new_tokens", longest),
+        max_completion_tokens=lengths["max_completion_length"],
+        max_new_tokens=lengths["max_new_tokens"],
         beta=grpo["beta"],
         is_on_policy=grpo["gradient_accumulation_steps"] % uses == 0,
         is_merged=(Path(init) / "merge.json").is_file(),
