@@ -1,6 +1,7 @@
 """The model card: what a merged checkpoint is made of, for people and for the hub."""
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -117,5 +118,12 @@ def _figures(record: Mapping[str, Any]) -> list[str]:
 
 def _model_name(source: str) -> str:
     """Keeps a hub id, less its revision; of a local folder only the last part, which is enough."""
-    folder = Path(source).expanduser()
-    return folder.resolve().name if folder.is_dir() else source.partition("@")[0]
+    name = public_name(source)
+    return source.partition("@")[0] if name == source else name
+
+
+def public_name(source: str) -> str:
+    """What others may read of a model's place: the hub id, or of a local path the last part."""
+    path = Path(os.path.expanduser(source))  # the ~ of an unknown user stays
+    is_local = path.exists() or path.is_absolute() or source.startswith((".", "~"))
+    return path.resolve().name if is_local else source

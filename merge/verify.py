@@ -116,7 +116,12 @@ def _differences(
 
 
 def _find_vlm(record: dict[str, Any]) -> Checkpoint | None:
-    """The VLM as it is now, if it lies where it lay; the hub is not asked."""
+    """The VLM as it is now, if it lies where it lay; the hub is not asked.
+
+    A published record has names in place of paths; a folder of that name would be another.
+    """
+    if record.get("published"):
+        return None
     source = Path(os.path.expanduser(str(record["parents"]["vlm"]["source"])))
     if not source.is_dir():
         return None

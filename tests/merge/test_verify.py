@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from merge.errors import MergeError
-from merge.hub import push_folder
+from merge.hub import public_record, push_folder
 from merge.shards import SafetensorsFile
 from merge.verify import check_folder, verify_folder
 from tests.merge.folders import flip_byte, run, weights_of
@@ -188,8 +188,13 @@ class Api:
     def create_repo(self, repository, **options):
         self.calls.append(("create", repository, options))
 
-    def upload_folder(self, **options):
-        self.calls.append(("upload", options.pop("repo_id"), options))
+    def upload_folder(self, *, repo_id, folder_path, commit_message):
+        files = {
+            path.relative_to(folder_path).as_posix(): path.read_bytes()
+            for path in Path(folder_path).rglob("*")
+            if path.is_file()
+        }
+        self.calls.append(("upload", repo_id, files))
         return SimpleNamespace(commit_url="https://hub/commit/1")
 
 
@@ -205,8 +210,53 @@ def test_a_sound_folder_is_pushed(merged, api):
     (create, upload) = api.calls
     assert create == ("create", "someone/warm", {"private": True, "exist_ok": True})
     assert upload[:2] == ("upload", "someone/warm")
-    assert upload[2]["folder_path"] == str(merged)
+    written = {path.name: path.read_bytes() for path in merged.iterdir()}
+    record = json.loads(written.pop("merge.json"))
+    public = json.loads(upload[2].pop("merge.json"))
+    assert upload[2] == written
+    assert public.pop("published") is True
+    assert public["parents"]["vlm"]["source"] == "vlm" != record["parents"]["vlm"]["source"]
+    for role, parent in record["parents"].items():
+        parent["source"] = public["parents"][role]["source"]
+    assert public == record
     assert 'from_pretrained("someone/warm")' in (merged / "README.md").read_text()
+
+
+def test_nothing_that_is_pushed_names_a_place_of_this_machine(merged, api, tmp_path):
+    """Also where a parent is not there any more, and for statistics and an adapter."""
+    path = merged / "merge.json"
+    record = json.loads(path.read_text())
+    record["parents"]["base"]["source"] = "Qwen/Qwen2.5-0.5B@v1"
+    record["parents"]["agent"]["source"] = "/home/someone/secret/agent"
+    record["stats"]["vlm/diagonal"] = {"source": "/home/someone/secret/stats.safetensors"}
+    path.write_text(json.dumps(record))
+    push_folder(merged, "someone/warm", private=True)
+    files = api.calls[-1][2]
+    assert not [
+        n for n, text in files.items() if b"secret" in text or str(tmp_path).encode() in text
+    ]
+    public = json.loads(files["merge.json"])
+    assert public["parents"]["base"]["source"] == "Qwen/Qwen2.5-0.5B@v1"
+    assert public["parents"]["agent"]["source"] == "agent"
+    assert public["stats"]["vlm/diagonal"] == {"source": "stats.safetensors"}
+    assert json.loads(path.read_text()) == record
+
+    settings = {"base_model_name_or_path": "/home/someone/secret/vlm", "r": 4}
+    adapter = {"source": "/home/someone/secret/run", "settings": settings, "tensors": 2}
+    public = public_record({"parents": {}, "adapter": adapter})
+    assert public["adapter"]["source"] == "run"
+    assert public["adapter"]["settings"] == {"base_model_name_or_path": "vlm", "r": 4}
+    assert settings["base_model_name_or_path"] == "/home/someone/secret/vlm"
+
+
+def test_a_published_merge_is_not_compared_with_a_folder_that_has_the_vlms_name(
+    merged, api, tmp_path, monkeypatch
+):
+    push_folder(merged, "someone/warm", private=True)
+    (merged / "merge.json").write_bytes(api.calls[-1][2]["merge.json"])
+    monkeypatch.chdir(tmp_path)
+    flip_byte(tmp_path / "vlm" / "model.safetensors", -1)
+    assert verify_folder("out")["vlm"] is None
 
 
 def test_a_damaged_folder_is_not_pushed(merged, api):
