@@ -656,6 +656,10 @@ class Sft:
     """optimizer steps"""
     batch_size: Annotated[int, Positive] = 32
     """episodes a step"""
+    micro_batch_size: Annotated[int, Positive] | None = None
+    """of them, how many go through the model at once, for memory; null = all"""
+    gradient_checkpointing: bool = False
+    """compute activations again in the backward pass instead of keeping them, for memory"""
     learning_rate: Annotated[float, Between(0, above=True)] = 3.0e-4
     """peak, after warm-up; it falls as a cosine to zero"""
     warmup_steps: Annotated[int, NotNegative] = 10

@@ -15,13 +15,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from configs.sections import Environment
+from configs.sections import Environment, Sft
 from launch.errors import LaunchError
 from train.files import write_json
 
-LATER_KEYS = ("snippet_words",)
-"""Keys of `environment` that came when stages had been made: at their default they are no input, so
-that what was made without them stays valid."""
+LATER_KEYS = {
+    "environment": (Environment(), ("snippet_words",)),
+    "sft": (Sft(), ("micro_batch_size", "gradient_checkpointing")),
+}
+"""Section -> its defaults, and keys that came when stages had been made: at their default they are
+no input, so that what was made without them stays valid."""
 LATER_INPUTS = ("episode_lengths", "checkpoints")
 """Inputs that came when stages had been made. A marker without one does not say what it was then:
 what is marked as finished stays valid, under the key it had."""
@@ -193,12 +196,12 @@ def _canonical(inputs: dict[str, Any]) -> str:
 
 
 def _as_ever(inputs: dict[str, Any]) -> dict[str, Any]:
-    section = inputs.get("environment")
-    if not isinstance(section, dict):
-        return inputs
-    default = asdict(Environment())
-    kept = {k: v for k, v in section.items() if k not in LATER_KEYS or v != default[k]}
-    return {**inputs, "environment": kept}
+    for name, (default, later) in LATER_KEYS.items():
+        section = inputs.get(name)
+        if isinstance(section, dict):
+            kept = {k: v for k, v in section.items() if k not in later or v != getattr(default, k)}
+            inputs = {**inputs, name: kept}
+    return inputs
 
 
 def _known(inputs: dict[str, Any], marker: dict[str, Any] | None) -> dict[str, Any]:

@@ -45,7 +45,8 @@ def describe_cold_start(config: Config) -> str:
         f"teacher   {settings.teacher}",
         f"episodes  {settings.episodes} at most, of {len(questions)} training questions",
         f"training  {settings.steps} steps of {settings.batch_size}: each episode {n_seen:.1f} "
-        "times at least",
+        "times at least"
+        + (f", {settings.micro_batch_size} at once" if settings.micro_batch_size else ""),
     ]
     return "\n".join(lines)
 
@@ -103,8 +104,9 @@ def run_cold_start(config: Config, *, overwrite: bool = False) -> Path:
 
     trains_vision = not config.models.freeze_vision
     stage = SFTStage(
-        "cold start", draw, settings.steps, settings.batch_size, settings.learning_rate,
-        settings.warmup_steps, schedule="cosine", seed=config.seed,
+        "cold start", draw, settings.steps, settings.batch_size, settings.micro_batch_size,
+        settings.gradient_checkpointing, settings.learning_rate, settings.warmup_steps,
+        schedule="cosine", seed=config.seed,
         trainable=lambda name: trains_vision or ".visual." not in name,
         frozen_heads=frozen.heads if frozen else (), shared=config.freeze_heads.shared,
     )  # fmt: skip
@@ -249,5 +251,11 @@ def check_settings(config: Config) -> None:
         raise ConfigError("models.init: missing; name the VLM to start from")
     if config.lora.r > 0:
         raise ConfigError("lora.r: obm sft trains whole weights; set lora.r to 0")
-    if config.sft.teacher != "solver":
-        resolve_model(config.sft.teacher)
+    settings = config.sft
+    if settings.micro_batch_size and settings.batch_size % settings.micro_batch_size:
+        raise ConfigError(
+            f"sft.micro_batch_size: {settings.micro_batch_size} does not divide sft.batch_size, "
+            f"which is {settings.batch_size}; choose one that does"
+        )
+    if settings.teacher != "solver":
+        resolve_model(settings.teacher)

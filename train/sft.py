@@ -47,6 +47,9 @@ class SFTStage:
     draw: Callable[[random.Random], SFTExample]
     steps: int
     batch_size: int = 32
+    micro_batch_size: int | None = None
+    """rows of a batch that go through the model at once; None = all"""
+    gradient_checkpointing: bool = False
     learning_rate: float = 1e-3
     warmup_steps: int = 50
     weight_decay: float = 0.0
@@ -130,6 +133,9 @@ class _SFTTrainer(Trainer):
             hidden = unwrapped.model(**inputs, use_cache=False).last_hidden_state[:, :-1]
             logits = unwrapped.lm_head(hidden[is_learned]).float()
         loss = torch.nn.functional.cross_entropy(logits, labels[is_learned])
+        if self.args.gradient_accumulation_steps > 1:
+            # a token weighs the same whichever micro-batch it is in
+            loss = loss * is_learned.sum() / num_items_in_batch
         return (loss, {"logits": logits}) if return_outputs else loss
 
 
@@ -150,10 +156,13 @@ def run_stage(
     """
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(stage.trainable(name))
+    rows = stage.micro_batch_size or stage.batch_size
     arguments = TrainingArguments(
         output_dir=str(work_dir),
         max_steps=stage.steps,
-        per_device_train_batch_size=stage.batch_size,
+        per_device_train_batch_size=rows,
+        gradient_accumulation_steps=stage.batch_size // rows,
+        gradient_checkpointing=stage.gradient_checkpointing,
         learning_rate=stage.learning_rate,
         warmup_steps=stage.warmup_steps,
         weight_decay=stage.weight_decay,
@@ -183,6 +192,8 @@ def run_stage(
         train_dataset=_DrawnDataset(stage),
         data_collator=SFTCollator(processor),
     )
+    # so that Trainer counts the learned tokens of a step, which it asks the model's class about
+    trainer.model_accepts_loss_kwargs = True
     logging.getLogger("transformers.trainer").setLevel(logging.WARNING)
     gate = None
     if stage.frozen_heads:
@@ -191,6 +202,7 @@ def run_stage(
     if gate is not None:
         gate.remove()
     model.set_attn_implementation(attention)
+    model.gradient_checkpointing_disable()
     model.requires_grad_(True)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return losses[-1] if losses else float("nan")

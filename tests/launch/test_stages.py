@@ -4,7 +4,7 @@ from dataclasses import asdict
 
 import pytest
 
-from configs.sections import Environment
+from configs.sections import Environment, Sft
 from launch.errors import LaunchError
 from launch.stages import Stages, fingerprint, hash_inputs
 
@@ -131,6 +131,15 @@ def test_a_key_of_the_environment_that_came_later_counts_where_it_is_set(tmp_pat
     other = {"environment": {**now, "top_k_text": 3}}
     with pytest.raises(LaunchError, match=r"environment\.top_k_text was 2, is 3"):
         Stages(tmp_path, redo=False).is_done("a", other, target)
+
+
+def test_what_a_cold_start_keeps_in_memory_counts_where_it_is_set():
+    now = asdict(Sft())
+    later = ("micro_batch_size", "gradient_checkpointing")
+    before = hash_inputs({"sft": {key: value for key, value in now.items() if key not in later}})
+    assert hash_inputs({"sft": now}) == before
+    assert hash_inputs({"sft": {**now, "micro_batch_size": 1}}) != before
+    assert hash_inputs({"sft": {**now, "gradient_checkpointing": True}}) != before
 
 
 def test_a_marker_without_an_input_that_came_later_stays_valid(tmp_path):

@@ -332,6 +332,7 @@ def test_another_checkpoint_can_teach(settings, tmp_path):
         ("models.init=", "models.init: missing"),
         ("lora.r=4", "set lora.r to 0"),
         ("sft.teacher=atlas://nobody", "no shipped checkpoint"),
+        ("sft.micro_batch_size=3", "3 does not divide sft.batch_size, which is 4"),
         ("environment.train_benchmark.name=fvqa_train", "the solver knows the atlas's questions"),
     ],
 )

@@ -3,6 +3,7 @@
 Heads that look back, exact labels, stages that repeat, a folder that loads anywhere.
 """
 
+import itertools
 import json
 import random
 
@@ -166,6 +167,31 @@ def test_the_same_stage_gives_the_same_weights_and_learns(folders, tmp_path):
     assert results[0][0] < 0.5
     assert results[0][0] == results[1][0]
     assert torch.equal(results[0][1], results[1][1])
+
+
+@pytest.mark.parametrize("memory", [{"micro_batch_size": 1}, {"gradient_checkpointing": True}])
+def test_what_saves_memory_learns_the_same(folders, tmp_path, monkeypatch, memory):
+    """A token weighs the same in micro-batches of one row, whose rows learn five or one."""
+    processor = load_processor(folders["vlm"])
+    pad, picture = processor.image_token_id, Image.new("RGB", (56, 56), "red")
+    learned = [6, 7, 8, 9, 10]
+    long = SFTExample([5, *[pad] * 4, *learned], [IGNORE] * 5 + learned, [picture])
+    short = SFTExample([11, 12], [IGNORE, 12])
+    gradients = []
+
+    def keep(trainer, model):
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+
+    monkeypatch.setattr("train.sft._SFTTrainer._clip_grad_norm", keep)
+    losses = []
+    for settings in ({}, memory):
+        drawn = itertools.cycle([long, short])
+        stage = SFTStage("rows", lambda _, rows=drawn: next(rows), 1, 4, **settings)
+        model, _ = load_policy(folders["vlm"])
+        losses.append(run_stage(model, processor, stage, tmp_path, log_every=1))
+        assert not model.is_gradient_checkpointing
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    assert (gradients[0] - gradients[1]).norm() < 0.01 * gradients[0].norm()
 
 
 def test_frozen_parameters_do_not_move(folders, tmp_path):
