@@ -34,7 +34,7 @@ from train.evaluation import (
 from train.files import write_json, write_text
 from train.lock import LOCK_NAME, in_turn
 from train.pictures import PictureFolder
-from train.trajectories import Trajectory, gold_of
+from train.trajectories import Trajectory, Turn, gold_of
 
 __all__ = [
     "FOUR_PARTS", "HEADLINES", "cost_aware_score", "evaluate", "measure_episode", "outcome",
@@ -78,8 +78,9 @@ def measure_episode(trajectory: Trajectory, question: dict[str, Any]) -> dict[st
     answered = [
         action["type"]
         for turn in trajectory.turns
-        if turn.observation is not None and turn.fault != "model"
-        for action in turn.actions
+        if turn.observation is not None
+        for action, fault in zip(turn.actions, _faults(turn), strict=True)
+        if fault != "model"
     ]
     return {
         **measure(trajectory, question),
@@ -89,6 +90,11 @@ def measure_episode(trajectory: Trajectory, question: dict[str, Any]) -> dict[st
         "image_calls": answered.count("image_search"),
         "page_calls": answered.count("visit"),
     }
+
+
+def _faults(turn: Turn) -> list[str | None]:
+    """The fault of each of a turn's actions."""
+    return turn.call_faults or [turn.fault] * len(turn.actions)
 
 
 def summarize_episodes(

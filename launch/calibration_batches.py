@@ -82,6 +82,8 @@ def generate_answers(
     tokenizer = getattr(processor, "tokenizer", processor)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     open_samples = [sample for sample in samples if not sample.answer_ids]
+    found = model.generation_config.eos_token_id  # what `generate` stops at
+    ends = set(found if isinstance(found, list) else [] if found is None else [found])
     for chunk in chunks(open_samples, size):
         inputs = {
             key: value.to(model.device) if isinstance(value, torch.Tensor) else value
@@ -97,8 +99,17 @@ def generate_answers(
                 pad_token_id=pad,
             )
         for sample, row in zip(chunk, tokens[:, inputs["input_ids"].shape[1] :], strict=True):
-            # generate pads rows that ended early; what follows the first end token is no data
-            sample.say([token for token in row.tolist() if token != pad], True)
+            sample.say(_up_to_end(row.tolist(), ends), True)
+
+
+def _up_to_end(token_ids: list[int], ends: set[int]) -> list[int]:
+    """What a parent said, its end token included; `generate` pads rows that ended early.
+
+    The padding is not told by its number: it may be the end token itself, or, where a tokenizer has
+    no padding, a word.
+    """
+    length = next((i + 1 for i, token in enumerate(token_ids) if token in ends), len(token_ids))
+    return token_ids[:length]
 
 
 class Batches:

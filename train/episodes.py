@@ -355,6 +355,7 @@ class EpisodeEngine:
         if step.result is not None:
             turn.hits, turn.seconds = list(step.result.hits), step.result.seconds
             turn.is_error, turn.fault = step.result.is_error, step.result.fault
+            turn.call_faults = [part.fault for part in step.result.parts]
             turn.retries = step.result.retries
         if step.done:
             trajectory.stop_reason = step.stop_reason

@@ -52,6 +52,8 @@ class Turn:
     """the tool call failed; of several, any"""
     fault: str | None = None
     """"model" for a bad call, "infrastructure" for a failed service (of several calls, any)"""
+    call_faults: list[str | None] = field(default_factory=list)
+    """of several calls, the fault of each; empty for one; not recorded"""
     seconds: float = 0.0
     """time the tool took"""
     retries: int = 0

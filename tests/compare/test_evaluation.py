@@ -441,3 +441,13 @@ def test_refused_calls_and_those_of_the_last_turn_are_not_counted_as_searches():
     assert result["n_text"] == 4
     assert result["text_calls"] == 2
     assert result["split"] == "all"
+
+
+def test_of_several_calls_in_a_turn_each_is_counted_by_its_own_fault():
+    calls = [{"type": "search", "query": "x"}, {"type": "image_search", "region": "full"}] * 2
+    turn = Turn("", [1], [0.0], {"type": "parallel", "calls": calls}, observation="found",
+                is_error=True, fault="model", call_faults=[None, None, None, "model"])  # fmt: skip
+    episode = Trajectory("q", "two", False, "", [], [], [turn], "turn_limit")
+    result = measure_episode(episode, {"kind": "two", "answers": ["x"]})
+    # the second image search was refused; the others were carried out
+    assert (result["text_calls"], result["image_calls"]) == (2, 1)

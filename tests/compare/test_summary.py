@@ -118,6 +118,16 @@ def test_a_ceiling_of_less_than_one_question_is_no_target(reference, value):
     }
 
 
+@pytest.mark.parametrize("n", [44, 49, 98, 200])
+def test_a_ceiling_of_one_question_is_a_target_whatever_the_floats_make_of_it(n):
+    # in floats (3 / 44) / 3 * 44 and 1 / 49 * 49 are a little less than 1
+    runs = [make_run(arm, 0, [0.0, 1 / n, 1 / n, 1 / n]) for arm in ("obm", "vlm")]
+    for run in runs:
+        run.evaluations[0]["n"] = float(n)
+    target = summarise(group_runs(runs), smoothing=3)["target"]
+    assert target == {"arm": "vlm", "value": pytest.approx(1 / n)}
+
+
 def test_recognition_is_summarised_with_its_change_by_run():
     runs = [make_run(arm, s, [0.1, 0.2]) for arm in ("obm", "cast", "vlm") for s in (0, 1, 2)]
     before = {2: 0.7, 0: 0.9, 1: 0.8}  # as a study file may order its seeds

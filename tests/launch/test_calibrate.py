@@ -3,6 +3,7 @@
 import copy
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -339,6 +340,7 @@ def test_a_parent_answers_as_much_of_a_prompt_as_is_measured(tokenizer):
 
     class Model:
         device = "cpu"
+        generation_config = SimpleNamespace(eos_token_id=None)
 
         def generate(self, input_ids, **_):
             asked.append(input_ids.tolist())
@@ -348,6 +350,27 @@ def test_a_parent_answers_as_much_of_a_prompt_as_is_measured(tokenizer):
     generate_answers(samples, Model(), tokenizer, size=1, max_new_tokens=1, max_tokens=4)
     assert asked == [[[5] * 4]]
     assert samples[0].answer_ids == [8]
+
+
+@pytest.mark.parametrize("end", [2, [1, 2]])
+@pytest.mark.parametrize("pad", [None, 2, 3])
+def test_an_answer_goes_up_to_its_end_whatever_token_pads_it(end, pad):
+    # without a padding token 0 pads, which is a word; 2 pads and ends, as in many tokenizers
+    fill = pad or 0
+    words = [[0, 7, 2, fill, fill], [7, 0, 7, 0, 0]]
+
+    class Model:
+        device = "cpu"
+        generation_config = SimpleNamespace(eos_token_id=end)
+
+        def generate(self, input_ids, **_):
+            return torch.cat([input_ids, torch.tensor(words)], dim=1)
+
+    samples = [Sample([5]), Sample([6])]
+    tokenizer = SimpleNamespace(pad_token_id=pad, eos_token_id=2)
+    generate_answers(samples, Model(), tokenizer, size=2, max_new_tokens=5)
+    assert samples[0].answer_ids == [0, 7, 2]
+    assert samples[1].answer_ids == words[1]
 
 
 # ---------------------------------------------------------------- the verb

@@ -227,6 +227,24 @@ def test_reward_parts_and_search_rates_are_logged_one_by_one(make_trainer):
     assert {"stop/length", "time/rollout_s", "time/decode_s", "time/loss_s"} <= line.keys()
 
 
+@pytest.mark.parametrize(("scale", "share"), [("group", 1.0), ("batch", 0.0)])
+def test_the_spread_of_rewards_is_that_of_all_groups_together(make_trainer, scale, share):
+    """TRL's, as docs/metrics.md has it: over the episodes of the step, not within groups."""
+
+    def by_question(question, turn):
+        word = "Paris" if int(question["id"][1:]) % 2 else "Rome"
+        return f"<think> b </think> <answer> {word} </answer>"
+
+    trainer = make_trainer(script=by_question, scale_rewards=scale)
+    batch_of(trainer, n=8)
+    metrics = trainer._metrics["train"]
+    totals = torch.tensor([t.rewards["total"] for t in trainer.last_trajectories])
+    assert totals.view(2, 4).std(dim=1).max() < 1e-6
+    assert metrics["reward_std"] == [pytest.approx(totals.std().item())]
+    assert metrics["reward_std"][0] > 0.5  # 0.1 and 1.1
+    assert metrics["frac_reward_zero_std"] == [share]
+
+
 def test_an_episode_with_a_broken_tool_is_neither_rewarded_nor_punished(make_trainer):
     class Broken:
         in_memory = True

@@ -309,6 +309,7 @@ def test_the_real_engine_runs_several_calls_in_one_turn(make_engine, environment
         assert [action["type"] for action in asked.actions] == ["search", "image_search"]
         assert (trajectory.count("search"), trajectory.count("image_search")) == (1, 1)
         assert trajectory.n_calls == 2
+        assert asked.call_faults == [None, None]
         assert asked.hits == ["france/capital", "italy/capital", "fr", "it"]
         assert answered.action == {"type": "answer", "text": "Paris"}
         assert trajectory.stop_reason == "answer"
