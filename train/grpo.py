@@ -10,7 +10,8 @@ Differs from TRL 1.16 in what it would get wrong or slow here:
 * where a rollout serves several micro-batches its groups stay together, so that each prompt and
   picture is read once, and not in nearly all of them;
 * log-probs are computed at the policy's own tokens only (`train.scoring`), and not at all for
-  groups in which every episode got the same reward: their gradient is zero;
+  groups in which every episode got the same reward: their advantages are made exactly zero, which
+  TRL's rounding leaves them short of;
 * a resumed run continues the same random numbers and the same generation buffer
   (`train.resumable`).
 """
@@ -40,6 +41,7 @@ from rewards.judge import make_judge
 from rewards.trajectory import get
 from train import scoring
 from train.anchor import SaliencyAnchor
+from train.credit import groups_without_signal
 from train.episode_metrics import episode_sums
 from train.episodes import Script
 from train.groups import Groups, punish_length
@@ -167,6 +169,7 @@ class SearchGRPOTrainer(ResumableGRPOTrainer):
             self.accelerator.process_index,
         )
         self._batch_rows: list[int] = []
+        self._totals: list[float] = []
         self._batch_pictures: list[list[EncodedImage]] = []
         self._batch_policy_mask: torch.Tensor | None = None
         self._batch_entropies = torch.empty(0)
@@ -218,7 +221,9 @@ class SearchGRPOTrainer(ResumableGRPOTrainer):
     def _calculate_rewards(self, *args: Any) -> torch.Tensor:
         """TRL's; every process waits here for the rewards of all."""
         with self._timed("sync"):
-            return super()._calculate_rewards(*args)
+            rewards = super()._calculate_rewards(*args)
+        self._totals = rewards[:, 0].tolist()
+        return rewards
 
     def _prepare_inputs(self, generation_batch: Any) -> Any:
         """The next micro-batch; TRL's, but that a rollout is shuffled by groups and not by rows."""
@@ -239,7 +244,7 @@ class SearchGRPOTrainer(ResumableGRPOTrainer):
             batch = super()._generate_and_score_completions(inputs)
         batch["pictures"] = self._batch_pictures
         batch["advantages"] = self._assign_credit(
-            batch["advantages"], batch["completion_ids"].shape[1]
+            self._without_rounding(batch["advantages"]), batch["completion_ids"].shape[1]
         )
         for episode, advantages in zip(
             self.last_trajectories, batch["advantages"].tolist(), strict=True
@@ -325,6 +330,23 @@ class SearchGRPOTrainer(ResumableGRPOTrainer):
             return list(values)
         with self._timed("sync"):
             return gather_object(values)
+
+    def _without_rounding(self, advantages: torch.Tensor) -> torch.Tensor:
+        """TRL's advantages [B], exactly 0 in groups without signal, whose share is a metric.
+
+        The mean of equal rewards can be another number by rounding, as that of eight times 0.1 in
+        fp32, so TRL gives them -7e-5. Where no group has a signal, Adam makes a whole step of that,
+        away from what the policy samples.
+        """
+        dull = groups_without_signal(self._totals, self.num_generations)
+        n_groups = len(self._totals) // self.num_generations
+        # TRL asks whether the deviation is about 0, with `scale_rewards: batch` that of all groups
+        mode = "train" if self.model.training else "eval"
+        self._metrics[mode]["frac_reward_zero_std"][-1] = len(dull) / n_groups
+        first = self.accelerator.process_index * len(advantages)
+        groups = torch.arange(first, first + len(advantages)) // self.num_generations
+        is_dull = torch.isin(groups, torch.tensor(dull, dtype=torch.long))
+        return advantages.masked_fill(is_dull.to(advantages.device), 0.0)
 
     def _assign_credit(self, advantages: torch.Tensor, width: int) -> torch.Tensor:
         """TRL's advantages [B], or [B, C] with hop credit; never negative after a dead service."""

@@ -227,8 +227,8 @@ def test_reward_parts_and_search_rates_are_logged_one_by_one(make_trainer):
     assert {"stop/length", "time/rollout_s", "time/decode_s", "time/loss_s"} <= line.keys()
 
 
-@pytest.mark.parametrize(("scale", "share"), [("group", 1.0), ("batch", 0.0)])
-def test_the_spread_of_rewards_is_that_of_all_groups_together(make_trainer, scale, share):
+@pytest.mark.parametrize("scale", ["group", "batch"])
+def test_the_spread_of_rewards_is_that_of_all_groups_together(make_trainer, scale):
     """TRL's, as docs/metrics.md has it: over the episodes of the step, not within groups."""
 
     def by_question(question, turn):
@@ -242,7 +242,32 @@ def test_the_spread_of_rewards_is_that_of_all_groups_together(make_trainer, scal
     assert totals.view(2, 4).std(dim=1).max() < 1e-6
     assert metrics["reward_std"] == [pytest.approx(totals.std().item())]
     assert metrics["reward_std"][0] > 0.5  # 0.1 and 1.1
-    assert metrics["frac_reward_zero_std"] == [share]
+    assert metrics["frac_reward_zero_std"] == [1.0]
+
+
+@pytest.mark.parametrize("aggregation", ["sum_then_normalize", "normalize_then_sum"])
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+def test_equal_rewards_move_nothing_whatever_rounding_makes_of_their_mean(
+    make_trainer, scale, aggregation
+):
+    """In fp32 the mean of sixteen times 0.1 is not 0.1, and Adam makes a whole step of that."""
+
+    def wrong(question, turn):
+        return "<think> b </think> <answer> Rome </answer>"
+
+    trainer = make_trainer(
+        script=wrong, num_generations=16, per_device_train_batch_size=16, max_steps=1,
+        gradient_accumulation_steps=1, learning_rate=1e-3, scale_rewards=scale,
+        multi_objective_aggregation=aggregation,
+    )  # fmt: skip
+    assert torch.full((16,), 0.1).mean() != torch.tensor(0.1)
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    trainer.train()
+    (line,) = trainer.metric_lines
+    assert line["frac_reward_zero_std"] == 1.0
+    assert line["grad_norm"] == 0.0
+    assert all(torch.equal(p, before[name]) for name, p in trainer.model.named_parameters())
+    assert {a for t in trainer.last_trajectories for a in t.advantages} == {0.0}
 
 
 def test_an_episode_with_a_broken_tool_is_neither_rewarded_nor_punished(make_trainer):
