@@ -314,7 +314,8 @@ def _read_number(body: dict[str, Any], name: str, default: Any, low: int, high: 
     value = body.get(name)
     if value is None:
         return default
-    if isinstance(value, str) and value.isdigit():  # multipart fields are text
+    # multipart fields are text; isdigit would take ², and int has a limit of its own
+    if isinstance(value, str) and value.isdecimal() and len(value) < 20:
         value = int(value)
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
         raise HTTPException(422, f"{name} has to be a whole number from {low} to {high}")

@@ -234,6 +234,8 @@ def test_a_few_kilobytes_do_not_claim_all_of_the_memory(serve):
         ('{"queries": ["a"], "topk": 0}', 422, "topk has to be a whole number from 1 to 100"),
         ('{"queries": ["a"], "topk": 101}', 422, "topk"),
         ('{"queries": ["a"], "topk": true}', 422, "topk"),
+        ('{"queries": ["a"], "topk": "\\u00b2"}', 422, "topk"),
+        ('{"queries": ["a"], "topk": "' + "9" * 5000 + '"}', 422, "topk"),
         ('{"queries": ["' + "a" * 40_000 + '"]}', 413, "characters"),
         ('{"queries": [' + ",".join(['"a"'] * 513) + "]}", 413, "513 are too many"),
     ],
