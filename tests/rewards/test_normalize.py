@@ -85,7 +85,9 @@ def test_known_normal_forms():
     assert normalize_answer("an A") == "a"
 
 
-@pytest.mark.parametrize("text", ["", " ", "\n\t", "\u200b", "\u202e\u2066", "\ufe0f", "\x00", "\uffa0", "\u2800"])
+@pytest.mark.parametrize(
+    "text", ["", " ", "\n\t", "\u200b", "\u202e\u2066", "\ufe0f", "\x00", "\uffa0", "\u2800"]
+)
 def test_what_shows_nothing_is_empty(text):
     assert normalize_answer(text) == ""
 
