@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import io
 import json
+import lzma
 import os
 import re
 import shutil
@@ -182,8 +183,10 @@ def read_export(source: Path, folder: Path) -> Export:
     """
     records: list[Record] = []
     images: set[str] = set()
+    has_records = False
     for name, content in _entries(source):
         if name == RECORDS:
+            has_records = True
             records += list(read_records(content, source))
             continue
         match = _IMAGE_FILE.fullmatch(name)
@@ -192,6 +195,10 @@ def read_export(source: Path, folder: Path) -> Export:
         if sha256(content) != match[2]:
             raise CacheError(f"{source}: {name} does not match its hash; export it again")
         images.add(match[2])
+    if not has_records:  # it stands last: a tar file that was cut lacks it
+        raise CacheError(
+            f"{source}: lacks {RECORDS}; name what obm cache export wrote, or copy it again"
+        )
     for record in records:
         for image in image_names(record.value):
             if image not in images and not image_file(folder, image).is_file():
@@ -314,7 +321,7 @@ def _entries(source: Path) -> Iterator[tuple[str, bytes]]:
                 file = tar.extractfile(member)
                 assert file is not None
                 yield name, file.read()
-    except (OSError, tarfile.TarError, EOFError, zlib.error) as error:
+    except (OSError, tarfile.TarError, EOFError, zlib.error, lzma.LZMAError) as error:
         raise CacheError(
             f"{source}: neither a folder nor a tar file of a cache ({error}); "
             "name what obm cache export wrote"

@@ -140,7 +140,7 @@ class SearchServer:
             return None, f"{address}: {_reason(error)}", 0.0
         if response.status in RETRIED:
             pause = response.headers.get("Retry-After", "")
-            wanted_s = min(float(pause), LONGEST_PAUSE_S) if pause.isdigit() else 0.0
+            wanted_s = min(float(pause), LONGEST_PAUSE_S) if pause.isdecimal() else 0.0
             return None, f"{address}: {response.status} {_message(data)}", wanted_s
         if response.status != 200:
             raise _RefusedError(f"{address}: {response.status} {_message(data)}")
@@ -148,7 +148,7 @@ class SearchServer:
             raise SearchServerError(f"{address}: the answer is longer than {MAX_ANSWER_BYTES} B")
         try:
             return json.loads(data), "", 0.0
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise SearchServerError(f"{address}: the answer is no JSON") from error
 
 
@@ -257,7 +257,7 @@ def _scaled(image: Image) -> Image:
 def _read_hits(answer: Any, n_queries: int, k: int) -> list[list[Hit]]:
     try:
         rows = [[hit_of(item, MAX_PIXELS) for item in row[:k]] for row in answer["result"]]
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise SearchServerError(f"the answer is not as expected ({error!r})") from error
     if len(rows) != n_queries:
         raise SearchServerError(f"{len(rows)} answers came to {n_queries} queries")
@@ -275,6 +275,6 @@ def _message(data: bytes) -> str:
     """The error text of an answer, shortened."""
     try:
         text = json.loads(data)["error"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         text = data[:160].decode("utf-8", "replace")
     return " ".join(str(text).split())[:160]

@@ -79,7 +79,8 @@ class Limits:
     batch: int = 64
     """queries given to an index at a time"""
     answer_s: float = 30.0
-    """seconds after which a request that still waits is given up with 503"""
+    """seconds after which a request that still waits is given up with 503, and one whose body has
+    not come whole with 408"""
 
 
 class Metrics:
@@ -233,7 +234,7 @@ def make_app(
         lifespan=lifespan,
         exception_handlers={HTTPException: refuse},
     )
-    app.add_middleware(BodyLimit, max_bytes=limits.body_bytes)
+    app.add_middleware(BodyLimit, max_bytes=limits.body_bytes, max_s=limits.answer_s)
     if token:
         app.add_middleware(BearerToken, token=token)
     return app
@@ -257,11 +258,12 @@ class BearerToken:
 
 
 class BodyLimit:
-    """Refuses bodies above a size, announced or not."""
+    """Refuses bodies above a size, announced or not, and those that do not come to an end."""
 
-    def __init__(self, app: ASGIApp, max_bytes: int):
+    def __init__(self, app: ASGIApp, max_bytes: int, max_s: float):
         self.app = app
         self.max_bytes = max_bytes
+        self.max_s = max_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -269,11 +271,19 @@ class BodyLimit:
         announced = dict(scope["headers"]).get(b"content-length", b"0")
         if announced.isdigit() and int(announced) > self.max_bytes:
             return await self._refusal()(scope, receive, send)
-        n_bytes = 0
+        n_bytes, is_whole = 0, False
+        deadline = asyncio.get_running_loop().time() + self.max_s
 
         async def counted() -> Message:
-            nonlocal n_bytes
-            message = await receive()
+            nonlocal n_bytes, is_whole
+            try:
+                # behind the body one only waits for the client to leave
+                async with asyncio.timeout_at(None if is_whole else deadline):
+                    message = await receive()
+            except TimeoutError as error:
+                words = f"the request did not come whole within {self.max_s:g} s"
+                raise HTTPException(408, words, {"Connection": "close"}) from error
+            is_whole = not message.get("more_body", False)
             n_bytes += len(message.get("body", b""))
             if n_bytes > self.max_bytes:
                 raise HTTPException(413, self._words())
@@ -314,7 +324,8 @@ def _read_number(body: dict[str, Any], name: str, default: Any, low: int, high: 
     value = body.get(name)
     if value is None:
         return default
-    if isinstance(value, str) and value.isdigit():  # multipart fields are text
+    # multipart fields are text; isdigit would take ², and int has a limit of its own
+    if isinstance(value, str) and value.isdecimal() and len(value) < 20:
         value = int(value)
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
         raise HTTPException(422, f"{name} has to be a whole number from {low} to {high}")

@@ -302,12 +302,12 @@ def retry_after_s(headers: Mapping[str, str]) -> float | None:
     after = headers.get("retry-after", "").strip()
     if not after:
         reset = headers.get("x-ratelimit-reset", "").split(",")[0].strip()
-        return float(reset) if reset.isdigit() and float(reset) <= LONGEST_CLOSED_S else None
-    if after.isdigit():
+        return float(reset) if reset.isdecimal() and float(reset) <= LONGEST_CLOSED_S else None
+    if after.isdecimal():  # isdigit would take ², which is no number
         return min(float(after), LONGEST_CLOSED_S)
     try:
         moment = parsedate_to_datetime(after)
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
     moment = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
     return min(max((moment - datetime.now(UTC)).total_seconds(), 0.0), LONGEST_CLOSED_S)

@@ -119,8 +119,10 @@ def build_parser(verb: str, module: ModuleType) -> argparse.ArgumentParser:
 
 
 def _fail(message: str, code: int = EXIT_USER_ERROR) -> int:
+    from train.terminal import spelt_out
+
     one_line = " ".join(message.split())
-    print(f"error: {one_line}", file=sys.stderr)
+    print(f"error: {spelt_out(one_line)}", file=sys.stderr)
     return code
 
 

@@ -26,6 +26,13 @@ _PLAIN_LETTERS = str.maketrans(
         "ə": "e",
     }
 )
+# what Unicode says is drawn as nothing, though by its category a letter or a mark: Hangul fillers,
+# joiners, variation selectors
+_IGNORABLE = frozenset(
+    map(chr, (0x034F, 0x115F, 0x1160, 0x17B4, 0x17B5, *range(0x180B, 0x1810), 0x3164, 0xFFA0,
+              *range(0xFE00, 0xFE10), *range(0xE0100, 0xE01F0)))
+)  # fmt: skip
+_BRAILLE_BLANK = "\u2800"
 _MINUS = str.maketrans({"\u2212": "-"})
 _DROPPED_SYMBOLS = set("$^`|~=<>´¨")
 # the rules of `_without_punctuation` for ASCII, as one table; \x01 is a minus, \x02 a decimal point
@@ -89,13 +96,13 @@ def _plain_ascii(text: str) -> tuple[str, str]:
 
 
 def _visible(text: str) -> str:
-    """Without format characters, variation selectors and control characters."""
+    """Without format and control characters, and what else is drawn as nothing."""
     kept = []
     for ch in text:
         category = unicodedata.category(ch)
-        if ch.isspace():
+        if ch.isspace() or ch == _BRAILLE_BLANK:
             kept.append(" ")
-        elif category not in ("Cc", "Cf", "Cs") and not "\ufe00" <= ch <= "\ufe0f":
+        elif category not in ("Cc", "Cf", "Cs") and ch not in _IGNORABLE:
             kept.append(ch)
     return "".join(kept)
 

@@ -43,6 +43,7 @@ from train.lock import locked
 from train.resume import Start, convert, find_start
 from train.run_folder import check_same_run, is_done, prepare_folder
 from train.settings import build_grpo_config, describe_step, resolved_grpo
+from train.terminal import spelt_out
 from train.watchdog import Watchdog, progress
 
 logger = logging.getLogger(__name__)
@@ -77,7 +78,7 @@ def train(argv: Sequence[str] | None = None) -> int:
             raise
         # settings are wrong on all processes alike; a service may have failed one of them alone
         if is_main or not isinstance(error, ConfigError):
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+            print(f"error: {spelt_out(' '.join(str(error).split()))}", file=sys.stderr)
         return 2
     return 0
 

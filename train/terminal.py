@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import subprocess
 import termios
+import unicodedata
 from collections.abc import Sequence
 from contextlib import suppress
 
@@ -28,6 +29,18 @@ def is_terminal(descriptor: int) -> bool:
     """Whether rows of it can be kept: a terminal that understands escape codes."""
     dumb = os.environ.get("TERM", "dumb") in ("", "dumb", "unknown")
     return os.name == "posix" and not dumb and os.isatty(descriptor)
+
+
+def spelt_out(text: str) -> str:
+    """The text with what does not print as its escape: a stranger's words cannot steer a terminal,
+    and what hides in a name is seen."""
+    # tabs, wide and no-break spaces are not printable to Python, but harmless
+    return "".join(
+        letter
+        if letter.isprintable() or letter == "\t" or unicodedata.category(letter) == "Zs"
+        else letter.encode("unicode_escape").decode("ascii")
+        for letter in text
+    )
 
 
 class BottomRows:

@@ -35,6 +35,7 @@ def run(options: argparse.Namespace) -> int:
     """Print a block for each question."""
     from compare.trajectory_files import check_row, read_lines
     from train.followed import follow
+    from train.terminal import spelt_out
 
     path = Path(options.run) / "trajectories.jsonl"
     if not os.path.isfile(path):  # which, unlike Path's, takes a name that is too long for none
@@ -53,9 +54,9 @@ def run(options: argparse.Namespace) -> int:
         raise LaunchError(f"{path} has no evaluation of a followed question as asked{known}")
     for question_id, visits in found.items():
         last = (prompts[question_id].splitlines() or [""])[-1]
-        text = "\n".join([f"{question_id}  {last}", *_block(visits, options.text)])
-        # a lone surrogate, which JSON can hold and UTF-8 cannot, shows as ?
-        print(text.encode("utf-8", "replace").decode(), end="\n\n")
+        # a policy and the pages it read write what they like, lone surrogates among it
+        lines = map(spelt_out, [f"{question_id}  {last}", *_block(visits, options.text)])
+        print("\n".join(lines), end="\n\n")
     return 0
 
 

@@ -80,7 +80,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     limits.add_argument(
         "--answer-s", type=float, default=30, metavar="S",
-        help="a request that waits longer is given up with 503 (default: 30)",
+        help="a request that waits longer is given up with 503, one that does not come whole "
+        "with 408 (default: 30)",
     )  # fmt: skip
 
 

@@ -303,6 +303,33 @@ def test_what_is_no_export_is_refused(content, cache, tmp_path):
         import_cache(cache, tmp_path / "x.tar")
 
 
+def test_broken_xz_is_refused(cache, tmp_path):
+    path = tmp_path / "x.tar"
+    with tarfile.open(path, "w:xz") as tar:
+        entry = tarfile.TarInfo("results.jsonl")
+        entry.size = 200_000
+        tar.addfile(entry, io.BytesIO(b"\n" * entry.size))
+    content = bytearray(path.read_bytes())
+    content[-20] ^= 0x55  # behind what opening the file reads
+    path.write_bytes(content)
+    with pytest.raises(CacheError, match="neither a folder nor a tar"):
+        import_cache(cache, path)
+
+
+def test_an_export_without_its_records_is_refused(cache, tmp_path):
+    """They stand last: such are a tar file that was cut between two entries, and any folder."""
+    export_cache(cache, tmp_path / "x.tar")
+    content = (tmp_path / "x.tar").read_bytes()
+    with tarfile.open(tmp_path / "x.tar") as tar:
+        end = tar.getmember("results.jsonl").offset
+    (tmp_path / "x.tar").write_bytes(content[:end])
+    (tmp_path / "empty").mkdir()
+    for source in ("x.tar", "empty"):
+        with pytest.raises(CacheError, match=r"lacks results\.jsonl; name what obm cache export"):
+            import_cache(ResultCache(tmp_path / "other"), tmp_path / source)
+    assert not list((tmp_path / "other").rglob("*.png"))
+
+
 # ---------------------------------------------------------------- upkeep
 
 

@@ -376,6 +376,9 @@ def test_braves_reset_of_the_second_is_honoured(fake):
         ({"retry-after": "soon"}, None),
         ({"retry-after": "-3"}, None),
         ({"retry-after": "nan"}, None),
+        ({"retry-after": "²"}, None),
+        ({"x-ratelimit-reset": "²"}, None),
+        ({"retry-after": f"Mon, 01 Jan 2024 00:00:00 +{'9' * 14}"}, None),
         ({"retry-after": "999999"}, 3600),
         ({"x-ratelimit-reset": "2, 99"}, 2),
         ({"x-ratelimit-reset": "1719400000"}, None),  # a moment, not a duration

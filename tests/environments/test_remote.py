@@ -156,6 +156,24 @@ def test_the_pause_that_the_server_asks_for_is_kept(serve):
     assert time.monotonic() - start >= 1
 
 
+def test_a_pause_that_is_no_number_is_none(serve):
+    script = Script(failing(429, {"Retry-After": "\xb2"}), JSONResponse(RESULT))
+    assert RemoteTextIndex(SearchServer(serve(script.app()))).search(["q"], 1) == [[HIT]]
+
+
+@pytest.mark.parametrize("status", [200, 400, 503])
+def test_an_answer_that_is_nested_too_deep_is_one_error_at_the_start(serve, status):
+    script = Script(Response("[" * 100_000, status))
+    with pytest.raises(EnvironmentSetupError, match="no search server can be used"):
+        connect(serve(script.app()), timeout_s=0.5)
+
+
+def test_a_score_that_no_float_holds_is_no_answer(serve):
+    text = '{"result": [[{"document": {"contents": "a"}, "score": 1' + "0" * 400 + "}]]}"
+    with pytest.raises(SearchServerError, match="not as expected"):
+        RemoteTextIndex(SearchServer(serve(Script(Response(text)).app()))).search(["q"], 1)
+
+
 def test_attempts_end_with_one_error_that_says_what_the_server_said(serve):
     script = Script(failing(503))
     server = SearchServer(serve(script.app()), retries=2)

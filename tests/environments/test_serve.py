@@ -234,6 +234,8 @@ def test_a_few_kilobytes_do_not_claim_all_of_the_memory(serve):
         ('{"queries": ["a"], "topk": 0}', 422, "topk has to be a whole number from 1 to 100"),
         ('{"queries": ["a"], "topk": 101}', 422, "topk"),
         ('{"queries": ["a"], "topk": true}', 422, "topk"),
+        ('{"queries": ["a"], "topk": "\\u00b2"}', 422, "topk"),
+        ('{"queries": ["a"], "topk": "' + "9" * 5000 + '"}', 422, "topk"),
         ('{"queries": ["' + "a" * 40_000 + '"]}', 413, "characters"),
         ('{"queries": [' + ",".join(['"a"'] * 513) + "]}", 413, "513 are too many"),
     ],
@@ -251,6 +253,17 @@ def test_too_large_a_body_is_refused_announced_or_not(serve):
     answer = requests.post(url, data=pieces)  # chunked: no length is announced
     assert answer.status_code == 413
     assert "1000 bytes" in answer.json()["error"]
+
+
+def test_a_body_that_does_not_come_to_an_end_is_given_up(serve):
+    url = serve(make_app(SlowIndex(), None, limits=Limits(answer_s=0.5)))
+    head = b"POST /retrieve HTTP/1.1\r\nHost: x\r\nContent-Length: 50\r\n\r\n"
+    address = url.removeprefix("http://").split(":")
+    with socket.create_connection((address[0], int(address[1])), timeout=10) as client:
+        client.sendall(head + b"{")
+        answer = b"".join(iter(lambda: client.recv(1000), b""))  # until it closes the connection
+    assert answer.startswith(b"HTTP/1.1 408")
+    assert b"did not come whole within 0.5 s" in answer
 
 
 def test_what_is_not_served_is_404_and_a_failing_index_500(serve):

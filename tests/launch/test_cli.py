@@ -122,6 +122,14 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(obm, tmp_path, monkeypatch,
     assert not list(tmp_path.rglob("*.safetensors")), "something half written"
 
 
+def test_a_strangers_name_in_an_error_cannot_steer_the_terminal(obm, tmp_path):
+    (tmp_path / "bad.yaml").write_text('"gr\\e]0;x\\ap\\u200Bo": 1\n')
+    code, _, err = obm("train", "--dry-run", "--config", tmp_path / "bad.yaml")
+    assert code == 2
+    assert r"gr\x1b]0;x\x07p\u200bo: unknown" in err
+    assert err.rstrip("\n").isprintable()
+
+
 def test_debug_shows_the_traceback():
     with pytest.raises(ValueError, match="unknown key"):
         main(["train", "--dry-run", "--debug", "environment.strenth=1"])

@@ -102,6 +102,9 @@ def test_no_part_is_raised_by_tags_without_content(part):
         WRITER.turn("", "answer", "", "answer"),
         WRITER.turn(" ", "answer", "\u200b", "answer"),
         WRITER.turn("\u2060", "search", "\u200b", "search"),
+        # letters, marks and a symbol by their category, and drawn as nothing all the same
+        WRITER.turn("\u3164", "answer", "\u2800", "answer"),
+        WRITER.turn("\u034f", "answer", "\U000e0100", "answer"),
     ):
         assert score({"turns": [turn] * 3}, QUESTION, weights)["total"] <= 0.0
 

@@ -39,6 +39,8 @@ from rewards.normalize import contains_phrase, normalize_answer
         (".fr", "fr"),
         ("F-", "f"),
         ("Par\u200bis", "Paris"),
+        ("Par\u3164is", "Paris"),
+        ("葛\U000e0100城", "葛城"),
         ("\u202eParis", "Paris"),
         ("New_York", "New York"),
         ("$5", "5"),
@@ -83,7 +85,9 @@ def test_known_normal_forms():
     assert normalize_answer("an A") == "a"
 
 
-@pytest.mark.parametrize("text", ["", " ", "\n\t", "\u200b", "\u202e\u2066", "\ufe0f", "\x00"])
+@pytest.mark.parametrize(
+    "text", ["", " ", "\n\t", "\u200b", "\u202e\u2066", "\ufe0f", "\x00", "\uffa0", "\u2800"]
+)
 def test_what_shows_nothing_is_empty(text):
     assert normalize_answer(text) == ""
 

@@ -147,7 +147,18 @@ def test_what_a_line_may_lack_is_not_asked_for(tmp_path, capsys):
     del row["answer"]
     (tmp_path / "trajectories.jsonl").write_text(json.dumps(row) + "\n")
     assert main(["follow", str(tmp_path), "--text"]) == 0
-    assert capsys.readouterr().out.startswith("q?  \n")
+    assert capsys.readouterr().out.startswith("q\\ud800  \n")
+
+
+def test_a_policys_words_cannot_steer_the_terminal(tmp_path, capsys):
+    row = line(0, answer="Ro\x1b]0;x\x07me", queries=["\x1b[2J\u202eq"], prompt="x\nWho\x1b[8m?")
+    row["turns"][0]["text"] += "\x9b8m"
+    (tmp_path / "trajectories.jsonl").write_text(json.dumps(row) + "\n")
+    assert main(["follow", str(tmp_path), "--text"]) == 0
+    out = capsys.readouterr().out
+    assert out.replace("\n", "").isprintable()
+    assert r"Ro\x1b]0;x\x07me" in out
+    assert r"\x1b[2J\u202eq" in out
 
 
 def test_a_name_that_is_too_long_is_no_run(capsys):

@@ -263,6 +263,7 @@ def test_a_run_is_not_resumed_with_other_settings(write_config, tmp_path):
         ("grpo.num_generations=3", "groups of 3"),
         ("deepspeed=zero9", "zero2, zero3"),
         ("models.init=/nowhere/at/all", "/nowhere/at/all"),
+        ("models.init=/nowhere/\u202eat\u200ball", r"/nowhere/\u202eat\u200ball"),
     ],
 )
 def test_a_mistake_is_one_line_with_exit_code_2(write_config, capsys, tmp_path, override, message):
