@@ -186,7 +186,7 @@ def _fact_wording(kind: str, key: str) -> str:
 
 
 def _fact_question(
-    entity: Entity, kind: str, relation: str, text: str, subject: Entity, year: int
+    entity: Entity, kind: str, relation: str, text: str, subject: Entity, year: int | None
 ) -> dict[str, Any]:
     """A question about a pictured entity whose answer is a fact of `subject`, the last hop's."""
     gold = [passage_id(subject.iso, relation, year)]
