@@ -14,9 +14,9 @@ from typing import Any
 from compare.drawing import save_figure, start_drawing
 from compare.floor import COLUMNS, COMPARED, rows_csv, signed_cell, summarise_floor
 from compare.floor import cell as estimate_cell
-from compare.floor import table as markdown_table
 from compare.provenance import how_it_was_made, origin
 from compare.report import interval_name
+from compare.rows import markdown_table
 from compare.verdict import ABOVE, BELOW, side_of_difference
 from configs.sections import Environment
 from train.settings import asked_words
@@ -212,7 +212,7 @@ def _axis_lines(axis: Mapping[str, Any], record: Mapping[str, Any]) -> list[str]
         value = f"{point['value']} (reference)" if point["is_reference"] else str(point["value"])
         body.append([value, *cells, *against])
     heads = [axis["name"], *shown, f"{reference} minus: passage", "accuracy"]
-    return [f"## {axis['name']}", "", f"`{axis['setting']}`", "", *markdown_table(heads, body)]
+    return [f"## {axis['name']}", "", f"`{axis['setting']}`", "", *markdown_table([heads, *body])]
 
 
 def _reading(axis: Mapping[str, Any], record: Mapping[str, Any]) -> str:

@@ -23,7 +23,7 @@ from itertools import pairwise
 from compare.intervals import BOOTSTRAP_MIN_SEEDS, Estimate, interval
 
 __all__ = [
-    "BOOTSTRAP_MIN_SEEDS", "Estimate", "area_under_curve", "band", "ceiling", "ceiling_index",
+    "BOOTSTRAP_MIN_SEEDS", "Estimate", "area_under_curve", "band", "ceiling_index",
     "collapses", "index_at_target", "interval", "largest_drop", "smooth", "steps_to_target",
     "value_at_cost",
 ]  # fmt: skip
@@ -57,11 +57,6 @@ def ceiling_index(values: Sequence[float], window: int) -> int:
     smoothed = smooth(values, window)
     first = min(window, len(values)) - 1
     return max(range(first, len(values)), key=lambda index: (smoothed[index], -index))
-
-
-def ceiling(values: Sequence[float], window: int) -> float:
-    """The best smoothed value of a curve."""
-    return smooth(values, window)[ceiling_index(values, window)]
 
 
 def area_under_curve(steps: Sequence[int], values: Sequence[float]) -> float:

@@ -6,8 +6,6 @@ photos. So arms are compared by the differences within a seed, and the interval 
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -17,6 +15,7 @@ from compare.curves import Estimate, interval
 from compare.errors import CompareError
 from compare.provenance import how_it_was_made, origin
 from compare.report import interval_name
+from compare.rows import csv_text, markdown_table
 from compare.tuning import PARTS
 from compare.verdict import ABOVE, BELOW, OPEN, UNKNOWN, side_of_difference
 from configs.sections import Environment
@@ -135,7 +134,7 @@ def floor_text_table(summary: Mapping[str, Any]) -> list[str]:
         [name, *(cell(arms[name]["parts"][column]) for column in columns)]
         for name in sorted(arms, key=lambda name: -arms[name]["parts"]["accuracy"]["mean"])
     ]
-    return table(["start", *columns], body)
+    return markdown_table([["start", *columns], *body])
 
 
 def separation_text(summary: Mapping[str, Any], column: str) -> str:
@@ -189,7 +188,7 @@ def _markdown(record: Mapping[str, Any], title: str, name: str) -> str:
         f"`{reference}` minus each other start, on the same questions and photos. Bold: the "
         "interval does not hold 0.",
         "",
-        *table(heads, body),
+        *markdown_table([heads, *body]),
         "",
         "## What this separates, and what it does not",
         "",
@@ -206,7 +205,7 @@ def _markdown(record: Mapping[str, Any], title: str, name: str) -> str:
         "",
         "## Recipes",
         "",
-        *table(["start", "recipe"], recipes, align="---"),
+        *markdown_table([["start", "recipe"], *recipes], align="---"),
         "",
         *how_it_was_made(
             record,
@@ -220,12 +219,8 @@ def _markdown(record: Mapping[str, Any], title: str, name: str) -> str:
 def rows_csv(rows: Sequence[Mapping[str, Any]]) -> str:
     """Every evaluation as a line: arm, seed, and every metric that any has."""
     names = sorted({metric for row in rows for metric in row["metrics"]})
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, ["arm", "seed", *names], restval="", lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow({"arm": row["arm"], "seed": row["seed"], **row["metrics"]})
-    return buffer.getvalue()
+    lines = [{"arm": row["arm"], "seed": row["seed"], **row["metrics"]} for row in rows]
+    return csv_text(["arm", "seed", *names], lines)
 
 
 def cell(estimate: Mapping[str, Any], form: str = ".2f") -> str:
@@ -241,9 +236,3 @@ def signed_cell(estimate: Mapping[str, Any]) -> str:
     """A difference with its sign; bold where its interval does not hold 0."""
     text = cell(estimate, "+.2f")
     return f"**{text}**" if side_of_difference(estimate) in (ABOVE, BELOW) else text
-
-
-def table(heads: Sequence[str], body: Sequence[Sequence[str]], align: str = "---:") -> list[str]:
-    """Lines of a Markdown table."""
-    rule = ["---", *(align for _ in heads[1:])]
-    return [f"| {' | '.join(cells)} |" for cells in (heads, rule, *body)]

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from compare.rows import csv_text, markdown_table
 
 MODEL_COLUMNS = (
     ("norm", "norm"),
@@ -65,13 +65,14 @@ def markdown(record: Mapping[str, Any]) -> str:
     ]
     for name, group in _overview(record):
         lines += [f"## {name.capitalize()}", "", f"{group['entries']:,} entries.", ""]
-        lines += [*_piped(_model_cells(group)), ""]
-        lines += [*_piped(_pair_cells(group)), ""] if group["pairs"] else []
+        lines += [*markdown_table(_model_cells(group)), ""]
+        lines += [*markdown_table(_pair_cells(group)), ""] if group["pairs"] else []
     for title, key in (("Layers", "layers"), ("Modules", "modules")):
-        lines += [f"## {title}", "", *_piped(_grouped_cells(title[:-1].lower(), record[key])), ""]
+        cells = _grouped_cells(title[:-1].lower(), record[key])
+        lines += [f"## {title}", "", *markdown_table(cells), ""]
     spectra = _spectrum_cells(record)
     if len(spectra) > 1:
-        lines += ["## Spectra", "", *_piped(spectra), ""]
+        lines += ["## Spectra", "", *markdown_table(spectra), ""]
     made = f"Made by `{record['command']}` at commit {record['commit']} on {record['hardware']}."
     return "\n".join([*lines, made, ""])
 
@@ -80,21 +81,19 @@ def tensor_csv(record: Mapping[str, Any]) -> str:
     """One line a tensor and model, and one a tensor and pair of models."""
     keys = dict.fromkeys(["tensor", "group", "layer", "module", "entries", "model", "other"])
     keys |= dict.fromkeys([*dict(MODEL_COLUMNS), *SPECTRUM_COLUMNS, *dict(PAIR_COLUMNS)])
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, list(keys), restval="", lineterminator="\n")
-    writer.writeheader()
+    lines: list[dict[str, Any]] = []
     for row in record["tensors"]:
         where = {key: row[key] for key in ("tensor", "group", "layer", "module", "entries")}
         for name, figures in row["models"].items():
             own = {key: figures[key] for key, _ in MODEL_COLUMNS if key in figures}
             spectrum = row["spectra"].get(name, {})
             own |= {key: spectrum[key] for key in SPECTRUM_COLUMNS if key in spectrum}
-            writer.writerow({**where, "model": name, **_rounded(own)})
+            lines.append({**where, "model": name, **_rounded(own)})
         for pair, figures in row["pairs"].items():
             name, other = pair.split("/")
             own = {key: figures[key] for key, _ in PAIR_COLUMNS if key in figures}
-            writer.writerow({**where, "model": name, "other": other, **_rounded(own)})
-    return buffer.getvalue()
+            lines.append({**where, "model": name, "other": other, **_rounded(own)})
+    return csv_text(list(keys), lines)
 
 
 def _overview(record: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
@@ -175,8 +174,3 @@ def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
         )
         for row in rows
     ]  # fmt: skip
-
-
-def _piped(rows: Sequence[Sequence[str]]) -> list[str]:
-    rule = ["---", *("---:" for _ in rows[0][1:])]
-    return [f"| {' | '.join(row)} |" for row in (rows[0], rule, *rows[1:])]

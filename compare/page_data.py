@@ -8,7 +8,7 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from compare.curves import interval, smooth
+from compare.curves import band, smooth
 from compare.palette import BEHAVIOURS
 from compare.series import NO_SHARES
 
@@ -62,13 +62,8 @@ def _arm_curves(
     curves = {}
     for metric, per_seed in values.items():
         bounds = (0.0, float("inf")) if metric in NO_SHARES else (0.0, 1.0)
-        points = [
-            interval(column, bootstrap=bootstrap, bounds=bounds)
-            for column in zip(*(smooth(v, smoothing) for v in per_seed), strict=True)
-        ]
-        mean = [point.mean for point in points]
-        low = [point.mean if point.low is None else point.low for point in points]
-        high = [point.mean if point.high is None else point.high for point in points]
+        smoothed = [smooth(curve, smoothing) for curve in per_seed]
+        mean, low, high = band(smoothed, bootstrap=bootstrap, bounds=bounds)
         curves[metric] = {**x, "mean": mean, "low": low, "high": high, "per_seed": per_seed}
     return curves
 

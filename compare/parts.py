@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from compare.rows import markdown_table
 from compare.runs import Run
 
 N_PHASES = 3
@@ -122,7 +123,7 @@ def parts_section(arms: Mapping[str, Mapping[str, Any]]) -> list[str]:
     names = list(
         dict.fromkeys(n for made in known.values() for ph in made["phases"] for n in ph["parts"])
     )
-    rows = [["arm", "steps", "reward", *names], ["---"] + ["---:"] * (len(names) + 2)]
+    rows = [["arm", "steps", "reward", *names]]
     for arm, made in known.items():
         for phase in made["phases"]:
             first, last = phase["steps"]
@@ -130,7 +131,7 @@ def parts_section(arms: Mapping[str, Mapping[str, Any]]) -> list[str]:
             rows.append([arm, f"{first}-{last}", f"{phase['reward']:.3f}", *cells])
     lines = [
         "## Where the reward came from", "",
-        *("| " + " | ".join(row) + " |" for row in rows), "",
+        *markdown_table(rows), "",
         "What each part added to the mean training reward, by thirds of the training, and its "
         "share of it. `accuracy`: right answers, the search penalty taken off.",
     ]  # fmt: skip

@@ -9,8 +9,6 @@ they were made from. docs/metrics.md defines each.
 from __future__ import annotations
 
 import contextlib
-import csv
-import io
 import json
 import os
 from collections.abc import Iterable, Sequence
@@ -24,9 +22,10 @@ from compare.intervals import BOOTSTRAP_MIN_SEEDS
 from compare.measures import Recognition
 from compare.parts import parts_section, parts_summary
 from compare.provenance import hardware
+from compare.rows import csv_text, markdown_table
 from compare.runs import SINCE_START, Run, cut_to_common_steps, group_runs
 from compare.summary import summarise
-from compare.tables import code, markdown_table, overview_rows, sections
+from compare.tables import code, overview_rows, sections
 from compare.verdict import seeds_text, target_words
 from train.machine import code_commit
 from train.settings import asked_words
@@ -266,13 +265,8 @@ def _csv(arms: dict[str, list[Run]]) -> str:
     runs = [run for members in arms.values() for run in members]
     head = ["arm", "seed", *SINCE_START]
     names = sorted({key for run in runs for line in run.evaluations for key in line} - set(head))
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, [*head, *names], restval="", lineterminator="\n")
-    writer.writeheader()
-    for run in runs:
-        for line in run.evaluations:
-            writer.writerow({**line, "arm": run.arm, "seed": run.seed})
-    return buffer.getvalue()
+    lines = [{**line, "arm": run.arm, "seed": run.seed} for run in runs for line in run.evaluations]
+    return csv_text([*head, *names], lines)
 
 
 def _markdown(summary: dict[str, Any], title: str, name: str, caption: str) -> str:

@@ -25,7 +25,6 @@ from compare.page_studies import ablation_sections, floor_sections, transfer_sec
 from compare.verdict import Verdict, comparison_verdict, floor_verdict, reference_of, seeds_text
 from train.settings import asked_words
 
-KINDS = ("comparison", "floor", "ablation", "transfer", "merge")
 _UNSHOWABLE = (
     ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError,
 )  # fmt: skip
@@ -45,7 +44,7 @@ class Record:
     """One file's content on a page.
 
     Attributes:
-        kind: one of `KINDS`.
+        kind: comparison, floor, ablation, transfer or merge.
         name: of the file without suffix; of a merge the folder.
         data: content of the json file.
         csv: content of the csv file beside it, where it is read.

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from compare.rows import markdown_table
 from compare.verdict import (
     ABOVE,
     BELOW,
@@ -359,10 +360,3 @@ def _to_target(result: Mapping[str, Any], name: str, summary: Summary) -> str:
 def code(name: str) -> str:
     """A name as Markdown's code."""
     return f"`{name}`"
-
-
-def markdown_table(rows: Rows) -> list[str]:
-    """Lines of a table; the first column is text, the others are numbers."""
-    head, *body = rows
-    align = ["---"] + ["---:"] * (len(head) - 1)
-    return ["| " + " | ".join(row) + " |" for row in (head, align, *body)]

@@ -6,16 +6,15 @@ compared by the differences within a seed, and what training gained is after min
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from compare.errors import CompareError
-from compare.floor import cell, estimate_of, signed_cell, table
+from compare.floor import cell, estimate_of, signed_cell
 from compare.provenance import how_it_was_made, origin
 from compare.report import interval_name
+from compare.rows import csv_text, markdown_table
 from compare.tuning import PARTS
 from train.settings import asked_words
 
@@ -159,7 +158,7 @@ def accuracy_table(record: Mapping[str, Any]) -> list[str]:
         ]
         for arm, found in record["arms"].items()
     ]
-    return table(["start", *worlds], body)
+    return markdown_table([["start", *worlds], *body])
 
 
 def _minus(one: Sequence[float], other: Sequence[float]) -> dict[str, Any]:
@@ -181,9 +180,11 @@ def _markdown(record: Mapping[str, Any], title: str, name: str) -> str:
         "",
         *accuracy_table(record),
         "",
-        *table(
-            ["world", "what is different"],
-            [[world, about["settings"]] for world, about in record["worlds"].items()],
+        *markdown_table(
+            [
+                ["world", "what is different"],
+                *([world, about["settings"]] for world, about in record["worlds"].items()),
+            ],
             align="---",
         ),
         "",
@@ -233,7 +234,7 @@ def _world_table(record: Mapping[str, Any], world: str) -> list[str]:
             parts = record["differences"][reference].get(arm)
             row.append("" if parts is None else signed_cell(parts[world]["after"]["accuracy"]))
         body.append(row)
-    return table(heads, body)
+    return markdown_table([heads, *body])
 
 
 def _shift_table(record: Mapping[str, Any]) -> list[str]:
@@ -242,7 +243,7 @@ def _shift_table(record: Mapping[str, Any]) -> list[str]:
         [arm, *(f"{signed_cell(s[w]['before'])} → {signed_cell(s[w]['after'])}" for w in worlds)]
         for arm, s in record["shift"].items()
     ]
-    return table(["start", *worlds], body)
+    return markdown_table([["start", *worlds], *body])
 
 
 def _arrow(before: Mapping[str, Any], after: Mapping[str, Any], column: str) -> str:
@@ -254,9 +255,5 @@ def _arrow(before: Mapping[str, Any], after: Mapping[str, Any], column: str) -> 
 def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
     head = ["arm", "world", "stage", "seed"]
     names = sorted({metric for row in rows for metric in row["metrics"]})
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, [*head, *names], restval="", lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow({**{key: row[key] for key in head}, **row["metrics"]})
-    return buffer.getvalue()
+    lines = [{**{key: row[key] for key in head}, **row["metrics"]} for row in rows]
+    return csv_text([*head, *names], lines)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from compare.rows import csv_text
 from compare.tuning import at_ends, setting_text
 from configs.reader import write_yaml
 from train.settings import asked_words
@@ -46,11 +45,7 @@ def tuning_csv(rows: Sequence[Mapping[str, Any]]) -> str:
     # scores last, whatever keys the settings have
     last = [key for key in rows[0] if key not in ("name", "method", "setting")]
     names = dict.fromkeys(key for line in lines for key in line if key not in last)
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, [*names, *last], restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(lines)
-    return buffer.getvalue()
+    return csv_text([*names, *last], lines)
 
 
 def tuning_markdown(record: Mapping[str, Any]) -> str:

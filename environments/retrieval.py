@@ -82,16 +82,12 @@ class BM25TextIndex:
             Hit(
                 id=self.ids[i],
                 title=self.titles[i],
-                text=self._snippet(i, query),
+                text=cut_snippet(self.texts[i], query, self.snippet_words),
                 score=float(scores[i]),
             )
             for i in best
             if scores[i] > 0
         )
-
-    def _snippet(self, i: int, query: str) -> str:
-        text = self.texts[i]
-        return text if self.snippet_words is None else cut_snippet(text, query, self.snippet_words)
 
 
 class ColourImageIndex:
@@ -183,11 +179,13 @@ def split_words(text: str) -> list[str]:
     return [word for word in re.findall(r"\w+", text.lower()) if word not in STOP_WORDS]
 
 
-def cut_snippet(text: str, query: str, n_words: int = SNIPPET_WORDS) -> str:
+def cut_snippet(text: str, query: str, n_words: int | None) -> str:
     """The sentences of a passage that share most words with the query, at most n_words in all.
 
-    They keep the passage's order.
+    They keep the passage's order. Without a limit (None) it is the whole passage.
     """
+    if n_words is None:
+        return text
     wanted = set(split_words(query))
     sentences = re.split(r"(?<=[.!?]) ", text)
     n_shared = [len(wanted & set(split_words(sentence))) for sentence in sentences]

@@ -89,9 +89,7 @@ class MappedBM25Index:
 
     def _hit(self, number: int, score: float, query: str) -> Hit:
         row = self.corpus[number]
-        text = row.text
-        if self.snippet_words is not None:
-            text = cut_snippet(text, query, self.snippet_words)
+        text = cut_snippet(row.text, query, self.snippet_words)
         return Hit(row.id, row.title, text, score)
 
     def _accumulators(self) -> tuple[np.ndarray, np.ndarray]:

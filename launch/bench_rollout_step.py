@@ -30,8 +30,6 @@ from launch.bench_rollout_work import OURS, TITLE, Script, Workload, make_policy
 from train.batch import TokenBatch
 from train.grpo import SearchGRPOTrainer
 
-SIDES = ("ours", "trl")
-
 
 def main(arguments: list[str]) -> int:
     """Measures the workloads of a task one after the other."""

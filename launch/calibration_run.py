@@ -217,7 +217,7 @@ def measure_inputs(
     from launch.calibration_batches import Batches
     from merge.calibration import collect_second_moments, save_stats
     from merge.streaming import stream_statistics
-    from merge.sums import shard_name, weight_checksums
+    from merge.sums import shard_name, shard_suffix, weight_checksums
 
     section = parent.section
     streams = parent.streams  # asked before a model takes memory
@@ -235,7 +235,7 @@ def measure_inputs(
         return
     weights = weight_checksums(parent.checkpoint, parent.family, "diagonal")
     key = _settings_key(parent, weights)
-    unfinished = folder / f".unfinished{_suffix(shard)}-{key}.safetensors"
+    unfinished = folder / f".unfinished{shard_suffix(shard)}-{key}.safetensors"
     for stale in unfinished_sums(folder, shard):
         if stale != unfinished:
             stale.unlink(missing_ok=True)
@@ -248,7 +248,9 @@ def measure_inputs(
 
 def unfinished_sums(folder: Path, shard: tuple[int, int] = WHOLE) -> list[Path]:
     """Sums that calibrations of these batches have left; not those of other shards."""
-    own = re.compile(rf"\.unfinished{_suffix(shard)}-[0-9a-f]{{16}}\.safetensors")
+    from merge.sums import shard_suffix
+
+    own = re.compile(rf"\.unfinished{shard_suffix(shard)}-[0-9a-f]{{16}}\.safetensors")
     return sorted(path for path in folder.glob(".unfinished*") if own.fullmatch(path.name))
 
 
@@ -275,10 +277,6 @@ def measure_fisher(parent: Parent, folder: Path, shard: tuple[int, int]) -> None
     path = folder / shard_name("fisher", shard)
     weights = weight_checksums(parent.checkpoint, parent.family, "fisher")
     save_fisher(fisher, path, weights=weights)
-
-
-def _suffix(shard: tuple[int, int]) -> str:
-    return "" if shard == WHOLE else f"-{shard[0]}-of-{shard[1]}"
 
 
 def _settings_key(parent: Parent, weights: dict[str, str]) -> str:

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from launch.drill_process import LIMIT_S, Ended, Row, Running, obm
-from launch.drill_proxy import Proxy, free_port, wait_for_port
+from launch.drill_proxy import Proxy, wait_for_port
 from launch.drill_tasks import TRAINING
+from train.settings import free_port
 
 QUERIES = (
     "capital of France", "which river flows through Vienna", "flag with a cedar",

@@ -158,13 +158,6 @@ def http_answer(status: bytes, body: bytes) -> bytes:
     return head + b"Content-Length: " + str(len(body)).encode() + b"\r\n\r\n" + body
 
 
-def free_port() -> int:
-    """A port that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def wait_for_port(port: int, limit_s: float) -> bool:
     """Whether something listens there within so many seconds."""
     end = time.monotonic() + limit_s

@@ -10,7 +10,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -24,6 +23,7 @@ from typing import Any
 
 from launch.errors import JobFailedError, LaunchError
 from train.leash import VARIABLE, name_myself
+from train.settings import free_port
 from train.status import is_line
 
 POLL_S = 0.5
@@ -101,7 +101,7 @@ def training_command(
             )
         where = ["--include", f"localhost:{','.join(names)}"]
     return [
-        str(deepspeed_launcher()), *where, "--master_port", str(_free_port()), script, *arguments
+        str(deepspeed_launcher()), *where, "--master_port", str(free_port()), script, *arguments
     ]  # fmt: skip
 
 
@@ -330,9 +330,3 @@ def failure_of(job: Job, code: int) -> Exception:
     for line in lines[-LOG_TAIL_LINES:]:
         print(f"  | {line}", file=sys.stderr)
     return JobFailedError(f"{job.name} ended with code {code}; its log is {job.log}")
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

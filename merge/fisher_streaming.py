@@ -30,8 +30,16 @@ from merge.families import LINEAR, NORM_BIAS, Family, canonical_name, get_family
 from merge.fisher import scored_tokens, sequence_log_likelihoods
 from merge.inputs import check_record, model_inputs, numbered
 from merge.shell import LayerLoader, Shell, load_shell
-from merge.spill import read_values, write_values
-from merge.sums import WHOLE, Record, Shard, SumWriter, shard_name, weight_checksums
+from merge.spill import empty_folder, read_values, write_values
+from merge.sums import (
+    WHOLE,
+    Record,
+    Shard,
+    SumWriter,
+    shard_name,
+    shard_suffix,
+    weight_checksums,
+)
 
 
 def stream_fisher(
@@ -63,13 +71,8 @@ def stream_fisher(
         MergeError: An unsupported model, no tokens, a batch of several sequences, a full disk.
     """
     family = get_family(checkpoint.config.get("model_type"), str(checkpoint.folder), families)
-    suffix = "" if shard == WHOLE else f"-{shard[0]}-of-{shard[1]}"
-    folder = Path(output) / f".streaming-fisher{suffix}"
-    shutil.rmtree(folder, ignore_errors=True)
-    try:
-        folder.mkdir(parents=True)
-    except OSError as error:
-        raise MergeError(f"{folder}: cannot be made ({error.strerror}); choose another") from error
+    folder = Path(output) / f".streaming-fisher{shard_suffix(shard)}"
+    empty_folder(folder)
     target = torch.device(device)
     shell = load_shell(checkpoint, family, dtype, target, has_head=True)
     layers, loader = shell.layers, LayerLoader(checkpoint, family, shell.dtype, target)
@@ -81,7 +84,9 @@ def stream_fisher(
     # a sequence without an answer has no likelihood, and no part in the mean
     record.sequences = len(kept)
     for position in kept:
-        _embed(shell, items[position][1], folder, position)
+        hidden, calls = shell.calls(model_inputs(items[position][1], shell.device))
+        write_values(_hidden(folder, 0, position), hidden)
+        write_values(_arguments(folder, position), calls)
     for index, layer in enumerate(tqdm(layers, desc="forward", unit="layer", disable=None)):
         with loader.loaded(layer, index), torch.no_grad():
             for position in kept:
@@ -135,19 +140,6 @@ def _gradient(folder: Path, position: int) -> Path:
 
 def _arguments(folder: Path, position: int) -> Path:
     return folder / f"arguments-{position}.safetensors"
-
-
-def _embed(shell: Shell, batch: Mapping[str, Any], folder: Path, position: int) -> None:
-    with torch.no_grad():
-        shell.run(model_inputs(batch, shell.device))
-    inputs: list[Any] = [stub.hidden for stub in shell.stubs]
-    write_values(_hidden(folder, 0, position), inputs[0])
-    calls = {
-        "layers": [stub.arguments for stub in shell.stubs],
-        # what the model adds behind layer i reaches layer i + 1 beside the stub's zeros
-        "added": [item if bool(item.any()) else None for item in inputs[1:]],
-    }
-    write_values(_arguments(folder, position), calls)
 
 
 def _forward(folder: Path, layer: nn.Module, index: int, position: int) -> None:

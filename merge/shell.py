@@ -39,7 +39,7 @@ class Stub(nn.Module):
         super().__init__()
         self._replaced = [layer]  # in a list, so that it is no part of the model
         self._is_last = is_last
-        self.hidden: Tensor | None = None
+        self.hidden = torch.empty(0)
         self.output: Tensor | None = None
         """What the last stub returns, where the model is to go on behind the layers."""
         self.arguments: dict[str, Any] = {}
@@ -88,12 +88,26 @@ class Shell:
         """Where the model runs."""
         return next(self.model.parameters()).device
 
-    def run(self, inputs: Mapping[str, Any]) -> None:
-        """Runs a batch up to the last stub; the stubs then hold what they were called with."""
+    def calls(self, inputs: Mapping[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+        """Runs a batch up to the last stub, without gradients.
+
+        Returns:
+            What the first layer gets, and `layers`, what each is called with beside that; `added`,
+            what the model adds between each and the next, None where that is nothing.
+
+        Raises:
+            MergeError: the model has none of the layers.
+        """
         try:
-            self.model(**inputs)
+            with torch.no_grad():
+                self.model(**inputs)
         except LastLayerReached:
-            return
+            # what is added after layer i reaches layer i + 1 beside the stub's zeros
+            first, *added = (stub.hidden for stub in self.stubs)
+            return first, {
+                "layers": [stub.arguments for stub in self.stubs],
+                "added": [item if bool(item.any()) else None for item in added],
+            }
         raise MergeError("calibration: the model has no decoder layers that could be streamed")
 
 

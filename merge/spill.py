@@ -6,6 +6,7 @@ come back in fresh memory, not mapped, so that kernels meet them aligned as they
 """
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,19 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from merge.errors import MergeError
+
+
+def empty_folder(folder: Path) -> None:
+    """Makes a folder for such files; what is there goes.
+
+    Raises:
+        MergeError: It cannot be made.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise MergeError(f"{folder}: cannot be made ({error.strerror}); choose another") from error
 
 
 def write_values(path: Path, value: Any) -> None:

@@ -38,8 +38,17 @@ from merge.inputs import (
     watched_linears,
 )
 from merge.shell import LayerLoader, Shell, load_shell
-from merge.spill import read_values, write_values
-from merge.sums import DAMPING, WHOLE, Record, Shard, SumWriter, shard_name, weight_checksums
+from merge.spill import empty_folder, read_values, write_values
+from merge.sums import (
+    DAMPING,
+    WHOLE,
+    Record,
+    Shard,
+    SumWriter,
+    shard_name,
+    shard_suffix,
+    weight_checksums,
+)
 
 # in this order, since `inverse` overwrites the products that `gram` writes
 INPUT_KINDS = ("diagonal", "gram", "inverse")
@@ -117,8 +126,7 @@ def stream_statistics(
     if iter(batches) is batches:
         batches = list(batches)
     family = get_family(checkpoint.config.get("model_type"), str(checkpoint.folder), families)
-    suffix = "" if shard == WHOLE else f"-{shard[0]}-of-{shard[1]}"
-    folder = Path(output) / f".streaming{suffix}"
+    folder = Path(output) / f".streaming{shard_suffix(shard)}"
     target = torch.device(device)
     weights = weight_checksums(checkpoint, family, "diagonal")
     settings = [sorted(kinds), str(dtype), damping, list(shard), weights, _stamps(checkpoint)]
@@ -189,25 +197,13 @@ def _capture(
     shard: Shard,
 ) -> _Run:
     """Runs every batch up to the first layer, and keeps what the layers will be called with."""
-    shutil.rmtree(folder, ignore_errors=True)
-    try:
-        folder.mkdir(parents=True)
-    except OSError as error:
-        raise MergeError(f"{folder}: cannot be made ({error.strerror}); choose another") from error
+    empty_folder(folder)
     run = _Run(folder, "", Record(), 0)
     for position, (number, batch) in enumerate(numbered(batches, shard, "embed")):
         mask = count_batch(run.record, number, batch)
-        with torch.no_grad():
-            shell.run(model_inputs(batch, shell.device))
-        inputs: list[Any] = [stub.hidden for stub in shell.stubs]
-        write_values(run.hidden(0, position), inputs[0])
-        calls = {
-            "mask": mask,
-            "layers": [stub.arguments for stub in shell.stubs],
-            # what is added after layer i reaches layer i + 1 beside the stub's zeros
-            "added": [item if bool(item.any()) else None for item in inputs[1:]],
-        }
-        write_values(run.arguments(position), calls)
+        hidden, calls = shell.calls(model_inputs(batch, shell.device))
+        write_values(run.hidden(0, position), hidden)
+        write_values(run.arguments(position), {"mask": mask, **calls})
     check_record(run.record)
     run.key = _key(settings, run.record)
     run.save()

@@ -155,8 +155,12 @@ def shard_name(kind: str, shard: Shard) -> str:
     """File name of a kind's statistics, or of the sums of one shard."""
     if shard == WHOLE:
         return FILE_NAMES[kind]
-    rank, world = shard
-    return f"{Path(FILE_NAMES[kind]).stem}.shard-{rank}-of-{world}.safetensors"
+    return f"{Path(FILE_NAMES[kind]).stem}.shard{shard_suffix(shard)}.safetensors"
+
+
+def shard_suffix(shard: Shard) -> str:
+    """What keeps the files of shards in one folder apart: `-0-of-2`, empty for the whole."""
+    return "" if shard == WHOLE else f"-{shard[0]}-of-{shard[1]}"
 
 
 def weight_checksums(checkpoint: Checkpoint, family: Family, kind: str) -> dict[str, str]:

@@ -11,7 +11,6 @@ pictures as the rollout read them.
 from __future__ import annotations
 
 import difflib
-import logging
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -31,8 +30,6 @@ from train.vision import ImageStore
 
 if TYPE_CHECKING:
     from configs.schema import Config
-
-logger = logging.getLogger(__name__)
 
 DPO_DEFAULTS: dict[str, Any] = {
     "beta": 0.1,

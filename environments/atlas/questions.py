@@ -92,9 +92,7 @@ def list_questions(
                 if relation in entity.relations:
                     text = _fact_wording(kind, entity.iso + relation)
                     text = text.format(name=entity.name, relation=relation)
-                    answers = list(entity.relations[relation])
-                    gold = [passage_id(entity.iso, relation, year)]
-                    yield _question(entity, kind, relation, text, answers, gold)
+                    yield _fact_question(entity, kind, relation, text, entity, year)
         elif kind == "three":
             neighbour = entities.get(entity.neighbour or "")
             if neighbour is None or neighbour.split != split:
@@ -102,20 +100,16 @@ def list_questions(
             for relation in relations:
                 if relation in neighbour.relations and relation != "longest border":
                     text = THREE_WORDING.format(relation=relation)
-                    answers = list(neighbour.relations[relation])
-                    gold = [passage_id(neighbour.iso, relation, year)]
-                    yield _question(entity, kind, relation, text, answers, gold)
+                    yield _fact_question(entity, kind, relation, text, neighbour, year)
         elif kind == "pair":
             for relation in relations:
                 partner = _partner(entity, relation, entities.values())
                 if partner is not None:
                     side = ("left", "right")[_stable_hash(f"side/{entity.iso}/{relation}") % 2]
                     text = PAIR_WORDING.format(relation=relation, side=side)
-                    answers = list(entity.relations[relation])
-                    gold = [passage_id(entity.iso, relation, year)]
                     scene = [entity.iso, partner.iso]
                     yield {
-                        **_question(entity, kind, relation, text, answers, gold),
+                        **_fact_question(entity, kind, relation, text, entity, year),
                         "scene": scene if side == "left" else scene[::-1],
                     }
 
@@ -189,6 +183,14 @@ def _fact_wording(kind: str, key: str) -> str:
     if kind == "two":
         return TWO_WORDING
     return TEXT_WORDINGS[_stable_hash(key) % len(TEXT_WORDINGS)]
+
+
+def _fact_question(
+    entity: Entity, kind: str, relation: str, text: str, subject: Entity, year: int | None
+) -> dict[str, Any]:
+    """A question about a pictured entity whose answer is a fact of `subject`, the last hop's."""
+    gold = [passage_id(subject.iso, relation, year)]
+    return _question(entity, kind, relation, text, list(subject.relations[relation]), gold)
 
 
 def _question(

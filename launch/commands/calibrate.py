@@ -82,12 +82,13 @@ def _make(
     options: argparse.Namespace, config: Config, roles: tuple[str, ...], shard: tuple[int, int]
 ) -> None:
     """Measures, or adds up; a run that was killed goes on with the files that it had not made."""
+    from merge.sums import shard_suffix
     from train import gpu
     from train.lock import locked
 
     with ExitStack() as held:
         for role in roles:
-            name = f".lock{_suffix(shard)}"
+            name = f".lock{shard_suffix(shard)}"
             folder = stats_path(config, role).parent
             held.enter_context(locked(folder, name, setting="calibration.output=FOLDER"))
         progress = {
@@ -170,8 +171,9 @@ def progress_of(
         LaunchError: another run's, and `overwrite` is off.
     """
     from launch.calibration_progress import Progress, calibration_key
+    from merge.sums import shard_suffix
 
-    note = stats_path(config, role).parent / f".begun{_suffix(shard)}.json"
+    note = stats_path(config, role).parent / f".begun{shard_suffix(shard)}.json"
     key = calibration_key(config, role, parent_folder(config, role))
     return Progress(note, key, _targets(config, role, shard), overwrite=overwrite)
 
@@ -266,11 +268,6 @@ def _targets(config: Config, role: str, shard: tuple[int, int]) -> list[Path]:
 
     folder = stats_path(config, role).parent
     return [folder / shard_name(kind, shard) for kind in config.calibration.kinds]
-
-
-def _suffix(shard: tuple[int, int]) -> str:
-    """Of hidden files, so that shards do not share them."""
-    return "" if shard == WHOLE else f"-{shard[0]}-of-{shard[1]}"
 
 
 def _parse_shard(text: str | None) -> tuple[int, int]:

@@ -5,7 +5,6 @@ import pytest
 from compare.curves import (
     area_under_curve,
     band,
-    ceiling,
     ceiling_index,
     collapses,
     largest_drop,
@@ -16,6 +15,10 @@ from compare.curves import (
 
 STEPS = [0, 5, 10, 15, 20]
 CURVE = [0.0, 0.3, 0.6, 0.9, 0.3]
+
+
+def ceiling(values, window):
+    return smooth(values, window)[ceiling_index(values, window)]
 
 
 def test_smoothing_averages_the_last_values_only():
