@@ -139,7 +139,35 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             f"{where('deepspeed')}:deepspeed: '{name}' is not known; "
             f"use {', '.join(SHIPPED_DEEPSPEED)}, none or the path of a .json file"
         )
+    _expand_home(config)
     return config
+
+
+def _expand_home(config: Config) -> None:
+    """Puts the home folder in the place of `~`, where a setting is a path that is used as it is.
+
+    No shell does it in `calibration.output=~/stats` or in a file. A folder named `~` would be made
+    here, and who removes it as the shell reads it removes the home folder.
+    """
+    asks = (
+        config.environment.train_benchmark,
+        config.environment.eval_benchmark,
+        config.conflict.keep_benchmark,
+    )
+    paths: list[tuple[Any, str]] = [
+        (config, "output"),
+        (config, "deepspeed"),
+        (config.calibration, "output"),
+        (config.environment, "cache"),
+        (config.live, "image_host"),
+        (config.rewards, "judge_cache"),
+        (config.rollout, "sync_dir"),
+        *((asked, "images") for asked in asks if asked is not None),
+    ]
+    for section, key in paths:
+        if getattr(section, key):
+            setattr(section, key, os.path.expanduser(getattr(section, key)))
+    config.algorithm.anchor_stats = [*map(os.path.expanduser, config.algorithm.anchor_stats)]
 
 
 def _check_address(url: str | None, key: str, variable: str, where: Where) -> None:
@@ -194,6 +222,7 @@ def _read_chain(path: Path, origins: dict[str, str], children: tuple[Path, ...])
     if parent is None:
         merged: dict[str, Any] = {}
     elif isinstance(parent, str):
+        parent = os.path.expanduser(parent)
         merged = _read_chain(path.parent / parent, origins, (*children, path.resolve()))
     else:
         raise ConfigError(f"{path}:inherits: expected a file name, got {parent!r}; name one file")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from types import ModuleType
@@ -69,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     keep_to_ourselves()
     module = importlib.import_module(f"launch.commands.{verb}")
     # Intermixed, so that overrides may stand before, between and after the options.
-    options = build_parser(verb, module).parse_intermixed_args(arguments[1:])
+    options = build_parser(verb, module).parse_intermixed_args(_at_home(arguments[1:]))
     try:
         return int(module.run(options) or 0)
     except KeyboardInterrupt:
@@ -116,6 +117,15 @@ def build_parser(verb: str, module: ModuleType) -> argparse.ArgumentParser:
     module.add_arguments(parser)
     parser.add_argument("--debug", action="store_true", help="full traceback on every error")
     return parser
+
+
+def _at_home(arguments: Sequence[str]) -> list[str]:
+    """`--output=~/x` as a shell reads `--output ~/x`; with the equals sign it leaves the `~`."""
+    split = [argument.partition("=") for argument in arguments]
+    return [
+        name + equals + (os.path.expanduser(value) if name.startswith("--") else value)
+        for name, equals, value in split
+    ]
 
 
 def _fail(message: str, code: int = EXIT_USER_ERROR) -> int:

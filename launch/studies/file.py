@@ -167,7 +167,7 @@ def load_study(path: str | Path) -> Study:
     return Study(
         name=path.stem,
         config=(path.parent / raw["config"]).resolve(),
-        output=Path(raw["output"]),
+        output=Path(os.path.expanduser(raw["output"])),  # else `~` would be a folder here
         arms=arms,
         seeds=raw["seeds"],
         title=str(raw["title"]),
@@ -175,7 +175,7 @@ def load_study(path: str | Path) -> Study:
         zero_shot=raw.get("zero_shot", False),
         perception=raw.get("perception", False),
         overrides=dict(raw.get("overrides") or {}),
-        report=Path(raw["report"]) if raw.get("report") else None,
+        report=Path(os.path.expanduser(raw["report"])) if raw.get("report") else None,
         report_name=str(raw.get("report_name", "compare")),
         benchmarks=dict(raw.get("benchmarks") or {}),
         axes=dict(raw.get("axes") or {}),

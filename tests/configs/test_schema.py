@@ -347,6 +347,44 @@ def test_a_missing_folder_is_no_hub_id(ref, tmp_path, monkeypatch):
         resolve_model(ref)
 
 
+def test_paths_below_home_are_there(write, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write("output: ~/run\nenvironment: {cache: ~/cache}", "above.yaml")
+    path = write(
+        """
+        inherits: ~/above.yaml
+        deepspeed: ~/own.json
+        calibration: {output: ~/stats}
+        live: {image_host: ~/www}
+        rewards: {judge_cache: ~/judge.jsonl}
+        rollout: {sync_dir: ~/sync}
+        algorithm: {anchor_stats: [~/stats, x]}
+        conflict: {keep_benchmark: {name: table, images: ~/c}}
+        environment:
+          train_benchmark: {name: table, images: ~/a}
+          eval_benchmark: {name: table, images: ~nobody-of-this-name/b}
+        """,
+        "sub/run.yaml",
+    )
+    config = load_config(path, ["environment.cache=~/other"])
+    here = str(tmp_path)
+    assert config.output == f"{here}/run"
+    assert config.deepspeed == f"{here}/own.json"
+    assert config.calibration.output == f"{here}/stats"
+    assert config.live.image_host == f"{here}/www"
+    assert config.rewards.judge_cache == f"{here}/judge.jsonl"
+    assert config.rollout.sync_dir == f"{here}/sync"
+    assert config.algorithm.anchor_stats == [f"{here}/stats", "x"]
+    assert config.environment.cache == f"{here}/other"
+    asked = (
+        config.environment.train_benchmark,
+        config.environment.eval_benchmark,
+        config.conflict.keep_benchmark,
+    )
+    images = [one.images for one in asked if one is not None]
+    assert images == [f"{here}/a", "~nobody-of-this-name/b", f"{here}/c"]
+
+
 def test_an_unknown_shipped_checkpoint_is_an_error():
     with pytest.raises(ConfigError, match="no shipped checkpoint 'atlas://vln'"):
         resolve_model("atlas://vln")

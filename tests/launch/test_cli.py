@@ -160,6 +160,13 @@ def test_init_copies_a_configuration_that_loads(obm, tmp_path):
     assert obm("init", "demo", "--output", target, "--overwrite")[0] == 0
 
 
+def test_an_option_with_an_equals_sign_knows_the_home_folder(obm, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert obm("init", "demo", "--output=~/mine.yaml")[:2] == (0, f"wrote {tmp_path}/mine.yaml\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.yaml"]
+
+
 def test_a_copied_configuration_brings_what_it_inherits_from(tmp_path):
     from launch.commands.init import _files
 

@@ -196,6 +196,14 @@ def test_all_kinds_of_statistics_that_any_arm_needs_are_made_at_once(study_file)
     assert kinds["own"] == ["fisher"]
 
 
+def test_a_study_below_home_is_there(study_file, monkeypatch, tmp_path):
+    content = yaml.safe_load(study_file.read_text()) | {"output": "~/s", "report": "~/r"}
+    study_file.write_text(yaml.safe_dump(content))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    study = load_study(study_file)
+    assert (study.output, study.report) == (tmp_path / "s", tmp_path / "r")
+
+
 def test_a_second_run_reuses_everything(study_file, scripted_stages):
     run_ceiling(load_study(study_file), Options("c"))
     n_made = len(scripted_stages)
