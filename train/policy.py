@@ -283,6 +283,10 @@ def _require_checkpoint(folder: str | Path) -> None:
             f"{folder}: is a LoRA adapter, not a policy; write one with "
             f"`obm merge adapter {folder} --output DIR`"
         )
+    if (path / "checkpoints").is_dir() and not (path / "config.json").is_file():
+        raise PolicyLoadError(
+            f"{folder}: is a run folder; name one of its {path / 'checkpoints'}/checkpoint-STEP"
+        )
     if looks_local and not (path / "config.json").is_file():
         raise PolicyLoadError(
             f"{folder}: no config.json there; give a checkpoint folder saved with save_pretrained, "

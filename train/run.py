@@ -104,6 +104,7 @@ def describe_run(
     """
     _, n_processes = find_machine(machine, n_processes)
     rows = describe_step(config, n_processes)
+    check_pulls(config)
     rows += [
         ("reward function", f"{function.place}, weight {function.weight:g}")
         for function in load_functions(config.reward_functions)

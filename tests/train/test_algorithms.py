@@ -18,7 +18,7 @@ from merge.stats import save_stats
 from train.anchor import SaliencyAnchor, anchor_statistics
 from train.given import choose_reference
 from train.policy import load_policy
-from train.run import run_training
+from train.run import describe_run, run_training
 from train.tiny import make_tiny_checkpoints
 
 THINK = "<think> a </think>"
@@ -464,4 +464,6 @@ def test_a_pull_that_would_do_nothing_is_refused(tiny_checkpoints, tmp_path, ove
     path.write_text(f"output: {tmp_path}/run\nmodels: {{init: {tiny_checkpoints['vlm']}}}\n")
     with pytest.raises(ConfigError, match=message):
         run_training(load_config(path, overrides))
+    with pytest.raises(ConfigError, match=message):
+        describe_run(load_config(path, overrides), 1)
     assert not (tmp_path / "run").exists()

@@ -231,3 +231,6 @@ def test_a_built_checkpoint_says_how_it_was_made(folders, tmp_path):
 def test_a_missing_folder_is_one_clear_error(tmp_path):
     with pytest.raises(PolicyLoadError, match=r"no config\.json"):
         load_policy(tmp_path / "nowhere")
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(PolicyLoadError, match="is a run folder; name one of its .*checkpoint-STEP"):
+        load_policy(tmp_path / "run")
