@@ -1,13 +1,13 @@
 // ---------------------------------------------------------------- elements
 // Text of episodes goes into the page through `say` alone, as text nodes.
 
-// What would not be seen, or would turn the text around it: controls, direction marks, separators.
-const UNSEEN = new RegExp('[\\u0000-\\u0008\\u000b-\\u001f\\u007f-\\u009f\\u00ad\\u061c\\u180e'
-  + '\\u200b\\u200e\\u200f\\u2028-\\u202e\\u2060-\\u2069\\ufeff\\ufff9-\\ufffb]'
-  + '|[\\ud800-\\udbff](?![\\udc00-\\udfff])|(?<![\\ud800-\\udbff])[\\udc00-\\udfff]', 'g');
+// What would not be seen, or would turn the text around it: controls, direction marks, separators, fillers,
+// tags, lone surrogates. Joiners and variation selectors stay, which emoji and scripts are made with.
+const UNSEEN = new RegExp('(?![\\t\\n\\u200c\\u200d\\ufe00-\\ufe0f])'
+  + '[\\p{Cc}\\p{Cs}\\p{Zl}\\p{Zp}\\p{Default_Ignorable_Code_Point}\\u2800\\ufff9-\\ufffb]', 'gu');
 
 function codePoint(letter) {
-  return 'U+' + letter.charCodeAt(0).toString(16).toUpperCase().padStart(4, '0');
+  return 'U+' + letter.codePointAt(0).toString(16).toUpperCase().padStart(4, '0');
 }
 
 // Appends a text to an element; unseen characters become marks with their code point.

@@ -455,7 +455,8 @@ HOSTILE = [
     "<img src=x onerror='window.hacked=1'><svg onload=window.hacked=1>",
     "<!--<script>", "]]>", "javascript:window.hacked=1",
     "{{constructor.constructor('hacked=1')()}}",
-    "a\u202eb\u2066c", "null \x00 byte", "line\u2028separator", "' onmouseover='window.hacked=1",
+    "a\u202eb\u2066c\u3164d\U000e0041e\u2800f\u2764\ufe0f",
+    "null \x00 byte", "line\u2028separator", "' onmouseover='window.hacked=1",
     "<a href='https://example.org/x'>x</a><link rel=stylesheet href=//example.org/y>",
     "@import url(https://example.org/z)", "\ufeffmark",
 ]  # fmt: skip
@@ -502,7 +503,7 @@ def test_hostile_texts_are_shown_and_nothing_runs_or_is_fetched(browser, tmp_pat
         view.click("#clear", force=True) if view.is_visible("#clear") else view.fill("#search", "")
         until(view, "document.querySelector('#n-shown').textContent === '14'")
         for step, shown in (
-            (6, "aU+202EbU+2066c"),
+            (6, "aU+202EbU+2066cU+3164dU+E0041eU+2800f\u2764\ufe0f"),
             (7, "null U+0000 byte"),
             (8, "lineU+2028separator"),
         ):
