@@ -73,7 +73,8 @@ def measure_episode(trajectory: Trajectory, question: dict[str, Any]) -> dict[st
     answered.
 
     A call that was refused or that came in the last turn is asked for (`n_text`, `n_image`), but
-    not answered (`text_calls`, `image_calls`, `page_calls`).
+    not answered (`text_calls`, `image_calls`, `page_calls`). One whose service failed was answered
+    by the failure: it was carried out, and cost what a call costs.
     """
     answered = [
         action["type"]
