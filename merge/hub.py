@@ -75,7 +75,8 @@ def public_record(record: Mapping[str, Any]) -> dict[str, Any]:
     if "adapter" in public:
         adapter, base = public["adapter"], "base_model_name_or_path"
         adapter["source"] = Path(adapter["source"]).name
-        adapter["settings"][base] = public_name(adapter["settings"].get(base) or "")
+        if adapter["settings"].get(base):  # an empty name would be the folder that we are in
+            adapter["settings"][base] = public_name(adapter["settings"][base])
     return public
 
 

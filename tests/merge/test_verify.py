@@ -247,6 +247,8 @@ def test_nothing_that_is_pushed_names_a_place_of_this_machine(merged, api, tmp_p
     assert public["adapter"]["source"] == "run"
     assert public["adapter"]["settings"] == {"base_model_name_or_path": "vlm", "r": 4}
     assert settings["base_model_name_or_path"] == "/home/someone/secret/vlm"
+    nameless = {"source": "run", "settings": {"r": 4}, "tensors": 2}
+    assert public_record({"parents": {}, "adapter": nameless})["adapter"]["settings"] == {"r": 4}
 
 
 def test_a_published_merge_is_not_compared_with_a_folder_that_has_the_vlms_name(
