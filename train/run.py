@@ -42,7 +42,7 @@ from train.libraries import be_quiet, keep_to_ourselves, load_quickly
 from train.lock import locked
 from train.resume import Start, convert, find_start
 from train.run_folder import check_same_run, is_done, prepare_folder
-from train.settings import build_grpo_config, describe_step, resolved_grpo
+from train.settings import build_grpo_config, describe_step, leave_group_at_exit, resolved_grpo
 from train.terminal import spelt_out
 from train.watchdog import Watchdog, progress
 
@@ -174,7 +174,9 @@ def _train_in(
     with Watchdog(folder, rank, world, config.hang_timeout_s) as watchdog:
         if start is not None and start.needs_conversion:
             convert(start, rank)
-        return _train(config, folder, init, args, resume, start, watchdog, given)
+        _train(config, folder, init, args, resume, start, watchdog, given)
+    leave_group_at_exit()
+    return folder
 
 
 def _train(
@@ -186,7 +188,7 @@ def _train(
     start: Start | None,
     watchdog: Watchdog,
     given: Given,
-) -> Path:
+) -> None:
     """The part of a run that all processes go through together."""
     rank = watchdog.rank
     checkpoint = start.path if start else None
@@ -260,7 +262,6 @@ def _train(
         }
         write_json(folder / "done.json", summary)
     recorder.close()
-    return folder
 
 
 def _last_policy(trainer: Any, folder: Path) -> Path:

@@ -6,6 +6,7 @@ at import, so a dry run is quick.
 
 from __future__ import annotations
 
+import atexit
 import difflib
 import os
 import sys
@@ -420,6 +421,25 @@ def prepare_deepspeed(has_gpu: bool) -> None:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if sys.version_info < (3, 11, 4):
         name_enums_by_value()
+
+
+def leave_group_at_exit() -> None:
+    """Has a process whose work is done leave torch.distributed before its interpreter ends.
+
+    A thread of gloo may still hold the tensors of the last collective. Letting go of them while the
+    interpreter ends aborts the process, and the launcher calls a finished run failed. A process
+    that fails must not ask for it: it could wait for others in a collective that they never join.
+    Later and not at once, since a program may train again with the same group.
+    """
+    atexit.unregister(_leave_group)
+    atexit.register(_leave_group)
+
+
+def _leave_group() -> None:
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def name_enums_by_value() -> None:

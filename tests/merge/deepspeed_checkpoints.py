@@ -90,8 +90,9 @@ def train(folder: Path, stage: int) -> None:
 
 
 if __name__ == "__main__":
-    from train.settings import prepare_deepspeed
+    from train.settings import leave_group_at_exit, prepare_deepspeed
 
     prepare_deepspeed(has_gpu=False)
     for number in sys.argv[2:]:
         train(Path(sys.argv[1]), int(number))
+    leave_group_at_exit()

@@ -58,6 +58,9 @@ def main() -> None:
                 print(f"{script} {' '.join(arguments)} ends with {end.code}", file=sys.stderr)
                 raise
         forget()
+    from train.settings import leave_group_at_exit
+
+    leave_group_at_exit()
 
 
 if __name__ == "__main__":

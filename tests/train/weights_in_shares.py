@@ -9,7 +9,7 @@ import json
 import sys
 from pathlib import Path
 
-from train.settings import prepare_deepspeed
+from train.settings import leave_group_at_exit, prepare_deepspeed
 
 prepare_deepspeed(has_gpu=False)
 
@@ -93,3 +93,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    leave_group_at_exit()
