@@ -12,7 +12,7 @@ from train import run
 
 ROOT = Path(__file__).parents[2]
 
-# The first process hands over a tensor that takes a second to let go of, and comes to its end while
+# The first process hands over a tensor that takes seconds to let go of, and comes to its end while
 # the thread of gloo that held it last is at it.
 PROGRAM = """
 import os, sys, threading, time
@@ -25,7 +25,7 @@ begun = threading.Event()
 class Slow(torch.Tensor):
     def __del__(self):
         begun.set()
-        time.sleep(1)
+        time.sleep(3)
         print("gone", flush=True)
 
 rank = int(os.fork() == 0)
