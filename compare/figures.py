@@ -229,10 +229,14 @@ def holds(text: str, results: Results, file: str | None = None) -> bool:
     """Whether a comparison of two expressions is true.
 
     Raises:
-        CompareError: as `value_of`; or it is no comparison.
+        CompareError: as `value_of`; it is no comparison, or one with what is no number.
     """
     parts = _COMPARISON.split(text)
     if len(parts) != 3:
         raise CompareError(f"'{text}' is no comparison; write A < B, with blanks around the sign")
     left, sign, right = parts
-    return COMPARISONS[sign](value_of(left, results, file), value_of(right, results, file))
+    values = value_of(left, results, file), value_of(right, results, file)
+    try:
+        return COMPARISONS[sign](*values)
+    except TypeError as error:
+        raise CompareError(f"'{text}' compares {values[0]} with {values[1]}") from error

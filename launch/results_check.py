@@ -21,6 +21,7 @@ stands (the language of the paths: `compare.figures`):
         rows: {OBM: obm, "in short": null}         # first cell: what ROW is; null = tied elsewhere
         columns:                                   # template and one path a {}
           ceiling: ["{} [{}, {}]", arms.ROW.ceiling | .2f, ...]
+        none: not reached                          # a cell whose first value is none
 
 A bracket `[{}, {}]` at the end is left out where its two values are none or one. The tables of
 docs/scale.md are made of the benches and are a source of other pages: they are checked, or made
@@ -165,7 +166,7 @@ class Page:
                     begin = at + cell.start() + len(cell[0]) - len(cell[0].lstrip())
                     stands = cell[0].strip()
                     paths = [path.replace("ROW", row) for path in paths]
-                    should = render(template, paths, self.results, file)
+                    should = render(template, paths, self.results, file, entry.get("none"))
                     yield Found(begin, begin + len(stands), stands, should, f"{file} {paths[0]}")
             at += len(line) + 1
         if rows:
@@ -207,7 +208,13 @@ def _pattern(words: str) -> str:
     return f"({NUMBER})".join(pieces)
 
 
-def render(template: str, paths: Sequence[str], results: Results, file: str | None) -> str:
+def render(
+    template: str,
+    paths: Sequence[str],
+    results: Results,
+    file: str | None,
+    none: str | None = None,
+) -> str:
     """A template with the figures of its paths.
 
     Args:
@@ -215,10 +222,13 @@ def render(template: str, paths: Sequence[str], results: Results, file: str | No
         paths: `EXPRESSION | FORMAT`, the format being Python's.
         results: where files are.
         file: the one that paths without a file are in.
+        none: what to say where the first value is none, and the others then may be missing.
     """
     asked = [path.rsplit(" | ", 1) for path in paths]
     if template.count("{}") != len(asked) or any(len(pair) != 2 for pair in asked):
         raise CompareError(f"'{template}' needs one 'PATH | FORMAT' for each {{}}, not {paths}")
+    if none is not None and value_of(asked[0][0], results, file) is None:
+        return none
     values = [value_of(path, results, file) for path, _ in asked]
     if template.endswith(BRACKET) and (values[-1] is None or values[-2] == values[-1]):
         template, values = template.removesuffix(BRACKET), values[:-2]

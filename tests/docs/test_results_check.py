@@ -121,6 +121,22 @@ def test_a_source_that_was_changed_is_seen_and_written_into_the_page(folder, cap
     assert text.count("\n") == PAGE.count("\n")
 
 
+def test_a_cell_without_a_value_says_what_the_tie_says(folder):
+    changed, ties = json.loads(json.dumps([RESULT, TIES]))
+    changed["arms"]["sce"] = {"mean": None}
+    root = folder(result=changed, ties=ties)
+    claim, cell = [line for line in said(check(root)) if "figures.yaml, page.md" in line]
+    assert claim.endswith("'arms.obm.mean > arms.sce.mean' compares 0.384 with None")
+    assert "arms.sce.low' leads nowhere" in cell
+    ties["page.md"]["figures"][2]["none"] = "not reached"
+    del ties["page.md"]["figures"][1]["holds"]
+    root = folder(result=changed, ties=ties)
+    [problem] = said(check(root))
+    assert problem.endswith("'0.00' stands here, a.json arms.sce.mean | .2f says 'not reached'")
+    assert check(root, write=True) == check(root) == []
+    assert "| SCE | not reached |" in (root / "page.md").read_text()
+
+
 def test_a_claim_that_no_longer_holds_is_left_to_the_writer(folder):
     changed = json.loads(json.dumps(RESULT))
     changed["arms"]["sce"] = {"mean": 0.9, "low": 0.9, "high": 0.9}
