@@ -31,6 +31,10 @@ from environments.tools import Hit
 K1, B = 1.5, 0.75  # bm25s's defaults
 SLACK = 1e-4
 """Share by which a bound is widened: sums in another order differ by a few bits."""
+SAMPLE = 16
+"""Passages whose whole score is looked up for an early bound."""
+LONG = 4096
+"""So many postings cost about as much to walk as that bound does."""
 DATA_FILE = "data.csc.index.npy"
 INDICES_FILE = "indices.csc.index.npy"
 INDPTR_FILE = "indptr.csc.index.npy"
@@ -114,10 +118,12 @@ def top_passages(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The k best passages and their scores, best first, ties by the smaller number.
 
-    Rare words come first. Once the k-th best sum is higher than all words left could give together,
-    no other passage can be among the best, and the long lists of those words need not be walked
-    (MaxScore, Turtle and Flood 1995). The passages that may still win are then scored word by word
-    in the query's order, so that the result has the bits of the plain sum.
+    Rare words come first. Once k passages are known whose scores are higher than all words left
+    could give together, no other passage can be among the best, and the long lists of those words
+    need not be walked (MaxScore, Turtle and Flood 1995). Known are the whole scores of those that
+    lead so far. A passage that was met is looked up in the lists left, until it can no longer win;
+    one that still can is scored word by word in the query's order, so that the result has the bits
+    of the plain sum.
 
     Args:
         data: float32 [postings], all above 0.
@@ -136,13 +142,16 @@ def top_passages(
     left = np.float32(0)
     for word in words:
         left += most[word]
-    n_touched = 0
+    n_touched, n_walked, least = 0, 0, np.float32(0)
     for number in order:
         word = words[number]
         start, end = indptr[word], indptr[word + 1]
-        is_long = n_touched >= k and end - start > n_touched
-        if is_long and kth_best(scores, touched, n_touched, k) > left * (1 + SLACK):
-            break
+        if n_touched >= k and end - start > n_touched + LONG:
+            room = min(n_touched, max(k, SAMPLE))
+            sample = best_touched(scores, touched, n_touched, room)
+            least = max(least, kth_whole(data, indices, indptr, words, sample, k))
+            if least > left * (1 + SLACK):
+                break
         for j in range(start, end):
             passage = indices[j]
             if scores[passage] == 0:
@@ -150,24 +159,29 @@ def top_passages(
                 n_touched += 1
             scores[passage] += data[j]
         left -= most[word]
-    left = max(left, np.float32(0))
-    least = np.float32(0)
+        n_walked += 1
+    rest, left = order[n_walked:], max(left, np.float32(0))
     if n_touched > k:
-        least = kth_best(scores, touched, n_touched, k) * (1 - SLACK)
+        least = max(least, scores[best_touched(scores, touched, n_touched, k)[k - 1]])
+    least *= 1 - SLACK
     best = np.empty(k, np.int32)
     best_scores = np.empty(k, np.float32)
     n_best = 0
     for t in range(n_touched):
         passage = touched[t]
-        partial = scores[passage]
+        highest = scores[passage] + left
         scores[passage] = 0
-        if partial + left * (1 + SLACK) < least:
-            continue
-        score = np.float32(0)
-        for word in words:
+        for number in rest:
+            if highest * (1 + SLACK) < least:
+                break
+            word = words[number]
+            highest -= most[word]
             j = find_passage(indices, indptr[word], indptr[word + 1], passage)
             if j >= 0:
-                score += data[j]
+                highest += data[j]
+        if highest * (1 + SLACK) < least:
+            continue
+        score = whole_score(data, indices, indptr, words, passage)
         if n_best == k:
             worst = best_scores[k - 1]
             if score < worst or (score == worst and passage > best[k - 1]):
@@ -184,23 +198,58 @@ def top_passages(
             place -= 1
         best_scores[place] = score
         best[place] = passage
+        if n_best == k:
+            least = max(least, best_scores[k - 1] * (1 - SLACK))
     return best[:n_best], best_scores[:n_best]
 
 
 @njit(nogil=True, cache=True)
-def kth_best(scores: np.ndarray, touched: np.ndarray, n_touched: int, k: int) -> float:
-    """The k-th highest of the touched passages' scores; there are k or more."""
-    best = np.zeros(k, np.float32)
+def best_touched(scores: np.ndarray, touched: np.ndarray, n_touched: int, n: int) -> np.ndarray:
+    """The n touched passages of the highest scores, best first; there are n or more."""
+    best = np.empty(n, np.int32)
+    best_scores = np.zeros(n, np.float32)
     for t in range(n_touched):
         score = scores[touched[t]]
-        if score <= best[k - 1]:
+        if score <= best_scores[n - 1]:
             continue
-        place = k - 1
-        while place > 0 and best[place - 1] < score:
+        place = n - 1
+        while place > 0 and best_scores[place - 1] < score:
+            best_scores[place] = best_scores[place - 1]
             best[place] = best[place - 1]
             place -= 1
-        best[place] = score
-    return best[k - 1]
+        best_scores[place] = score
+        best[place] = touched[t]
+    return best
+
+
+@njit(nogil=True, cache=True)
+def kth_whole(
+    data: np.ndarray,
+    indices: np.ndarray,
+    indptr: np.ndarray,
+    words: np.ndarray,
+    passages: np.ndarray,
+    k: int,
+) -> float:
+    """The k-th highest whole score of these passages; there are k or more."""
+    wholes = np.empty(len(passages), np.float32)
+    for i, passage in enumerate(passages):
+        wholes[i] = whole_score(data, indices, indptr, words, passage)
+    wholes.sort()
+    return wholes[len(wholes) - k]
+
+
+@njit(nogil=True, cache=True)
+def whole_score(
+    data: np.ndarray, indices: np.ndarray, indptr: np.ndarray, words: np.ndarray, passage: int
+) -> np.float32:
+    """A passage's score: the plain sum, in the query's order."""
+    score = np.float32(0)
+    for word in words:
+        j = find_passage(indices, indptr[word], indptr[word + 1], passage)
+        if j >= 0:
+            score += data[j]
+    return score
 
 
 @njit(nogil=True, cache=True)

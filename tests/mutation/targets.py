@@ -190,7 +190,8 @@ TARGETS = (
     ),
     Target(
         "BM25",
-        ("environments.sparse:top_passages", "environments.sparse:kth_best",
+        ("environments.sparse:top_passages", "environments.sparse:best_touched",
+         "environments.sparse:kth_whole", "environments.sparse:whole_score",
          "environments.sparse:find_passage", "environments.sparse:_finish",
          "environments.sparse:_make_shard"),
         ("tests/environments/test_sparse.py", "-k", "equal or bm25s or ties or skipping or any"),
@@ -301,21 +302,12 @@ EQUIVALENT: dict[tuple[str, str], str] = {
     ): "a member alone differs from nobody: nought over any number",
     (
         "environments.sparse:top_passages",
-        "n_touched >= k and end - start > n_touched -> n_touched >= k or end - start > n_touched",
-    ): "only when the bound is looked at, not what follows from it",
-    (
-        "environments.sparse:top_passages",
-        "kth_best(scores, touched, n_touched, k) > left * (1 + SLACK)"
-        " -> kth_best(scores, touched, n_touched, k) >= left * (1 + SLACK)",
+        "highest * (1 + SLACK) < least -> highest * (1 + SLACK) <= least",
     ): "the bound has a slack that is a thousand times any rounding",
     (
-        "environments.sparse:top_passages",
-        "left * (1 + SLACK) -> left / (1 + SLACK) #2",
-    ): "what is skipped is below the k-th sum either way; the slack is for rounding alone",
-    (
-        "environments.sparse:kth_best",
-        "best[place - 1] < score -> best[place - 1] <= score",
-    ): "equal scores in another order: the k-th stays the same",
+        "environments.sparse:best_touched",
+        "score <= best_scores[n - 1] -> score < best_scores[n - 1]",
+    ): "another passage of the same score leads; any of them makes a bound",
     (
         "train.scoring:_head",
         "len(hidden) * head.out_features > MAX_LOGITS"
