@@ -45,13 +45,14 @@ def in_child(work: Callable[[], Any], limit_s: float | None = None) -> Answer:
     found, printed = _read_until_end(answers, outputs)
     _, status, used = os.wait4(child, 0)
     cpu_s = used.ru_utime + used.ru_stime
-    was_stopped = os.WIFSIGNALED(status) and os.WTERMSIG(status) in (signal.SIGXCPU, signal.SIGKILL)
+    stopped_by = os.WTERMSIG(status) if os.WIFSIGNALED(status) else None
     return Answer(
         json.loads(found) if found else None,
         printed.decode(errors="replace"),
         cpu_s,
-        # a machine that is short of memory kills, too
-        was_stopped and limit_s is not None and cpu_s >= limit_s,
+        # the limit counts ticks and `wait4` does not; a machine short of memory kills, too
+        limit_s is not None
+        and (stopped_by == signal.SIGXCPU or (stopped_by == signal.SIGKILL and cpu_s >= limit_s)),
     )
 
 
