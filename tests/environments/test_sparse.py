@@ -156,7 +156,7 @@ def test_skipping_the_long_lists_changes_no_bit(k):
     indptr = np.concatenate([[0], np.cumsum([len(x) for x in lists])]).astype(np.int64)
     most = np.maximum.reduceat(data, indptr[:-1])
     scores, touched = np.zeros(n_passages, np.float32), np.empty(n_passages, np.int32)
-    for _ in range(30):
+    for _ in range(60):
         words = rng.integers(0, 5, rng.integers(1, 6))
         expected = np.zeros(n_passages, np.float32)
         for word in words:
