@@ -15,7 +15,6 @@ import functools
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -29,6 +28,7 @@ from typing import Any
 import numpy as np
 
 from launch.errors import JobFailedError, LaunchError
+from train.settings import free_port
 
 CLIENTS = (1, 8, 64)
 WARM_UP_S = 30.0
@@ -260,9 +260,7 @@ def serving(command: Sequence[str], log: Path) -> Iterator[tuple[int, subprocess
     Raises:
         JobFailedError: it ends, or does not answer in time; names its log.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     at = command.index("--port") + 1 if "--port" in command else len(command)
     command = [*command[:at], str(port), *command[at:]]
     with log.open("wb") as output:

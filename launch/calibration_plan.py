@@ -11,7 +11,7 @@ from math import prod
 from typing import TYPE_CHECKING
 
 from launch.errors import LaunchError
-from merge.memory import available_memory
+from merge.memory import available_memory, size_words
 from train.gpu import free_bytes
 
 if TYPE_CHECKING:
@@ -131,11 +131,3 @@ def free_memory(device: str) -> int:
             raise LaunchError("calibration.device=cuda: torch sees no GPU; set cpu")
         return free_bytes(torch.device("cuda")) or 0
     return available_memory()
-
-
-def size_words(n_bytes: int) -> str:
-    """A size for people: 3.3 MB, 44.5 GB."""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6)):
-        if n_bytes >= scale:
-            return f"{n_bytes / scale:.1f} {unit}"
-    return f"{n_bytes / 1e3:.1f} kB"

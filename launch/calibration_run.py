@@ -102,7 +102,8 @@ class Parent:
         """
         if self._model is not None:
             return self._model
-        from launch.calibration_plan import fits, free_memory, size_words
+        from launch.calibration_plan import fits, free_memory
+        from merge.memory import size_words
 
         if not fits(self.estimate, self.section.device):
             name = "vlm_data" if self.role == "vlm" else "agent_data"

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from merge.memory import size_words
 from merge.methods import METHODS
 from merge.plan import MergePlan
 from merge.reader import RESIDENT_BYTES
@@ -74,7 +75,7 @@ def estimate_cost(plan: MergePlan, n_bytes: Mapping[str, int], n_files: int) -> 
 def format_cost(cost: Mapping[str, Any]) -> str:
     """One line for the end of a plan."""
     return (
-        f"reads {cost['bytes_read'] / 1e9:.2f} GB, writes {cost['bytes_written'] / 1e9:.2f} GB in "
+        f"reads {size_words(cost['bytes_read'])}, writes {size_words(cost['bytes_written'])} in "
         f"{cost['files']} file{'s' if cost['files'] != 1 else ''}; about "
-        f"{cost['memory_bytes'] / 1e9:.2f} GB of memory and {cost['cpu_s']:.0f} s of one core"
+        f"{size_words(cost['memory_bytes'])} of memory and {cost['cpu_s']:.0f} s of one core"
     )

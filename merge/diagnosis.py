@@ -42,6 +42,7 @@ from merge.geometry import (
     pair_figures,
     sum_entries,
 )
+from merge.memory import size_words
 from merge.shards import MERGEABLE_DTYPES, NUMPY_DTYPES, to_float
 from merge.spectrum import Blocks, leading_spectrum, subspace_energy
 
@@ -245,7 +246,7 @@ def _describe(tensors: Sequence[Shared], checkpoints: Mapping[str, Checkpoint], 
     n_matrices = sum(tensor.group == LINEAR for tensor in tensors)
     return (
         f"{len(tensors)} tensors of {len(checkpoints) - 1} models, {n / 1e6:.1f} M entries each, "
-        f"{n_bytes / 1e9:.2f} GB read twice; {n_matrices} matrices also for their spectrum, rank "
+        f"{size_words(n_bytes)} read twice; {n_matrices} matrices also for their spectrum, rank "
         f"{rank}; under 1 GB of memory"
     )
 

@@ -1,4 +1,4 @@
-"""Main memory that a process can still take, on a machine or in a container."""
+"""Main memory that a process can still take, on a machine or in a container; sizes in words."""
 
 from pathlib import Path
 
@@ -22,3 +22,11 @@ def _reclaimable(cgroup: Path) -> int:
     """Bytes of files that the kernel keeps as long as nobody needs the memory."""
     lines = (cgroup / "memory.stat").read_text().splitlines()
     return next((int(line.split()[1]) for line in lines if line.startswith("inactive_file ")), 0)
+
+
+def size_words(n_bytes: int) -> str:
+    """A size for people: 3.3 MB, 44.5 GB."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6)):
+        if n_bytes >= scale:
+            return f"{n_bytes / scale:.1f} {unit}"
+    return f"{n_bytes / 1e3:.1f} kB"

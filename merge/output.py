@@ -13,6 +13,7 @@ from pathlib import Path
 
 from merge.checkpoint import INDEX_NAME, Checkpoint
 from merge.errors import MergeError
+from merge.memory import size_words
 from merge.plan import MergePlan, PlannedTensor
 from merge.shards import ITEM_SIZES
 
@@ -180,7 +181,7 @@ def check_output(output: Path, sources: Mapping[str, Path], n_bytes: int, overwr
     n_free = shutil.disk_usage(existing).free + n_there
     if n_free < n_bytes:
         raise MergeError(
-            f"{output}: needs {n_bytes / 1e9:.1f} GB, the disk has {n_free / 1e9:.1f} GB free; "
+            f"{output}: needs {size_words(n_bytes)}, the disk has {size_words(n_free)} free; "
             "free space or choose another output"
         )
     if not output.exists() or not any(output.iterdir()):

@@ -25,8 +25,8 @@ from launch.drill_tasks import newest_step
 from tests.docs.blocks import ROOT, all_commands, blocks
 from tests.docs.network import Network, is_local
 from tests.docs.stranger import dtype_of, make_models
-from tests.docs.walker import _free_port
 from train.run import train
+from train.settings import free_port
 from train.watchdog import read_heartbeats
 
 RECIPES = "docs/recipes.md"
@@ -59,7 +59,7 @@ def home(tmp_path, monkeypatch, network):
     make_models(folder / "checkpoints")
     for name in ("make_rows.py", "my_rewards.py", "my_server.py"):
         Path(name).write_text(FILES[name])
-    port, environment = _free_port(), network.environment(str(ROOT))
+    port, environment = str(free_port()), network.environment(str(ROOT))
     subprocess.run([sys.executable, "make_rows.py"], env=environment, check=True, timeout=100)
     with Path("server.log").open("wb") as log:
         server = subprocess.Popen(
@@ -93,7 +93,7 @@ def start(network):
 def start_launcher(network, *arguments):
     programs = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     return subprocess.Popen(
-        ["deepspeed", "--num_gpus", "2", "--master_port", _free_port(),
+        ["deepspeed", "--num_gpus", "2", "--master_port", str(free_port()),
          str(ROOT / "launch/train.sh"), "--config", "all.yaml", *arguments],
         env={**network.environment(str(ROOT)), "PATH": programs, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,

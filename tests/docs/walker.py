@@ -23,6 +23,7 @@ import yaml
 from launch.cli import main
 from tests.docs.blocks import ROOT, Block, Command, blocks, commands
 from tests.docs.programs import check, parse_obm
+from train.settings import free_port
 
 SMALL: dict[str, Any] = {
     "calibration": {"samples": 2, "batch_size": 2, "vlm_kinds": ["look"]},
@@ -139,7 +140,8 @@ class Walker:
     def _train(self, command: Command, words: list[str]) -> None:
         script = words.index("launch/train.sh")
         if any(command.text.startswith(prefix) for prefix in self.launched):
-            where = [*words[1:script], "--master_port", _free_port(), str(ROOT / "launch/train.sh")]
+            ours = ["--master_port", str(free_port()), str(ROOT / "launch/train.sh")]
+            where = [*words[1:script], *ours]
             environment = _environment(**dict(v.split("=", 1) for v in command.variables))
             result = subprocess.run(
                 ["deepspeed", *where, *words[script + 1 :]], env=environment, capture_output=True,
@@ -161,7 +163,7 @@ class Walker:
     def _serve(self, words: list[str]) -> None:
         """Starts a server on a free port and waits until something listens there."""
         named = next(word for word in words if word.isdigit() and len(word) == 4)
-        port = self._ports[named] = _free_port()
+        port = self._ports[named] = str(free_port())
         words = [port if word == named else word for word in words]
         start = ["-m", "launch.cli", *words[1:]] if words[0] == "obm" else words[1:]
         server = subprocess.Popen(
@@ -180,9 +182,3 @@ def _environment(**variables: str) -> dict[str, str]:
     programs = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     here = {"PATH": programs, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return {**os.environ, **here, **variables}
-
-
-def _free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])

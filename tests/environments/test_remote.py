@@ -35,6 +35,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from environments.serve import make_app
+from train.settings import free_port
 
 QUERIES = ["capital of France", "currency of Guyana", "xylophone", "highest point Mali"]
 RESULT = {"result": [[{"document": {"id": "a", "contents": "A\ntext"}, "score": 1.0}]]}
@@ -63,12 +64,6 @@ class Script:
 
 def failing(status, headers=None):
     return JSONResponse({"error": "not now"}, status, headers)
-
-
-def free_port():
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,6 @@ import itertools
 import json
 import math
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +18,7 @@ from launch.bench_load import measure, quantile
 from launch.bench_serve import Corpus, _word, ask, serve_command, serving, write_synthetic
 from launch.bench_serve_report import judge, render_page
 from tests.coroutines import run_coroutine
+from train.settings import free_port
 
 
 def test_every_word_is_one_of_its_own():
@@ -101,9 +101,7 @@ def test_a_request_whose_connection_is_lost_has_failed(answers, failed):
 
 
 def test_a_server_that_is_gone_fails_every_request():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     found = run_coroutine(measure(port, 2, 0.12, ["a", "b"]))
     assert found["queries"] == 0
     # two clients, a pause of 0.05 s after each refusal

@@ -3,7 +3,6 @@
 import os
 import pickle
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +15,7 @@ from merge.checkpoint import Checkpoint
 from merge.errors import MergeError
 from merge.stats import open_stats
 from tests.merge import deepspeed_checkpoints as trained
+from train.settings import free_port
 
 ROOT = Path(__file__).parents[2]
 # two processes that import torch and DeepSpeed
@@ -26,9 +26,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1000)]
 def checkpoints(tmp_path_factory):
     """Folder with zero1, zero2 and zero3, each written by two processes."""
     folder = tmp_path_factory.mktemp("deepspeed")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    port = str(free_port())
     command = [sys.executable, trained.__file__, str(folder), "1", "2", "3"]
     logs = [(folder / f"log{rank}").open("w") for rank in range(2)]
     processes = [

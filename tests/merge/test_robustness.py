@@ -348,7 +348,10 @@ def short_files(n_bytes: int):
 
 def test_a_disk_that_is_too_small_is_found_before_anything_is_written(make_trio, tmp_path):
     with tiny_disk(tmp_path / "disk", 256 * 1024) as disk:
-        with pytest.raises(MergeError, match=r"out: needs .* the disk has .* free; free space or"):
+        with pytest.raises(
+            MergeError,
+            match=r"out: needs \d{3}\.\d kB, the disk has \d+\.\d kB free; free space or",
+        ):
             run(make_trio(), disk / "out", method="ties")
         assert list(disk.iterdir()) == []
 

@@ -5,7 +5,6 @@ All in one launch; a minute on two quiet cores.
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +15,7 @@ from safetensors.torch import load_file
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from train.policy import load_policy, load_processor
+from train.settings import free_port
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1000)]
 
@@ -64,9 +64,7 @@ def launched(tiny_checkpoints, tmp_path_factory):
     zero3 = ROOT / "configs" / "deepspeed" / "zero3.json"
     programs.append([here / "gated_processes.py", folder / "start", zero3, folder / "policy",
                      json.dumps(DPO_HEADS)])  # fmt: skip
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    port = str(free_port())
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     result = subprocess.run(
         ["deepspeed", "--num_gpus", "2", "--master_port", port, here / "one_after_another.py",

@@ -3,7 +3,6 @@ autograd keeps, FLOPs that run; and against its own logic."""
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -39,6 +38,7 @@ from train.memory import (
 )
 from train.plan import MACHINES, Plan
 from train.scoring import ScoredRows, score_rows
+from train.settings import free_port
 from train.shapes import find_shape, shape_of
 
 ROOT = Path(__file__).parents[2]
@@ -76,9 +76,7 @@ def plan():
 def test_deepspeed_holds_what_the_model_says():
     """Two processes, bf16; every storage that a tensor points to after the second step."""
     cases = [(1, "bfloat16"), (2, "bfloat16"), (3, "bfloat16"), (2, "float32")]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    port = str(free_port())
     command = [
         sys.executable, str(Path(__file__).parent / "zero_states.py"),
         json.dumps(SMALL), json.dumps(cases),

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ import pytest
 
 from configs.schema import load_config
 from train.run import run_training, train
+from train.settings import free_port
 from train.watchdog import HANG_EXIT_CODE, read_heartbeats
 
 pytestmark = pytest.mark.slow
@@ -62,9 +62,7 @@ def launch(*command: str, **variables: str) -> subprocess.CompletedProcess:
 
 
 def deepspeed(*arguments: str, script: Path = SCRIPT, n: int = 2) -> subprocess.CompletedProcess:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    port = str(free_port())
     where = ("--num_gpus", str(n), "--master_port", port)
     return launch("deepspeed", *where, str(script), *arguments)
 

@@ -6,12 +6,13 @@ every node starts its own launcher, and the processes find each other by the mas
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from train.settings import free_port
 
 pytestmark = pytest.mark.slow
 
@@ -41,12 +42,6 @@ exit $code
 FAKE_SCONTROL = """#!/bin/bash
 [ "$*" = "show hostnames cluster[1-2]" ] && printf 'localhost\\n127.0.0.1\\n'
 """
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def environment(*folders: Path, **variables: str) -> dict[str, str]:

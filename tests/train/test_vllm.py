@@ -7,7 +7,6 @@ compared with a plain forward of transformers over the whole episode.
 import json
 import os
 import signal
-import socket
 import subprocess
 import time
 from dataclasses import replace
@@ -37,6 +36,7 @@ from train.grpo import SearchGRPOTrainer
 from train.policy import load_policy
 from train.rollout import RolloutEngine
 from train.run import run_training
+from train.settings import free_port
 from train.tiny import make_tiny_checkpoints
 from train.vllm_client import Sampling, VLLMClient, VLLMError
 from train.vllm_rollout import VLLMRolloutEngine
@@ -88,9 +88,7 @@ def checkpoint(tmp_path_factory):
 @pytest.fixture(scope="module")
 def url(checkpoint, tmp_path_factory):
     """A server on the loopback device; its whole process group is stopped at the end."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     log = tmp_path_factory.mktemp("log") / "server.log"
     where = ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "policy"]
     limits = ["--limit-mm-per-prompt", '{"image": 8, "video": 0}']

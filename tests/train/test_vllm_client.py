@@ -20,7 +20,7 @@ from configs.sections import Rollout
 from train.grpo import SearchGRPOTrainer
 from train.leash import name_myself
 from train.rollout import RolloutEngine
-from train.settings import describe_step, resolved_grpo
+from train.settings import describe_step, free_port, resolved_grpo
 from train.vllm_client import (
     BIAS,
     Sampling,
@@ -339,9 +339,7 @@ def test_a_server_that_does_not_answer_in_time_is_one_clear_error(server):
 
 
 def test_a_dead_server_is_one_clear_error():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        url = f"http://127.0.0.1:{probe.getsockname()[1]}"
+    url = f"http://127.0.0.1:{free_port()}"
     with pytest.raises(
         VLLMError, match=rf"rollout.url: {url}/health: ConnectionRefused.*docs/vllm"
     ):

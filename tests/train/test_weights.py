@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
+from train.settings import free_port
 from train.weights import merged_weights, weight_bytes, write_weights
 
 
@@ -70,9 +70,7 @@ def test_an_adapter_is_merged_into_the_copy_alone(fresh_policy, settings):
 
 @pytest.mark.slow
 def test_under_zero3_one_tensor_is_whole_at_a_time_and_the_same_arrives(tiny_checkpoints, tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    port = str(free_port())
     here = Path(__file__)
     program = str(here.with_name("weights_in_shares.py"))
     processes = [
