@@ -84,11 +84,13 @@ class InputSums:
                 )
             # Rows are selected, not multiplied by the mask: padding may hold NaN, which 0 keeps.
             rows = (hidden.flatten(0, 1) if bool(mask.all()) else hidden[mask]).float()
-            if self._sums_squares:
-                square = rows.square().sum(0).double()
-                self.squares[name] = self.squares[name] + square if name in self.squares else square
             if self._sums_grams:
                 self._add_gram(name, rows)
+            if self._sums_squares:
+                # A copy is squared in place, as new memory costs time; fp32 is the model's own.
+                is_copy = rows.data_ptr() != hidden.data_ptr()
+                square = (rows.square_() if is_copy else rows.square()).sum(0).double()
+                self.squares[name] = self.squares[name] + square if name in self.squares else square
 
         return add
 

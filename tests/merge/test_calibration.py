@@ -7,6 +7,7 @@ import torch
 
 from merge.calibration import collect_second_moments, save_stats
 from merge.errors import MergeError, OtherDataError
+from merge.inputs import InputSums
 from merge.stats import open_stats
 from merge.sums import merge_shards, read_f64, shard_name
 
@@ -104,6 +105,23 @@ def test_a_calibration_mask_leaves_out_tokens_that_still_are_attended_to(make_tr
     assert_close(moments, slow_moments(model, model.model, [{"input_ids": ids}], [mask]))
     assert moments.record.tokens == 4
     assert moments.record.mask_rule == "attention_mask and calibration_mask"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("n_masked", [0, 3])
+def test_moments_and_products_leave_the_inputs_as_they_were(dtype, n_masked):
+    linear = torch.nn.Linear(6, 2, dtype=dtype)
+    hidden = torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(0)).to(dtype)
+    before, mask = hidden.clone(), torch.ones(2, 5, dtype=torch.bool)
+    mask[0, :n_masked] = False
+    with InputSums({"a": linear}, grams=True) as sums, torch.no_grad():
+        sums.mask = mask
+        linear(hidden)
+        linear(hidden)
+    assert torch.equal(hidden, before)
+    rows = before[mask].double()
+    torch.testing.assert_close(sums.squares["a"], 2 * rows.square().sum(0), rtol=1e-6, atol=0)
+    torch.testing.assert_close(sums.grams["a"], 2 * rows.T @ rows, rtol=1e-5, atol=1e-6)
 
 
 def test_padding_that_holds_nan_does_no_harm(make_trio):
