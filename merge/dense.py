@@ -5,8 +5,10 @@ They hold several matrices of a tensor's size at once and need far more time tha
 """
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from merge.kernels import Counts
 from merge.methods import MethodSettings
@@ -15,6 +17,15 @@ from merge.methods import MethodSettings
 BETA_1, BETA_2, EPSILON = 0.9, 0.999, 1e-8
 DAMPING = 1e-6
 """Share of the mean diagonal that is added to a Gram matrix, so that it can be inverted."""
+
+
+def one_thread_a_product() -> AbstractContextManager[object]:
+    """Inside, a matrix product has one thread of the process's BLAS.
+
+    How a product is shared out among threads shows in its last bits, so a merge would depend on
+    the cores and on OMP_NUM_THREADS. Nothing is lost: tensors are merged side by side.
+    """
+    return threadpool_limits(1, user_api="blas")
 
 
 def regmean_update(

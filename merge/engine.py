@@ -29,6 +29,7 @@ from merge.budget import budget_note, find_shared_cuts, group_budgets
 from merge.card import render_card
 from merge.checkpoint import Checkpoint
 from merge.cost import estimate_cost, format_cost
+from merge.dense import one_thread_a_product
 from merge.errors import MergeError
 from merge.journal import Journal
 from merge.methods import METHODS
@@ -203,7 +204,7 @@ class _Run:
                 if len(missing) < len(self._plan.tensors):
                     n_done = len(self._plan.tensors) - len(missing)
                     logger.info("goes on: %d of %d tensors", n_done, len(self._plan.tensors))
-                with ThreadPoolExecutor(self._threads) as executor:
+                with one_thread_a_product(), ThreadPoolExecutor(self._threads) as executor:
                     open_names = {tensor.name for tensor in missing}
                     for group in budgets:
                         if any(tensor.name in open_names for tensor in group):

@@ -84,7 +84,7 @@ def run(options: argparse.Namespace) -> int:
         )
         if options.dry_run:
             return 0
-    # Tensors are merged side by side; threads of the library below would wait for work in a loop.
+    # OpenBLAS starts its threads when it is loaded; a merge uses one, see merge.dense.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     record = merge_checkpoints(config, output, overwrite=options.overwrite, dry_run=options.dry_run)
     if options.dry_run:

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from threadpoolctl import threadpool_info, threadpool_limits
 from transformers import AutoModelForImageTextToText
 
-from merge import writer
+from merge import dense, writer
 from merge.checkpoint import Checkpoint
 from merge.engine import merge
 from merge.errors import MergeError
@@ -272,6 +273,29 @@ def test_dense_tensors_are_merged_at_a_time_as_memory_allows(
     monkeypatch.setattr(writer, "available_memory", lambda: n_free)
     run(make_trio(), tmp_path / "out", method="wudi", steps=2, threads=2)
     assert max(most) == n_together
+
+
+@pytest.mark.parametrize("method", ["wudi", "regmean"])
+def test_a_matrix_product_has_one_thread_however_many_the_process_has(
+    make_trio, stats, tmp_path, monkeypatch, method
+):
+    def counts() -> set[int]:
+        pools = [pool for pool in threadpool_info() if pool["user_api"] == "blas"]
+        return {pool["num_threads"] for pool in pools}
+
+    plain, seen = dense.merge_matrix, []
+
+    def watched(*arguments):
+        seen.append(counts())
+        return plain(*arguments)
+
+    monkeypatch.setattr("merge.tensor.merge_matrix", watched)
+    with threadpool_limits(2, user_api="blas"):
+        assert counts() == {2}
+        run(make_trio(), tmp_path / "out", method=method, stats=stats, steps=2, threads=2)
+        assert counts() == {2}
+    assert len(seen) > 1
+    assert all(count == {1} for count in seen)
 
 
 def test_a_containers_limit_counts(tmp_path):
