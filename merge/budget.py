@@ -18,7 +18,14 @@ from merge.kernels import ALL_TIES, N_LEADING, N_TRAILING
 from merge.methods import METHODS
 from merge.plan import PlannedTensor
 from merge.reader import TensorReader
-from merge.selection import Cut, count_level, find_bins, find_cut, share_of
+from merge.selection import (
+    Cut,
+    count_level,
+    find_bins,
+    find_cut,
+    require_same_scores,
+    share_of,
+)
 
 WithReader = Callable[[PlannedTensor, Callable[[TensorReader], object]], object]
 """Opens a reader on a tensor with a worker's buffers, and hands it to a function."""
@@ -113,6 +120,7 @@ def find_shared_cuts(
     for tensor_counts in fine:
         for k, (bits, counts) in enumerate(tensor_counts):
             total[k, bits] += counts
+    require_same_scores(leading, bins, total, f"{first.name} to {group[-1].name}")
     n_changed = leading.sum(axis=1)
     cuts = [
         find_cut(int(n_changed[k]), n_wanted[k], int(bins[k]), int(remaining[k]), total[k])

@@ -1,19 +1,33 @@
 """numba's `njit` for the kernels, with a cache that processes may fill side by side.
 
-numba numbers the compiled files of a function and has the numbers in an index, which two processes
-that compile at the same moment read before either has written: both take the next number, the later
-file stands under both entries, and from then on one of the two signatures (or closures) runs the
-other's code. A merge comes out wrong and nothing is said. Here a file is named by what it holds.
+Two processes that compile at the same moment get each other's code from numba's own, in two ways. A
+merge comes out wrong then, today or from the cache ever after, and nothing is said.
+
+* numba numbers the compiled files of a function and has the numbers in an index, which both read
+  before either has written: they take the same number, and the later file stands under both
+  entries. Here a file is named by what it holds.
+* A compiled function's symbol has a number, too, that each process counts from 1 on. Two functions
+  of one factory (equal in name and types, not in what they close over), one compiled here and one
+  there, can get the same symbol; a caller that links both calls one of them twice. Here the numbers
+  are drawn.
 """
 
 from __future__ import annotations
 
 import hashlib
+import secrets
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from numba import njit
+from numba.core.bytecode import FunctionIdentity
 from numba.core.caching import IndexDataCacheFile
+
+FORMAT = 2
+"""Raised where code that was compiled before must not be used again."""
+
+FunctionIdentity._unique_ids = iter(partial(secrets.randbits, 62), -1)
 
 
 class CacheFile(IndexDataCacheFile):
@@ -44,7 +58,8 @@ def jit(**options: Any) -> Callable[[Callable], Any]:
         file = getattr(getattr(dispatcher, "_cache", None), "_cache_file", None)
         if file is not None:
             base = file._index_name.removesuffix(".nbi")
-            dispatcher._cache._cache_file = CacheFile(file._cache_path, base, file._source_stamp)
+            stamp = (FORMAT, file._source_stamp)
+            dispatcher._cache._cache_file = CacheFile(file._cache_path, base, stamp)
         return dispatcher
 
     return compile_lazily

@@ -14,6 +14,7 @@ from types import ModuleType
 
 import numpy as np
 
+from merge.errors import MergeError
 from merge.kernels import ALL_TIES, N_LEADING, N_TRAILING, TRAILING_BITS, Decision, Piece
 from merge.methods import MethodSettings, Rule
 
@@ -92,6 +93,28 @@ def find_bins(leading: np.ndarray, wanted: Sequence[int]) -> tuple[np.ndarray, n
     return bins, remaining
 
 
+def require_same_scores(
+    leading: np.ndarray, bins: np.ndarray, trailing: np.ndarray, where: str
+) -> None:
+    """Refuses a second pass that did not see what the first one saw.
+
+    Args:
+        leading: int64 [K, 65,536], of the first pass.
+        bins: int64 [K], or -1 where the second pass did not look.
+        trailing: int64 [K, 32,768], of the second pass.
+        where: Whose scores, for the message.
+
+    Raises:
+        MergeError: The bins hold other numbers of entries.
+    """
+    rows = np.flatnonzero(bins >= 0)
+    if (trailing[rows].sum(axis=1) != leading[rows, bins[rows]]).any():
+        raise MergeError(
+            f"{where}: two passes over the weights found other scores; merge again when nothing "
+            "writes to the models, and where that does not help with OBM_KERNELS=numpy"
+        )
+
+
 def find_cut(
     n_changed: int, n_wanted: int, leading_bin: int, remaining: int, trailing: np.ndarray
 ) -> Cut:
@@ -118,14 +141,20 @@ def find_cut(
 
 
 def cut_tensor(
-    pieces: Pieces, score: str, level: Level, n_wanted: Sequence[int], kernels: ModuleType
+    pieces: Pieces,
+    score: str,
+    level: Level,
+    n_wanted: Sequence[int],
+    kernels: ModuleType,
+    where: str = "the tensor",
 ) -> list[Cut]:
-    """Finds the cuts of one tensor with a second pass over it where one is needed."""
+    """Finds the cuts of one tensor, by name `where`, with a second pass where one is needed."""
     bins, remaining = find_bins(level.leading, n_wanted)
     trailing = np.zeros((len(bins), N_TRAILING), np.int64)
     if bool((bins >= 0).any()):
         for piece in pieces():
             kernels.refine(piece, score, bins, trailing)
+        require_same_scores(level.leading, bins, trailing, where)
     return [
         find_cut(int(n), wanted, int(bins[k]), int(remaining[k]), trailing[k])
         for k, (n, wanted) in enumerate(zip(level.n_changed, n_wanted, strict=True))

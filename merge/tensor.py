@@ -82,6 +82,7 @@ def decide(
     if rule.arbitrate:
         return _decide_settled(pieces, rule, settings, tasks, kernels)
     score, level = score_of(rule), None
+    name = settings.tensor_name or "the tensor"
     outer: Sequence[Cut] = ()
     is_scaled = rule.elect == "saliency" and settings.normalization != "none"
     is_single = rule.keep == "top" and score in ("magnitude", "saliency")
@@ -95,9 +96,9 @@ def decide(
         n_keep = share_of(settings.density, level.n_entries)
         n_outer = share_of(settings.outliers, level.n_entries) if rule.keep == "band" else 0
         n_rows = len(level.leading)
-        cuts = cut_tensor(pieces, str(score), level, [n_outer + n_keep] * n_rows, kernels)
+        cuts = cut_tensor(pieces, str(score), level, [n_outer + n_keep] * n_rows, kernels, name)
         if n_outer:
-            outer = cut_tensor(pieces, str(score), level, [n_outer] * n_rows, kernels)
+            outer = cut_tensor(pieces, str(score), level, [n_outer] * n_rows, kernels, name)
     decision = make_decision(rule, settings, tasks, level, cuts or (), outer)
     if rule.boost or rule.energy:
         _weigh_kept(decision, pieces, settings, kernels)
@@ -121,7 +122,8 @@ def _decide_settled(
 
     level = count_level(settled, rule.score, len(tasks), kernels)
     n_keep = [share_of(settings.density, level.n_entries)] * len(tasks)
-    cuts = cut_tensor(settled, rule.score, level, n_keep, kernels)
+    name = settings.tensor_name or "the tensor"
+    cuts = cut_tensor(settled, rule.score, level, n_keep, kernels, name)
     decision = make_decision(rule, settings, tasks, None, cuts)
     decision.arbiter = arbiter
     decision.weights *= norm_factors(settled, decision.thresholds, decision.ties, len(tasks))

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from threadpoolctl import threadpool_info, threadpool_limits
 from transformers import AutoModelForImageTextToText
 
-from merge import dense, writer
+from merge import dense, kernels, writer
 from merge.checkpoint import Checkpoint
 from merge.engine import merge
 from merge.errors import MergeError
@@ -296,6 +296,24 @@ def test_a_matrix_product_has_one_thread_however_many_the_process_has(
         assert counts() == {2}
     assert len(seen) > 1
     assert all(count == {1} for count in seen)
+
+
+@pytest.mark.parametrize(("budget", "named"), [("tensor", "proj.weight: "), ("global", " to ")])
+def test_weights_that_change_between_two_passes_are_refused(
+    make_trio, stats, tmp_path, monkeypatch, budget, named
+):
+    plain = kernels.refine
+
+    def refine(piece, *arguments):
+        piece.tasks[:] = piece.base
+        plain(piece, *arguments)
+
+    monkeypatch.setattr(kernels, "refine", refine)
+    recipe = {"method": "obm", "density": 0.3, "normalization": "rank", "budget": budget}
+    with pytest.raises(MergeError, match="two passes over the weights found other sc") as error:
+        run(make_trio(torch.bfloat16), tmp_path / "out", stats=stats, threads=1, **recipe)
+    assert named in str(error.value)
+    assert list(tmp_path.glob("*out*")) == []
 
 
 def test_a_containers_limit_counts(tmp_path):

@@ -1,7 +1,11 @@
 """Kernels that processes compile at the same moment: each finds its own code again."""
 
+import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from itertools import permutations
+from pathlib import Path
 from threading import Semaphore
 
 import numba
@@ -71,6 +75,55 @@ def test_other_source_has_other_files(tmp_path):
     assert new.load("uint16") == "new code"
     # who has read the older index still finds the older code
     assert len(list(tmp_path.glob("*.nbc"))) == 2
+
+
+FACTORY = """
+import sys
+from numba import njit
+if sys.argv[1] == "numba":
+    compiled = njit(cache=True)
+else:
+    from merge.jit import jit
+    compiled = jit()
+
+def make(amount):
+    @compiled
+    def add(value):
+        return value + amount
+    return add
+
+one, two = make(1), make(2)
+
+@compiled
+def both(value):
+    return 100 * one(value) + two(value)
+
+print({"one": one, "two": two, "both": both}[sys.argv[2]](5))
+"""
+
+
+def in_processes_of_their_own(folder, maker):
+    """Two of a factory's functions are compiled by a process each, a caller of both by a third."""
+    (folder / "program.py").write_text(FACTORY)
+    variables = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]),
+                 "NUMBA_CACHE_DIR": str(folder)}  # fmt: skip
+    variables.pop("PYTHONSAFEPATH", None)
+    return [
+        int(subprocess.check_output([sys.executable, "program.py", maker, name], cwd=folder,
+                                    env=variables, text=True))
+        for name in ("one", "two", "both")
+    ]  # fmt: skip
+
+
+def test_numba_itself_links_one_function_of_a_factory_twice(tmp_path):
+    """If this fails numba has mended it, and the drawn numbers can go."""
+    one, two, both = in_processes_of_their_own(tmp_path, "numba")
+    assert (one, two) == (6, 7)
+    assert both in (606, 707)
+
+
+def test_functions_of_a_factory_stay_apart_whoever_compiled_them(tmp_path):
+    assert in_processes_of_their_own(tmp_path, "ours") == [6, 7, 607]
 
 
 def make_adder(amount):
