@@ -459,9 +459,9 @@ def _select(  # type: ignore[no-untyped-def]
 def _mark_in_bin(scores, delta, wanted, hits):  # type: ignore[no-untyped-def]
     """Marks changed entries whose score has the wanted leading bits."""
     bits = scores.view(np.uint32)
-    shift = np.uint32(TRAILING_BITS)
+    mask, shift = np.uint32(N_LEADING - 1), np.uint32(TRAILING_BITS)
     for i in range(hits.size):
-        hits[i] = np.uint8((bits[i] >> shift) == wanted) & np.uint8(delta[i] != 0)
+        hits[i] = np.uint8(((bits[i] >> shift) & mask) == wanted) & np.uint8(delta[i] != 0)
 
 
 @_jit()

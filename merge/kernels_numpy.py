@@ -27,9 +27,13 @@ ZERO, ONE = np.float32(0), np.float32(1)
 def histogram(piece: Piece, score: str, leading: np.ndarray, unchanged: np.ndarray) -> None:
     """As `kernels.histogram`."""
     for k, (scores, is_changed) in enumerate(scored(piece, score)):
-        bins = scores[is_changed].view(np.uint32) >> np.uint32(TRAILING_BITS)
-        leading[k] += np.bincount(bins & np.uint32(N_LEADING - 1), minlength=N_LEADING)
+        leading[k] += np.bincount(_leading_bits(scores[is_changed]), minlength=N_LEADING)
         unchanged[k] += int((~is_changed).sum())
+
+
+def _leading_bits(scores: np.ndarray) -> np.ndarray:
+    """uint32 bins; the mask keeps a NaN inside the table."""
+    return (scores.view(np.uint32) >> np.uint32(TRAILING_BITS)) & np.uint32(N_LEADING - 1)
 
 
 def refine(piece: Piece, score: str, bins: np.ndarray, trailing: np.ndarray) -> None:
@@ -37,8 +41,8 @@ def refine(piece: Piece, score: str, bins: np.ndarray, trailing: np.ndarray) -> 
     for k, (scores, is_changed) in enumerate(scored(piece, score)):
         if bins[k] < 0:
             continue
-        bits = scores[is_changed].view(np.uint32)
-        wanted = bits[(bits >> np.uint32(TRAILING_BITS)) == np.uint32(bins[k])]
+        changed = scores[is_changed]
+        wanted = changed[_leading_bits(changed) == np.uint32(bins[k])].view(np.uint32)
         trailing[k] += np.bincount(wanted & np.uint32(N_TRAILING - 1), minlength=N_TRAILING)
 
 
@@ -233,8 +237,7 @@ def _elect(
     votes = np.zeros_like(values)
     if decision.rule.elect == "saliency":
         if decision.ranks.shape[1]:
-            # the mask keeps a NaN inside the table
-            bins = (scores.view(np.uint32) >> np.uint32(TRAILING_BITS)) & np.uint32(N_LEADING - 1)
+            bins = _leading_bits(scores)
             votes = np.where(scores > 0, np.take_along_axis(decision.ranks, bins, axis=1), ZERO)
         else:
             votes = scores * decision.scales[:, None]

@@ -89,7 +89,9 @@ def _make_passes(weighed: bool) -> tuple[Any, Any]:
             delta = np.float32(_as_float(np.uint32(task[i]) << np.uint32(16)) - origin)
             score = np.float32(vector[i] * np.float32(delta * delta)) if weighed else abs(delta)
             bits = _as_bits(score)
-            is_hit = ((bits >> np.uint32(TRAILING_BITS)) == wanted) & (delta != 0)
+            # the sign of a NaN is no part of its bin, as in `fill_bins`
+            leading = (bits >> np.uint32(TRAILING_BITS)) & np.uint32(N_LEADING - 1)
+            is_hit = (leading == wanted) & (delta != 0)
             hits[i] = np.uint8(is_hit)
             low[i] = np.uint16(bits & np.uint32((1 << TRAILING_BITS) - 1))
             n_hits = np.uint32(n_hits + np.uint32(is_hit))

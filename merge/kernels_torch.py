@@ -39,8 +39,9 @@ def refine(piece: Piece, score: str, bins: np.ndarray, trailing: np.ndarray) -> 
     for k, (scores, is_changed) in enumerate(_scored(piece, score)):
         if bins[k] < 0:
             continue
-        wanted = scores[is_changed].view(torch.int32)
-        wanted = wanted[(wanted >> TRAILING_BITS) == int(bins[k])] & (N_TRAILING - 1)
+        changed = scores[is_changed]
+        wanted = changed[_leading_bits(changed) == int(bins[k])].view(torch.int32)
+        wanted = wanted & (N_TRAILING - 1)
         trailing[k] += torch.bincount(wanted, minlength=N_TRAILING).cpu().numpy()
 
 

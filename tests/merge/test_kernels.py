@@ -232,10 +232,11 @@ def test_the_random_numbers_are_those_of_splitmix64():
 @pytest.mark.parametrize("kernels", ["numba", *TWINS])
 @pytest.mark.parametrize("bad", [np.nan, -np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("dtype", ["F32", "BF16"])
-def test_what_is_not_finite_is_reported_with_its_role(kernels, bad, dtype):
+@pytest.mark.parametrize("place", [(2, 3), (slice(3), slice(None))], ids=["one", "most"])
+def test_what_is_not_finite_is_reported_with_its_role(kernels, bad, dtype, place):
     for role in ("base", "vlm", "agent"):
         case = make_case("grid", 0, (4, 5))
-        {"base": case.base, **case.parents}[role][2, 3] = bad
+        {"base": case.base, **case.parents}[role][place] = bad
         for method in ("obm", "ties", "sce", "della"):
             settings = settings_of(case.parents, normalization="rank")
             _, counts = merge_in_pieces(method, case, settings, kernels, dtype=dtype)
