@@ -10,6 +10,7 @@ import atexit
 import difflib
 import os
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -423,6 +424,10 @@ def prepare_deepspeed(has_gpu: bool) -> None:
         name_enums_by_value()
 
 
+LET_GO_S = 0.5
+"""Time that the threads of a group get which something still refers to."""
+
+
 def leave_group_at_exit() -> None:
     """Has a process whose work is done leave torch.distributed before its interpreter ends.
 
@@ -440,6 +445,9 @@ def _leave_group() -> None:
 
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
+        # What DeepSpeed still refers to outlives this, its threads too. One that has a tensor to
+        # let go of waits for the interpreter's lock, which a sleeping process has given up.
+        time.sleep(LET_GO_S)
 
 
 def name_enums_by_value() -> None:
