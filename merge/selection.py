@@ -110,8 +110,8 @@ def require_same_scores(
     rows = np.flatnonzero(bins >= 0)
     if (trailing[rows].sum(axis=1) != leading[rows, bins[rows]]).any():
         raise MergeError(
-            f"{where}: two passes over the weights found other scores; merge again when nothing "
-            "writes to the models, and where that does not help with OBM_KERNELS=numpy"
+            f"{where or 'the tensor'}: two passes over the weights found other scores; merge again "
+            "when nothing writes to the models, and where that does not help with OBM_KERNELS=numpy"
         )
 
 
@@ -146,7 +146,7 @@ def cut_tensor(
     level: Level,
     n_wanted: Sequence[int],
     kernels: ModuleType,
-    where: str = "the tensor",
+    where: str = "",
 ) -> list[Cut]:
     """Finds the cuts of one tensor, by name `where`, with a second pass where one is needed."""
     bins, remaining = find_bins(level.leading, n_wanted)

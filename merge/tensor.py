@@ -82,7 +82,7 @@ def decide(
     if rule.arbitrate:
         return _decide_settled(pieces, rule, settings, tasks, kernels)
     score, level = score_of(rule), None
-    name = settings.tensor_name or "the tensor"
+    name = settings.tensor_name
     outer: Sequence[Cut] = ()
     is_scaled = rule.elect == "saliency" and settings.normalization != "none"
     is_single = rule.keep == "top" and score in ("magnitude", "saliency")
@@ -122,8 +122,7 @@ def _decide_settled(
 
     level = count_level(settled, rule.score, len(tasks), kernels)
     n_keep = [share_of(settings.density, level.n_entries)] * len(tasks)
-    name = settings.tensor_name or "the tensor"
-    cuts = cut_tensor(settled, rule.score, level, n_keep, kernels, name)
+    cuts = cut_tensor(settled, rule.score, level, n_keep, kernels, settings.tensor_name)
     decision = make_decision(rule, settings, tasks, None, cuts)
     decision.arbiter = arbiter
     decision.weights *= norm_factors(settled, decision.thresholds, decision.ties, len(tasks))

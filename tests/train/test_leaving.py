@@ -25,7 +25,7 @@ begun = threading.Event()
 class Slow(torch.Tensor):
     def __del__(self):
         begun.set()
-        time.sleep(0.2 if sys.argv[2] == "is held" else 3)
+        time.sleep(0.1 if sys.argv[2] == "is held" else 3)
         print("gone", flush=True)
 
 rank = int(os.fork() == 0)
