@@ -76,7 +76,6 @@ def test_what_is_missing_is_named(reports, monkeypatch, tmp_path):
 
 
 def test_the_package_itself_takes_the_blocks():
-    pytest.importorskip("wandb_workspaces", reason="the extra `reports` is not installed")
     reports = importlib.import_module("wandb_workspaces.reports.v2")
     where = {"project": "search", "entity": "team"}
     blocks = make_blocks(reports, MARKDOWN, where)
