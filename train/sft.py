@@ -20,7 +20,7 @@ from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainingArguments
 
 from train.cast import gate_trainer
-from train.gpu import computes_in_bf16
+from train.gpu import computes_in_bf16, processor_computes_in_bf16
 from train.heads import Head
 
 IGNORE = -100
@@ -157,6 +157,7 @@ def run_stage(
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(stage.trainable(name))
     rows = stage.micro_batch_size or stage.batch_size
+    has_gpu = torch.cuda.is_available()
     arguments = TrainingArguments(
         output_dir=str(work_dir),
         max_steps=stage.steps,
@@ -179,11 +180,11 @@ def run_stage(
         dataloader_num_workers=0,
         # a dispatched batch is cut to batch_size rows, pictures' patches included
         accelerator_config={"dispatch_batches": False},
-        use_cpu=not torch.cuda.is_available(),
-        bf16=not torch.cuda.is_available() or computes_in_bf16(),
+        use_cpu=not has_gpu,
+        bf16=computes_in_bf16() if has_gpu else processor_computes_in_bf16(),
     )
     attention = model.config._attn_implementation
-    if not torch.cuda.is_available():
+    if not has_gpu:
         # short rows: plain attention is 1.5x faster than SDPA's CPU backward in bf16
         model.set_attn_implementation("eager")
     trainer = _SFTTrainer(

@@ -194,6 +194,35 @@ def test_what_saves_memory_learns_the_same(folders, tmp_path, monkeypatch, memor
     assert (gradients[0] - gradients[1]).norm() < 0.01 * gradients[0].norm()
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is asked, not the processor")
+@pytest.mark.parametrize(
+    ("flags", "dtype"),
+    [
+        ({"avx512_f": True, "avx512_bf16": False, "amx_bf16": False}, torch.float32),
+        ({"avx512_f": True, "avx512_bf16": True}, torch.bfloat16),
+        ({"neon": True, "bf16": True}, torch.bfloat16),
+        (None, torch.float32),
+    ],
+)
+def test_the_processor_computes_in_bf16_only_where_it_multiplies_in_it(
+    folders, tmp_path, monkeypatch, flags, dtype
+):
+    """Emulated, a step takes three times as long as in fp32. None: a torch that does not say."""
+    if flags is None:
+        monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    else:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: flags, raising=False)
+    seen = set()
+    model, tokenizer = load_policy(folders["base"])
+    model.model.layers[0].mlp.up_proj.register_forward_hook(
+        lambda module, inputs, output: seen.add(output.dtype)
+    )
+    stage = SFTStage("short", lambda rng: SFTExample([9, 10], [IGNORE, 10]), steps=1, batch_size=2)
+    run_stage(model, tokenizer, stage, tmp_path, log_every=1)
+    assert seen == {dtype}
+    assert model.model.layers[0].mlp.up_proj.weight.dtype == torch.float32
+
+
 def test_frozen_parameters_do_not_move(folders, tmp_path):
     model, tokenizer = load_policy(folders["base"])
     before = model.get_input_embeddings().weight.detach().clone()
