@@ -161,7 +161,7 @@ results-all: ## every study and bench again, one after another, then the figures
 	$(MAKE) results-check ARGS=--write || failed=1; \
 	exit $$failed
 
-results-paper: $(STAMP) ## the paper's table on the embedded trio, docs/results/paper-table.* (half an hour)
+results-paper: $(STAMP) ## the paper's table on the embedded trio, docs/results/paper-table.* (twenty minutes)
 	$(BIN)/obm study paper $(ARGS)
 
 results-check: $(STAMP) ## figures of README and docs against docs/results; ARGS=--write mends them
