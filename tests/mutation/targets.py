@@ -284,6 +284,10 @@ EQUIVALENT: dict[tuple[str, str], str] = {
         " -> _ordered_sum(np.square(deltas - mean)) * count",
     ): "variances are only compared with each other, and keep their order",
     (
+        "merge.kernels_numpy:_elect",
+        "deltas < 0 -> deltas <= 0",
+    ): "a delta of zero has a saliency of zero, whose vote has no sign",
+    (
         "merge.selection:vote_scales",
         "counts > 0 -> counts >= 0",
     ): "a bin without entries adds nothing to the sum",
