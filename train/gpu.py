@@ -23,7 +23,7 @@ def computes_in_bf16() -> bool:
 def processor_computes_in_bf16() -> bool:
     """Whether the processor multiplies in bf16, as far as torch can tell.
 
-    Where it does, autocast is 1.6 times as fast as fp32; where torch emulates it, 3 times as slow.
+    Where it does, autocast is 1.6 times as fast as fp32; emulated, 2.6 times as slow (docs/log.md).
     """
     import torch
 

@@ -207,7 +207,7 @@ def test_what_saves_memory_learns_the_same(folders, tmp_path, monkeypatch, memor
 def test_the_processor_computes_in_bf16_only_where_it_multiplies_in_it(
     folders, tmp_path, monkeypatch, flags, dtype
 ):
-    """Emulated, a step takes three times as long as in fp32. None: a torch that does not say."""
+    """Emulated, a step takes longer than in fp32. None: a torch that does not say."""
     if flags is None:
         monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
     else:
