@@ -22,7 +22,7 @@ from environments.atlas.entities import load_entities
 from environments.episode import Episode, SearchEnvironment
 from environments.tools import Hit
 from rewards.answer import exact_match
-from train.files import write_json, write_text
+from train.files import with_ending, write_json, write_text
 
 _SIDE = re.compile(r"on the (left|right)\?")
 _DATED = re.compile(r"As of (\d{4}): ")
@@ -152,8 +152,8 @@ def remember(question: dict[str, Any]) -> str | None:
 def write_worlds(record: Mapping[str, Any], output: Path) -> None:
     """The record as OUTPUT.json and OUTPUT.md."""
     output.parent.mkdir(parents=True, exist_ok=True)
-    write_json(output.with_suffix(".json"), dict(record))
-    write_text(output.with_suffix(".md"), _markdown(record))
+    write_json(with_ending(output, ".json"), dict(record))
+    write_text(with_ending(output, ".md"), _markdown(record))
 
 
 CEILING_COLUMNS = ("image", "image, whole picture", "passage", *SCRIPTS, "memory", "constant")

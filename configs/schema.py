@@ -113,6 +113,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         if name in get_args(Method):
             reason = f"'{name}' is the name of a merge method"
             fail(where, f"models.donors.{name}", reason, "rename the donor")
+        if not re.fullmatch(r"[\w-]+", name):  # dots part the keys of settings, slashes pairs
+            reason = f"'{name}' has other signs than letters, digits, _ and -"
+            fail(where, f"models.donors.{name}", reason, "rename the donor")
     if not 0 <= config.seed <= LARGEST_SEED:
         fix = f"use a whole number from 0 to {LARGEST_SEED}"
         fail(where, "seed", f"{reprlib.repr(config.seed)} is out of range", fix)

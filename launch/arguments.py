@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -54,6 +55,26 @@ def check_overrides(overrides: Sequence[str]) -> None:
                 f"argument {override!r} is neither an option nor key=value; "
                 "settings are written like merge.density=0.3, a file comes after --config"
             )
+
+
+def make_folder_of(path: Path, option: str) -> None:
+    """Makes the folder that a file shall lie in, and tries it: before hours of work, not after.
+
+    Args:
+        path: the file.
+        option: what names it, for the message.
+
+    Raises:
+        LaunchError: it cannot be made, or nothing can be written there.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise LaunchError(
+            f"{option} {path}: cannot be written ({error.strerror}); choose another place"
+        ) from error
 
 
 def config_path(name: str) -> Path:

@@ -78,8 +78,13 @@ class Parent:
         """Its data, for a person."""
         if self.data["source"] is not None:
             return f"samples of {self.data['source']}"
-        kinds = self.section.vlm_kinds if self.role == "vlm" else ["text"]
-        return f"questions ({', '.join(kinds)})"
+        return f"questions ({', '.join(self.question_kinds)})"
+
+    @property
+    def question_kinds(self) -> Sequence[str]:
+        """Kinds of the environment's questions that it is asked; a text model sees no pictures."""
+        sees = self.role == "vlm" and self.family.has_vision
+        return self.section.vlm_kinds if sees else ["text"]
 
     @cached_property
     def processor(self) -> Any:
@@ -178,27 +183,25 @@ def own_share(items: Sequence[Any], size: int, shard: tuple[int, int]) -> list[A
 def _world_samples(parent: Parent, size: int, shard: tuple[int, int]) -> list[Sample]:
     """Questions of the environment, answered by the parent itself.
 
-    The VLM sees the photo and answers at once; others search, and all turns and observations of
-    the episode follow the prompt.
+    `models.vlm` answers at once, from the photo if it sees; the agent searches, and all turns and
+    observations of the episode follow the prompt.
     """
     from environments.dialects import get_dialect
     from launch.calibration_batches import Sample, generate_answers, render
     from train.worlds import build_engine, load_questions
 
     config, section = parent.config, parent.section
-    kinds = section.vlm_kinds if parent.role == "vlm" else ["text"]
+    kinds = parent.question_kinds
     questions = own_share(
         load_questions(config, "train", kinds, section.samples, seed=section.seed), size, shard
     )
     if parent.role == "vlm":
         dialect = get_dialect(config.environment.dialect)
-        samples = [
-            Sample(
-                render(dialect.direct_prompt(question["question"], True), parent.processor),
-                [question["image"]],
-            )
-            for question in questions
-        ]
+        samples = []
+        for question in questions:
+            images = [] if question["image"] is None else [question["image"]]
+            prompt = dialect.direct_prompt(question["question"], bool(images))
+            samples.append(Sample(render(prompt, parent.processor), images))
         generate_answers(
             samples, parent.load(), parent.processor, size=size, max_new_tokens=MAX_ANSWER_TOKENS,
             max_tokens=section.max_tokens,

@@ -156,9 +156,12 @@ class Stages:
         Raises:
             LaunchError: the target lies outside of the study's folder.
         """
+        # a part of the study's folder may be a link to another disk: what is not there is no loss
         target = target.resolve()
-        if self._folder not in target.parents:
-            raise LaunchError(f"{target} lies outside of {self._folder}; it is not removed")
+        if target.exists() and self._folder not in target.parents:
+            raise LaunchError(
+                f"{target} lies outside of {self._folder}, so it is not removed; remove it by hand"
+            )
         # the marker goes last: a kill in between must leave nothing that looks foreign, or done
         if marker := self._read(name):
             self._write(name, {**marker, "done": False})

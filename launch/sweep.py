@@ -19,7 +19,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
-from launch.arguments import command_line
+from launch.arguments import command_line, make_folder_of
 from launch.errors import LaunchError
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def sweep(
     if dry_run:
         print("\n".join(f"  {task.name}" for task in tasks))
         return config
-    output.parent.mkdir(parents=True, exist_ok=True)
+    make_folder_of(output, "--output")
     rows = _measure(grid, settings, tasks, output)
     by = "agreement" if by_agreement else "score"
     if by not in rows[0]:

@@ -251,9 +251,8 @@ def make_task(
         section = asdict(config.merge)
         inputs |= named_files(config, "eval", "dialect", "families")
         inputs["merge"] = {k: v for k, v in section.items() if k not in NOT_OF_THE_RESULT}
-        sources = [parent_folder(config, role) for role in ("base", "vlm", "agent")]
-        donors = config.models.donors.values()
-        inputs["parents"] = [fingerprint(source) for source in [*sources, *donors]]
+        roles = ("base", "vlm", "agent", *config.models.donors)
+        inputs["parents"] = [fingerprint(parent_folder(config, role)) for role in roles]
         files = statistics_files(config, needed_kinds(config.merge))
         inputs["statistics"] = [_stamp(path) for path in files]
     return Task(name, hash_inputs(inputs), config, checkpoint, recognition)

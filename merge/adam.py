@@ -265,7 +265,7 @@ def adam_fisher(
     _check_weights(adam.folder, family, weights)
     shapes = _language_shapes(checkpoint, family)
     metadata = {
-        "source": f"{KEY} of Adam, ZeRO-{adam.stage}",
+        "origin": f"{KEY} of Adam, ZeRO-{adam.stage}",
         "steps": str(adam.step),
         "mask_rule": "what the training's loss counted",
         "weights": json.dumps(dict(sorted(weights.items()))),

@@ -146,7 +146,7 @@ def merge_adapter(
     source = str(base or settings.get("base_model_name_or_path") or "")
     if not source:
         raise MergeError(f"{folder / SETTINGS_NAME}: names no base model; give --base FOLDER")
-    checkpoint = Checkpoint(source, "base")
+    checkpoint = Checkpoint(source, "base", "--base")
     family = get_family(checkpoint.config.get("model_type"), source, families)
     weights = SafetensorsFile(_weights_file(folder))
     canonical = {canonical_name(family, name) or name: name for name in checkpoint.tensors}

@@ -15,6 +15,7 @@ from merge.errors import MergeError
 from merge.shards import SafetensorsFile, TensorInfo
 
 INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
 HUB_ID = re.compile(r"([\w-][\w.-]*/[\w.-]+)(?:@([\w./-]+))?")
 
 # Some repositories hold their weights twice: `original/`, or Mistral's own `consolidated` files.
@@ -28,23 +29,25 @@ class Checkpoint:
     Args:
         source: A folder, or the id of a repository on the hub: `org/name` or `org/name@revision`.
         role: base, vlm, agent or the name of a donor, for messages.
+        where: What names the source, for messages; None for the setting of the role.
 
     Raises:
         MergeError: The folder, the repository, config.json or a shard is missing, a shard is
             truncated, or the weights are pickles.
     """
 
-    def __init__(self, source: str | Path, role: str) -> None:
+    def __init__(self, source: str | Path, role: str, where: str | None = None) -> None:
+        where = where or _setting(role)
         self.source = str(source)
         self.role = role
         # revision: the commit, if the folder is a snapshot of a repository on the hub
-        self.folder, self.revision = _resolve(self.source, role)
+        self.folder, self.revision = _resolve(self.source, role, where)
         self.config = _read_json(self.folder / "config.json", role)
         if not isinstance(self.config.get("text_config") or {}, dict):
             raise MergeError(
                 f"{self.folder / 'config.json'}: text_config is not an object; copy it again"
             )
-        self.files = [SafetensorsFile(path) for path in _list_shards(self.folder, role)]
+        self.files = [SafetensorsFile(path) for path in _list_shards(self.folder, role, where)]
         self.tensors: dict[str, TensorInfo] = {}
         self._file_of: dict[str, SafetensorsFile] = {}
         for file in self.files:
@@ -85,7 +88,10 @@ class Checkpoint:
         index_path = self.folder / INDEX_NAME
         if not index_path.exists():
             return
-        for name, file_name in _weight_map(index_path, self.role).items():
+        promised = _weight_map(index_path, self.role)
+        if not {file.path.name for file in self.files} & set(promised.values()):
+            return  # of shards that were there before
+        for name, file_name in promised.items():
             if name not in self.tensors or self._file_of[name].path.name != file_name:
                 raise MergeError(
                     f"{index_path}: promises tensor {name} in {file_name}, which does not hold it; "
@@ -97,7 +103,7 @@ def _setting(role: str) -> str:
     return f"models.{role}" if role in ("base", "vlm", "agent") else f"models.donors.{role}"
 
 
-def _resolve(source: str, role: str) -> tuple[Path, str | None]:
+def _resolve(source: str, role: str, where: str) -> tuple[Path, str | None]:
     folder = Path(os.path.expanduser(source))  # the ~ of an unknown user stays
     if folder.is_dir():
         return folder, None
@@ -106,17 +112,17 @@ def _resolve(source: str, role: str) -> tuple[Path, str | None]:
     # `runs/vlm` could be a hub id; where a folder `runs` is there, a mistyped path is likelier.
     match = HUB_ID.fullmatch(source)
     if match is None or Path(source.partition("/")[0]).is_dir():
-        raise MergeError(f"{role} {source}: no such folder; check {_setting(role)}")
-    folder = _download(match[1], match[2], role)
+        raise MergeError(f"{role} {source}: no such folder; check {where}")
+    folder = _download(match[1], match[2], role, where)
     # A snapshot's folder is named by its commit.
     return folder, folder.name
 
 
-def _download(repository: str, revision: str | None, role: str) -> Path:
+def _download(repository: str, revision: str | None, role: str, where: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
-    where = f"{role} {repository}" + (f"@{revision}" if revision else "")
+    what = f"{role} {repository}" + (f"@{revision}" if revision else "")
     try:
         folder = Path(
             snapshot_download(
@@ -128,24 +134,24 @@ def _download(repository: str, revision: str | None, role: str) -> Path:
         )
     except RevisionNotFoundError as error:
         raise MergeError(
-            f"{where}: the repository has no revision {revision!r}; "
-            f"give a branch, tag or commit of it in {_setting(role)}"
+            f"{what}: the repository has no revision {revision!r}; "
+            f"give a branch, tag or commit of it in {where}"
         ) from error
     except RepositoryNotFoundError as error:
         raise MergeError(
-            f"{where}: no such folder, and the hub has no such repository or does not show it; "
-            f"check {_setting(role)}, or log in with 'hf auth login'"
+            f"{what}: no such folder, and the hub has no such repository or does not show it; "
+            f"check {where}, or log in with 'hf auth login'"
         ) from error
     # The client lets errors of its transport through, which have no class in common.
     except Exception as error:
         reason = str(error).strip().split("\n")[0][:200]
         raise MergeError(
-            f"{where}: no such folder, and the hub does not give it "
-            f"({type(error).__name__}: {reason}); check {_setting(role)} and the network"
+            f"{what}: no such folder, and the hub does not give it "
+            f"({type(error).__name__}: {reason}); check {where} and the network"
         ) from error
     if not any(folder.glob("*.safetensors")):
         raise MergeError(
-            f"{where}: has no safetensors; pickled weights are not downloaded, because opening a "
+            f"{what}: has no safetensors; pickled weights are not downloaded, because opening a "
             "pickle can run code. Name a revision that has safetensors (hub: refs/pr/...), or "
             "convert the model in a place of its own"
         )
@@ -178,11 +184,12 @@ def _weight_map(index_path: Path, role: str) -> dict[str, str]:
     return weight_map
 
 
-def _list_shards(folder: Path, role: str) -> list[Path]:
-    if (folder / INDEX_NAME).exists():
+def _list_shards(folder: Path, role: str, where: str) -> list[Path]:
+    # first as transformers has it: an index beside the one file is left of shards that were there
+    if (folder / SINGLE_NAME).exists():
+        shards = [folder / SINGLE_NAME]
+    elif (folder / INDEX_NAME).exists():
         shards = sorted({folder / name for name in _weight_map(folder / INDEX_NAME, role).values()})
-    elif (folder / "model.safetensors").exists():
-        shards = [folder / "model.safetensors"]
     else:
         shards = _shards_by_number(folder)
     for shard in shards:
@@ -202,7 +209,7 @@ def _list_shards(folder: Path, role: str) -> list[Path]:
             f"{role} {folder}: is a LoRA adapter; put it into its model first "
             f"(obm merge adapter {folder} --output DIR)"
         )
-    raise MergeError(f"{role} {folder}: has no model.safetensors; check {_setting(role)}")
+    raise MergeError(f"{role} {folder}: has no model.safetensors; check {where}")
 
 
 def _shards_by_number(folder: Path) -> list[Path]:

@@ -133,11 +133,11 @@ def merge(
     check_output(output, folders, n_bytes, overwrite)
     check_methods(plan)
     statistics = open_statistics(stats, plan, parents)
+    check_first_weights(plan, parents, statistics)
     groups = group_budgets(plan.tensors)
     if dry_run:
         return _describe(plan, parents, files, [budget_note(groups)] if groups else [])
 
-    check_first_weights(plan, parents, statistics)
     run = _Run(plan, parents, statistics, files, output, threads or _n_cores())
     entries = run.apply(list(groups.values()))
     record = make_record(plan, parents, statistics, entries, method, settings, actions)

@@ -76,8 +76,8 @@ def make_record(
         },
         "stats": {
             f"{task}/{kind}": {
-                "source": str(stats.path),
                 **{k: v for k, v in stats.metadata.items() if k not in ("weights", "aliases")},
+                "source": str(stats.path),
             }
             for (task, kind), stats in statistics.items()
         },

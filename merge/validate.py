@@ -7,6 +7,7 @@ from typing import Any
 
 from merge.checkpoint import Checkpoint
 from merge.errors import MergeError
+from merge.families import EMBEDDING
 from merge.methods import (
     BUDGETS,
     COMBINATIONS,
@@ -108,6 +109,12 @@ def open_statistics(
             found = opened[key].shape_of(tensor.canonical)
             n_inputs = tensor.shape[-1:]
             expected = {"fisher": tensor.shape, "gram": n_inputs * 2}.get(kind, n_inputs)
+            if found is None and kind == "fisher" and tensor.group == EMBEDDING:
+                raise MergeError(
+                    f"{opened[key].path}: has nothing for {tensor.canonical}, as `obm calibrate` "
+                    f"measures no Fisher information of embeddings; {tensor.action} cannot merge "
+                    "them: choose merge.scope.embedding=vlm or task_arithmetic"
+                )
             if found != expected:
                 raise MergeError(
                     f"{opened[key].path}: has {'nothing' if found is None else list(found)} for "

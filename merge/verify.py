@@ -32,7 +32,7 @@ def verify_folder(folder: str | Path) -> dict[str, Any]:
     """
     folder = Path(os.path.expanduser(folder))
     record = read_record(folder)
-    checkpoint = Checkpoint(folder, "merged")
+    checkpoint = Checkpoint(folder, "merged", "the folder")
     checksums: dict[str, str] = {}
     problems = list(_differences(checkpoint, record, checksums))
     vlm = _find_vlm(record)
@@ -58,7 +58,7 @@ def check_folder(folder: str | Path) -> None:
     """
     folder = Path(os.path.expanduser(folder))
     record = read_record(folder)
-    _refuse(folder, list(_differences(Checkpoint(folder, "merged"), record, None)))
+    _refuse(folder, list(_differences(Checkpoint(folder, "merged", "the folder"), record, None)))
 
 
 def _refuse(folder: Path, problems: list[str]) -> None:

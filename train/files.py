@@ -36,6 +36,20 @@ def write_text(path: Path, text: str) -> None:
             ) from error
 
 
+ENDINGS = (".json", ".csv", ".md")
+
+
+def with_ending(path: Path, ending: str) -> Path:
+    """A file of results by its name without an ending, which may hold dots: `runs/qwen2.5-vl-3b`.
+
+    Args:
+        path: the name; an ending of results that was given with it does not count.
+        ending: such as `.json`.
+    """
+    name = path.stem if path.suffix in ENDINGS else path.name
+    return path.with_name(f"{name}{ending}")
+
+
 def write_json(path: Path, value: Any) -> None:
     """Writes a JSON file, indented by two, whole or not at all.
 

@@ -118,7 +118,7 @@ def _report(options: argparse.Namespace) -> int:
     from compare.trio import measure_trio, write_table
     from configs.schema import resolve_model
     from launch.arguments import command_line
-    from train.files import write_json
+    from train.files import with_ending, write_json
 
     where = options.checkpoints
     folders = {
@@ -131,8 +131,8 @@ def _report(options: argparse.Namespace) -> int:
         **origin(command_line()),
         "rows": rows,
     }
-    write_json(output.with_suffix(".json"), record)
-    write_table(rows, output.with_suffix(".md"), "What the embedded trio can do", command_line())
+    write_json(with_ending(output, ".json"), record)
+    write_table(rows, with_ending(output, ".md"), "What the embedded trio can do", command_line())
     for row in rows:
         print(f"{row['checkpoint'].ljust(6)} {row['share']:.3f}  {row['skill']} (n = {row['n']})")
     return 0
@@ -143,7 +143,7 @@ def _table(options: argparse.Namespace) -> int:
     from environments.atlas.recall import measure_dense, packaged_encoder
     from environments.atlas.world import measure_retrieval
     from launch.arguments import command_line
-    from train.files import write_json, write_text
+    from train.files import with_ending, write_json, write_text
 
     rows = measure_retrieval()
     by_query = {row["query"]: row for row in rows}
@@ -162,8 +162,8 @@ def _table(options: argparse.Namespace) -> int:
     }
     output = Path(options.output or "docs/results/retrieval")
     output.parent.mkdir(parents=True, exist_ok=True)
-    write_json(output.with_suffix(".json"), record)
-    write_text(output.with_suffix(".md"), _markdown(record))
+    write_json(with_ending(output, ".json"), record)
+    write_text(with_ending(output, ".md"), _markdown(record))
     print("\n".join(_table_lines(rows)))
     return 0 if all(target["met"] for target in targets) else 1
 
@@ -191,7 +191,7 @@ def _images(options: argparse.Namespace) -> int:
     from compare.provenance import origin
     from environments.atlas.recall import describe_images, measure_images
     from launch.arguments import command_line
-    from train.files import write_json, write_text
+    from train.files import with_ending, write_json, write_text
 
     rows = measure_images()
     record = {
@@ -200,8 +200,8 @@ def _images(options: argparse.Namespace) -> int:
     }
     output = Path(options.output or "docs/results/image-recall")
     output.parent.mkdir(parents=True, exist_ok=True)
-    write_json(output.with_suffix(".json"), record)
-    write_text(output.with_suffix(".md"), describe_images(record))
+    write_json(with_ending(output, ".json"), record)
+    write_text(with_ending(output, ".md"), describe_images(record))
     return 0
 
 

@@ -17,7 +17,12 @@ import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launch.arguments import add_config_arguments, command_line, read_config
+from launch.arguments import (
+    add_config_arguments,
+    command_line,
+    make_folder_of,
+    read_config,
+)
 from launch.errors import LaunchError
 
 if TYPE_CHECKING:
@@ -63,6 +68,8 @@ def run(options: argparse.Namespace) -> int:
         present = [path for path in written if path.exists()]
         if present and not options.overwrite:
             raise LaunchError(f"{present[0]} exists; pass --overwrite or another --output")
+        if not options.dry_run:
+            make_folder_of(written[0], "--output")
     from compare.geometry_report import text_table
     from launch.commands.calibrate import parent_folder
     from merge.diagnosis import diagnose
@@ -126,7 +133,6 @@ def _write(record: dict[str, Any], paths: list[Path]) -> None:
 
     record |= origin(command_line())
     as_json, as_csv, page, *pictures = paths
-    as_json.parent.mkdir(parents=True, exist_ok=True)
     caption = f"Linear projections. {record['command']}; commit {record['commit']}"
     draw_geometry(record, pictures, caption)
     write_text(as_csv, tensor_csv(record))

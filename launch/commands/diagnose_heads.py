@@ -13,7 +13,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launch.arguments import add_config_arguments, command_line, read_config
+from launch.arguments import (
+    add_config_arguments,
+    command_line,
+    make_folder_of,
+    read_config,
+)
 from launch.errors import LaunchError
 from launch.preparation_cost import COST_NAME, measured
 
@@ -64,6 +69,7 @@ def run(options: argparse.Namespace) -> int:
         return 0
     if section.device == "cuda":
         _require_gpu()
+    make_folder_of(folder / f"{NAME}.json", "--output")
     record = make_map(config, start, folder)
     from compare.conflict_map import map_table
 

@@ -125,9 +125,12 @@ def _merge_adapter(options: argparse.Namespace) -> int:
     for name in ("sweep", "agreement", "stats"):
         if getattr(options, name):
             raise LaunchError(f"--{name}: goes with a merge, not with an adapter; leave it out")
+    from configs.schema import resolve_model
+
     families = read_config(options).merge.families
+    base = resolve_model(options.base) if options.base else None
     record = merge_adapter(
-        folder, options.output, base=options.base, families=families,
+        folder, options.output, base=base, families=families,
         overwrite=options.overwrite, dry_run=options.dry_run,
     )  # fmt: skip
     what = f"{record['adapter']['tensors']} tensors of {record['parents']['vlm']['source']}"

@@ -10,13 +10,18 @@ that was broken off goes on where it stopped. Writes PATH.json, PATH.csv and PAT
 from __future__ import annotations
 
 import argparse
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launch.arguments import add_config_arguments, command_line, config_path, read_config
+from launch.arguments import (
+    add_config_arguments,
+    command_line,
+    config_path,
+    make_folder_of,
+    read_config,
+)
 from launch.errors import LaunchError
 
 if TYPE_CHECKING:
@@ -87,18 +92,18 @@ def run(options: argparse.Namespace) -> int:
 
     from compare.tuning import best_settings
     from compare.tuning_report import recipes_text, tuning_csv, tuning_markdown
-    from train.files import write_json, write_text
+    from train.files import with_ending, write_json, write_text
 
     finished = Path(config.output).parent / "tuning" / f"{output.name}.jsonl"
     # before hours of measuring: what cannot be written says so now
     for option, path in [*written, ("output", finished)]:
-        _make_folder(option, path)
+        make_folder_of(path, option)
     rows = tune(config, entries, finished, options.grid, parallel=options.parallel)
     best = best_settings(rows)
     record = _record(config, rows, best)
-    write_json(output.with_suffix(".json"), record)
-    write_text(output.with_suffix(".csv"), tuning_csv(rows))
-    write_text(output.with_suffix(".md"), tuning_markdown(record))
+    write_json(with_ending(output, ".json"), record)
+    write_text(with_ending(output, ".csv"), tuning_csv(rows))
+    write_text(with_ending(output, ".md"), tuning_markdown(record))
     if options.recipes:
         write_text(Path(options.recipes), recipes_text(best, record["command"]))
     print("\n".join(_best_lines(best)))
@@ -107,10 +112,12 @@ def run(options: argparse.Namespace) -> int:
 
 def _written(options: argparse.Namespace) -> list[tuple[str, Path]]:
     """The option that names it, and the file, of all that a tuning writes; no two are the same."""
+    from train.files import with_ending
+
     output = Path(options.output)
     if output.name in ("", ".."):
         raise LaunchError(f"--output {options.output!r}: names no file; write --output runs/tuning")
-    written = [("--output", output.with_suffix(suffix)) for suffix in (".json", ".csv", ".md")]
+    written = [("--output", with_ending(output, suffix)) for suffix in (".json", ".csv", ".md")]
     if options.recipes is not None:
         recipes = Path(options.recipes)
         if not recipes.name:
@@ -142,17 +149,6 @@ def _check_written(option: str, path: Path, options: argparse.Namespace) -> None
 
 def _same(path: Path, *others: Path) -> bool:
     return path.resolve() in [other.resolve() for other in others]
-
-
-def _make_folder(option: str, path: Path) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        raise LaunchError(
-            f"{option} {path}: cannot be written ({error.strerror}); choose another place"
-        ) from error
 
 
 def read_grid(path: Path, config: Config, *, uneven: bool = False) -> list[Entry]:

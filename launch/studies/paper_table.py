@@ -21,9 +21,10 @@ from launch.stages import Stages, fingerprint
 from launch.studies.ceiling import describe_ceiling
 from launch.studies.file import Arm, Options, Study
 from launch.studies.plan import COMMAND_LINE, Plan, flatten, load_settings, start_key
+from launch.studies.preparations import map_steps
 from launch.studies.report import publish
-from launch.studies.starts import evaluate, make_starts, reused, say
-from launch.studies.trainings import raise_failures, train_arms, trained_policy
+from launch.studies.starts import evaluate, make_starts, reused, run_steps, say
+from launch.studies.trainings import raise_failures, train_arms, whole_policy
 from launch.tasks import evaluation_inputs
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ def run_table(study: Study, options: Options) -> dict[str, Any]:
     }
     _check_trained(study)
     make_starts(plan, stages)
+    run_steps(map_steps(plan, stages), stages)
     raise_failures(train_arms(plan, stages, options), plan, is_reported=True)
     results = []
     for entry in _entries(plan):
@@ -125,7 +127,7 @@ def _entries(plan: Plan) -> list[Entry]:
         elif arm.train:
             after += [
                 Entry(
-                    f"{arm.name}/rl", arm, "agent", trained_policy(plan.run_folder(arm, seed)), seed
+                    f"{arm.name}/rl", arm, "agent", whole_policy(plan.run_folder(arm, seed)), seed
                 )
                 for seed in study.seeds
             ]

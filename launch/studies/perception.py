@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from launch.studies.file import Arm, Options
 from launch.studies.measure import measure_tasks
 from launch.studies.plan import Plan
-from launch.studies.trainings import trained_policy
+from launch.studies.trainings import whole_policy
 from launch.tasks import make_task
 
 if TYPE_CHECKING:
@@ -59,6 +59,6 @@ def _task(plan: Plan, arm: Arm, seed: int, when: str) -> Task:
     config = plan.config(arm)
     config = replace(config, environment=replace(config.environment, data_seed=seed))
     start = plan.trained_start(arm, seed)
-    checkpoint = start if when == "before" else trained_policy(plan.run_folder(arm, seed))
+    checkpoint = start if when == "before" else whole_policy(plan.run_folder(arm, seed))
     name = f"{arm.name}-s{seed} {when} training"
     return make_task(name, config, checkpoint=str(checkpoint), recognition=True)

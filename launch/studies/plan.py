@@ -31,6 +31,7 @@ class Plan:
         self._overrides = overrides
         self._configs = {arm.name: self._load(arm) for arm in study.arms}
         check_heeded(study, overrides, [self._said(arm) for arm in study.arms])
+        self._check_arms()
         self._map_owners = map_owners(study, self._configs)
         for arm in study.arms:
             self._place_map(arm, self._configs[arm.name])
@@ -140,6 +141,33 @@ class Plan:
     def _place_map(self, arm: Arm, config: Config) -> None:
         if owner := self.map_owner(arm):
             config.freeze_heads.map = str(self.map_folder(owner).resolve() / "conflict.json")
+
+    def _check_arms(self) -> None:
+        """Refuse settings of an arm that nothing would follow: two arms would be one, silently.
+
+        Raises:
+            ConfigError: names arm and key.
+        """
+        statistics: dict[str | None, tuple[Arm, dict[str, Any]]] = {}
+        for arm in self.study.arms:
+            place, said = self.study.place(arm), self._said(arm)
+            for override in flatten(arm.settings):
+                key = override.partition("=")[0]
+                if _is_said(key, said):
+                    raise ConfigError(
+                        f"{place}.settings.{key}: would change nothing, for the arm or its seed "
+                        "says it itself or has no use for it; leave it out, or change the recipe"
+                    )
+            config = self._configs[arm.name]
+            if calibrations(arm, config):
+                section = {**asdict(config.calibration), "kinds": None}
+                first, found = statistics.setdefault(config.calibration.output, (arm, section))
+                if section != found:
+                    raise ConfigError(
+                        f"{place}.settings.calibration: differs from that of {first.name}, whose "
+                        "statistics it shares; say it under overrides, for all arms, or make a "
+                        "study of its own"
+                    )
 
     def _join_kinds(self) -> None:
         """Arms that share a folder of statistics have all kinds made that any of them needs."""

@@ -134,9 +134,27 @@ def train_arms(plan: Plan, stages: Stages, options: Options) -> dict[str, str]:
 
 
 def trained_policy(run: Path) -> Path:
-    """The trained policy of a finished run."""
+    """The trained policy of a finished run; of an adapter, where `whole_policy` writes it."""
     done = json.loads((run / "done.json").read_text(encoding="utf-8"))
-    return run / done["policy"]
+    policy: Path = run / done["policy"]
+    return run / "whole" if (policy / "adapter_config.json").is_file() else policy
+
+
+def whole_policy(run: Path) -> Path:
+    """The trained policy of a finished run as a checkpoint that can be evaluated.
+
+    A training with `lora.r` leaves an adapter; its policy is written once, into `whole` of the run.
+
+    Raises:
+        MergeError: see `merge.adapter.merge_adapter`.
+    """
+    from merge.adapter import merge_adapter
+    from merge.output import RECORD_NAME
+
+    policy = trained_policy(run)
+    if policy.name == "whole" and not (policy / RECORD_NAME).is_file():
+        merge_adapter(run, policy)
+    return policy
 
 
 def n_trainings(plan: Plan) -> int:

@@ -10,7 +10,9 @@ seed names the training and chooses the questions and photos of every world.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,9 +23,16 @@ from launch.studies.file import Arm, Options, Study
 from launch.studies.measure import describe_tasks, four_parts, measure_tasks
 from launch.studies.paper_table import benchmark_config
 from launch.studies.plan import Plan, flatten
+from launch.studies.preparations import map_steps
 from launch.studies.report import publish
-from launch.studies.starts import describe_steps, make_starts, say, start_steps
-from launch.studies.trainings import describe_trainings, raise_failures, train_arms, trained_policy
+from launch.studies.starts import describe_steps, make_starts, run_steps, say, start_steps
+from launch.studies.trainings import (
+    describe_trainings,
+    raise_failures,
+    train_arms,
+    trained_policy,
+    whole_policy,
+)
 from launch.tasks import make_task
 
 if TYPE_CHECKING:
@@ -66,10 +75,11 @@ def run_transfer(study: Study, options: Options) -> dict[str, Any]:
     if study.trained is None:
         stages = Stages(study.output, redo=options.redo)
         make_starts(plan, stages)
+        run_steps(map_steps(plan, stages), stages)
         raise_failures(train_arms(plan, stages, options), plan, is_reported=True)
     else:
         check_trained(plan)
-    entries, training = _entries(plan), _training(plan)
+    entries, training = _entries(plan, whole_policy), _training(plan)
     measured = measure_tasks(study, _tasks(entries, worlds), options, four_parts)
     rows = [
         {**{key: getattr(entry, key) for key in ("arm", "world", "stage", "seed")},
@@ -104,12 +114,12 @@ def describe_transfer(study: Study, options: Options) -> list[str]:
     lines.insert(0, f"{', '.join(names)}; seeds {seeds}; before and after training, in")
     if study.trained is None:
         stages = Stages(study.output, redo=options.redo)
-        lines += describe_steps(start_steps(plan, stages), stages)
+        lines += describe_steps(chain(start_steps(plan, stages), map_steps(plan, stages)), stages)
         lines += describe_trainings(plan, stages, options)
         n = len(study.arms) * len(study.seeds) * len(worlds) * 2
         return [*lines, f"{n} evaluations after them"]
     check_trained(plan)
-    return [*lines, *describe_tasks(study, _tasks(_entries(plan), worlds), options)]
+    return [*lines, *describe_tasks(study, _tasks(_entries(plan, trained_policy), worlds), options)]
 
 
 def check_trained(plan: Plan) -> None:
@@ -196,12 +206,12 @@ def _start(plan: Plan, arm: Arm) -> str:
     return plan.study.starts.format(arm=arm.name)
 
 
-def _entries(plan: Plan) -> list[Entry]:
-    """Whole seeds first."""
+def _entries(plan: Plan, policy_of: Callable[[Path], Path]) -> list[Entry]:
+    """Whole seeds first; `policy_of` gives the policy of a run folder."""
     entries = []
     for seed in plan.study.seeds:
         for arm in plan.study.arms:
-            policy = str(trained_policy(_run_folder(plan, arm, seed)))
+            policy = str(policy_of(_run_folder(plan, arm, seed)))
             for world in plan.study.benchmarks:
                 entries.append(Entry(arm.name, world, "before", seed, _start(plan, arm)))
                 entries.append(Entry(arm.name, world, "after", seed, policy))

@@ -523,6 +523,12 @@ def test_a_donor_does_not_take_the_name_of_another_model(write, name):
     assert text.endswith(f"; set models.{name}, or rename the donor")
 
 
+@pytest.mark.parametrize("name", ["qwen2.5-math", "org/math", "a b"])
+def test_a_donors_name_is_one_word(write, name):
+    text = message(write(f"output: x\nmodels: {{donors: {{'{name}': owner/model}}}}"))
+    assert f"'{name}' has other signs than letters, digits, _ and -; rename the donor" in text
+
+
 def test_a_donor_does_not_take_the_name_of_a_method(write):
     text = message(write("output: x\nmodels: {donors: {ties: owner/model}}"))
     reason = "'ties' is the name of a merge method; rename the donor"

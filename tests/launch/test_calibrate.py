@@ -462,6 +462,24 @@ def test_the_vlm_is_calibrated_with_pictures_of_a_data_set(settings, obm, tmp_pa
     assert torch.tensor(stats.vector(stats.names[0])).gt(0).any()
 
 
+def test_a_text_model_in_the_vlms_place_is_asked_without_pictures(settings, obm, tmp_path, trio):
+    config = settings(vlm_kinds=["look", "image"])
+    asked = ("calibrate", "--config", config, "--parent", "vlm", f"models.vlm={trio['agent']}")
+    code, out, err = obm(*asked, "--dry-run")
+    assert code == 0, err
+    assert "questions (text)" in out
+    code, _, err = obm(*asked)
+    assert code == 0, err
+    stats = open_stats(tmp_path / "run" / "calibration" / "vlm", "diagonal")
+    assert int(stats.metadata["tokens"]) > 0
+
+
+def test_the_vlm_may_be_asked_questions_without_pictures(settings, obm, tmp_path):
+    config = settings(vlm_kinds=["text", "image"])
+    code, _, err = obm("calibrate", "--config", config, "--parent", "vlm")
+    assert code == 0, err
+
+
 def test_donors_are_calibrated_as_the_agent_is(settings, obm, tmp_path, trio):
     source = write_jsonl(tmp_path / "rows.jsonl", ROWS)["source"]
     config = settings(agent_data={"source": source, "answer": "{reply}"})

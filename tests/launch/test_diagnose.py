@@ -72,6 +72,14 @@ def test_bad_arguments_are_one_clear_error(obm, arguments, message):
     assert err.count("\n") == 1
 
 
+def test_a_folder_that_takes_no_results_is_refused_before_the_work(obm, tmp_path, monkeypatch):
+    monkeypatch.setattr("merge.diagnosis.diagnose", lambda *given, **options: pytest.fail("late"))
+    (tmp_path / "file").touch()
+    code, _, err = obm("diagnose", "--output", tmp_path / "file" / "folder")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "cannot be written" in err
+
+
 def test_heads_are_handed_to_their_own_module_where_there_is_one(obm, monkeypatch):
     seen = []
     module = types.ModuleType("launch.commands.diagnose_heads")

@@ -51,6 +51,13 @@ def test_the_map_of_a_start(tmp_path, capsys):
         diagnose("--output", str(folder), "models.init=atlas://vlm", *SMALL)
 
 
+def test_a_folder_that_takes_no_map_is_refused_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(diagnose_heads, "make_map", lambda *given: pytest.fail("too late"))
+    (tmp_path / "file").touch()
+    with pytest.raises(LaunchError, match=r"--output .*conflict\.json: cannot be written"):
+        diagnose("--output", str(tmp_path / "file" / "map"), "models.init=atlas://vlm", *SMALL)
+
+
 def test_a_dry_run_says_what_would_be_compared(tmp_path, capsys):
     arguments = ("--output", str(tmp_path / "map"), "--dry-run", "models.init=atlas://vlm")
     assert diagnose(*arguments) == 0

@@ -104,6 +104,18 @@ def test_a_kill_while_a_stage_is_cleared_leaves_it_ours(tmp_path, monkeypatch):
     assert stages.run("a", {"x": 1}, target, make(target, made)) is True
 
 
+def test_a_part_of_the_folder_may_lie_on_another_disk(tmp_path):
+    made, study = [], tmp_path / "study"
+    (tmp_path / "disk").mkdir()
+    study.mkdir()
+    (study / "runs").symlink_to(tmp_path / "disk")
+    stages = Stages(study, redo=False)
+    target = study / "runs" / "a"
+    assert stages.run("a", {}, target, make(target, made)) is True
+    assert stages.run("a", {}, target, make(target, made)) is False
+    assert (tmp_path / "disk" / "a" / "file").exists()
+
+
 def test_nothing_outside_of_the_folder_is_removed(tmp_path):
     outside = tmp_path / "outside"
     outside.mkdir()

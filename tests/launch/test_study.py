@@ -637,6 +637,27 @@ def test_a_wrong_setting_is_refused_by_who_says_it(study_file, arm, overrides, w
         describe_study(load_study(study_file), Options("c"))
 
 
+@pytest.mark.parametrize(
+    ("own", "words"),
+    [
+        ({"merge": {"weights": {"agent": 3.0}}}, r"merge\.weights\.agent: would change nothing"),
+        ({"seed": 3}, r"seed: would change nothing"),
+        ({"calibration": {"samples": 7}}, r"calibration: differs from that of obm, whose stat"),
+        ({"merge": {"density": 0.5}}, None),  # the recipe leaves it open
+    ],
+)
+def test_a_setting_of_an_arm_that_nothing_would_follow_is_refused(study_file, own, words):
+    content = yaml.safe_load(study_file.read_text())
+    content["arms"].insert(1, {"name": "other", "merge": "obm", "settings": own})
+    study_file.write_text(yaml.safe_dump(content))
+    study = load_study(study_file)
+    if words is None:
+        assert Plan(study, []).config(study.arms[1]).merge.density == 0.5
+        return
+    with pytest.raises(ConfigError, match=rf"yaml:arms\[1\] \(other\)\.settings\.{words}"):
+        describe_study(study, Options("c"))
+
+
 def test_a_start_that_is_not_there_is_named_by_its_arm(study_file, table_file):
     content = yaml.safe_load(table_file.read_text())
     arm = {"name": "a", "init": "runs/nowhere"}
@@ -735,7 +756,7 @@ def scripted_preparations(monkeypatch, scripted_stages, failing):
     monkeypatch.setattr(preparations_module, "_make_map", make_map)
     monkeypatch.setattr(preparations_module, "run_jobs", run_jobs)
     monkeypatch.setattr(perception_module, "measure_tasks", measure)
-    monkeypatch.setattr(perception_module, "trained_policy", policy)
+    monkeypatch.setattr(perception_module, "whole_policy", policy)
     return made
 
 
@@ -1040,7 +1061,7 @@ def trained_policy(monkeypatch):
         (run / "policy").mkdir(exist_ok=True)
         return run / "policy"
 
-    monkeypatch.setattr(table_module, "trained_policy", policy)
+    monkeypatch.setattr(table_module, "whole_policy", policy)
 
 
 def test_the_table_has_a_row_for_each_mode_merge_and_policy(
@@ -1074,6 +1095,43 @@ def test_the_table_has_a_row_for_each_mode_merge_and_policy(
     n_made = len(scripted_stages)
     assert run_table(study, Options("obm study x"))["rows"] == table["rows"]
     assert len(scripted_stages) == n_made
+
+
+def test_a_table_of_trainings_with_frozen_heads_makes_their_map(
+    table_file, scripted_stages, trained_policy, monkeypatch
+):
+    made = []
+    monkeypatch.setattr(
+        preparations_module, "_make_map",
+        lambda config, start, target: (target.mkdir(parents=True), made.append(target.name)),
+    )  # fmt: skip
+    content = yaml.safe_load(table_file.read_text())
+    content["overrides"] = {"freeze_heads": "cast(top=25%)"}
+    table_file.write_text(yaml.safe_dump(content))
+    assert run_table(load_study(table_file), Options("c"))["rows"]
+    assert made == ["vlm", "obm", "ties"]
+
+
+def test_the_policy_of_an_adapter_is_written_once_as_a_whole(tmp_path, monkeypatch):
+    from launch.studies.trainings import trained_policy, whole_policy
+
+    made = []
+
+    def merge_adapter(run, output):
+        output.mkdir()
+        (output / "merge.json").touch()
+        made.append(run)
+
+    monkeypatch.setattr("merge.adapter.merge_adapter", merge_adapter)
+    policy = tmp_path / "checkpoints" / "checkpoint-3"
+    policy.mkdir(parents=True)
+    (tmp_path / "done.json").write_text('{"policy": "checkpoints/checkpoint-3"}')
+    assert trained_policy(tmp_path) == whole_policy(tmp_path) == policy
+    (policy / "adapter_config.json").touch()
+    assert trained_policy(tmp_path) == tmp_path / "whole"
+    assert not (tmp_path / "whole").exists()
+    assert whole_policy(tmp_path) == whole_policy(tmp_path) == tmp_path / "whole"
+    assert made == [tmp_path]
 
 
 def test_several_seeds_share_a_row_with_their_mean_and_an_interval():

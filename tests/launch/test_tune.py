@@ -23,6 +23,7 @@ from launch.tasks import make_statistics, make_task, named_files, needed_kinds
 from merge.methods import METHODS
 from merge.stats import FILE_NAMES
 from train import gpu
+from train.files import with_ending
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "configs" / "demo.yaml"
@@ -292,6 +293,16 @@ def test_a_result_is_kept_until_something_that_decides_it_changes(tmp_path, monk
     assert len(changed - {same}) == 7
 
 
+def test_a_result_does_not_outlive_its_donor(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "math").mkdir()
+    donor = ("models.donors.math=~/math", "merge.method=ties")
+    config = demo(f"calibration.output={tmp_path}", *donor)
+    before = make_task("x", config).key
+    (tmp_path / "math" / "model.safetensors").touch()
+    assert make_task("x", config).key != before
+
+
 def test_a_result_does_not_outlive_the_questions_it_was_asked(tmp_path):
     questions = tmp_path / "questions.jsonl"
     benchmark = f"environment.eval_benchmark={{name: table, source: {questions}}}"
@@ -319,6 +330,12 @@ def test_of_a_folder_that_settings_name_only_the_files_of_rows_count(tmp_path):
     # a picture that rows name, and what reading a data set leaves behind
     for name in ("photo.png", "train/cache-1.arrow"):
         assert names_after(name) == ["dataset_dict.json", "data-0.arrow"]
+
+
+@pytest.mark.parametrize(("given", "name"), [("qwen2.5", "qwen2.5"), ("a.json", "a")])
+def test_results_keep_what_stands_behind_a_dot_in_their_name(tmp_path, given, name):
+    for ending in (".json", ".csv", ".md"):
+        assert with_ending(tmp_path / given, ending) == tmp_path / f"{name}{ending}"
 
 
 def test_a_dry_run_counts_the_settings(obm, tmp_path):

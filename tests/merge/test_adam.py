@@ -81,7 +81,7 @@ def test_they_become_statistics_that_merges_read(checkpoints, expected, tmp_path
     path = adam_fisher(checkpoints / "zero2", checkpoint, tmp_path)
     stats = open_stats(path, "fisher")
     assert set(stats.names) == {name for name in expected if "embed" not in name}
-    assert (stats.metadata["source"], stats.metadata["steps"]) == (
+    assert (stats.metadata["origin"], stats.metadata["steps"]) == (
         "exp_avg_sq of Adam, ZeRO-2",
         "3",
     )

@@ -99,6 +99,16 @@ def test_an_index_that_the_files_do_not_keep_is_an_error(tmp_path):
     refuse(folder, r"promises tensor lm_head\.weight in model-00002-of-00002\.safetensors")
 
 
+def test_an_index_that_is_left_of_earlier_shards_does_not_count(tmp_path):
+    folder = write_checkpoint(tmp_path / "x", 2)
+    stale = (folder / "model.safetensors.index.json").read_text()
+    whole = write_checkpoint(tmp_path / "y")
+    (whole / "model.safetensors.index.json").write_text(stale)
+    checkpoint = Checkpoint(whole, "base")
+    assert [file.path.name for file in checkpoint.files] == ["model.safetensors"]
+    assert "model.norm.weight" in checkpoint.tensors
+
+
 def test_an_index_cannot_name_files_elsewhere(tmp_path):
     folder = write_checkpoint(tmp_path / "x", 2)
     content = json.dumps({"weight_map": {"a": "../y/model.safetensors"}})

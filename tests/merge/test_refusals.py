@@ -350,6 +350,31 @@ def test_kernels_that_do_not_exist(make_trio, tmp_path, monkeypatch):
     refuse(tmp_path, "OBM_KERNELS: 'cuda' is unknown; choose numba", make_trio())
 
 
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_statistics_of_other_weights_are_refused_in_a_dry_run_too(make_trio, tmp_path, dry_run):
+    trio = make_trio()
+    shapes = {key: value.shape for key, value in weights_of(trio.paths["agent"]).items()}
+    for seed, task in enumerate(("vlm", "agent")):
+        write_stats(tmp_path / "stats" / task, seed, shapes, dict.fromkeys(shapes, "0" * 32))
+    stats = {task: str(tmp_path / "stats" / task) for task in ("vlm", "agent")}
+    match = r"other weights than vlm .*calibrate again"
+    refuse(tmp_path, match, trio, method="obm", stats=stats, dry_run=dry_run)
+
+
+def test_embeddings_without_fisher_information_are_told_what_can_merge_them(make_trio, tmp_path):
+    trio = make_trio()
+    shapes = {
+        key: value.shape
+        for key, value in weights_of(trio.paths["agent"]).items()
+        if key not in EMBEDDINGS
+    }
+    for seed, task in enumerate(("vlm", "agent")):
+        write_stats(tmp_path / "stats" / task, seed, shapes)
+    stats = {task: str(tmp_path / "stats" / task) for task in ("vlm", "agent")}
+    match = r"embed_tokens.*: choose merge\.scope\.embedding=vlm or task_arithmetic"
+    refuse(tmp_path, match, trio, method="fisher", stats=stats, scope={"embedding": "sar"})
+
+
 def test_obm_without_fitting_statistics(make_trio, stats, tmp_path):
     trio = make_trio()
     refuse(tmp_path, "needs diagonal statistics of vlm; run `obm calibrate", trio, method="obm")

@@ -137,6 +137,8 @@ def test_an_adapter_of_another_model_is_refused(save_adapter, tiny_checkpoints, 
     folder = save_adapter(LoraConfig(r=2, target_modules=["q_proj", "qkv"], task_type="CAUSAL_LM"))
     with pytest.raises(MergeError, match=r"changes model\.language_model.*which .* does not have"):
         merge_adapter(folder, tmp_path / "merged", base=tiny_checkpoints["agent"])
+    with pytest.raises(MergeError, match=r"no such folder; check --base"):
+        merge_adapter(folder, tmp_path / "merged", base=tmp_path / "moved")
     path = folder / "adapter_model.safetensors"
     tensors = load_file(path)
     name = next(name for name in tensors if name.endswith("q_proj.lora_B.weight"))
