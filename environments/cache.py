@@ -6,8 +6,9 @@
 A folder holds `results.sqlite` (write-ahead log: many processes at once, on one machine, so no
 network file system) and `images/`, PNG files named by their SHA-256. What is stored is what the
 policy gets to see: hits, "nothing found", a page, or the refusal of a page. Errors of
-infrastructure are never stored. An answer is given as it reads from the cache, also the first time,
-and of two processes that ask the same at once both give the answer that came to be stored.
+infrastructure are never stored, nor is what lacks a part through one (`Unkept`). An answer is given
+as it reads from the cache, also the first time, and of two processes that ask the same at once both
+give the answer that came to be stored.
 
 Modes:
     read     answer from the cache; ask the service what is missing, and keep it.
@@ -69,6 +70,12 @@ class CacheMissError(RuntimeError):
 
 class CacheError(EnvironmentSetupError):
     """A cache folder that cannot be used; the message names it, the reason and the fix."""
+
+
+class Unkept(str):
+    """A value that answers all that wait for it and is not stored: the next call asks again."""
+
+    __slots__ = ()
 
 
 @dataclass(frozen=True)
@@ -159,8 +166,8 @@ class ResultCache:
 
         Args:
             questions: of one back end.
-            ask: numbers of the questions to carry out -> their values; what it raises passes
-                through, and nothing is stored.
+            ask: numbers of the questions to carry out -> their values, `Unkept` ones among them;
+                what it raises passes through, and nothing is stored.
 
         Raises:
             CacheMissError: offline, and one is missing.
@@ -254,6 +261,8 @@ class ResultCache:
 
     def keep(self, question: Question, value: str) -> str:
         """Stores a fresh value as the mode says; returns the one that this call answers with."""
+        if isinstance(value, Unkept):
+            return value
         key = question.key
         record = Record(question, value, time.time())
         if self.mode == "refresh":

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from environments.cache import CacheError, Question, ResultCache
+from environments.cache import CacheError, Question, ResultCache, Unkept
 from environments.content import canonical, normalised, picture_hash
 from environments.results import Hit, Page
 from environments.tools import SNIPPET_WORDS
@@ -86,7 +86,8 @@ class CachedIndex:
             row = {"id": str(hit.id), "title": str(hit.title or ""), "text": str(hit.text or "")}
             row["url"] = str(getattr(hit, "url", "") or "")
             rows.append({**row, "score": float(hit.score), "image": image})
-        return canonical({"hits": rows})
+        value = canonical({"hits": rows})
+        return Unkept(value) if any(hit.is_partial for hit in hits) else value
 
     def _decoded(self, value: str) -> list[Hit]:
         return [

@@ -76,7 +76,8 @@ class VectorImageIndex:
     """
 
     VIEWS = 4
-    """So many rows are looked at for each wanted entry, since views of one may crowd the first."""
+    """So many rows are looked at for each wanted entry, since views of one may crowd the first;
+    where they are not enough, twice as many."""
 
     def __init__(self, folder: Path, encoder: ImageEncoder):
         index = read_index(folder)
@@ -92,8 +93,17 @@ class VectorImageIndex:
         """The k entries most alike, best first."""
         if not images:
             return []
-        scores, rows = self.store.nearest(self.encoder.encode_images(images), k * self.VIEWS)
-        return [self._entries(*found, k) for found in zip(rows, scores, strict=True)]
+        queries = self.encoder.encode_images(images)
+        found: list[list[Hit]] = [[] for _ in images]
+        short, n_rows = list(range(len(images))), k * self.VIEWS
+        while short:
+            scores, rows = self.store.nearest(queries[short], n_rows)
+            for i, own_rows, own_scores in zip(short, rows, scores, strict=True):
+                found[i] = self._entries(own_rows, own_scores, k)
+            # who has k keeps them: a graph that is asked for more may find others
+            short = [i for i in short if len(found[i]) < k and n_rows < len(self)]
+            n_rows *= 2
+        return found
 
     def _entries(self, rows: np.ndarray, scores: np.ndarray, k: int) -> list[Hit]:
         hits: dict[str, Hit] = {}

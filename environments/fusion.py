@@ -16,7 +16,8 @@ class FusedTextIndex:
     """Reciprocal-rank fusion: score(d) = sum over indexes of 1 / (60 + rank of d), ranks from 1.
 
     Args:
-        indexes: over the same passages, known by their ids.
+        indexes: what they give under one id counts as one passage if title and text are equal, too:
+            indexes of one corpus have to give whole passages, or equal cuts of them.
         depth: hits that each gives at least.
     """
 
@@ -69,12 +70,20 @@ def size_of(index: object) -> int:
 
 
 def fuse(lists: Sequence[Sequence[Hit]]) -> list[Hit]:
-    """Reciprocal-rank fusion of one query's hits; ties go to what an earlier list ranks higher."""
-    scores: dict[str, float] = {}
-    first: dict[str, Hit] = {}
+    """Reciprocal-rank fusion of one query's hits; ties go to what an earlier list ranks higher.
+
+    A passage is its id, title and text, since ids of several corpora may be equal; what stands
+    twice in a list counts by its better rank.
+    """
+    scores: dict[tuple[str, str, str], float] = {}
+    first: dict[tuple[str, str, str], Hit] = {}
     for hits in lists:
+        ranks: dict[tuple[str, str, str], int] = {}
         for rank, hit in enumerate(hits, 1):
-            scores[hit.id] = scores.get(hit.id, 0.0) + 1 / (RANK_CONSTANT + rank)
-            first.setdefault(hit.id, hit)
-    order = sorted(scores, key=lambda key: -scores[key])
-    return [replace(first[key], score=scores[key]) for key in order]
+            passage = (hit.id, hit.title, hit.text)
+            ranks.setdefault(passage, rank)
+            first.setdefault(passage, hit)
+        for passage, rank in ranks.items():
+            scores[passage] = scores.get(passage, 0.0) + 1 / (RANK_CONSTANT + rank)
+    order = sorted(scores, key=lambda passage: -scores[passage])
+    return [replace(first[passage], score=scores[passage]) for passage in order]

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from environments.content import write_whole
 from environments.fetch import SafeFetcher
-from environments.pictures import fetch_picture
+from environments.pictures import PictureError, fetch_picture
 from environments.providers import hits_of, in_parallel, listed, other_url, pages_of
 from environments.results import Hit
 from environments.services import RequestRefusedError, Service
@@ -114,9 +114,14 @@ class SerpApiLens:
         if all(isinstance(one, WebError) and one.fault == "infrastructure" for one in fetched):
             raise next(one for one in fetched if isinstance(one, WebError))
         return [
-            hit if isinstance(one, WebError) else one
+            replace(hit, is_partial=_may_come_back(one)) if isinstance(one, WebError) else one
             for hit, one in zip(hits, fetched, strict=True)
         ]
+
+
+def _may_come_back(error: WebError) -> bool:
+    """Whether another search might get the picture; bytes that are none stay none."""
+    return error.fault == "infrastructure" and not isinstance(error, PictureError)
 
 
 def lens_identity(country: str | None, language: str | None, thumbnails: bool) -> dict[str, Any]:

@@ -8,6 +8,7 @@ trafilatura (Apache-2.0) finds the main text; it is part of the extra `live`.
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Callable
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -20,6 +21,17 @@ Summarise = Callable[[str, str], str]
 
 PAGE_CHARS = 30_000
 """So much of a page's text is summarised, as in MMSearch-R1's recipe."""
+
+
+CHARSETS = frozenset({
+    "utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "ascii", "cp866", "cp874", "tis-620",
+    "koi8-r", "koi8-u", "mac-roman", "mac-cyrillic", "gbk", "gb2312", "gb18030", "big5",
+    "big5hkscs", "euc_jp", "iso2022_jp", "shift_jis", "cp932", "euc_kr", "cp949",
+    *(f"iso8859-{part}" for part in (*range(1, 12), *range(13, 17))),
+    *(f"cp{page}" for page in range(1250, 1259)),
+})  # fmt: skip
+"""Those of the web (WHATWG's Encoding Standard), by the names of Python's codecs. Others, such as
+punycode, which takes the square of a page's length, are no page's own."""
 
 
 class DirectReader:
@@ -75,11 +87,13 @@ def extract_page(fetched: Fetched) -> Page:
 
 
 def decode_text(fetched: Fetched) -> str:
-    """The body as text; what does not fit its charset becomes U+FFFD."""
+    """The body as text; what does not fit its charset becomes U+FFFD. A charset that the web does
+    not have (CHARSETS) is read as UTF-8."""
     try:
-        return fetched.body.decode(fetched.charset or "utf-8", errors="replace")
-    except (LookupError, ValueError):  # a charset that does not exist, or is none of text
-        return fetched.body.decode("utf-8", errors="replace")
+        name = codecs.lookup(fetched.charset or "utf-8").name
+    except (LookupError, ValueError):  # none of that name; no name at all
+        name = "utf-8"
+    return fetched.body.decode(name if name in CHARSETS else "utf-8", errors="replace")
 
 
 def summarised(page: Page, question: str, summarise: Summarise | None, max_chars: int) -> Page:

@@ -20,8 +20,15 @@ def upright(image: Image.Image) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """The picture in RGB; of 16-bit grey the upper eight bits, where Pillow would clip to white."""
+    """The picture in RGB, on white where it is transparent, as most viewers show it; of 16-bit grey
+    the upper eight bits, where Pillow would clip to white."""
     if image.mode.startswith("I;16"):
         image = image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
         image.info.pop("transparency", None)  # a number of 16 bits
+    has_alpha = image.mode in ("RGBA", "RGBa", "LA", "La", "PA")
+    if has_alpha or (image.mode == "P" and "transparency" in image.info):
+        # what lies under it is often black, and the drawing too
+        drawn = image.convert("RGBA")
+        image = Image.new("RGB", image.size, "white")
+        image.paste(drawn, mask=drawn.getchannel("A"))
     return image.convert("RGB")

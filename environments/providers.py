@@ -171,7 +171,8 @@ TEXT_PROVIDERS: dict[str, type[_TextProvider]] = {
 class ReadingIndex:
     """Text search whose hits carry what their pages say about the query (MMSearch-R1's recipe).
 
-    A page that cannot be read keeps the snippet of the search service.
+    A page that cannot be read keeps the snippet of the search service; only if all fail through
+    infrastructure has the search failed.
 
     Args:
         index: finds pages; its hits' ids are URLs.
@@ -199,16 +200,32 @@ class ReadingIndex:
             check(query)
 
     def search(self, queries: list[str], k: int) -> list[list[Hit]]:
-        """The hits of the text search, with page summaries for text."""
-        found = zip(queries, self.index.search(queries, k), strict=True)
-        return [in_parallel(partial(self._read, query), hits) for query, hits in found]
+        """The hits of the text search, with page summaries for text.
 
-    def _read(self, query: str, hit: Hit) -> Hit:
+        Raises:
+            WebError: the search or all of the reading failed.
+        """
+        found = zip(queries, self.index.search(queries, k), strict=True)
+        return [self._read_all(query, hits) for query, hits in found]
+
+    def _read_all(self, query: str, hits: list[Hit]) -> list[Hit]:
+        read = in_parallel(partial(self._read, query), hits)
+        failures = [one for one in read if isinstance(one, WebError)]
+        if hits and sum(one.fault == "infrastructure" for one in failures) == len(hits):
+            raise failures[0]
+        return [
+            replace(hit, is_partial=one.fault == "infrastructure")
+            if isinstance(one, WebError)
+            else one
+            for hit, one in zip(hits, read, strict=True)
+        ]
+
+    def _read(self, query: str, hit: Hit) -> Hit | WebError:
         try:
             page = self.reader.read(hit.id, query)
         except WebError as error:
             logger.warning("a found page was not read: %s", error)
-            return hit
+            return error
         return replace(hit, text=page.text or hit.text)
 
 

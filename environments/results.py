@@ -28,6 +28,8 @@ class Hit:
         url: address of the page, if it has one; shown only where pages can be visited.
         max_chars: of the text that is shown; more words may be promised of some hits than of
             others.
+        is_partial: a part of it, its page or picture, could not be had through infrastructure; a
+            cache does not keep such a result.
     """
 
     id: str
@@ -37,6 +39,7 @@ class Hit:
     image: "Image | None" = None
     url: str = ""
     max_chars: int = 600
+    is_partial: bool = False
 
 
 @dataclass(frozen=True)

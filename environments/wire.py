@@ -15,7 +15,7 @@ from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 
-from environments.pixels import to_rgb
+from environments.pixels import to_rgb, upright
 from environments.tools import Hit
 
 TOKEN_VARIABLE = "OBM_SEARCH_TOKEN"
@@ -94,13 +94,14 @@ def count_pixels(data: bytes, max_pixels: int) -> int:
 
 
 def decode_image(data: bytes, max_pixels: int) -> Image.Image:
-    """Decodes a picture that a stranger sent, RGB; not one that is too large by its header.
+    """Decodes a picture that a stranger sent, upright (EXIF) and RGB; not one that is too large by
+    its header.
 
     Raises:
         BadPictureError: another format, broken, or more than `max_pixels` pixels.
     """
     with _opened(data, max_pixels) as image:
-        return to_rgb(image)
+        return to_rgb(upright(image))
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ from rewards.checks import (
     list_matches,
     polarity,
     says_no_answer,
+    telling,
     yes_no_matches,
 )
 from rewards.dates import date_matches, is_date, is_year
@@ -96,13 +97,13 @@ def correctness(
         prediction: the extracted answer, or None.
         question: a dict or an object with `answers`; for `typed` also, where it has them,
             `answer_kind` (of KINDS; else each gold answer shows its kind by itself), `range`
-            ([low, high]), `unit`, `tolerance` (relative, or years of a year), `choices` and `items`
-            (the entries of a list, each a name or its aliases).
+            ([low, high]), `unit`, `tolerance` (a share of gold, or years of a year), `choices` and
+            `items` (the entries of a list, each a name or its aliases).
         match: way of comparing.
         max_chars: longer answers are wrong.
 
     Raises:
-        RewardError: unknown way or kind.
+        RewardError: unknown way or kind, or a unit that is no text.
     """
     answers = get(question, "answers") or ()
     if match not in get_args(Match):
@@ -115,8 +116,10 @@ def correctness(
         return 1.0
     golds = [gold for gold in answers if normalize_answer(gold)]
     asked = get(question, "question") or ""
-    if match in ("contains", "f1") and _copies(prediction, asked, golds):
-        return 0.0
+    if match in ("contains", "f1"):
+        golds = telling(golds)
+        if _copies(prediction, asked, golds):
+            return 0.0
     if match == "contains":
         return float(any(contains_answer(prediction, gold, asked) for gold in golds))
     if match == "f1":
@@ -159,31 +162,52 @@ def _matches_kind(prediction: str, question: Any, golds: Sequence[str]) -> bool:
         )
     limits, items = get(question, "range"), get(question, "items")
     if limits is not None:
-        return number_matches(prediction, limits, unit=get(question, "unit"))
+        return number_matches(prediction, limits, unit=_unit(question))
     if items:  # an empty cell of a table is none
         return list_matches(prediction, items)
     return any(
-        _matches_one(prediction, gold, stated or _shown_kind(gold, prediction), question)
+        _matches_one(prediction, gold, stated or _shown_kind(gold, prediction, question), question)
         for gold in golds
     )
 
 
-def _shown_kind(gold: str, prediction: str) -> Kind:
+def _shown_kind(gold: str, prediction: str, question: Any) -> Kind:
     """The kind that gold shows; text for a prediction in which a number is only mentioned.
 
     A gold answer "2" may be a code. Where the question does not say that it asks for a number,
-    "two crossed swords" is another answer and not a number in a sentence.
+    "two crossed swords" is another answer and not a number in a sentence. Nor is "NO" a no beside
+    "Norway". A share of a year is none: with such a tolerance "1500" is a number.
     """
     kind = kind_of(gold)
-    is_number = kind in ("number", "date", "year")
-    return "text" if is_number and not is_mostly_number(prediction) else kind
+    if kind in ("number", "date", "year") and not is_mostly_number(prediction):
+        return "text"
+    if kind == "year" and 0 < (get(question, "tolerance") or 0) < 1:
+        return "number"
+    if kind in ("yes_no", "no_answer"):
+        others = filter(normalize_answer, get(question, "answers"))
+        return kind if all(polarity(g) is not None or says_no_answer(g) for g in others) else "text"
+    return kind
+
+
+def _unit(question: Any) -> str | None:
+    """The unit that the question states; an empty cell of a table is none.
+
+    Raises:
+        RewardError: it is no text.
+    """
+    unit = get(question, "unit")
+    if unit is not None and not isinstance(unit, str):
+        raise RewardError(
+            f"unit {unit!r} of question {get(question, 'id')} is no text; write one, as 'km'"
+        )
+    return unit or None
 
 
 def _matches_one(prediction: str, gold: str, kind: str, question: Any) -> bool:
     tolerance = get(question, "tolerance") or 0.0
     match kind:
         case "number":
-            unit = get(question, "unit")
+            unit = _unit(question)
             wanted = gold if not unit or unit in gold else f"{gold} {unit}"
             return number_matches(prediction, wanted, tolerance=tolerance)
         case "date" | "year":

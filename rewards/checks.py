@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 
 from rewards.guesses import (
+    FUNCTION_WORDS,
     NUMBER_CONTEXT,
     count_strange_words,
     known_words,
@@ -29,6 +30,7 @@ STRANGE_WORDS_F1 = 4
 words, since a near miss of a long answer has others."""
 _YES = {"yes", "true", "correct", "yeah", "yep"}
 _NO = {"no", "false", "incorrect", "nope", "not"}
+_SMALL_WORDS = FUNCTION_WORDS | _YES | _NO | {"am", "me"}
 _SAYS = re.compile(
     r"\W*(?:yes|true|correct|yeah|yep|no|false|incorrect|nope)"
     r"(?:\s*$|\s*[,.;:!–—]|\s+(?:it|they|he|she|that|this|there|i|we|you)\b)"
@@ -50,8 +52,18 @@ NO_ANSWER = frozenset(
 _REASON = re.compile(r" (?:because|since|due to|as) ")
 _LIST_SEPARATOR = re.compile(r"[,;|/\n\r•·]")
 _LIST_AND = re.compile(r"\band\b|&")
+_LIST_CUT = re.compile(f"{_LIST_SEPARATOR.pattern}|{_LIST_AND.pattern}")
 _OPTION = re.compile(r"(?:option|choice|answer)?[\s:]*\(?([a-z])[).:]?(?=\s|$)", re.IGNORECASE)
 _LONE_LETTER = re.compile(r"(?<![\w'’])[A-Z](?![\w'’])")
+
+
+def telling(golds: Sequence[str]) -> list[str]:
+    """The gold answers that a sentence does not have by chance; all, where none is left.
+
+    "IT" beside "Italy", the code of a country, stands in "It is Paris".
+    """
+    found = [gold for gold in golds if set(normalize_answer(gold).split()) - _SMALL_WORDS]
+    return found or list(golds)
 
 
 def contains_answer(prediction: str, gold: str, asked: str = "") -> bool:
@@ -137,25 +149,23 @@ def list_matches(prediction: str, items: Sequence[str | Sequence[str]]) -> bool:
     """Whether the prediction lists exactly these items, in any order, each once.
 
     Args:
-        prediction: items separated by commas, semicolons, slashes, line breaks or "and".
+        prediction: items separated by commas, semicolons, slashes, line breaks or "and"; a name
+            that holds one of these ("AC/DC") is taken whole.
         items: one entry an item: its name, or all its names.
     """
     names: dict[str, int] = {}
+    joined: set[str] = set()
     for number, item in enumerate(items):
         for alias in [item] if isinstance(item, str) else item:
-            names.setdefault(normalize_answer(alias), number)
+            normal = normalize_answer(alias)
+            names.setdefault(normal, number)
+            if _LIST_SEPARATOR.search(alias) or "and" in normal.split():
+                joined.add(normal)
     names.pop("", None)
     wanted = set(names.values())
     if not wanted or len(wanted) < len(items):
         return False
-    found: list[int | None] = []
-    for piece in _LIST_SEPARATOR.split(prediction):
-        whole = names.get(_without_and(piece))
-        if whole is not None:
-            found.append(whole)
-            continue
-        parts = [normalize_answer(part) for part in _LIST_AND.split(piece)]
-        found += [names.get(part) for part in parts if part]
+    found = _read_items(prediction, names, joined)
     return len(found) == len(wanted) and set(found) == wanted
 
 
@@ -192,10 +202,30 @@ def _denies(prediction: str, gold: str) -> bool:
     return bool(_NEGATIONS & added.keys())
 
 
-def _without_and(piece: str) -> str:
-    """`and C` of `A, B, and C` is C."""
-    normal = normalize_answer(piece)
-    return normal.removeprefix("and ")
+def _read_items(text: str, names: Mapping[str, int], joined: Set[str]) -> list[int | None]:
+    """Numbers of the items that a text lists, in its order; None for what is none of them.
+
+    Args:
+        text: the list.
+        names: number of the item by its name, in normal form.
+        joined: the names that hold a separator: several pieces between separators may be one.
+    """
+    cuts = [match.span() for match in _LIST_CUT.finditer(text)]
+    starts, ends = [0, *(end for _, end in cuts)], [*(start for start, _ in cuts), len(text)]
+    longest = max([1, *(len(name.split()) for name in joined)])
+    found: list[int | None] = []
+    i = 0
+    while i < len(starts):
+        # the longest first: "Bosnia and Herzegovina" is no two items; `and C` of `A, B, and C` is C
+        for n in range(min(longest, len(starts) - i), 0, -1):
+            normal = normalize_answer(text[starts[i] : ends[i + n - 1]])
+            known = [name for name in (normal, normal.removeprefix("and ")) if name in names]
+            if n == 1 or (known and known[0] in joined):
+                break
+        if normal:  # nothing stands between ", and"
+            found.append(names[known[0]] if known else None)
+        i += n
+    return found
 
 
 def _options(choices: Mapping[str, str] | Sequence[str] | None) -> dict[str, str]:

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from environments.benchmarks.registry import Benchmark
 
 LOCAL_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
+MAX_CELL_CHARS = 64 * 2**20
+"""Of a .csv: a picture of 48 MiB as base64. What is longer is a quote that was never closed."""
 
 
 def read_rows(
@@ -144,6 +146,7 @@ def _first_twice(names: Sequence[str]) -> str | None:
 
 def _read_csv(path: Path) -> Iterator[tuple[int, Any]]:
     """Rows as a spreadsheet numbers them: the first one is the names of the columns."""
+    csv.field_size_limit(max(MAX_CELL_CHARS, csv.field_size_limit()))  # 131,072 of the library
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, strict=True)

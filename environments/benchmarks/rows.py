@@ -13,6 +13,8 @@ from environments.errors import EnvironmentSetupError
 
 MAX_SHOWN = 60
 """characters of a bad value that a message repeats"""
+LARGEST_EXACT = 2**53
+"""from here on a float may stand for several whole numbers"""
 PICTURE_COLUMN = "picture_column"
 """key of a question that says where its picture stood; `registry` takes it out"""
 
@@ -82,7 +84,7 @@ class Row:
         items = list(value) if isinstance(value, list | tuple) else [value]
         if not all(_is_text(item) for item in items):
             self.fail(column, f"expected texts, got {shown(value)}", "mend the row")
-        return [text for text in (str(item).strip() for item in items) if text]
+        return [text for text in (as_text(item) for item in items) if text]
 
     def answers(self, column: str, *lists: list[str]) -> list[str]:
         """Gold answers of several columns, each once, in order.
@@ -135,6 +137,16 @@ class Row:
 def _is_text(value: Any) -> bool:
     """Whether a value can be written as text; NaN, which stands for a missing cell, cannot."""
     return isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value))
+
+
+def as_text(value: Any) -> str:
+    """A value as text; a whole number that came as a float is written as one: 1889, not 1889.0.
+
+    pandas makes floats of a whole column that has a gap.
+    """
+    if isinstance(value, float) and value.is_integer() and abs(value) < LARGEST_EXACT:
+        value = int(value)
+    return str(value).strip()
 
 
 def shown(value: Any) -> str:

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
-from environments.benchmarks.rows import PICTURE_COLUMN, Row, shown
+from environments.benchmarks.rows import PICTURE_COLUMN, Row, as_text, shown
 
 NEEDED = {
     "question": "what is asked",
@@ -63,6 +63,7 @@ def read_table(row: Row, split: str) -> list[dict[str, Any]]:
             **others,
             **{column: _number(row, column) for column in NUMBERS if column in others},
             **({"range": _range(row)} if "range" in others else {}),
+            **({"unit": _unit(row)} if "unit" in others else {}),
             **{column: _entries(row, column) for column in LISTS if column in others},
             "id": _cell(row, "id", str(row.number_of_source)),
             "kind": _cell(row, "kind", "all"),
@@ -92,7 +93,7 @@ def _cell(row: Row, column: str, default: str | None) -> str | None:
         isinstance(value, float) and not math.isfinite(value)
     ):
         row.fail(column, f"expected text, got {shown(value)}", "write a text, or leave it out")
-    return str(value).strip() or default
+    return as_text(value) or default
 
 
 def _answer_kind(row: Row) -> str | None:
@@ -113,7 +114,18 @@ def _number(row: Row, column: str) -> float | None:
     if number is None or number < 0:
         reason = f"expected a number of 0 or more, got {shown(value)}"
         row.fail(column, reason, "write one, or leave it out")
+    if column == "tolerance" and number > 1 and _answer_kind(row) == "number":
+        reason = f"{shown(value)} is more than the whole answer"
+        row.fail(column, reason, "of a number it is a share: write 0.05 for 5 percent")
     return number
+
+
+def _unit(row: Row) -> str | None:
+    """The name of a unit; an empty cell is none."""
+    value = row.get("unit", "")
+    if not isinstance(value, str):
+        row.fail("unit", f"expected text, got {shown(value)}", "write one, as km, or leave it out")
+    return value.strip() or None
 
 
 def _range(row: Row) -> list[float] | None:

@@ -5,6 +5,7 @@ import multiprocessing
 import sqlite3
 import threading
 from concurrent.futures import Future
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -128,6 +129,33 @@ def test_an_error_of_infrastructure_is_not_kept(error, folder):
     engine.error = None
     assert index.search(["a"], 1)[0]
     assert index.cache.counts["errors"] == 1
+
+
+class Gappy(Engine):
+    """Of the first answer one hit lacks its page; the later ones are whole."""
+
+    def search(self, queries, k):
+        found = super().search(queries, k)
+        if len(self.calls) == 1:
+            found[0][-1] = replace(found[0][-1], is_partial=True)
+        return found
+
+
+@pytest.mark.parametrize("mode", ["read", "write", "refresh"])
+def test_what_lacks_a_part_is_answered_and_not_kept(mode, folder):
+    index = cached(folder, Gappy(), mode)
+    first, other = index.search(["a", "b"], 2)
+    assert [hit.title for hit in (*first, *other)] == ["a 1", "a 1", "b 1", "b 1"]
+    assert [record.question.query for record in index.cache.records()] == ["b"]
+    (whole,) = index.search(["a"], 2)
+    assert [hit.title for hit in whole] == ["a 2", "a 2"]
+    assert cached(folder, Engine(), "offline").search(["a", "b"], 2) == [whole, other]
+
+
+def test_what_lacks_a_part_does_not_replace_what_is_whole(folder):
+    whole = cached(folder, Engine()).search(["a"], 2)
+    cached(folder, Gappy(), "refresh").search(["a"], 2)
+    assert cached(folder, Engine(), "offline").search(["a"], 2) == whole
 
 
 @pytest.mark.parametrize("sent", [None, [], [None], [[None]], [["text"]], [[], []]])
@@ -388,6 +416,35 @@ def test_a_failure_reaches_every_thread_that_waited_and_the_next_call_asks_anew(
     assert len(errors) == 2
     index.index = Engine()
     assert index.search(["a"], 1)[0]
+
+
+def test_an_answer_that_is_not_kept_reaches_every_thread_that_waited(folder, monkeypatch):
+    gate, is_followed = threading.Barrier(2, timeout=10), threading.Event()
+
+    class Watched(Future):
+        def result(self, timeout=None):
+            is_followed.set()
+            return super().result(timeout)
+
+    class Slow(Gappy):
+        def search(self, queries, k):
+            gate.wait()
+            assert is_followed.wait(10)
+            return super().search(queries, k)
+
+    monkeypatch.setattr("environments.cache.Future", Watched)
+    engine, found = Slow(), []
+    index = cached(folder, engine)
+    threads = [
+        threading.Thread(target=lambda: found.append(index.search(["a"], 1))) for _ in range(2)
+    ]
+    threads[0].start()
+    gate.wait()
+    threads[1].start()
+    for thread in threads:
+        thread.join(10)
+    assert [hits[0][0].title for hits in found] == ["a 1", "a 1"]
+    assert (len(engine.calls), list(index.cache.records())) == (1, [])
 
 
 def test_a_hanging_twin_holds_nobody_up_for_ever(folder, monkeypatch):

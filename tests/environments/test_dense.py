@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -316,6 +317,32 @@ def test_colour_features_need_no_model_and_views_count_as_one_entry(tmp_path):
     assert found[0][0].image is None
 
 
+def test_many_views_of_one_entry_do_not_crowd_out_the_others(tmp_path):
+    names = ["a"] * 20 + ["b"] * 9 + ["c"]
+    for iso in ("fr", "it", "jp"):
+        Image.fromarray(load_flag(iso)).save(tmp_path / f"{iso}.png")
+    pictures = {"a": "fr.png", "b": "it.png", "c": "jp.png"}
+    rows = [{"id": name, "title": name, "image": pictures[name]} for name in names]
+    build_images(write_lines(tmp_path / "flags.jsonl", rows), tmp_path / "index")
+    index = open_image_index(tmp_path / "index")
+    flags = [Image.fromarray(load_flag(iso)) for iso in ("fr", "jp")]
+    # 3 * 4 rows are a's alone, 24 are a's twenty and four of b's, 48 are all
+    first, second = index.search(flags, 3)
+    assert [hit.id for hit in first] == ["a", "b", "c"]
+    assert second[0].id == "c"
+    assert len(second) == len(index.search(flags[:1], 9)[0]) == 3
+    # who has enough is not asked about again: a graph that is asked for more may find others
+    asked = []
+    nearest = index.store.nearest
+    index.store.nearest = lambda queries, k: asked.append((len(queries), k)) or nearest(queries, k)
+    index.search(flags, 1)
+    assert asked == [(2, 4)]
+    asked.clear()
+    index.search(flags, 2)  # eight rows are c and others; of the first flag a's alone
+    assert asked[0] == (2, 8)
+    assert asked[1][0] == 1
+
+
 def test_a_broken_picture_and_a_missing_one_are_named(tmp_path):
     (tmp_path / "a.png").write_bytes(b"no picture")
     for name, says in (("a.png", "none of PNG"), ("b.png", "No such file")):
@@ -344,6 +371,14 @@ def test_fusion_adds_the_reciprocal_ranks():
     expected = [1 / 61 + 1 / 62, 1 / 63 + 1 / 61, 1 / 62]
     assert [hit.score for hit in hits] == pytest.approx(expected)
     assert [hit.id for hit in fuse([Fixed("x").hits, Fixed("y").hits])] == ["x", "y"]
+
+
+def test_different_passages_of_one_id_stay_apart_and_a_repeated_one_counts_once():
+    one, other = Hit("0", "A", "of one corpus"), Hit("0", "A", "of another")
+    hits = fuse([[one, one], [other, replace(one, score=7.0)]])
+    # rank 1 and 2 of the first passage, 1 alone of the second; its second place in list 1 is none
+    assert [(hit.id, hit.text) for hit in hits] == [("0", one.text), ("0", other.text)]
+    assert [hit.score for hit in hits] == pytest.approx([1 / 61 + 1 / 62, 1 / 61])
 
 
 def test_fused_indexes_are_asked_deep_and_cut(tmp_path):

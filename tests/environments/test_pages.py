@@ -77,6 +77,10 @@ def test_plain_text_is_left_alone():
         ("no-such-charset", "Müller".encode(), "Müller"),
         ("hex", b"Mueller", "Mueller"),  # a codec of Python that is no charset
         ("utf-8", b"M\xff", "M�"),
+        ("punycode", b"Mller-kva", "Mller-kva"),  # takes the square of the length
+        ("unicode_escape", b"a\\u0062", "a\\u0062"),
+        ("windows-1251", "Москва".encode("cp1251"), "Москва"),
+        ("Shift_JIS", "東京".encode("shift_jis"), "東京"),
     ],
 )
 def test_every_charset_ends_in_text(charset, body, text):
@@ -232,6 +236,18 @@ def test_broken_exif_and_sixteen_bits_cost_no_picture():
     buffer = io.BytesIO()
     Image.fromarray(np.full((4, 4), 32_768, dtype=np.uint16)).save(buffer, "PNG")
     assert decode_picture(buffer.getvalue()).getpixel((0, 0)) == (128, 128, 128)  # 32768 // 256
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_a_transparent_picture_is_seen_on_white(mode):
+    drawing = Image.new("LA", (2, 1))
+    drawing.putpixel((0, 0), (0, 255))  # a black point; the other is black too, under nothing
+    drawing = drawing.convert("RGBA")
+    buffer = io.BytesIO()
+    (drawing.quantize(2) if mode == "P" else drawing.convert(mode)).save(buffer, "PNG")
+    assert Image.open(buffer).mode == mode
+    picture = decode_picture(buffer.getvalue())
+    assert [picture.getpixel((x, 0)) for x in (0, 1)] == [(0, 0, 0), (255, 255, 255)]
 
 
 def test_pictures_are_fetched_as_safely_as_pages(fake):

@@ -537,6 +537,20 @@ def test_matches_of_one_page_keep_their_own_pictures(fake, tmp_path):
     assert colours == [("red", (255, 0, 0)), ("blue", (0, 0, 255))]
 
 
+def test_a_picture_that_may_come_back_makes_a_result_partial_and_one_that_is_none_does_not(
+    fake, tmp_path
+):
+    recorded = (REPLIES / "serpapi_lens.json").read_text().replace("BASE", fake.url)
+    fake.say("/serpapi/search", 200, recorded.encode())
+    fake.page("/thumbnails/1.png", png("red"), "image/png")
+    fake.page("/thumbnails/2.png", b"", "image/png", status=503)
+    fake.page("/thumbnails/missing.png", b"no picture", "image/png")
+    (hits,) = lens(fake, tmp_path, thumbnails=True).search([Image.new("RGB", (4, 4))], 3)
+    assert [(hit.image is None, hit.is_partial) for hit in hits] == [
+        (False, False), (True, True), (True, False),
+    ]  # fmt: skip
+
+
 def test_if_no_picture_at_all_can_be_had_the_search_failed(fake, tmp_path):
     recorded = (REPLIES / "serpapi_lens.json").read_text().replace("BASE", fake.url)
     fake.say("/serpapi/search", 200, recorded.encode())
@@ -631,7 +645,41 @@ def test_found_pages_can_be_read_before_the_policy_sees_them(fake):
     texts = {hit.text for hit in hits}
     assert "The highest point is Montmartre." in texts
     assert len(texts & {"Paris is the capital of France.", "A country in Europe."}) == 1
+    assert [hit.is_partial for hit in hits] == [
+        hit.text != "The highest point is Montmartre." for hit in hits
+    ]
     assert index.identity["read"]["reader"] == "jina"
+
+
+def reading(*failures):
+    """A search whose pages fail in this way, one each; None = is read."""
+
+    class Found:
+        def search(self, queries, k):
+            return [[Hit(str(i), "t", "snippet") for i in range(len(failures))] for _ in queries]
+
+    class Reader:
+        def read(self, url, question):
+            if failures[int(url)] is not None:
+                raise failures[int(url)]
+            return Page("t", "read", url)
+
+    return ReadingIndex(Found(), Reader())
+
+
+def test_only_a_page_that_may_come_back_makes_a_result_partial():
+    down, gone = ServiceDownError("down"), PageRefusedError("gone")
+    (hits,) = reading(None, down, gone).search(["q"], 3)
+    assert [hit.text for hit in hits] == ["read", "snippet", "snippet"]
+    assert [hit.is_partial for hit in hits] == [False, True, False]
+    (hits,) = reading(gone, gone).search(["q"], 2)  # a page that is not there is a result
+    assert [hit.is_partial for hit in hits] == [False, False]
+
+
+def test_if_no_page_at_all_can_be_read_the_search_failed():
+    with pytest.raises(ServiceDownError, match="one"):
+        reading(ServiceDownError("one"), ServiceDownError("two")).search(["q"], 2)
+    assert reading().search(["q"], 2) == [[]]
 
 
 def test_the_policy_sees_all_that_was_read_and_of_other_hits_a_snippet(tmp_path):

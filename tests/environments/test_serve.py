@@ -24,6 +24,7 @@ from environments.atlas.photos import render_photo
 from environments.atlas.world import load_image_index, load_text_index
 from environments.batching import Batcher
 from environments.tools import Hit
+from environments.wire import decode_image
 
 pytest.importorskip("starlette", reason="the extra `serve` is not installed")
 pytest.importorskip("prometheus_client", reason="the extra `serve` is not installed")
@@ -150,6 +151,14 @@ def test_small_pictures_of_the_hits_come_when_asked_for(serve, atlas_app):
     (hit,) = requests.post(url, json={**request, "return_images": True}).json()["result"][0]
     image = Image.open(io.BytesIO(base64.b64decode(hit["image"])))
     assert image.tobytes() == load_image_index().thumbnails["jp"].tobytes()
+
+
+def test_a_photo_is_searched_upright_as_questions_are():
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter
+    file = io.BytesIO()
+    Image.new("RGB", (20, 10)).save(file, "JPEG", exif=exif)
+    assert decode_image(file.getvalue(), 1000).size == (10, 20)
 
 
 def bomb(width=100_000, height=100_000):

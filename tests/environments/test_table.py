@@ -1,6 +1,8 @@
 """A table of one's own questions: what is read, and what every mistake is called."""
 
+import base64
 import difflib
+import io
 import json
 
 import pytest
@@ -94,6 +96,23 @@ def test_numbers_that_the_rewards_read_are_numbers_in_a_spreadsheet_too(rows, wr
     assert [ours[0][column] for column in columns] == first
     assert (ours[1]["tolerance"], ours[1]["range"]) == (None, None)
     assert not set(columns) & set(ours[2])
+
+
+def test_whole_numbers_that_pandas_made_floats_are_whole_again(rows, write):
+    rows[0] |= {"answers": 1889.0, "id": 17.0}
+    rows[1] |= {"answers": [1889.0, 2.5, "1889.0", 1e300], "id": 18.5}
+    first, second = load(write(rows[:2]))
+    assert (first["id"], first["answers"]) == ("17", ["1889"])
+    assert (second["id"], second["answers"]) == ("18.5", ["1889", "2.5", "1889.0", "1e+300"])
+
+
+def test_a_tolerance_in_years_and_a_unit_are_read(rows, write):
+    rows[0] |= {"answers": ["1889"], "tolerance": 2, "unit": ""}
+    rows[1] |= {"answers": ["10"], "answer_kind": "number", "tolerance": 1, "unit": " km "}
+    year, length = load(write(rows[:2]))
+    assert (year["unit"], length["unit"]) == (None, "km")
+    assert correctness("1891", year, "typed") == correctness("15 km", length, "typed") == 1.0
+    assert correctness("1892", year, "typed") == correctness("15 kg", length, "typed") == 0.0
 
 
 def test_lists_that_the_rewards_read_are_lists_in_a_spreadsheet_too(rows, write, tmp_path):
@@ -211,6 +230,12 @@ def test_a_split_of_a_data_set_on_the_hub_is_loaded_or_is_a_column(
         ({"question": "  "}, "row 3, column 'question': is empty"),
         ({"id": "1"}, "row 3, column 'id': '1' stands in .*row 1 already"),
         ({"tolerance": "5 %"}, "row 3, column 'tolerance': expected a number of 0 or more"),
+        (
+            {"tolerance": 5, "answer_kind": "number"},
+            "row 3, column 'tolerance': int 5 is more .*; of a number it is a share: write 0.05",
+        ),
+        ({"unit": 7}, "row 3, column 'unit': expected text, got int 7; write one, as km"),
+        ({"unit": float("nan")}, "row 3, column 'unit': expected text, got float nan"),
         ({"hops": -1}, "column 'hops': expected a number of 0 or more, got int -1; write one"),
         ({"best_calls": True}, "row 3, column 'best_calls': expected a number of 0 or more"),
         ({"range": "9-12"}, r"column 'range': expected two numbers, got str '9-12'; write \["),
@@ -273,6 +298,16 @@ def test_a_bad_spreadsheet_is_one_clear_error(tmp_path, text, words):
     (tmp_path / "mine.csv").write_text(text)
     with pytest.raises(BenchmarkError, match=words):
         load(str(tmp_path / "mine.csv"))
+
+
+def test_a_spreadsheet_may_hold_pictures_as_base64(tmp_path):
+    file = io.BytesIO()
+    Image.effect_noise((500, 500), 100).save(file, "PNG")
+    cell = base64.b64encode(file.getvalue()).decode()
+    assert len(cell) > 131_072  # where Python's csv stops by itself
+    (tmp_path / "mine.csv").write_text(f"question,answers,image\na,b,{cell}\n")
+    [question] = load(str(tmp_path / "mine.csv"), fetch=True)
+    assert question["image"].size == (500, 500)
 
 
 def test_empty_columns_of_a_spreadsheet_are_no_mistake(tmp_path):

@@ -177,7 +177,8 @@ TARGETS = (
         (
             "rewards.numeric:number_matches", "rewards.numeric:overlap", "rewards.numeric:_agree",
             "rewards.numeric:_near", "rewards.numeric:_matches", "rewards.dates:date_matches",
-            "rewards.checks:list_matches", "rewards.checks:is_mostly_number",
+            "rewards.checks:list_matches", "rewards.checks:_read_items",
+            "rewards.checks:is_mostly_number",
         ),
         ("tests/rewards/test_answer_kinds.py", *NO_PROPERTIES),
     ),

@@ -299,6 +299,30 @@ def test_a_name_with_and_in_it_is_one_entry():
 
 
 @pytest.mark.parametrize(
+    ("prediction", "items", "expected"),
+    [
+        ("AC/DC, Queen", ["Queen", "AC/DC"], True),
+        ("AC/DC/Queen", ["Queen", "AC/DC"], True),
+        ("Queen and Washington, D.C.", ["Washington, D.C.", "Queen"], True),
+        ("Cuba and Bosnia and Herzegovina", ["Bosnia and Herzegovina", "Cuba"], True),
+        ("Cuba, and Bosnia & Herzegovina", ["Bosnia and Herzegovina", "Cuba"], True),
+        ("Antigua and Antigua and Barbuda", ["Antigua", "Antigua and Barbuda"], True),
+        ("Queen; Earth, Wind & Fire", [["Earth, Wind & Fire", "EWF"], "Queen"], True),
+        ("and then there were none and Emma", ["And Then There Were None", "Emma"], True),
+        ("AC/DC, AC/DC, Queen", ["Queen", "AC/DC"], False),
+        ("AC/DC, Queen, Abba", ["Queen", "AC/DC"], False),
+        ("AC/DC", ["Queen", "AC/DC"], False),
+        ("Bosnia, Herzegovina and Cuba", ["Bosnia and Herzegovina", "Cuba"], False),
+        ("New, York, AC/DC", ["New York", "AC/DC"], False),  # a name without one is not joined
+        ("AC/DCs, Queen", ["Queen", "AC/DC"], False),
+        ("red and blue", ["red", ["blue", "\n"]], True),
+    ],
+)
+def test_a_name_with_a_separator_in_it_is_one_entry(prediction, items, expected):
+    assert list_matches(prediction, items) is expected
+
+
+@pytest.mark.parametrize(
     ("text", "expected"),
     [
         ("Unanswerable", True),
@@ -329,6 +353,27 @@ def test_cannot_be_answered(text, expected):
 )
 def test_containment_takes_neither_lists_nor_denials(prediction, expected):
     assert contains_answer(prediction, "Paris") is expected
+
+
+@pytest.mark.parametrize(
+    ("prediction", "golds"),
+    [("It is Paris", ["Italy", "IT"]), ("No idea", ["Norway", "NO"]), ("in Paris", ["India", "IN"]),
+     ("Show me", ["Montenegro", "ME"])],
+)  # fmt: skip
+def test_the_code_of_a_country_is_not_found_in_a_sentence(prediction, golds):
+    question = {"question": "Which country is it?", "answers": golds}
+    for match in ("contains", "f1", "typed"):
+        assert correctness(prediction, question, match) == 0.0
+        assert correctness(golds[1], question, match) == 1.0  # alone it is an answer
+        assert correctness(golds[0], question, match) == 1.0
+
+
+def test_small_words_count_where_no_gold_answer_has_others():
+    for answers in (["no"], ["No", "It is not"]):
+        question = {"question": "Which?", "answers": answers}
+        assert correctness("The answer is no", question, "contains") == 1.0
+        assert correctness("The answer is no", question, "f1") > 0.0
+    assert correctness("It is The Who", {"answers": ["The Who"]}, "contains") == 1.0
 
 
 @pytest.mark.parametrize(
@@ -463,6 +508,34 @@ def test_the_ladder_goes_from_exact_to_the_kind():
     assert correctness("\u200b", question, "typed") == 0.0
 
 
+@pytest.mark.parametrize(
+    ("prediction", "golds", "expected"),
+    [
+        ("No, that cannot be told", ["Norway", "NO"], 0.0),
+        ("I don't know", ["Unknown", "Unknown Pleasures"], 0.0),
+        ("No, it is not", ["no"], 1.0),
+        ("Yes, it is", ["yes", "true", "Yes, it does"], 1.0),
+        ("I don't know", ["unknown", "unanswerable"], 1.0),
+        ("No, it is not", ["no", "unanswerable", ""], 1.0),
+    ],
+)
+def test_yes_no_and_no_answer_are_shown_by_all_gold_answers_or_by_none(prediction, golds, expected):
+    assert correctness(prediction, {"answers": golds}, "typed") == expected
+    if expected:
+        stated = {"answers": ["Norway", "NO"], "answer_kind": "yes_no"}
+        assert correctness("No, it is not", stated, "typed") == 1.0
+
+
+def test_a_share_of_a_year_makes_a_number_of_it():
+    share = {"answers": ["1500"], "tolerance": 0.1}  # 1350 to 1650
+    assert [correctness(text, share, "typed") for text in ("1600", "1700")] == [1.0, 0.0]
+    assert correctness("1600", share | {"answer_kind": "year"}, "typed") == 0.0
+    for tolerance, right in ((None, "1500"), (0, "1500"), (1, "1501"), (20, "1520")):
+        years = {"answers": ["1500"], "tolerance": tolerance}
+        assert correctness(f"in {right}", years, "typed") == 1.0
+        assert correctness(f"in {int(right) + 1}", years, "typed") == 0.0
+
+
 def test_a_number_that_is_only_mentioned_is_another_answer():
     code = {"answers": ["2"]}
     assert correctness("palm tree over two crossed swords", code, "typed") == 0.0
@@ -496,6 +569,15 @@ def test_the_unit_of_a_bare_gold_number_can_be_stated():
     question = {"answers": ["1050"], "answer_kind": "number", "unit": "m"}
     assert correctness("1.05 km", question, "typed") == 1.0
     assert correctness("1050 kg", question, "typed") == 0.0
+
+
+def test_a_unit_that_is_no_text_is_named_and_one_that_is_unknown_is_none():
+    for kind in ({"answer_kind": "number"}, {"range": [1000, 1100]}):
+        question = {"id": "q1", "answers": ["1050"], **kind}
+        assert correctness("1050.0", question | {"unit": "people"}, "typed") == 1.0
+        assert correctness("1050.0", question | {"unit": ""}, "typed") == 1.0
+        with pytest.raises(RewardError, match="unit 7 of question q1 is no text; write one, as"):
+            correctness("1050.0", question | {"unit": 7}, "typed")
 
 
 def test_a_choice_question_reads_its_choices():
