@@ -39,10 +39,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from compare.errors import CompareError
 from compare.figures import Results, holds, value_of
+from configs.errors import ConfigError
+from configs.reader import parse_yaml
 from launch import scale_page
 from train.files import write_text
 
@@ -259,8 +259,8 @@ def check(root: Path, write: bool = False) -> list[Problem]:
     """
     path = root / TIES
     try:
-        ties = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
+        ties = parse_yaml(path.read_text(encoding="utf-8"), TIES)
+    except (OSError, ConfigError) as error:
         raise CompareError(f"{path}: {error}; the file ties figures to results") from error
     problems = check_scale(root, write)
     results, pages = Results(root / "docs" / "results"), []
