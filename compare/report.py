@@ -89,9 +89,8 @@ def write_report(
     paths = _free_paths(output, name, overwrite=overwrite)
     shown = [read_record(file) for file in beside]
     arms = group_runs(runs)
-    for option, arm in (("--reference", reference), ("--budget-arm", budget_arm)):
-        if arm is not None:
-            check_arm(option, arm, arms)
+    if reference is not None:
+        check_arm("--reference", reference, arms)
     kept = [run for members in arms.values() for run in members]
     if partial:
         cut_to_common_steps(kept)

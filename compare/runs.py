@@ -115,6 +115,37 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return records
 
 
+def read_runs(sources: Iterable[str | Path], *, partial: bool = False) -> list[Run]:
+    """Read runs; W&B's folders of one run, which was resumed, are one source.
+
+    Args:
+        sources: see `read_run`.
+        partial: see `read_run`.
+
+    Raises:
+        CompareError: see `read_run`.
+    """
+    runs, seen = [], set()
+    for source in sources:
+        if _is_offline(source):
+            from compare.wandb_runs import files_of_run
+
+            files = tuple(files_of_run(Path(source)))
+            if files in seen:
+                continue
+            seen.add(files)
+        runs.append(read_run(source, partial=partial))
+    return runs
+
+
+def _is_offline(source: str | Path) -> bool:
+    """Whether W&B wrote it on this machine."""
+    folder = Path(source)
+    return folder.suffix == ".wandb" or (
+        not (folder / "metrics.jsonl").is_file() and any(folder.glob("run-*.wandb"))
+    )
+
+
 def read_run(source: str | Path, *, partial: bool = False) -> Run:
     """Read a training run or a zero-shot evaluation.
 
@@ -132,9 +163,7 @@ def read_run(source: str | Path, *, partial: bool = False) -> Run:
     folder = Path(source)
     if (folder / "eval.json").is_file():
         return _read_zero_shot(folder)
-    if folder.suffix == ".wandb" or (
-        not (folder / "metrics.jsonl").is_file() and any(folder.glob("run-*.wandb"))
-    ):
+    if _is_offline(folder):
         from compare.wandb_runs import read_offline
 
         return read_offline(folder, partial=partial)

@@ -104,7 +104,8 @@ def summarise(
         smoothing: window in evaluations.
         bootstrap: resamples of the intervals and probabilities.
         reference: the arm that the tables hold others against; where None `obm`, else the first.
-        budget_arm: trained arm whose mean total is the equal budget; None: the cheapest.
+        budget_arm: trained arm whose mean total is the equal budget; None: the cheapest. Where it
+            is not among the arms, nothing is read at an equal budget.
         recognition: measured before and after training; arms and seeds without a run are left out.
 
     Returns:

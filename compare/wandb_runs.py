@@ -62,7 +62,7 @@ def read_offline(path: Path, *, partial: bool = False) -> Run:
     Raises:
         CompareError: no such file, or not one of a training of this package.
     """
-    files = _files_of_run(path)
+    files = files_of_run(path)
     parts = [_read_file(file) for file in files]
     rows: list[dict[str, Any]] = []
     for part in parts:
@@ -157,7 +157,7 @@ def _number(value: Any) -> Any:
 # ---------------------------------------------------------------- offline files
 
 
-def _files_of_run(path: Path) -> list[Path]:
+def files_of_run(path: Path) -> list[Path]:
     """All `.wandb` files of the run that `path` belongs to, oldest first."""
     files = sorted(path.glob("run-*.wandb")) if path.is_dir() else [path]
     if len(files) != 1:

@@ -206,7 +206,7 @@ def measure_all(
         results: finished ones; new ones are added.
         merge: merges as settings say.
         parallel: processes. With more than one, each uses one thread; on GPUs each has one of its
-            own, and there are no more processes than GPUs.
+            own, and there are no more processes than GPUs. One where a vLLM server rolls out.
         scratch: folder for merges; the system's when None.
         report: takes name and result of each task as it is finished.
 
@@ -228,6 +228,8 @@ def _run(
     tasks: Sequence[Task], merge: MakeMerge, parallel: int, scratch: Path | None
 ) -> Iterator[tuple[Task, dict[str, Any], float]]:
     gpus = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+    if any(task.config.rollout.backend == "vllm" for task in tasks):
+        parallel = 1  # a server has the weights of one policy
     n_workers = min(parallel, len(tasks), len(gpus) or parallel)
     if n_workers <= 1:
         evaluator = Evaluator(merge, scratch)

@@ -255,11 +255,7 @@ class RunCallback(TrainerCallback):
         self.trainer, self.recorder = trainer, recorder
         earlier = [line for line in recorder.earlier_lines if line["phase"] == "train"]
         self.monitor = HealthMonitor(health, earlier)
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Only now it is known how many steps there are where epochs decide."""
-        if self.recorder.live is not None:
-            self.recorder.live.status.max_steps = state.max_steps
+        self._n_recorded = -1
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any
@@ -270,9 +266,12 @@ class RunCallback(TrainerCallback):
         values = {k: v for k, v in logs.items() if k not in NOT_METRICS}
         step = state.global_step
         self.recorder.metrics(step, "train", self.trainer.n_policy_tokens, values)
-        self.recorder.trajectories(
-            step, "train", self.trainer.last_trajectories, self.trainer.last_questions
-        )
+        n_rollouts = self.trainer.engine.n_rollouts
+        if n_rollouts != self._n_recorded:  # several steps may train on one rollout
+            self._n_recorded = n_rollouts
+            self.recorder.trajectories(
+                step, "train", self.trainer.last_trajectories, self.trainer.last_questions
+            )
         if not self.recorder.is_main:
             return
         if self.recorder.live is None:

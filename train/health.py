@@ -360,22 +360,28 @@ RULES: dict[str, Callable[[Sequence[Line], Settings], Words]] = {
 # ---------------------------------------------------------------- helpers
 
 
+def with_metric(history: Sequence[Line], name: str) -> list[Line]:
+    """The last WINDOW lines that have a metric: a step that trains on an earlier step's rollout has
+    none of its own."""
+    return [line for line in history if name in line][-WINDOW:]
+
+
 def _holds(history: Sequence[Line], name: str, is_so: Callable[[float], bool]) -> bool:
-    """True if each of the last WINDOW lines has the metric and fulfils the condition."""
-    values = [line.get(name) for line in history[-WINDOW:]]
-    return len(values) == WINDOW and all(is_number(v) and is_so(v) for v in values)  # type: ignore[arg-type]
+    """True if the last WINDOW lines that have the metric fulfil the condition."""
+    values = [line[name] for line in with_metric(history, name)]
+    return len(values) == WINDOW and all(is_number(v) and is_so(v) for v in values)
 
 
 def _mean(history: Sequence[Line], name: str) -> float | None:
     """Mean over the window; None where the metric is missing."""
-    values = [line[name] for line in history[-WINDOW:] if is_number(line.get(name))]
+    values = [line[name] for line in with_metric(history, name) if is_number(line[name])]
     return fmean(values) if values else None
 
 
 def _shares(history: Sequence[Line], stage: str) -> list[float] | None:
     """The stage's share of each step in the window; None where the timers are missing."""
     shares = []
-    for line in history[-WINDOW:]:
+    for line in with_metric(history, f"time/{stage}_s"):
         names = [f"time/{part}_s" for part in WHOLE_STEP]
         step = sum(line[name] for name in names if is_number(line.get(name)))
         if not step or not is_number(line.get(f"time/{stage}_s")):

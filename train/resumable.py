@@ -3,21 +3,22 @@
 TRL's checkpoint lacks the state of the rollout and the rest of a generation buffer; it is written
 beside it, and rollout.json last of all: with it the checkpoint is whole (`train.resume` looks for
 the newest). Mends also what transformers 5.23 does to a resumed run: one step too many behind the
-last, and Qwen2.5-VL's weights not loaded.
+last, questions shuffled as if its first epoch were the run's, Qwen2.5-VL's weights not loaded, and
+a `grpo.save_steps` that has changed not read.
 """
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.trainer_utils import rotate_checkpoints
 from trl import GRPOTrainer
 
 from train.checkpoint_files import measure_files
 from train.disk import writing
-from train.resume import Saved, forget_saved, state_name
+from train.resume import Saved, forget_saved, own_checkpoints, state_name
 from train.vision import EncodedImage
 from train.watchdog import progress
 
@@ -36,15 +37,28 @@ class ResumableGRPOTrainer(GRPOTrainer):
         """Takes back what `rollout_state` gave; weights, optimizer and step are there already."""
         raise NotImplementedError
 
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        """TRL's, remembered: accelerate wraps it, and no checkpoint has the state of its generator.
+
+        Every process has its own, with the same seed.
+        """
+        self._sampler = super()._get_train_sampler(*args, **kwargs)
+        return self._sampler
+
+    def _run_epoch(self, *, epoch: int, epochs_trained: int, **kwargs: Any) -> None:
         """Goes through the rows once; a run killed behind its last step has none left to do.
 
-        transformers 5.23 looks at the number of steps only after a step, and would do one more.
+        transformers 5.23 looks at the number of steps only after a step, and would do one more. And
+        whole epochs that a resumed run has behind it are not shuffled again there, so that the
+        next would ask what the first one asked.
         """
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
-        super()._run_epoch(*args, **kwargs)
+        if epoch == epochs_trained:  # the first of this start
+            for _ in range(epochs_trained):
+                next(iter(self._sampler), None)  # draws the order of an epoch
+        super()._run_epoch(epoch=epoch, epochs_trained=epochs_trained, **kwargs)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """No card per checkpoint: the run folder itself says how it was made."""
@@ -64,7 +78,7 @@ class ResumableGRPOTrainer(GRPOTrainer):
                 self.args.save_total_limit = limit
             self._save_rollout_state()
             if self.args.should_save:
-                rotate_checkpoints(str(folder), save_total_limit=limit)
+                remove_older(checkpoint, limit)
 
     def _save_rollout_state(self) -> None:
         """What TRL's checkpoint lacks, one file a process."""
@@ -111,6 +125,8 @@ class ResumableGRPOTrainer(GRPOTrainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
+        # transformers goes on with the intervals of the checkpoint
+        self.state.compute_steps(self.args, self.state.max_steps)
         path = Path(checkpoint) / state_name(self.accelerator.process_index)
         if not path.is_file():  # of a run with fewer processes, at a boundary: all files are alike
             path = path.with_name(state_name(0))
@@ -126,3 +142,20 @@ class ResumableGRPOTrainer(GRPOTrainer):
         self._buffered_inputs = state.pop("buffer")
         self._step = self.state.global_step * self.args.gradient_accumulation_steps
         self.restore_rollout(state)
+
+
+def remove_older(newest: Path, limit: int | None) -> None:
+    """Removes the oldest checkpoints beside the one just written, down to a number of them.
+
+    transformers' own takes a copy of the user's, checkpoint-20-good, for one of its own, and may
+    remove the one just written where others have later steps.
+
+    Args:
+        newest: the checkpoint just written, which stays.
+        limit: `grpo.save_total_limit`; None or 0 = all stay.
+    """
+    if not limit:
+        return
+    others = [path for path in own_checkpoints(newest.parent) if path != newest]
+    for path in others[: max(0, len(others) + 1 - limit)]:
+        shutil.rmtree(path, ignore_errors=True)

@@ -108,13 +108,19 @@ def whole_checkpoints(folder: Path) -> list[tuple[Path, Saved]]:
 
 def _finished(folder: Path) -> list[tuple[Path, Saved, str | None]]:
     """As `whole_checkpoints`, with those that are damaged and what is wrong with them."""
-    # beside our own there may be copies of the user's, checkpoint-40-good
-    named = (folder / "checkpoints").glob("checkpoint-*")
-    ours = [path for path in named if re.fullmatch(r"checkpoint-\d{1,18}", path.name)]
-    found = [(path, read_saved(path)) for path in ours]
+    found = [(path, read_saved(path)) for path in own_checkpoints(folder / "checkpoints")]
     finished = [(path, saved) for path, saved in found if saved is not None]
-    finished.sort(key=lambda pair: int(pair[0].name.rpartition("-")[2]))
     return [(path, saved, find_damage(path, saved.files)) for path, saved in finished]
+
+
+def own_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in a folder by step, finished or not.
+
+    Copies of the user's beside them, checkpoint-40-good, are none.
+    """
+    named = folder.glob("checkpoint-*")
+    ours = [path for path in named if re.fullmatch(r"checkpoint-\d{1,18}", path.name)]
+    return sorted(ours, key=lambda path: int(path.name.rpartition("-")[2]))
 
 
 def find_start(folder: Path, config: Config, n_processes: int) -> Start | None:

@@ -156,10 +156,10 @@ def is_done(folder: Path, n_steps: int) -> bool:
 
     Args:
         folder: the run folder.
-        n_steps: of the settings to go on with; negative where epochs decide, which is never done.
+        n_steps: of the settings to go on with.
     """
     path = folder / "done.json"
-    if n_steps < 0 or not path.is_file():
+    if not path.is_file():
         return False
     done = json.loads(path.read_text(encoding="utf-8"))
     return int(done["step"]) >= n_steps and (folder / str(done["policy"])).is_dir()

@@ -50,6 +50,7 @@ GRPO_DEFAULTS: dict[str, Any] = {
     "optim": "adamw_torch",
     "activation_checkpointing": False,  # the scoring forward is short; turn on for large models
     "logging_steps": 1,
+    "logging_nan_inf_filter": False,  # it would log 0 for a loss that is no number
     "save_strategy": "steps",
     "save_steps": 20,
     "save_total_limit": 2,
@@ -73,7 +74,6 @@ Beta = Annotated[float, Between(0, 0.999999)]
 KINDS: dict[str, Any] = {
     # length of a run, shape of a step
     "max_steps": Count,
-    "num_train_epochs": Above,
     "num_generations": Annotated[int, Between(2, 1e9)],  # one alone has no advantage
     "per_device_train_batch_size": Count,
     "gradient_accumulation_steps": Count,
@@ -134,6 +134,7 @@ KINDS: dict[str, Any] = {
     "gradient_checkpointing": bool,
     # files and words
     "logging_steps": Above,  # below 1 a share of the run, as save_steps
+    "logging_nan_inf_filter": bool,
     "save_strategy": Literal["no", "steps", "epoch", "best"],
     "save_steps": Above,
     "save_total_limit": Size | None,
@@ -148,18 +149,37 @@ SAMPLED_WITH = "temperature, top_p and generation_kwargs.max_new_tokens (per tur
 UNREAD: dict[str, Any] = {"top_k": 0, "min_p": None, "repetition_penalty": 1.0}
 """TRL's settings of sampling that the search rollout does not read, and what changes nothing."""
 
+VLLM_KEYS = (
+    "vllm_mode", "vllm_model_impl", "vllm_enable_sleep_mode", "vllm_structured_outputs_regex",
+    "vllm_server_base_url", "vllm_server_host", "vllm_server_port", "vllm_server_timeout",
+    "vllm_group_port", "vllm_gpu_memory_utilization", "vllm_max_model_length",
+    "vllm_tensor_parallel_size", "vllm_importance_sampling_correction",
+    "vllm_importance_sampling_mode", "vllm_importance_sampling_clip_max",
+    "vllm_importance_sampling_clip_min", "vllm_importance_sampling_cap",
+)  # fmt: skip
+"""TRL's settings of its own vLLM support, and of the correction that `rollout` sets."""
+
 RESERVED = {
     "output_dir": "set `output`",
     "seed": "set the top-level `seed`",
     "data_seed": "set the top-level `seed` (order) or `environment.data_seed` (questions)",
+    "num_train_epochs": "set `grpo.max_steps`",
     "deepspeed": "set the top-level `deepspeed`",
     "run_name": "set `tracking.arm`",
     "reward_weights": "set the section `rewards`",
     "use_vllm": "set `rollout.backend: vllm`; docs/vllm.md says how to serve",
+    **dict.fromkeys(VLLM_KEYS, "set the section `rollout`: url, importance_correction and others"),
     "eval_strategy": "set `compare.eval_every`",
     "eval_steps": "set `compare.eval_every`",
     "ds3_gather_for_generation": "processes take different numbers of turns, so weights in shares "
     "would be waited for; where they do not fit as a whole, set `rollout.backend: vllm`",
+    **dict.fromkeys(
+        ("sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps"),
+        "`models.reference` stays what it is for the whole run; no checkpoint holds one that "
+        "moves, so `--resume` would go on from the first",
+    ),
+    "chat_template_kwargs": "a prompt is the dialect's, by the checkpoint's own chat template; "
+    "change the template",
     "save_only_model": "a run goes on from the optimizer too; set `grpo.save_total_limit` to save "
     "disk",
 }
@@ -392,7 +412,7 @@ def build_grpo_config(
             settings["deepspeed"] = {**read_deepspeed(path), "checkpoint": {"load_universal": True}}
     try:
         return GRPOConfig(output_dir=str(checkpoints), seed=config.seed, **settings)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, AttributeError) as error:  # a value of another type than theirs
         raise ConfigError(f"grpo: {error}") from error
 
 

@@ -82,16 +82,18 @@ def run(options: argparse.Namespace) -> int:
     """Read, compare, write, print the table."""
     from compare.comparable import check_allowed
     from compare.report import check_arm, text_table, write_report
-    from compare.runs import read_run
+    from compare.runs import read_runs
     from launch.arguments import command_line
 
     check_counts(options)
-    runs = [read_run(folder, partial=options.partial) for folder in options.runs]
+    runs = read_runs(options.runs, partial=options.partial)
     # What the command line leaves open, the runs' own settings say.
     settings = runs[0].config.get("compare") or {}
     check_allowed(options.allow, runs)
-    if options.target_arm is not None:
-        check_arm("--target-arm", options.target_arm, [run.arm for run in runs])
+    for option in ("target_arm", "budget_arm"):
+        if getattr(options, option) is not None:
+            name = f"--{option.replace('_', '-')}"
+            check_arm(name, getattr(options, option), [run.arm for run in runs])
     if options.wandb_report:
         from compare.wandb_report import load_reports
 

@@ -79,6 +79,11 @@ def run(options: argparse.Namespace) -> int:
     extra = [f"environment.eval_benchmark.name={options.benchmark}"] if options.benchmark else []
     config = read_config(options, *extra)
     shard = read_shard(options.shard)
+    if shard[1] > 1 and config.rollout.backend == "vllm":
+        raise LaunchError(
+            "rollout.backend=vllm: a server has the weights of one process, so of several each "
+            "would break the others' episodes; evaluate by one, or set rollout.backend=in_process"
+        )
     if not options.checkpoint:  # as a path it would be the folder that we stand in
         raise LaunchError("the checkpoint has no name; give a folder, a hub id or atlas://NAME")
     if options.dry_run:

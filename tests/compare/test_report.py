@@ -169,6 +169,7 @@ REFUSED = [
     *[(["--bootstrap", n], f"--bootstrap {n}: must be at least 1") for n in ("0", "-5")],
     (["--target-arm", "nosuch"], "--target-arm nosuch: no such arm; there are obm"),
     (["--target-arm", ""], "--target-arm : no such arm"),
+    (["--budget-arm", "nosuch"], "--budget-arm nosuch: no such arm; there are obm"),
     *[(["--allow", key], f"--allow {key}: no such setting") for key in (
         "nosuch", "", "rewards.nosuch", "seed.nosuch", "output.a", "environment.nosuch.kinds",
     )],
@@ -204,6 +205,12 @@ def test_an_option_without_sense_is_one_line_and_writes_nothing(
 )  # fmt: skip
 def test_every_setting_may_be_allowed_to_differ(make_run, key):
     check_allowed([key], [read_run(make_run("obm", 0, [0.1]))])
+
+
+def test_a_budget_arm_of_the_settings_that_is_not_compared_is_no_mistake(make_run, tmp_path):
+    runs = [read_run(make_run(arm, 0, [0.1, 0.5])) for arm in ("sar", "vlm")]
+    summary = write_report(runs, tmp_path / "report", command="c", budget_arm="obm")
+    assert summary["equal_budget"] is None
 
 
 def test_a_folder_in_the_place_of_a_file_is_not_written_over(runs, tmp_path):

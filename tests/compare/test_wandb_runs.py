@@ -13,7 +13,7 @@ from wandb.errors import WandbCoreNotAvailableError
 from compare import wandb_runs
 from compare.errors import CompareError
 from compare.report import write_report
-from compare.runs import read_run
+from compare.runs import read_run, read_runs
 from compare.wandb_runs import lines_of, read_online
 from configs.schema import load_config
 from train.callbacks import Recorder
@@ -86,6 +86,8 @@ def test_a_resumed_run_is_read_back_from_both_of_its_folders(real_run, tmp_path)
     first, second = sorted((part / "wandb").glob("offline-run-*"))
     before, after = metrics_of(real_run), metrics_of(part)
     assert before[-1]["time_s"] != after[-1]["time_s"]  # steps 3 and 4 were done again
+    [both] = read_runs([first, second])  # as obm compare runs/*/wandb/offline-run-* gives them
+    assert both.evaluations == read_run(part).evaluations
     for source in (first, second):
         found = read_run(source)
         expected = read_run(part)

@@ -156,6 +156,13 @@ def test_a_split_without_questions_is_refused(refused, split, words, how):
     assert words in refused("q.jsonl", row, f"environment.eval_benchmark.split='{split}'", *how)
 
 
+def test_several_processes_do_not_share_a_vllm_server(refused):
+    row = '{"question": "a", "answers": "b"}'
+    assert "by one, or set rollout.backend=in_process" in refused(
+        "q.jsonl", row, "--shard", "0/2", "rollout.backend=vllm"
+    )
+
+
 @pytest.mark.parametrize("how", [(), ("--dry-run",)])
 def test_a_shard_beyond_counting_is_refused(refused, how):
     assert "write I/N" in refused("e.json", "[]", "--shard", "1/" + "9" * 5000, *how)

@@ -48,6 +48,7 @@ def ill(**values):
     return {**WELL, **{name.replace("__", "/"): value for name, value in values.items()}}
 
 
+OF_EVERY_STEP = ("kl_blow_up", "entropy_collapse")
 CASES = {
     "no_signal": ill(frac_reward_zero_std=1.0, rewards__accuracy__mean=0.0),
     "no_search": ill(search__rate_text=0.0, search__rate_image=0.01),
@@ -61,6 +62,13 @@ CASES = {
     "slow_tools": ill(time__tools_s=5.5),
     "slow_sync": ill(time__sync_s=4.0),
 }
+
+
+@pytest.mark.parametrize("code", [code for code in CASES if code not in OF_EVERY_STEP])
+def test_steps_without_a_rollout_of_their_own_hide_nothing(code):
+    between = {"loss": 0.1, "grad_norm": 1.0, "kl": 0.0, "entropy": 1.0}
+    assert code in codes(*[CASES[code], between] * WINDOW)
+    assert code not in codes(*[CASES[code], between] * (WINDOW - 1))
 
 
 def test_a_healthy_run_is_left_in_peace():

@@ -7,6 +7,7 @@ import pytest
 from configs.errors import ConfigError
 from configs.schema import load_config
 from train.checkpoint_files import check_pickles, measure_files
+from train.resumable import remove_older
 from train.resume import Saved, Start, convert, find_start, state_name, whole_checkpoints
 from train.settings import name_enums_by_value
 
@@ -54,6 +55,20 @@ def test_copies_under_other_names_are_left_alone(tmp_path, config):
         save(tmp_path, name)
     assert [path.name for path, _ in whole_checkpoints(tmp_path)] == ["checkpoint-9"]
     assert find_start(tmp_path, config(), 2).step == 9
+
+
+def test_the_oldest_of_our_own_checkpoints_go_and_copies_stay(tmp_path):
+    folder = tmp_path / "checkpoints"
+    for name in ("3", "9", "20", "9-good", "30-best", "40"):
+        (folder / f"checkpoint-{name}").mkdir(parents=True)
+    # 40 is of another run: the one just written stays, whatever its number
+    remove_older(folder / "checkpoint-20", 2)
+    left = sorted(path.name.removeprefix("checkpoint-") for path in folder.iterdir())
+    assert left == ["20", "30-best", "40", "9-good"]
+    remove_older(folder / "checkpoint-20", None)
+    remove_older(folder / "checkpoint-20", 1)
+    left = sorted(path.name.removeprefix("checkpoint-") for path in folder.iterdir())
+    assert left == ["20", "30-best", "9-good"]
 
 
 def test_another_number_of_processes_goes_on_at_a_boundary(tmp_path, config):

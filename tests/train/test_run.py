@@ -175,8 +175,10 @@ def test_two_runs_of_one_seed_are_equal(write_config, tmp_path):
         (2, ()),
         # step 1 lies inside a rollout's buffer: two steps, twice over
         (1, ("grpo.num_iterations=2", "grpo.steps_per_generation=2", "grpo.save_steps=1")),
+        # two steps an epoch: one of the second is done
+        (3, ("environment.train_size=4", "grpo.save_steps=1")),
     ],
-    ids=["between rollouts", "inside a buffer"],
+    ids=["between rollouts", "inside a buffer", "in the second epoch"],
 )
 def test_a_resumed_run_equals_an_uninterrupted_one(write_config, tmp_path, step, overrides):
     path = write_config()
@@ -187,6 +189,20 @@ def test_a_resumed_run_equals_an_uninterrupted_one(write_config, tmp_path, step,
     last = "checkpoints/checkpoint-4/model.safetensors"
     one, two = load_file(whole / last), load_file(part / last)
     assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_episodes_that_several_steps_train_on_are_recorded_once(write_config):
+    steps = ("grpo.num_iterations=2", "grpo.steps_per_generation=2", "grpo.max_steps=3")
+    folder = run_with(write_config(), *steps, "tracking.log_trajectories=2")
+    rows = [json.loads(line) for line in (folder / "trajectories.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if row["phase"] == "train"] == [1, 1]
+
+
+def test_a_run_that_goes_on_saves_as_often_as_it_is_told_now(write_config, tmp_path):
+    path = write_config()
+    part = stop_after(run_with(path), 2, tmp_path / "part")
+    run_with(path, f"output={part}", "grpo.save_steps=1", resume=True)
+    assert (part / "checkpoints" / "checkpoint-3").is_dir()
 
 
 def test_a_run_that_was_killed_behind_its_last_checkpoint_only_ends(write_config, tmp_path):

@@ -55,6 +55,10 @@ WRONG = [
     ("optim=nosuch", "'nosuch' is not one of adamw_torch"),
     ("top_k=5", "samples with temperature, top_p and generation_kwargs.max_new_tokens"),
     ("min_p=0.1", "not read by the search rollout"),
+    ("num_train_epochs=3", "set `grpo.max_steps`"),
+    ("sync_ref_model=true", "no checkpoint holds one that moves"),
+    ("vllm_importance_sampling_mode=sequence_mask", "set the section `rollout`"),
+    ("chat_template_kwargs={enable_thinking: false}", "change the template"),
     ("repetition_penalty=1.2", "remove it"),
     ("save_strategy=never", "is not one of no, steps"),
     ("scale_rewards=groups", "did you mean 'group'?"),
@@ -155,8 +159,9 @@ def test_completions_that_are_no_whole_groups_are_refused_with_their_arithmetic(
         describe_step(config, 2)
 
 
-def test_what_trl_refuses_by_type_is_a_mistake_too(tmp_path):
-    config = config_with("deepspeed=none", "grpo.vllm_importance_sampling_clip_min=abc")
+@pytest.mark.parametrize("setting", ["dataloader_prefetch_factor=abc", "metric_for_best_model=-5"])
+def test_what_trl_refuses_by_type_is_a_mistake_too(tmp_path, setting):
+    config = config_with("deepspeed=none", f"grpo.{setting}")
     with pytest.raises(ConfigError, match=r"^grpo: "):
         build_grpo_config(config, tmp_path)
 
