@@ -564,6 +564,8 @@ class SearchGRPOTrainer(ResumableGRPOTrainer):
             self._seconds.clear()
             self._last_logged_step = self.state.global_step
             self._last_logged_tokens = self.n_policy_tokens
+            # transformers takes the sum from itself, and what is no number stays one that is none
+            self._tr_loss.zero_()
         super().log(logs, start_time)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:

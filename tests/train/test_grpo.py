@@ -493,6 +493,14 @@ def test_the_shared_prefix_changes_neither_loss_nor_gradient_norm(
     assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-5)
 
 
+def test_a_loss_that_is_no_number_leaves_the_next_ones_alone(make_trainer):
+    trainer = make_trainer()
+    trainer._tr_loss = torch.tensor(float("nan"))
+    trainer.state.global_step = 1
+    trainer.log({"loss": float("nan")})
+    assert trainer._tr_loss.item() == 0.0
+
+
 def test_a_prompt_that_cannot_be_shared_is_said_once_with_the_reason(make_trainer, caplog):
     trainer = make_trainer(script=right_half_the_time)
     batch = batch_of(trainer)
