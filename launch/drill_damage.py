@@ -144,6 +144,8 @@ def index_json(weight_map: dict[str, object]) -> Callable[[Place], list[str]]:
 
     def make(place: Place) -> list[str]:
         folder = place.checkpoint("agent")
+        # beside the one file, which wins, an index is left of shards that were there before
+        (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
         content = json.dumps({"metadata": {}, "weight_map": weight_map})
         place.write(folder / "model.safetensors.index.json", content)
         return place.merge(f"models.agent={folder}")
