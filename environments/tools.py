@@ -261,7 +261,8 @@ def _checked(hit: Hit, n_words: int, *, with_image: bool = False, shows_url: boo
     words = text.split(maxsplit=n_words)
     if len(words) > n_words:
         text = " ".join(words[:n_words])
-    url = encodable(str(getattr(hit, "url", "") or "")) if shows_url else ""
+    # cut before it is looked at: an address of many megabytes must cost nothing
+    url = encodable(str(getattr(hit, "url", "") or "")[: MAX_URL_CHARS + 1]) if shows_url else ""
     return Hit(
         encodable(str(hit.id)[:MAX_ID_CHARS]),
         str(hit.title or "")[:MAX_TEXT_CHARS],

@@ -8,6 +8,7 @@ import gc
 import json
 import sys
 import time
+import tracemalloc
 import unicodedata
 from collections import Counter
 from contextlib import contextmanager
@@ -92,10 +93,10 @@ class Web:
     in_memory = True
 
     def __init__(self, text, image=None):
-        self.text, self.image = text, image
+        self.text, self.image, self.url = text, image, f"https://{text}"
 
     def search(self, queries, k):
-        hit = Hit(self.text, self.text, self.text, image=self.image, url=f"https://{self.text}")
+        hit = Hit(self.text, self.text, self.text, image=self.image, url=self.url)
         return [[hit, Hit("b", "Mali", "Bamako")] for _ in queries]
 
     def read(self, url, question):
@@ -104,9 +105,12 @@ class Web:
 
 def observe(dialect, tool, text, image=None, question=QUESTION):
     """The step after a call of the tool, in a world that returns `text`."""
-    web = Web(text, image)
+    return observe_web(dialect, tool, Web(text, image), question)
+
+
+def observe_web(dialect, tool, web, question=QUESTION):
     world = SearchEnvironment(
-        web, web, web, dialect=dialect, visits=1, visit_urls="any", thumbnails=image is not None
+        web, web, web, dialect=dialect, visits=1, visit_urls="any", thumbnails=web.image is not None
     )
     episode = world.start({**question, "image": PICTURE})
     step = episode.step(CALLS[dialect][tool])
@@ -273,10 +277,24 @@ def spent_below(seconds):
 @pytest.mark.parametrize(("dialect", "tool"), ALL)
 @pytest.mark.parametrize("kind", HUGE)
 def test_ten_megabytes_cost_next_to_nothing(dialect, tool, kind):
-    with spent_below(0.3):  # seconds; about 0.01 on one old core
-        step, _ = observe(dialect, tool, HUGE[kind])
+    web = Web(HUGE[kind])
+    with spent_below(0.3):  # seconds; about 0.001 on one old core
+        step, _ = observe_web(dialect, tool, web)
     assert_harmless(dialect, tool, step)
     assert all(len(hit) <= 500 for hit in step.result.hits)
+
+
+@pytest.mark.parametrize(("dialect", "tool"), ALL)
+def test_ten_megabytes_are_cut_before_they_are_copied(dialect, tool):
+    web = Web(HUGE["emoji"])  # 40 MB, four bytes a character
+    observe_web(dialect, tool, Web("small"))  # what a first call loads does not count
+    tracemalloc.start()
+    try:
+        observe_web(dialect, tool, web)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 4_000_000  # bytes; a tenth of one copy
 
 
 @pytest.mark.parametrize("kind", HUGE)
